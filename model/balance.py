@@ -1,0 +1,90 @@
+"""Load balancing without an auxiliary loss: DeepSeek-V3's bias step (arXiv 2408.15664), made zero-mean.
+
+Shapes: E experts, Y layers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .router import Router
+
+
+def bias_step(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
+    """`bias + rate * (s - mean(s))` with `s = sign(mean_load - load)`: up for the underused, down for the overused.
+
+    bias `[..., E]` fp32, load `[..., E]` integer tokens of one optimizer step over all ranks and micro-batches.
+    The paper adds `rate * s`; without the mean of s taken off, a layer's biases drift together when most experts lie
+    on one side of the mean load. The choice of experts sees only their differences, so it is the same.
+    Comparing `load * E` with the sum keeps the sign exact, and no load at all moves nothing.
+    """
+    excess_E = load_E.sum(dim=-1, keepdim=True) - load_E * load_E.shape[-1]
+    sign_E = torch.sign(excess_E).to(bias_E.dtype)
+    return bias_E + rate * (sign_E - sign_E.mean(dim=-1, keepdim=True))
+
+
+# The sum of squared router logits travels as an integer beside the loads, so that one all-reduce is enough.
+SQUARE_UNIT = 1024
+
+
+class LoadBalancer:
+    """Owns the correction biases of all routers: one all-reduce and one in-place update per optimizer step."""
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[Router],
+        rate: float,
+        all_reduce: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        """`all_reduce` sums a tensor over all data-parallel ranks in place; None on one rank. Rate 0 only measures."""
+        modules = model.modules() if isinstance(model, nn.Module) else model
+        self.routers = [module for module in modules if isinstance(module, Router)]
+        if not self.routers:
+            raise ValueError("there is no router to balance in this model")
+        self.rate, self.all_reduce = rate, all_reduce
+
+    @torch.no_grad()
+    def step(self) -> dict[str, list[float]]:
+        """Balances by the load since the last call, zeroes it, and returns per-layer health (`health`)."""
+        counted_YE = torch.stack([router.load_E for router in self.routers])
+        square_Y = torch.stack([router.logit_square_sum for router in self.routers])
+        counted = torch.cat((counted_YE, (square_Y * SQUARE_UNIT).long().unsqueeze(1)), dim=1)
+        if self.all_reduce is not None:
+            self.all_reduce(counted)
+        load_YE, square_Y = counted[:, :-1], counted[:, -1] / SQUARE_UNIT
+        bias_YE = torch.stack([router.e_score_correction_bias for router in self.routers])
+        if self.rate:
+            bias_YE = bias_step(bias_YE, load_YE, self.rate)
+            for router, bias_E in zip(self.routers, bias_YE, strict=True):
+                # In place: the engine and the checkpoint hold this very buffer.
+                router.e_score_correction_bias.copy_(bias_E)
+        self.reset()
+        return health(load_YE, bias_YE, square_Y, self.routers[0].settings["top_k"])
+
+    def reset(self) -> None:
+        """Forgets the counted load (a skipped step's, say)."""
+        for router in self.routers:
+            router.load_E.zero_()
+            router.logit_square_sum.zero_()
+
+
+def health(load_YE: Tensor, bias_YE: Tensor, square_Y: Tensor, top_k: int) -> dict[str, list[float]]:
+    """One number per layer of what shows a collapsing router before the loss does; one host synchronisation.
+
+    load_max_over_mean: 1 is even, E is all tokens to one expert. load_entropy: of the load's distribution over log E,
+    1 is even, 0 is one expert. unused_experts: share of experts without a token. bias_range: max - min.
+    router_logit_rms: root mean square of the router's logits, which grows without bound in an unstable run.
+    """
+    load_YE = load_YE.double()
+    experts, routed_Y = load_YE.shape[1], load_YE.sum(dim=1).clamp(min=1)
+    share_YE = load_YE / routed_Y.unsqueeze(1)
+    numbers = {
+        "load_max_over_mean": share_YE.amax(dim=1) * experts,
+        "load_entropy": -torch.xlogy(share_YE, share_YE).sum(dim=1) / math.log(experts),
+        "unused_experts": (load_YE == 0).double().mean(dim=1),
+        "bias_range": (bias_YE.amax(dim=1) - bias_YE.amin(dim=1)).double(),
+        "router_logit_rms": (square_Y.double() * top_k / (routed_Y * experts)).sqrt(),
+    }
+    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))

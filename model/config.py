@@ -1,0 +1,184 @@
+"""The model's configuration: Hugging Face field names, the presets, and one place that refuses wrong values."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
+SCORING_FUNCTIONS = ("sigmoid", "softmax")
+ROPE_TYPES = ("default", "yarn")
+PRESETS = ("tiny", "60m", "800m", "4b")
+
+
+class MoEGPTConfig(PreTrainedConfig):
+    """Configuration of `MoEGPTForCausalLM`.
+
+    Field names are those of transformers' `Glm4MoeConfig`, because DeepSpeed's AutoEP and inference engines read them.
+    Raises `ValueError` with the field, its value and what is valid.
+    """
+
+    model_type = "moe_gpt"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    # Names of the project's first description, and Glm4Moe's own name for `qk_norm`.
+    attribute_map = {  # noqa: RUF012 - transformers reads it as a plain class attribute
+        "hidden_dim": "hidden_size",
+        "num_attn_heads": "num_attention_heads",
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+        "context_length": "max_position_embeddings",
+        "use_qk_norm": "qk_norm",
+    }
+
+    vocab_size: int = 49_152
+    hidden_size: int = 1536
+    intermediate_size: int = 4096  # FFN width of the description; one expert's width where none is given
+    moe_intermediate_size: int = 0  # width of one routed expert and of one shared expert; 0 is intermediate_size
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 24
+    num_key_value_heads: int = 8
+    head_dim: int = 0  # 0 is hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    rope_parameters: dict | None = None  # YaRN, see `_complete_rope`; a full dict once made
+    attention_sinks: bool = True  # one learned logit per query head in the softmax's denominator
+    qk_norm: bool = True  # RMS norm over each head's q and k, before RoPE
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: str = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    router_bias_rate: float = 0.001  # step of the correction bias per optimizer step (arXiv 2408.15664)
+    expert_dropout: float = 0.0  # on silu(W1 x) * W3 x of the routed experts, in training only
+    z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2), in training only
+    initializer_range: float = 0.02
+    # Of untied input embeddings. At 0.02 early gradients spike, because the first norm divides by it (arXiv 2312.16903);
+    # CONTRIBUTING.md's log compares 0.02 to 1.0.
+    embedding_initializer_range: float = 0.2
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Aliases arrive as extra keywords, after the fields' defaults are set: move them before anything is derived.
+        for alias, field in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, field, kwargs.pop(alias))
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        if not self.head_dim and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.rope_parameters = self._complete_rope(self.rope_parameters or {})
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _complete_rope(self, given: dict) -> dict:
+        """YaRN's parameters with defaults filled in; `factor` 1 is plain RoPE (arXiv 2309.00071)."""
+        factor = float(given.get("factor") or 1.0)
+        rope = {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": factor,
+            "original_max_position_embeddings": int(self.max_position_embeddings / factor),
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        }
+        if given.get("rope_type") == "default":
+            rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        return {**rope, **{key: value for key, value in given.items() if value is not None}}
+
+    def _check(self) -> None:
+        for field in _POSITIVE_FIELDS:
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+        self._check_attention()
+        self._check_routing()
+        for field in ("expert_dropout", "z_loss_weight", "router_bias_rate"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 0 and below 1, got {getattr(self, field)!r}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act must be 'silu' (the experts are SwiGLU), got {self.hidden_act!r}")
+
+    def _check_attention(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        rope = self.rope_parameters or {}
+        rope_type, factor = rope.get("rope_type"), rope.get("factor", 1.0)
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters.rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
+        if factor < 1:
+            raise ValueError(f"rope_parameters.factor must be at least 1, got {factor}")
+
+    def _check_routing(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_group
+        if experts % groups or (groups > 1 and experts // groups < 2):
+            raise ValueError(f"n_group ({groups}) must divide n_routed_experts ({experts}) into groups of 2 or more")
+        if self.topk_group > groups:
+            raise ValueError(f"topk_group ({self.topk_group}) must not exceed n_group ({groups})")
+        reachable = self.topk_group * (experts // groups)
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed the {reachable} experts "
+                f"in the {self.topk_group} chosen of {groups} groups"
+            )
+        if self.scoring_func not in SCORING_FUNCTIONS:
+            raise ValueError(f"scoring_func must be one of {', '.join(SCORING_FUNCTIONS)}, got {self.scoring_func!r}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "MoEGPTConfig":
+        """The preset `name`, the fields in `overrides` replaced; ValueError for an unknown preset or field."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        known = {*cls.attribute_map, "attn_implementation"}
+        unknown = [key for key in overrides if not hasattr(cls, key) and key not in known]
+        if unknown:
+            raise ValueError(f"unknown model configuration field {unknown[0]!r}")
+        fields = json.loads((Path(__file__).parent / "presets" / f"{name}.json").read_text(encoding="utf-8"))
+        overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
+        return cls(**{**fields, **overrides})
+
+    def with_rope_factor(self, factor: float) -> "MoEGPTConfig":
+        """A copy whose context is `factor` times the one it was first trained at (YaRN, arXiv 2309.00071).
+
+        `factor` counts from `original_max_position_embeddings`, so applying it twice is the same as once.
+        """
+        if factor < 1:
+            raise ValueError(f"rope factor must be at least 1, got {factor}")
+        longer = copy.deepcopy(self)
+        rope = {k: v for k, v in (self.rope_parameters or {}).items() if k not in ("rope_type", "attention_factor")}
+        original = rope.get("original_max_position_embeddings", self.max_position_embeddings)
+        longer.max_position_embeddings = int(original * factor)
+        rope.update(factor=float(factor), original_max_position_embeddings=original)
+        longer.rope_parameters = longer._complete_rope(rope)
+        return longer
+
+
+_POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+)

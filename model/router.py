@@ -1,0 +1,192 @@
+"""The router: fp32 logits, DeepSeek-V3's group-limited choice, its replay in recomputation, and the load counters.
+
+Shapes: T tokens, H hidden, E experts, K experts per token, G expert groups.
+"""
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MoEGPTConfig
+
+
+def router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """`[T, E]` in fp32 (float64 stays), whatever dtype the engine trains in: bf16 logits move tokens near a tie."""
+    dtype = torch.promote_types(x_TH.dtype, torch.float32)
+    return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    scoring_func: str = "sigmoid",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    replay_TK: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(weights_TK, indices_TK)`: DeepSeek-V3's group-limited choice (arXiv 2412.19437, section 2.1.2).
+
+    The bias takes part in the choice only; the weights are the unbiased scores of the chosen experts.
+    `replay_TK` gives the choice of an earlier forward instead, so that a recomputation cannot choose anew.
+    """
+    scores_TE = logits_TE.sigmoid() if scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+    indices_TK = replay_TK
+    if indices_TK is None:
+        indices_TK = choose(scores_TE.detach() + bias_E, top_k, n_group, topk_group)
+    weights_TK = scores_TE.gather(1, indices_TK)
+    if norm_topk_prob:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights_TK * routed_scaling_factor, indices_TK
+
+
+def choose(biased_TE: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
+    """Indices `[T, K]` of the best experts of the best groups, best first; a tie goes to the lower index.
+
+    A group's score is the sum of its two best. Experts of the other groups get -inf, not 0: with negative biases a
+    0 would win against a chosen group's expert.
+    """
+    if n_group > 1:
+        group_TGE = biased_TE.unflatten(1, (n_group, -1))
+        group_scores_TG = group_TGE.topk(2, dim=-1).values.sum(dim=-1)
+        chosen = best(group_scores_TG, topk_group)
+        left_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, chosen, False)
+        biased_TE = group_TGE.masked_fill(left_out_TG.unsqueeze(-1), -torch.inf).flatten(1)
+    return best(biased_TE, top_k)
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest along the last dimension, best first, the lower index first among equals.
+
+    `torch.topk` leaves open which of two equals it returns, and answers differently on CPU and GPU.
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def count(indices_TK: Tensor, experts: int) -> Tensor:
+    """int64 `[E]`: tokens sent to each expert. Not `bincount`, which waits for a CUDA device to learn its own size."""
+    return (indices_TK.flatten().unsqueeze(1) == torch.arange(experts, device=indices_TK.device)).sum(dim=0)
+
+
+class RouteSettings(TypedDict):
+    """The keywords of `route`."""
+
+    top_k: int
+    n_group: int
+    topk_group: int
+    scoring_func: str
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+
+class RoutingTape:
+    """Remembers which experts a block's routers chose, so that recomputing the block repeats them.
+
+    Wrap a block's forward in one tape: the first time it is entered the choices are recorded, every later time they
+    are replayed in order and not counted as load. Without this a token near a tie may change its expert between
+    forward and recomputation, which corrupts gradients and, under expert parallelism, mismatches the all-to-all.
+    """
+
+    _current = threading.local()  # autograd recomputes CUDA blocks on its own threads
+
+    def __init__(self) -> None:
+        self.choices: list[Tensor] = []
+        self.replaying = False
+        self._recorded = False
+        self._next = 0
+        self._outer: RoutingTape | None = None
+
+    @classmethod
+    def current(cls) -> "RoutingTape | None":
+        return getattr(cls._current, "tape", None)
+
+    def __enter__(self) -> "RoutingTape":
+        self._outer, self._current.tape = self.current(), self
+        self.replaying, self._next = self._recorded, 0
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._current.tape, self._outer = self._outer, None
+        self._recorded = True
+
+    def next_choice(self) -> Tensor:
+        self._next += 1
+        return self.choices[self._next - 1]
+
+
+class Router(nn.Module):
+    """Routing settings, correction bias and load counters; a subclass says where its projection lies.
+
+    `load_E` counts the tokens sent to each expert by training forwards since it was last zeroed (`balance`).
+    """
+
+    e_score_correction_bias: Tensor
+    load_E: Tensor
+    logit_square_sum: Tensor
+
+    def __init__(self, config: MoEGPTConfig) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.settings: RouteSettings = {
+            "top_k": config.num_experts_per_tok,
+            "n_group": config.n_group,
+            "topk_group": config.topk_group,
+            "scoring_func": config.scoring_func,
+            "norm_topk_prob": config.norm_topk_prob,
+            "routed_scaling_factor": config.routed_scaling_factor,
+        }
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        self.register_buffer("load_E", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("logit_square_sum", torch.zeros((), dtype=torch.float32), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """`.to`, `.bfloat16()` and the like move the buffers but never cast them: bf16 loses a bias step of 0.001."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def projection(self) -> Tensor:
+        """The router's weight `[E, H]`."""
+        raise NotImplementedError
+
+    def observe(self, logits_TE: Tensor, counts_E: Tensor) -> None:
+        """Adds one forward's load and logits to the counters; no host synchronisation."""
+        self.load_E += counts_E
+        self.logit_square_sum += logits_TE.detach().square().sum()
+
+    def forward(self, x_TH: Tensor, _unused: object = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`(weights_TK fp32, indices_TK, counts_E)`. AutoEP passes a second argument, a bias of its own: None."""
+        tape = RoutingTape.current()
+        replaying = tape is not None and tape.replaying
+        logits_TE = router_logits(x_TH, self.projection())
+        replay_TK = tape.next_choice() if tape is not None and replaying else None
+        weights_TK, indices_TK = route(logits_TE, self.e_score_correction_bias, replay_TK=replay_TK, **self.settings)
+        counts_E = count(indices_TK, self.num_experts)
+        if tape is not None and not replaying:
+            tape.choices.append(indices_TK)
+        if self.training and not replaying:
+            self.observe(logits_TE, counts_E)
+        return weights_TK, indices_TK, counts_E
+
+
+class Gate(Router):
+    """The router as transformers' Glm4Moe stores it: `mlp.gate.weight`, `mlp.gate.e_score_correction_bias`."""
+
+    def __init__(self, config: MoEGPTConfig) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+
+    def projection(self) -> Tensor:
+        return self.weight
