@@ -1,0 +1,134 @@
+"""Where documents come from: the inputs of the command line as a fixed, ordered list of sources.
+
+A source is one file of JSON Lines or Parquet, one tree of source files, or one hub data set. The order (arguments as given, files
+sorted by path) is part of the output's identity: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Never plain `.json`: a source tree is full of those.
+DATA_SUFFIXES = (".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet")
+ALL_DATA_SUFFIXES = (*DATA_SUFFIXES, ".json")
+SOURCE_SUFFIXES = (".py",)
+#: Folders without code that anyone wrote for this project: version control, caches, installed packages.
+SKIPPED_FOLDERS = frozenset({".git", ".hg", ".svn", "__pycache__", "node_modules", "site-packages", "dist-packages"})
+STDLIB_SKIPPED_FOLDERS = SKIPPED_FOLDERS | {"test", "tests", "idlelib"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One thing to read. `size` in bytes on disk (0 where it is not known), `files` only for a tree (relative to `name`)."""
+
+    kind: str  # "file" (JSON Lines or Parquet, decided by its first bytes), "tree" or "hub"
+    name: str
+    size: int
+    files: tuple[str, ...] = ()
+
+
+def find_sources(
+    inputs: Sequence[str], *, exclude: Path | None = None, suffixes: tuple[str, ...] = SOURCE_SUFFIXES
+) -> list[Source]:
+    """All sources of `inputs` (files, folders, globs, `tree:FOLDER`, `stdlib`, `hub:NAME`), each file once.
+
+    `exclude` is a folder never looked into: the job's own output. Raises ValueError or FileNotFoundError with the input named.
+    """
+    sources: list[Source] = []
+    for text in inputs:
+        sources += _expand(text, exclude.resolve() if exclude else None, suffixes)
+    seen: set[str] = set()
+    unique = []
+    for source in sources:
+        identity = source.name if source.kind == "hub" else os.path.realpath(source.name)
+        if identity not in seen:
+            unique.append(source)
+        seen.add(identity)
+    if not unique:
+        raise FileNotFoundError(f"nothing to read: no files in {' '.join(inputs)}")
+    return unique
+
+
+def _expand(text: str, exclude: Path | None, suffixes: tuple[str, ...]) -> list[Source]:
+    if text == "stdlib":
+        return [_tree(Path(sysconfig.get_path("stdlib")), (".py",), STDLIB_SKIPPED_FOLDERS, exclude)]
+    if text.startswith("hub:"):
+        return [Source(kind="hub", name=text.removeprefix("hub:"), size=0)]
+    if text.startswith("tree:"):
+        return [_tree(Path(text.removeprefix("tree:")), suffixes, SKIPPED_FOLDERS, exclude)]
+    path = Path(text)
+    if path.is_dir():
+        return _folder(path, suffixes, exclude)
+    if glob.has_magic(text) and not path.exists():
+        return _glob(text, suffixes, exclude)
+    if not path.exists():
+        raise FileNotFoundError(f"no input at {text}; give a file, a folder, a glob, `stdlib` or `hub:NAME`")
+    return [_named(path, suffixes)]
+
+
+def _glob(pattern: str, suffixes: tuple[str, ...], exclude: Path | None) -> list[Source]:
+    paths = sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+        raise FileNotFoundError(f"no input matches {pattern}")
+    found: list[Source] = []
+    for path in map(Path, paths):
+        found += _folder(path, suffixes, exclude) if path.is_dir() else [_named(path, suffixes)]
+    return found
+
+
+def _named(path: Path, suffixes: tuple[str, ...]) -> Source:
+    """A file given by name is read whatever its extension; a source file becomes a tree of one."""
+    if path.name.endswith(suffixes):
+        return Source(kind="tree", name=str(path.parent / path.name), size=_size(path), files=("",))
+    return Source(kind="file", name=str(path), size=_size(path))
+
+
+def _size(path: str | Path) -> int:
+    """Bytes of a regular file; -1 for what cannot be read as one (a broken link, a pipe), which the reader then reports."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+def _folder(folder: Path, suffixes: tuple[str, ...], exclude: Path | None) -> list[Source]:
+    """A folder of data files, or a source tree; a folder that is both must be named as one of them."""
+    names = list(_walk(folder, SKIPPED_FOLDERS, exclude))
+    sources = [name for name in names if name.endswith(suffixes)]
+    packed = [name for name in names if name.endswith(DATA_SUFFIXES)]
+    if sources and packed:
+        raise ValueError(
+            f"{folder} holds source files ({sources[0]}) and data files ({packed[0]}): say tree:{folder} for the source files "
+            f"or a glob like '{folder}/*{Path(packed[0]).suffix}' for the data files"
+        )
+    if sources:
+        return [_tree(folder, suffixes, SKIPPED_FOLDERS, exclude)]
+    found = [name for name in names if name.endswith(ALL_DATA_SUFFIXES)]
+    if not found:
+        raise FileNotFoundError(f"no files to read in {folder}: no {' '.join((*ALL_DATA_SUFFIXES, *suffixes))}")
+    return [Source(kind="file", name=str(folder / name), size=_size(folder / name)) for name in found]
+
+
+def _tree(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str], exclude: Path | None) -> Source:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {root}")
+    files = tuple(name for name in _walk(root, skipped, exclude) if name.endswith(suffixes))
+    if not files:
+        raise FileNotFoundError(f"no {' '.join(suffixes)} files in {root}")
+    return Source(kind="tree", name=str(root), size=sum(max(_size(root / name), 0) for name in files), files=files)
+
+
+def _walk(root: Path, skipped: frozenset[str], exclude: Path | None) -> Iterable[str]:
+    """Relative paths of all files, sorted; links to folders are not followed, so a loop cannot trap us."""
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f not in skipped and (exclude is None or Path(folder, f).resolve() != exclude)]
+        names += [os.path.relpath(os.path.join(folder, name), root) for name in files]
+    return sorted(names)

@@ -1,0 +1,145 @@
+"""Check every byte of shards against their manifest: `python data/verify.py shards/`.
+
+Sums, sizes, counts, the range of ids, one end-of-text token at the end of each document and nowhere else, the index's offsets, and
+the tokenizer's fingerprint. Prints each fault on a line of its own; exit code 0 when there is none, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import tokenizer as tokenizers
+from data.command import Progress, exit_code, leave
+from data.shards import SPLITS, Index, check_shard, file_sha256, load_manifest, read_index
+
+CHUNK_TOKENS = 1 << 22
+EXIT_FAULTY = 1
+
+
+def verify(folder: Path, workers: int = 1) -> list[str]:
+    """Every fault as a sentence that names the file; empty for a sound folder. Raises FileNotFoundError without a manifest."""
+    manifest = load_manifest(folder)
+    faults = list(_tokenizer_faults(folder, manifest))
+    jobs = [(split, shard) for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    progress = Progress(sum(shard["bytes"] for _, shard in jobs), what="verify")
+    done = 0
+    # Threads are enough: hashing, numpy and reading release the interpreter lock.
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda job: _shard_faults(folder, job[0], job[1], manifest), jobs)
+        for (_, shard), found in zip(jobs, results, strict=True):
+            faults += found
+            done += shard["bytes"]
+            progress.update(done, shard["documents"])
+    progress.close()
+    for split in SPLITS:
+        faults += _total_faults(folder, split, manifest["splits"][split])
+    return faults
+
+
+def _tokenizer_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    path = folder / "tokenizer" / "tokenizer.json"
+    try:
+        found = tokenizers.fingerprint(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{path} cannot be read: {error}"
+        return
+    if found != manifest["tokenizer"]["fingerprint"]:
+        yield f"{path} is not the tokenizer these shards were made with (fingerprint {found[:12]})"
+
+
+def _total_faults(folder: Path, split: str, entry: dict[str, Any]) -> Iterator[str]:
+    for key in ("documents", "tokens", "text_bytes"):
+        total = sum(shard[key] for shard in entry["shards"])
+        if total != entry[key]:
+            yield f"{folder / 'manifest.json'}: {split} has {entry[key]} {key}, its shards {total}"
+    known = {f"{shard['name']}{suffix}" for shard in entry["shards"] for suffix in (".bin", ".idx")}
+    for path in sorted((folder / split).glob("*")):
+        if path.name not in known:
+            yield f"{path} is not in the manifest"
+
+
+def _shard_faults(folder: Path, split: str, shard: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    stem = folder / split / shard["name"]
+    try:
+        check_shard(folder, split, shard, manifest["dtype"])
+        index = read_index(stem.with_suffix(".idx"))
+        return [*_sum_faults(stem, shard), *_index_faults(stem, index, shard), *_token_faults(stem, index, manifest)]
+    except (OSError, ValueError) as error:
+        return [str(error)]
+
+
+def _sum_faults(stem: Path, shard: dict[str, Any]) -> Iterator[str]:
+    for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
+        path = stem.with_suffix(suffix)
+        if file_sha256(path) != shard[key]:
+            yield f"{path} has another sha256 than the manifest says"
+
+
+def _index_faults(stem: Path, index: Index, shard: dict[str, Any]) -> Iterator[str]:
+    path = stem.with_suffix(".idx")
+    sizes = index.sizes.astype(np.int64)
+    if (sizes < 1).any():
+        yield f"{path}: document {int(np.argmax(sizes < 1))} has no token"
+    if int(sizes.sum()) != shard["tokens"]:
+        yield f"{path}: documents of {int(sizes.sum())} tokens together, the manifest says {shard['tokens']}"
+    if not np.array_equal(index.offsets, (np.cumsum(sizes) - sizes) * np.dtype(index.dtype).itemsize):
+        yield f"{path}: offsets that are not the sums of the sizes before them"
+    if not np.array_equal(index.documents, np.arange(len(sizes) + 1)):
+        yield f"{path}: document numbers that do not count up"
+
+
+def _token_faults(stem: Path, index: Index, manifest: dict[str, Any]) -> Iterator[str]:
+    path = stem.with_suffix(".bin")
+    vocab_size, end = manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["eos_token_id"]
+    tokens = np.memmap(path, np.dtype(index.dtype).newbyteorder("<"), "r")
+    last = np.cumsum(index.sizes, dtype=np.int64) - 1
+    if len(last) and last[-1] == len(tokens) - 1:
+        open_ends = np.flatnonzero(tokens[last] != end)
+        if len(open_ends):
+            yield f"{path}: document {int(open_ends[0])} does not end with the end-of-text token ({len(open_ends)} such documents)"
+    ends = 0
+    for start in range(0, len(tokens), CHUNK_TOKENS):
+        chunk = tokens[start : start + CHUNK_TOKENS]
+        ends += int((chunk == end).sum())
+        wrong = (chunk >= vocab_size) | (chunk < 0)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            yield f"{path}: token {start + at} is {int(chunk[at])}, the vocabulary has {vocab_size}"
+            return
+    if ends != len(last):
+        yield f"{path}: {ends} end-of-text tokens in {len(last)} documents"
+
+
+def main(arguments: list[str]) -> int:
+    p = argparse.ArgumentParser(prog="python data/verify.py", description="Check every byte of shards against their manifest.")
+    p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of data/preprocess.py")
+    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads")
+    args = p.parse_args(arguments)
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, not {args.workers}")
+    code = 0
+    for folder in args.folders:
+        started = time.monotonic()
+        faults = verify(folder, args.workers)
+        for fault in faults:
+            print(f"error: {fault}", file=sys.stderr)
+        if faults:
+            code = EXIT_FAULTY
+            continue
+        splits = load_manifest(folder)["splits"]
+        shards, tokens = (sum(f(splits[s]) for s in SPLITS) for f in (lambda e: len(e["shards"]), lambda e: e["tokens"]))
+        print(f"{folder}: {shards} shards, {tokens:,} tokens, all sound ({time.monotonic() - started:.1f} s)")
+    return code
+
+
+if __name__ == "__main__":
+    leave(exit_code(lambda: main(sys.argv[1:])))
