@@ -1,0 +1,98 @@
+"""The whole line on this machine's own Python: `make quickstart`.
+
+Runs the README's commands one after the other, each shown before it runs, on the standard library of the running Python. What
+an earlier quickstart finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch.distributed import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "def read_lines(path):\n"
+
+
+def commands(folder: Path, steps: int) -> list[tuple[str, list[str]]]:
+    """(what it does, the command) of each station."""
+    python, shards, run, hf = sys.executable, folder / "shards", folder / "run", folder / "hf"
+    length = ["--sequence_length", "256"]
+    preprocess = ["data/preprocess.py", "--input", "stdlib", "--train_tokenizer", "4096", "--validation_fraction", "0.02"]
+    train = ["launch/train.py", "--data", shards, "--output", run, "--model", "tiny", *length]
+    train += ["--deepspeed_config", "ds_configs/cpu_ep2_zero2.json", "--max_steps", steps, "--eval_interval", max(1, steps // 4)]
+    train += ["--eval_batches", "4", "--save_interval", max(1, steps // 2), "--log_interval", "10"]
+    launcher = ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", free_port()]
+    stations = [
+        ("Text to shards: the standard library, with a tokenizer trained on it", [python, *preprocess, "--output", shards]),
+        ("Training on two ranks: expert parallel, ZeRO-2, bf16", [*launcher, *train]),
+        ("Export: one folder for transformers", [python, "launch/export.py", "--checkpoint", run, "--output", hf]),
+        (
+            "Evaluation on the validation split",
+            [python, "launch/evaluate.py", "--model", hf, "--data", shards, "--output", folder / "evaluation.json", *length],
+        ),
+        (
+            "A function, written by the model",
+            [python, "launch/generate.py", "--model", hf, "--prompt", PROMPT, "--max_new_tokens", "96", "--temperature", "0.5"],
+        ),
+    ]
+    return [(title, [str(part) for part in command]) for title, command in stations]
+
+
+def shown(command: list[str]) -> str:
+    """The command as a person would type it."""
+    return shlex.join(["python" if part == sys.executable else part for part in command])
+
+
+def environment() -> dict[str, str]:
+    env = dict(os.environ)
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
+    env.setdefault("DS_ACCELERATOR", "cpu")  # the quickstart is the same on every machine
+    env.setdefault("CUDA_VISIBLE_DEVICES", "")
+    return env
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python launch/quickstart.py", description="The whole line, on this Python's own code.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything goes")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of 4,096 tokens")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    return run(arguments.folder, arguments.steps)
+
+
+def run(folder: Path, steps: int) -> int:
+    """Every station in turn, then what there is now; the exit code of the first that fails."""
+    began = time.monotonic()
+    stations = commands(folder, steps)
+    for number, (title, command) in enumerate(stations, 1):
+        print(f"\n[{number}/{len(stations)}] {title}\n$ {shown(command)}", flush=True)
+        try:
+            code = subprocess.run(command, env=environment(), check=False).returncode
+        except KeyboardInterrupt:
+            print("\ninterrupted; `make quickstart` goes on from here", file=sys.stderr)
+            return 130
+        if code:
+            print(f"\nstation {number} failed (exit code {code}); `make quickstart` goes on from here", file=sys.stderr)
+            return code
+    minutes = (time.monotonic() - began) / 60
+    print(f"""
+Done in {minutes:.1f} minutes. {folder}/ now holds shards/ (the tokens and the tokenizer), run/ (checkpoints, metrics.jsonl,
+W&B offline curves), hf/ (the model as a Hugging Face folder) and evaluation.json. Ask the model for more:
+    {shown([*stations[-1][1][:4], "--prompt", "class Stack:"])}
+and train the 800M model on your own code and GPUs:
+    python data/preprocess.py --input 'corpus/*.json.gz' --tokenizer bigcode/starcoder2-15b --output shards/
+    deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first""")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

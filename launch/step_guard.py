@@ -1,0 +1,104 @@
+"""A veto on the optimizer step: the global gradient norm is shown to a verdict before any weight changes.
+
+DeepSpeed computes the norm inside `optimizer.step`, where it skips the whole step when the norm is not finite. The hook wraps
+the method that computes the norm and answers with DeepSpeed's own sign for "invalid" (-1) where the verdict objects: the
+step is then discarded by the same path as an overflow, on every rank, gradients cleared and schedule not advanced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+Verdict = Callable[[float], "str | None"]
+INVALID_NORM = -1.0
+
+
+class StepGuard:
+    """Wraps the engine's optimizer; `step(verdict)` takes or skips the step. The same on every rank.
+
+    The engine's `gradient_clipping` stays DeepSpeed's, but for ZeRO stage 0, whose fp32 clipping averages the norms of
+    different experts over ranks (DeepSpeed issue 8475): there `clip` is applied here, each expert counted once.
+    """
+
+    def __init__(self, engine: Any, *, clip: float = 0.0) -> None:
+        self.engine, self.clip = engine, clip
+        self.grad_norm = 0.0
+        self.reason: str | None = None
+        self._verdict: Verdict = lambda _: None
+        optimizer = engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            self._norm = optimizer.scaled_global_norm
+            optimizer.scaled_global_norm = self._judge_norm
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self._norm_groups = optimizer._get_norm_groups
+            optimizer._get_norm_groups = self._judge_norm_groups
+        else:
+            self._step = optimizer.step
+            optimizer.step = self._judge_step
+
+    def step(self, verdict: Verdict) -> str | None:
+        """Take the engine's step unless `verdict(global gradient norm)` gives a reason not to; returns the reason."""
+        self.grad_norm, self.reason, self._verdict = math.inf, None, verdict
+        self.engine.step()
+        if self.reason is None and not self.engine.was_step_applied():
+            self.reason = "the gradients are not finite"
+        if self.reason is not None:
+            self._drop_gradients()
+        return self.reason
+
+    def _drop_gradients(self) -> None:
+        """DeepSpeed 0.19.8 clears the gradients of a skipped step but for ZeRO-2 with optimizer offload, where they would be
+        added to the next step's (its norm doubles; after a NaN every later step is NaN)."""
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+
+    def _object(self, norm: float) -> bool:
+        self.grad_norm = norm if norm >= 0 else math.inf  # DeepSpeed marks inf and NaN as -1
+        self.reason = self._verdict(self.grad_norm)
+        return self.reason is not None
+
+    def _judge_norm(self, norm_type: int = 2) -> torch.Tensor:
+        norm = self._norm(norm_type)
+        return torch.full_like(norm, INVALID_NORM) if self._object(float(norm)) else norm
+
+    def _judge_norm_groups(self) -> list[torch.Tensor]:
+        groups = self._norm_groups()
+        return [torch.full_like(groups[0], INVALID_NORM)] if self._object(float(combine_grad_norm_groups(groups))) else groups
+
+    def _judge_step(self, *args: Any, **kwargs: Any) -> Any:
+        norm = unsharded_grad_norm(self.engine.module)
+        # The engine reads this of ZeRO's optimizers: a skipped step must not advance the learning rate.
+        self.engine.optimizer.overflow = self._object(norm)
+        if self.engine.optimizer.overflow:
+            return None
+        if self.clip and norm > self.clip:
+            for parameter in self.engine.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.clip / (norm + 1e-6))
+        return self._step(*args, **kwargs)
+
+
+def unsharded_grad_norm(module: torch.nn.Module) -> float:
+    """Global 2-norm of gradients that ZeRO does not shard; experts that live on other ranks are counted once each."""
+    from deepspeed.utils import groups
+
+    squares: dict[str | None, torch.Tensor] = {None: torch.zeros((), dtype=torch.float64)}
+    for parameter in module.parameters():
+        if parameter.grad is None:
+            continue
+        name = None if getattr(parameter, "allreduce", True) else parameter.group_name
+        square = parameter.grad.double().square().sum()
+        squares[name] = squares.get(name, torch.zeros_like(square)) + square.to(squares.get(name, square).device)
+    for name in sorted(k for k in squares if k is not None):
+        dist.all_reduce(squares[name], group=groups._get_expert_parallel_group(name))
+    return math.sqrt(sum(float(s) for s in squares.values()))

@@ -1,0 +1,62 @@
+"""Stopping cleanly: signals and the clock ask, the next step boundary answers, on all ranks together.
+
+SIGTERM, SIGINT and SIGUSR1 on any rank (Slurm sends SIGUSR1 with `--signal=B:USR1@300`) set a flag; the trainer adds the
+flags of all ranks to the one all-reduce that every step makes anyway, so all ranks stop after the same step, save one
+checkpoint and exit with code 0. A second signal stops at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+#: One Ctrl-C reaches a rank twice, as the terminal's SIGINT and as the DeepSpeed launcher's SIGTERM: within this many seconds
+#: another kind of signal is the same request.
+ECHO_SECONDS = 5.0
+
+
+class StopRequest:
+    """What asks this rank to stop: None, or the name of a signal or of the time limit."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._started = time.monotonic()
+        self._deadline: float | None = None
+        self._first: tuple[int, float] | None = None
+
+    def install(self) -> StopRequest:
+        """Take over the signals. Early, so that one that comes during start-up is not lost."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        return self
+
+    def after(self, max_hours: float) -> None:
+        """Ask by the clock, this long after the process started; 0: never."""
+        self._deadline = self._started + max_hours * 3600 if max_hours else None
+
+    def disarm(self) -> None:
+        """All is saved: a launcher's late SIGTERM no longer turns exit code 0 into another."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first is not None:
+            first, when = self._first
+            if number != first and now - when < ECHO_SECONDS:
+                return
+            os.write(sys.stderr.fileno(), b"second signal: stopping at once\n")
+            os._exit(128 + number)
+        self._first = (number, now)
+        self.reason = signal.Signals(number).name
+        if os.environ.get("RANK", "0") == "0":
+            os.write(sys.stderr.fileno(), f"{self.reason}: saving after this step; once more stops at once\n".encode())
+
+    def requested(self) -> bool:
+        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = "--max_hours"
+        return self.reason is not None
