@@ -1,0 +1,73 @@
+"""What tests share: small shards of real code, a model to match, and a way to start ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from nursery import Nursery
+from support import ROOT, deepspeed_command
+
+VOCABULARY = 512
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of part of the standard library, with a tokenizer of 512 tokens trained on it."""
+    folder = tmp_path_factory.mktemp("small_shards")
+    source = folder / "code"
+    source.mkdir()
+    library = Path(json.__file__).parent.parent
+    for number, path in enumerate(sorted(library.glob("*.py"))[:60]):
+        (source / f"{number:03d}_{path.name}").write_bytes(path.read_bytes())
+    shards = folder / "shards"
+    command = [sys.executable, "data/preprocess.py", "--input", str(source), "--train_tokenizer", str(VOCABULARY)]
+    command += ["--output", str(shards), "--validation_fraction", "0.1", "--workers", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return shards
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config.json for `small_shards`: 2 layers, 8 experts in 4 groups, steps of milliseconds."""
+    from model import MoEGPTConfig
+
+    config = MoEGPTConfig.preset(
+        "tiny", vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, moe_intermediate_size=32, intermediate_size=64
+    )
+    folder = tmp_path_factory.mktemp("small_model")
+    config.save_pretrained(folder)
+    return folder / "config.json"
+
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def run_train() -> Run:
+    """`run_train(ranks, *flags)`: `launch/train.py` by the `deepspeed` launcher, or directly for one rank."""
+
+    def run(ranks: int, *flags: object, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+        launcher = deepspeed_command(ranks) if ranks > 1 else [sys.executable]
+        command = [*launcher, "launch/train.py", *(str(flag) for flag in flags)]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}, check=False
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Starts ranks without their imports; see tests/nursery.py."""
+    nursery = Nursery()
+    yield nursery
+    nursery.close()

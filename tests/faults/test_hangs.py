@@ -1,0 +1,71 @@
+"""Hangs have a culprit: a rank that stalls, spins or raises; all ranks end in the stated time, the last lines name it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from nursery import ROOT, Ranks
+from runs import Site, assert_same, last_saved
+
+STALL = 8.0
+#: silence or stall, then two beats and what a loaded machine adds.
+END_SECONDS = STALL + 20
+FAULTY = str(ROOT / "tests" / "faults" / "faulty_train.py")
+
+
+def last_lines(running: Ranks) -> list[str]:
+    return [line for line in running.text().splitlines() if line.startswith("error")]
+
+
+@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_stopped_rank_is_named(site: Site, whole: Path, tmp_path: Path, stopped: int) -> None:
+    run = tmp_path / "run"
+    running = site.start(run, pause_at=f"{stopped}/5/backward", stall_timeout=STALL)
+    running.until_said(f"rank {stopped} pauses at step 5, backward")
+    paused = time.monotonic()
+    other = 1 - stopped
+    running.until(lambda: other in running.poll(), "end of the other rank", timeout=END_SECONDS + 20)
+    assert running.codes[other] == 17
+    assert running.ended[other] - paused < END_SECONDS
+    said = "rank 0 does not answer any more" if stopped == 0 else r"rank 1 has been silent for \d+ s"
+    assert re.search(rf"error: {said}; last at step 5, backward \(host .*This is rank {other} at step 5", last_lines(running)[-1])
+    assert "Thread 0x" in running.text()  # the stacks of one who waited
+    running.signal(signal.SIGKILL, [stopped])
+    running.wait()
+    site.tally.append(("SIGSTOP of a rank", "backward", 0))
+    if stopped:
+        assert last_saved(run) == "step_4"
+        site.finish(run)
+        assert_same(run, whole)
+
+
+@pytest.mark.parametrize(
+    "fault, where, cause",
+    [
+        ("raise", "step 5, loading data", "ZeroDivisionError: planted"),
+        pytest.param("disk", "step 5, loading data", "OSError: .*planted", marks=pytest.mark.slow),
+        pytest.param("memory", "step 5, loading data", "OutOfMemoryError: planted", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_raises_is_named(site: Site, tmp_path: Path, fault: str, where: str, cause: str) -> None:
+    running = site.start(tmp_path / "run", script=FAULTY, env={"FAULT": fault})
+    assert running.wait() == [1, 1]
+    assert max(running.ended.values()) - min(running.ended.values()) < 14
+    lines = last_lines(running)
+    assert lines and all(re.search(rf"error: rank 1 failed at {where} \(host \S+\): {cause}", line) for line in lines), lines
+    site.tally.append((f"{fault} on one rank", where, 0))
+
+
+def test_a_rank_that_spins_is_named(site: Site, tmp_path: Path) -> None:
+    """It beats, and gets nowhere: after the stall time the ranks that are behind come first, with their stacks."""
+    running = site.start(tmp_path / "run", script=FAULTY, env={"FAULT": "spin"}, stall_timeout=STALL)
+    codes = running.wait(timeout=90)
+    assert 17 in codes and 0 not in codes, running.text()[-3000:]
+    lines = last_lines(running)
+    assert lines and all("no rank has moved for 8 s: rank 1 at step 5, loading data" in line for line in lines), lines
+    assert "faulty_train.py" in running.text()
+    site.tally.append(("one rank spins", "loading data", 0))

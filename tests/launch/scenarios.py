@@ -1,0 +1,438 @@
+"""What the ranks of `training_process.launch_ranks` do: each function is collective and returns something JSON can hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
+
+from launch import integrity  # noqa: E402
+from launch.checkpoint import CheckpointManager, TrainingState  # noqa: E402
+from launch.distributed import start  # noqa: E402
+from launch.engine import build_engine, build_model  # noqa: E402
+from launch.expert_parallel import moe_layers  # noqa: E402
+from model import MoEGPTConfig  # noqa: E402
+from model.balance import LoadBalancer  # noqa: E402
+
+GLOBAL_BATCH, SEQUENCE, VOCABULARY = 8, 24, 97
+
+
+def model_config(**overrides: Any) -> MoEGPTConfig:
+    """Odd sizes, so that nothing divides by luck; dropout, so that random states matter; twelve experts, so that 10 follows 9."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 48, "moe_intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "num_key_value_heads": 1, "head_dim": 16, "n_routed_experts": 12, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3,
+        "max_position_embeddings": 64, "rope_parameters": None, "expert_dropout": 0.1, "router_bias_rate": 0.01,
+    }  # fmt: skip
+    return MoEGPTConfig.preset("tiny", **{**fields, **overrides})
+
+
+def deepspeed_config(stage: int, dtype: str, ep: int) -> dict[str, Any]:
+    world_size = dist.get_world_size()
+    config: dict[str, Any] = {
+        "train_batch_size": GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 2**31,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.01, "torch_adam": True}},
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": 40, "warmup_num_steps": 4, "warmup_type": "linear", "cos_min_ratio": 0.1},
+        },
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 10000, "allgather_bucket_size": 10000},
+        "expert_parallel": {"enabled": True, "autoep_size": ep, "preset_model": "deepseek_v3", "use_grouped_mm": False},
+    }
+    if dtype == "bfloat16":
+        config.update(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
+    return config
+
+
+class SmallRun:
+    """An engine on made-up data with the loop's essentials: loss, step, balance. Sample i is a function of i alone."""
+
+    def __init__(self, folder: str | Path, *, stage: int, dtype: str, ep: int, seed: int = 1, background: bool = False,
+                 resume: str | None = None, **config: Any) -> None:  # fmt: skip
+        self.config = model_config(**config)
+        identity = {
+            "model": self.config.to_dict(), "data": "made up", "sequence_length": SEQUENCE, "global_batch": GLOBAL_BATCH,
+            "world_size": dist.get_world_size(), "ep_size": ep, "zero_stage": stage, "dtype": dtype,
+        }  # fmt: skip
+        self.manager = CheckpointManager(Path(folder), keep_last=0, keep_every=0, identity=identity, background=background)
+        self.verdict = self.manager.find(resume) if resume else None
+        model = build_model(self.config, seed=seed, attn_implementation="sdpa")
+        ds = deepspeed_config(stage, dtype, ep)
+        self.engine = build_engine(model, self.verdict.deepspeed_config(ds) if self.verdict else ds)
+        self.balancer = LoadBalancer(self.engine.module, self.config.router_bias_rate, all_reduce=dist.all_reduce)
+        self.step = self.samples = 0
+        for generator in (torch.manual_seed, random.seed, np.random.seed):
+            generator(1000 * seed + dist.get_rank())
+        if self.verdict and self.verdict.resumes:
+            self.restore(self.verdict)
+
+    def restore(self, verdict: Any) -> None:
+        state = self.manager.load(self.engine, verdict)
+        self.step, self.samples = state.step, state.samples
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        share = GLOBAL_BATCH // dist.get_world_size()
+        first = self.samples + dist.get_rank() * share
+        generators = [torch.Generator().manual_seed(7 + i) for i in range(first, first + share)]
+        ids = torch.stack([torch.randint(VOCABULARY, (SEQUENCE + 1,), generator=g) for g in generators]) // 3 * 3
+        return {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
+
+    def loss(self) -> torch.Tensor:
+        items = GLOBAL_BATCH * SEQUENCE / dist.get_world_size()
+        return self.engine(**self.batch(), num_items_in_batch=items).loss
+
+    def train(self, steps: int) -> list[list[float]]:
+        """[global loss, learning rate, this rank's random number] of each step."""
+        rows = []
+        for _ in range(steps):
+            loss = self.loss()
+            self.engine.backward(loss)
+            self.engine.step()
+            self.balancer.step()
+            self.step, self.samples = self.step + 1, self.samples + GLOBAL_BATCH
+            total = loss.detach().double().clone()
+            dist.all_reduce(total)
+            drawn = float(torch.rand(())) + random.random() + float(np.random.rand())
+            rows.append([float(total) / dist.get_world_size(), self.engine.get_lr()[0], drawn])
+        return rows
+
+    def first_loss(self) -> float:
+        """The global loss of the next batch, without dropout and without training."""
+        self.engine.eval()
+        with torch.no_grad():
+            total = self.loss().double()
+        self.engine.train()
+        dist.all_reduce(total)
+        return float(total) / dist.get_world_size()
+
+    def state(self, **extra: Any) -> TrainingState:
+        return TrainingState(step=self.step, samples=self.samples, tokens=self.samples * SEQUENCE, best_loss=0.1 + 0.2, extra=extra)
+
+    def save(self, **options: Any) -> Path:
+        return self.manager.save(self.engine, self.state(), **options)
+
+    def digest(self) -> str:
+        """Of everything on all ranks that training goes on from: module, optimizer, buffers."""
+        tensors = list(self.engine.module.state_dict().values())
+        for group in self.engine.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.engine.optimizer.state[parameter]
+                tensors += [parameter, *(torch.as_tensor(state[name]) for name in sorted(state))]
+        h = hashlib.sha256()
+        for tensor in tensors:
+            h.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        digests = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, h.hexdigest())
+        return "".join(map(str, digests))
+
+    def counters(self) -> list[int]:
+        return [self.engine.global_steps, self.engine.global_samples, self.engine.skipped_steps]
+
+    def bias(self) -> list[list[float]]:
+        return [layer.router.e_score_correction_bias.tolist() for layer in moe_layers(self.engine.module)]
+
+
+def same_topology(folder: str, kinds: list[tuple[int, str]], ep: int) -> dict[str, Any]:
+    """For each (stage, dtype): an uninterrupted run against one that saves, forgets all and resumes, twice."""
+    out = {}
+    for stage, dtype in kinds:
+        where = Path(folder) / f"zero{stage}-{dtype}"
+        whole = SmallRun(where, stage=stage, dtype=dtype, ep=ep)
+        rows = whole.train(3)
+        path = whole.save()
+        uninterrupted = rows + whole.train(2)
+        middle = whole.digest()
+        whole.save(is_best=True)
+        uninterrupted += whole.train(2)
+        other = SmallRun(where, stage=stage, dtype=dtype, ep=ep, seed=99, resume="step_3")
+        bias_loaded = other.bias()
+        resumed = other.train(2)
+        middle_resumed = other.digest()
+        again = SmallRun(where, stage=stage, dtype=dtype, ep=ep, seed=98, resume="auto")
+        resumed += again.train(2)
+        out[f"zero{stage}-{dtype}"] = {
+            "uninterrupted": uninterrupted[3:], "resumed": resumed, "digests": [whole.digest(), again.digest()],
+            "middle": [middle, middle_resumed], "counters": [whole.counters(), again.counters()], "message": again.verdict.message,
+            "bias_loaded": bias_loaded, "files": sorted(p.name for p in path.iterdir()), "folder": str(where),
+        }  # fmt: skip
+    return out
+
+
+def full_state(run: SmallRun) -> dict[str, dict[str, str]]:
+    """A hash of every parameter's fp32 master and moments, whole: ZeRO partitions and experts of all ranks put together."""
+    engine, out = run.engine, {}
+    for name, parameter in engine.module.named_parameters():
+        out[name] = {}
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                value = full_value(engine, parameter, key)
+            if not getattr(parameter, "allreduce", True):
+                group = groups._get_expert_parallel_group(parameter.group_name)
+                parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+                dist.all_gather(parts, value.contiguous(), group=group)
+                value = torch.cat(parts)
+            out[name][key] = hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return out
+
+
+def full_value(engine: Any, parameter: torch.Tensor, key: str) -> torch.Tensor:
+    if engine.zero_optimization_stage() == 0:
+        return parameter.detach() if key == "fp32" else engine.optimizer.state[parameter][key]
+    if key == "fp32":
+        return safe_get_full_fp32_param(parameter)
+    if engine.zero_optimization_stage() == 3:
+        return safe_get_full_optimizer_state(parameter, key)
+    if parameter._hp_mapping is not None:  # this rank's partition has a part of it; DeepSpeed links the two only lazily
+        flat = engine.optimizer.param_groups[parameter._hp_mapping.param_group_index]["params"][0]
+        parameter._hp_mapping.set_optim_state_fragment(flat, engine.optimizer.state[flat])
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def forget_expert_groups() -> None:
+    """DeepSpeed keeps expert groups for the life of a process; a test has engines of several EP sizes in one."""
+    for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        setattr(groups, name, {})
+        setattr(groups, f"{name}_RANKS", {})
+
+
+def describe(run: SmallRun) -> dict[str, Any]:
+    return {
+        "first_loss": run.first_loss(), "state": full_state(run), "bias": run.bias(), "counters": run.counters(),
+        "position": [run.step, run.samples], "lr": run.engine.get_lr(), "message": run.verdict.message if run.verdict else "",
+    }  # fmt: skip
+
+
+def make(folder: str, kinds: list[tuple[int, str]], ep: int) -> dict[str, Any]:
+    """Short runs, one for each (stage, dtype), each saved at step 3, and the losses they go on with."""
+    out = {}
+    for stage, dtype in kinds:
+        run = SmallRun(Path(folder) / f"zero{stage}-{dtype}", stage=stage, dtype=dtype, ep=ep, expert_dropout=0.0)
+        run.train(3)
+        run.save()
+        out[f"zero{stage}-{dtype}"] = describe(run)
+        out[f"zero{stage}-{dtype}"]["next_losses"] = [row[0] for row in run.train(3)]
+    return out
+
+
+def take(folder: str, cases: list[tuple[str, int, str, int]]) -> dict[str, Any]:
+    """Resume each (source, stage, dtype, ep) in this launch's layout; train on, save, resume that plainly, roll back."""
+    out = {}
+    for source, stage, dtype, ep in cases:
+        forget_expert_groups()
+        where = Path(folder) / f"ws{dist.get_world_size()}" / f"{source}-to-zero{stage}-{dtype}-ep{ep}"
+        if dist.get_rank() == 0:
+            shutil.copytree(Path(folder) / source, where)
+        dist.barrier()
+        layout = {"stage": stage, "dtype": dtype, "ep": ep, "expert_dropout": 0.0}
+        run = SmallRun(where, seed=50, resume="auto", **layout)
+        found = describe(run)
+        found["converted"] = sorted(p.name for p in (where / "checkpoints").iterdir())
+        first = run.train(1)
+        run.save()
+        found["after_save"] = sorted(p.name for p in (where / "checkpoints").iterdir())
+        trained = run.train(2)
+        found["next_losses"] = [row[0] for row in first + trained]
+        plain = SmallRun(where, seed=51, resume="auto", **layout)
+        found["second"] = [trained, plain.train(2), plain.verdict.conversions]
+        run.restore(run.manager.latest())  # by the engine that started from the conversion
+        found["rolled_back"] = run.train(2)
+        out[f"{source}-to-zero{stage}-{dtype}-ep{ep}"] = found
+    return out
+
+
+def exportable(folder: str, runs: dict[str, dict[str, Any]], ep: int) -> None:
+    """Each named run trains, gets correction biases that reroute, is saved, and leaves the engine's logits beside."""
+    for name, options in runs.items():
+        run = SmallRun(Path(folder) / name, ep=ep, **options)
+        run.train(2)
+        for number, layer in enumerate(moe_layers(run.engine.module)):
+            noise = torch.randn(12, generator=torch.Generator().manual_seed(number)) * 0.3
+            layer.router.e_score_correction_bias.copy_(noise)
+        run.save(is_best=True)
+        ids = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(5))
+        run.engine.eval()
+        with torch.no_grad():
+            logits = run.engine.module(ids).logits
+            for layer in moe_layers(run.engine.module):
+                layer.router.e_score_correction_bias.zero_()
+            unbiased = run.engine.module(ids).logits
+        if dist.get_rank() == 0:
+            torch.save({"ids": ids, "logits": logits, "unbiased": unbiased}, Path(folder) / name / "expected.pt")
+
+
+def everyone(value: Any) -> list[Any]:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def in_the_background(folder: str, kinds: list[tuple[int, str]]) -> dict[str, Any]:
+    """Saves that a slow disk draws out over several training steps, a failing one, and what resumes from them."""
+    out = {}
+    write = integrity.HashingFile.write
+
+    def slow_write(file: integrity.HashingFile, data: bytes) -> int:
+        time.sleep(0.002)
+        return write(file, data)
+
+    for stage, dtype in kinds:
+        kind = {"stage": stage, "dtype": dtype, "ep": 2}
+        where = Path(folder) / f"zero{stage}-{dtype}"
+        run = SmallRun(where, background=True, **kind)
+        rows = run.train(2)
+        integrity.HashingFile.write = slow_write
+        path = run.save()
+        rows += run.train(2)
+        meanwhile = not path.exists()
+        path = run.save(is_best=True)  # waits for the first
+        first_whole = (where / "checkpoints/step_2/manifest.json").exists()
+        rows += run.train(1)
+        run.manager.wait()
+        integrity.HashingFile.write = write
+        resumed = []
+        for step in (2, 4):
+            other = SmallRun(where, seed=30, resume=f"step_{step}", **kind)
+            resumed.append(other.train(5 - step))
+        out[f"zero{stage}-{dtype}"] = {
+            "overlapped": everyone(meanwhile), "first_whole": everyone(first_whole),
+            "rows": rows, "resumed": resumed, "digests": [run.digest(), other.digest()],
+        }  # fmt: skip
+    if dist.get_rank() == 1:
+        integrity.HashingFile.write = failing_write
+    run.save()
+    rows = run.train(1)
+    try:
+        run.manager.wait()
+        out["failure"] = everyone("")
+    except ValueError as error:
+        out["failure"] = everyone(str(error))
+    integrity.HashingFile.write = write
+    out["left"] = sorted(p.name for p in (where / "checkpoints").iterdir())
+    return out
+
+
+def failing_write(file: integrity.HashingFile, data: bytes) -> int:
+    file.error = OSError(28, "No space left on device", "disk")
+    raise file.error
+
+
+def rank_faults(folder: str) -> dict[str, Any]:
+    """Faults that strike rank 1 alone, between them training that must equal an uninterrupted run."""
+    kind, last = {"stage": 2, "dtype": "float32", "ep": 2}, dist.get_world_size() - 1
+    whole = SmallRun(Path(folder) / "uninterrupted", **kind)
+    expected = whole.train(5)
+    run = SmallRun(Path(folder) / "run", **kind)
+    trained = run.train(2)
+    run.save()
+    out: dict[str, Any] = {}
+
+    # A disk that is full for the last rank only: a file of more than so many bytes cannot be written.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    trained += run.train(1)
+    if dist.get_rank() == last:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        run.save()
+        out["full_disk"] = everyone("saved")
+    except ValueError as error:
+        out["full_disk"] = everyone(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out["after_full_disk"] = sorted(p.name for p in (Path(folder) / "run/checkpoints").iterdir())
+    trained += run.train(1)
+    run.save()
+
+    # A file that the last rank alone cannot read.
+    unseen = "step_4/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    check = integrity.check_files
+
+    def check_with_a_hole(where: Path, files: dict, hashed: list[str]) -> None:
+        if where.name == "step_4":
+            raise integrity.DamagedError(f"{where.parent / unseen} cannot be read (No such file or directory)")
+        check(where, files, hashed)
+
+    if dist.get_rank() == last:
+        integrity.check_files = check_with_a_hole
+    other = SmallRun(Path(folder) / "run", seed=9, resume="auto", **kind)
+    out["hole"] = everyone(other.verdict.message)
+    out["from_step"] = everyone(other.step)
+    integrity.check_files = check
+    trained = trained[:2] + other.train(3)
+    out["expected"], out["trained"] = expected, trained
+    out["digests"] = [whole.digest(), other.digest()]
+
+    # Another layout asked for by one rank alone would be a fault of the program; another dataset by all is a refusal on all.
+    other.manager.identity["data"] = "other data"
+    try:
+        out["refusal"] = everyone(other.manager.find("auto").message)
+    except ValueError as error:
+        out["refusal"] = everyone(str(error))
+    return out
+
+
+def save_and_die(folder: str, rank: int, phase: str) -> None:
+    """Save step 2, then have `rank` killed at a phase of saving step 3; the others must end by themselves."""
+    run = SmallRun(folder, stage=2, dtype="float32", ep=2)
+    run.train(2)
+    run.save()
+    run.train(1)
+
+    def die(now: str) -> None:
+        if dist.get_rank() == rank and now == phase:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run.manager._on_phase = die
+    run.save()
+
+
+def go_on(folder: str, stage: int, dtype: str, ep: int, steps: int) -> list[list[float]]:
+    run = SmallRun(folder, stage=stage, dtype=dtype, ep=ep, resume="auto")
+    return [[run.step], *run.train(steps)]
+
+
+def convert_and_tell(folder: str, started: str) -> None:
+    """Resume in another layout, telling by a file when the conversion has begun."""
+    run = SmallRun(folder, stage=2, dtype="float32", ep=1, expert_dropout=0.0)
+    run.manager._on_phase = lambda phase: Path(started).touch() if phase.startswith("converting") else None
+    run.restore(run.manager.find("auto"))
+
+
+def main() -> None:
+    name, arguments = sys.argv[1], json.loads(sys.argv[2])
+    answer = arguments.pop("answer")
+    start(timeout=120)
+    result = globals()[name](**arguments)
+    if dist.get_rank() == 0:
+        Path(answer).write_text(json.dumps(result))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    main()

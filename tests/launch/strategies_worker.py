@@ -1,0 +1,89 @@
+"""Started by the `deepspeed` launcher: trains a few steps with each file of ds_configs/ and writes what came out.
+
+    strategies_worker.py MODEL_CONFIG OUTPUT FILE...
+
+Only what the number of ranks forces is changed: batch sizes, and the expert-parallel size where it is larger than there are ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch import deepspeed_config, distributed
+from launch.engine import build_engine, build_model, load_model_config
+from launch.errors import make_quiet
+from launch.expert_parallel import moe_layers
+from launch.step_guard import StepGuard
+from model.balance import LoadBalancer
+
+STEPS, LENGTH = 4, 64
+
+
+def scaled(path: Path, ranks: int) -> dict[str, Any]:
+    config = deepspeed_config.read_config(path)
+    config["expert_parallel"]["autoep_size"] = min(ranks, config["expert_parallel"]["autoep_size"])
+    config.update(train_batch_size=4 * ranks, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2)
+    config["scheduler"]["params"]["warmup_num_steps"] = 2
+    return config
+
+
+def train(model_config: str, path: Path) -> dict[str, Any]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model_settings = load_model_config(model_config)
+    config = deepspeed_config.resolve_config(
+        scaled(path, ranks), path, world_size=ranks, num_experts=model_settings.n_routed_experts, max_steps=100
+    )
+    engine = build_engine(build_model(model_settings, seed=0, attn_implementation="sdpa"), config)
+    guard, balancer = StepGuard(engine), LoadBalancer(engine.module, 0.01, dist.all_reduce)
+    tokens = torch.randint(0, model_settings.vocab_size, (4 * ranks, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    losses, norms = [], []
+    for _ in range(STEPS):
+        total = torch.zeros(())
+        for number in range(2):
+            rows = tokens[(2 * number * ranks + 2 * rank) :][:2]
+            loss = engine(input_ids=rows[:, :-1].contiguous(), shift_labels=rows[:, 1:].contiguous()).loss
+            engine.backward(loss)
+            total += loss.detach().float() / 2 / ranks
+            if number == 0:
+                engine.step()
+        dist.all_reduce(total)
+        assert guard.step(lambda norm: None) is None
+        balancer.step()
+        losses.append(float(total))
+        norms.append(guard.grad_norm)
+    checkpointing = engine.module.model.gradient_checkpointing
+    return {
+        "losses": losses,
+        "norms": norms,
+        "recomputes": checkpointing,
+        "stage": engine.zero_optimization_stage(),
+        "ep_size": moe_layers(engine.module)[0].ep_size,
+    }
+
+
+def main() -> None:
+    make_quiet()
+    distributed.set_environment()
+    distributed.start(timeout=300)
+    _, *arguments = [a for a in sys.argv if not a.startswith("--local_rank")]
+    model_config, output, *files = arguments
+    results = {}
+    for file in files:
+        try:
+            results[Path(file).name] = train(model_config, Path(file))
+        except Exception as error:
+            results[Path(file).name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    if dist.get_rank() == 0:
+        Path(output).write_text(json.dumps(results))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The whole line by the quickstart's own commands, with fewer steps; then once more in the same folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, metrics
+
+
+def quickstart(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/quickstart.py", "--folder", str(folder), "--steps", "8"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("quickstart")
+    return folder, quickstart(folder)
+
+
+def test_every_station(finished: tuple) -> None:
+    folder, done = finished
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [row["val_loss"] for row in metrics(folder / "run") if "val_loss" in row]
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert losses[-1] < losses[0] - 0.5
+    # bf16 weights of the export against the training engine's own, on the whole split instead of its first samples
+    assert abs(evaluation["loss"] - losses[-1]) < 0.5
+    assert evaluation["perplexity"] == pytest.approx(2.718281828459045 ** evaluation["loss"])
+    assert "def read_lines(path):" in done.stdout.split("[5/5]")[1].split("Done in")[0].split("$")[1]
+
+
+def test_output_is_quiet(finished: tuple) -> None:
+    text = finished[1].stdout + finished[1].stderr
+    loud = [line for line in text.splitlines() if "warning" in line.lower() or "Traceback" in line]
+    assert [line for line in loud if "empty text" not in line] == []  # the standard library has three empty files
+
+
+def test_a_second_time_goes_on_from_what_is_there(finished: tuple) -> None:
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run" / "checkpoints").rglob("*") if path.is_file()}
+    again = quickstart(folder)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "step_8" in again.stderr and "finished at step 8" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}

@@ -1,0 +1,154 @@
+"""`launch/train.py` as a user meets it: mistakes are one sentence and exit code 2 on every rank; a run leaves what it promises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from support import metrics
+
+SHORT = ("--sequence_length", 64, "--max_steps", 3, "--eval_batches", 1, "--log_interval", 1, "--wandb", "disabled")
+
+
+@pytest.fixture
+def flags(small_shards: Path, small_model: Path, tmp_path: Path) -> list:
+    return ["--data", small_shards, "--model", small_model, "--output", tmp_path / "run", *SHORT]
+
+
+def refuse(done) -> str:
+    """The one sentence of a refused command."""
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def changed(flags: list, **changes: object) -> list:
+    flags = list(flags)
+    for name, value in changes.items():
+        if f"--{name}" in flags:
+            flags[flags.index(f"--{name}") + 1] = value
+        else:
+            flags += [f"--{name}", value]
+    return flags
+
+
+def test_two_ranks_speak_once(flags: list, run_train, tmp_path: Path) -> None:
+    sentence = refuse(run_train(2, *changed(flags, data=tmp_path / "nowhere")))
+    assert "no shards at" in sentence and "nowhere" in sentence and "preprocess.py" in sentence
+
+
+# Those that are seen before the ranks join, then those after it.
+MISTAKES = {
+    "flag": ({"epochs": 3}, "unrecognized arguments: --epochs 3; --help lists the flags"),
+    "preset": ({"model": "7b"}, "unknown preset '7b'; the presets are tiny"),
+    "vocabulary": ({"model": "tiny"}, "tokenizer of 512 tokens and the model tiny has a vocabulary of 4096"),
+    "context": ({"sequence_length": 4096}, "beyond the 1024 positions"),
+    "json": ({"deepspeed_config": "ds_configs/none.json"}, "is not a file; ds_configs/ has cpu_ep1_zero2.json"),
+    "steps": ({"max_steps": 0}, "--max_steps must be at least 1"),
+    "ranks": ({"deepspeed_config": "ds_configs/cpu_ep2_zero2.json"}, "autoep_size 2 does not divide the 1 ranks"),
+    "weight": ({"data": "shards:much"}, "the weight after the colon must be a number"),
+}
+LATER_MISTAKES = {
+    "resume": ({"resume": "elsewhere"}, "--resume elsewhere: no checkpoint there"),
+    "init": ({"init_from": "nothing"}, "--init_from nothing is not an exported model"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(mistake: str, flags: list, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """In this process, up to where the ranks join."""
+    changes, sentence = MISTAKES[mistake]
+    from launch import distributed
+    from launch.arguments import parse_arguments
+    from launch.train import plan
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        arguments = parse_arguments([str(f) for f in changed(flags, **changes)])
+        plan(arguments, distributed.set_environment()[1])
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("mistake", LATER_MISTAKES)
+def test_mistakes_after_joining(mistake: str, flags: list, run_train) -> None:
+    changes, sentence = LATER_MISTAKES[mistake]
+    assert sentence in refuse(run_train(1, *changed(flags, **changes)))
+
+
+def test_a_run_and_what_it_leaves(flags: list, run_train, small_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_train(1, *flags, "--rope_factor", 3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr and "WARNING" not in done.stderr
+    rows = [row for row in metrics(run) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["samples"] for row in rows] == [16, 32, 48]
+    assert all(len(row["load_max_over_mean"]) == 2 for row in rows)
+    evaluated = [row for row in metrics(run) if "val_loss" in row]
+    assert [row["step"] for row in evaluated] == [0, 3]
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["rope_parameters"]["factor"] == 3.0
+    assert config["versions"]["deepspeed"] and config["deepspeed"]["scheduler"]["params"]["total_num_steps"] == 3
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_3"
+    assert (run / "tokenizer" / "tokenizer.json").read_bytes() == (small_shards / "tokenizer" / "tokenizer.json").read_bytes()
+
+    # The same folder again: nothing left to do, and no harm; other settings: refused with the difference.
+    again = run_train(1, *flags, "--rope_factor", 3)
+    assert again.returncode == 0 and "finished at step 3" in again.stderr
+    assert "rope_parameters" in refuse(run_train(1, *flags))
+
+
+def test_a_folder_that_is_no_run(flags: list, run_train, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    assert "holds 'thesis.tex' but no run" in refuse(run_train(1, *flags))
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_patience_stops_early(flags: list, run_train, small_model: Path, tmp_path: Path) -> None:
+    """With a learning rate and a balancing rate of 0 no evaluation after the first is a new best."""
+    model = tmp_path / "unbalanced.json"
+    model.write_text(json.dumps({**json.loads(small_model.read_text()), "router_bias_rate": 0.0}))
+    config = json.loads(Path("ds_configs/cpu_ep1_zero2.json").read_text())
+    config["optimizer"]["params"]["lr"] = 0.0
+    path = tmp_path / "still.json"
+    path.write_text(json.dumps(config))
+    settings = {"max_steps": 50, "eval_interval": 1, "patience": 2, "deepspeed_config": path, "model": model}
+    done = run_train(1, *changed(flags, **settings))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "stopped early" in done.stderr
+    assert max(row["step"] for row in metrics(tmp_path / "run")) == 2
+
+
+def test_two_ranks_without_a_compiler(flags: list, run_train, tmp_path: Path) -> None:
+    """DeepSpeed's communication operator cannot be built; gloo reduces instead. Expert parallelism by the default strategy."""
+    only_python = str(Path(sys.executable).parent)
+    assert not shutil.which("c++", path=only_python)
+    done = run_train(2, *flags, PATH=only_python, TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 ranks, expert parallel 2, ZeRO 2, bfloat16" in done.stderr
+    losses = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 3 and losses[2] < losses[0]
+
+
+def test_verify_refuses_a_flipped_bit(flags: list, run_train, small_shards: Path, tmp_path: Path) -> None:
+    """Only `--verify` reads the sums; without it structure and sizes are checked, and a flipped bit passes."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(small_shards, damaged)
+    path = next((damaged / "train").glob("*.bin"))
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    sentence = refuse(run_train(1, *changed(flags, data=damaged), "--verify"))
+    assert path.name in sentence and "sha256" in sentence
+
+
+def test_document_mask_trains(flags: list, run_train, tmp_path: Path) -> None:
+    done = run_train(1, *changed(flags, max_steps=2), "--document_mask")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == [1, 2]

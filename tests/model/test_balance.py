@@ -1,0 +1,102 @@
+"""The bias step against its definition, and what it does to a router that collapses."""
+
+import pytest
+import torch
+
+from model.balance import LoadBalancer, bias_step, health
+from model.config import MoEGPTConfig
+from model.router import Gate
+from tests import reference
+
+
+@pytest.mark.parametrize(
+    "load", [[10, 0, 5, 5], [0, 0, 0, 40], [7, 7, 7, 7], [0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 9], [2**40, 1, 1, 2**40 - 1]]
+)
+def test_step_equals_the_definition(load: list[int]) -> None:
+    bias = torch.linspace(-0.2, 0.3, len(load), dtype=torch.float64)
+    ours = bias_step(bias, torch.tensor(load), 0.001)
+    torch.testing.assert_close(ours.tolist(), reference.bias_step(bias.tolist(), load, 0.001), rtol=1e-14, atol=1e-16)
+    assert float(ours.sum() - bias.sum()) == pytest.approx(0, abs=1e-15)  # zero-mean
+
+
+def test_step_direction_and_silence() -> None:
+    step = bias_step(torch.zeros(4), torch.tensor([100, 0, 0, 0]), 0.001)
+    assert step[0] < 0 < step[1] == step[2] == step[3]
+    assert torch.equal(bias_step(torch.ones(4), torch.tensor([3, 3, 3, 3]), 0.001), torch.ones(4))
+    assert torch.equal(bias_step(torch.ones(4), torch.zeros(4, dtype=torch.int64), 0.001), torch.ones(4))
+
+
+def gates(count: int) -> list[Gate]:
+    torch.manual_seed(1)
+    config = MoEGPTConfig.preset("tiny", hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
+    made = [Gate(config) for _ in range(count)]
+    for gate in made:
+        torch.nn.init.normal_(gate.weight, std=0.5)
+    return made
+
+
+def test_balancer_sums_over_ranks_in_one_reduction_and_updates_in_place() -> None:
+    layers = gates(3)
+    buffers = [gate.e_score_correction_bias for gate in layers]
+    x_TH = torch.randn(100, 32)
+    for gate in layers:
+        gate(x_TH)
+    loads = [gate.load_E.clone() for gate in layers]
+    squares = [float(gate.logit_square_sum) for gate in layers]
+    other_rank = torch.randint(0, 300, (3, 8))
+    calls = []
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        assert tensor.dtype == torch.int64
+        calls.append(tensor.shape)
+        tensor[:, :8] += other_rank
+
+    balancer = LoadBalancer(layers, rate=0.01, all_reduce=all_reduce)
+    metrics = balancer.step()
+    assert len(calls) == 1
+    for layer, gate in enumerate(layers):
+        total = loads[layer] + other_rank[layer]
+        expected = reference.bias_step([0.0] * 8, total.tolist(), 0.01)
+        torch.testing.assert_close(buffers[layer].tolist(), expected, rtol=1e-6, atol=1e-9)
+        assert gate.e_score_correction_bias is buffers[layer]
+        assert int(gate.load_E.sum()) == 0 and float(gate.logit_square_sum) == 0
+        share = total.double() / total.sum()
+        assert metrics["load_max_over_mean"][layer] == pytest.approx(float(share.max() * 8))
+        rms = (squares[layer] * 2 / (float(total.sum()) * 8)) ** 0.5
+        assert metrics["router_logit_rms"][layer] == pytest.approx(rms, rel=1e-3)
+
+
+def test_it_flattens_a_skewed_load_and_rate_zero_does_not() -> None:
+    """Tokens with a common direction send most of the load to few experts; the bias brings it back."""
+
+    def run(rate: float) -> list[float]:
+        (gate,) = gates(1)
+        with torch.no_grad():
+            gate.weight[2] += 0.2  # together with the tokens' common offset this favours experts 2 and 3
+            gate.weight[3] += 0.2
+        balancer, imbalance = LoadBalancer([gate], rate), []
+        for _ in range(150):
+            gate(torch.randn(256, 32) + 0.5)
+            imbalance.append(balancer.step()["load_max_over_mean"][0])
+        return imbalance
+
+    still, balanced = run(0.0), run(0.02)
+    assert sum(still[-20:]) / 20 > 2.0
+    assert sum(balanced[-20:]) / 20 < 1.5
+    assert balanced[0] > 2.0
+
+
+def test_health_of_even_and_collapsed_loads() -> None:
+    load = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]])
+    bias = torch.tensor([[0.0, 0, 0, 0], [-0.3, 0.1, 0.1, 0.1]])
+    numbers = health(load, bias, torch.tensor([160.0, 0.0]), top_k=2)
+    assert numbers["load_max_over_mean"] == pytest.approx([1, 4])
+    assert numbers["load_entropy"] == pytest.approx([1, 0])
+    assert numbers["unused_experts"] == pytest.approx([0, 0.75])
+    assert numbers["bias_range"] == pytest.approx([0, 0.4])
+    assert numbers["router_logit_rms"] == pytest.approx([2.0, 0])  # 160 over 10 tokens x 4 experts is 4
+
+
+def test_a_model_without_routers_is_refused() -> None:
+    with pytest.raises(ValueError, match="no router"):
+        LoadBalancer(torch.nn.Linear(2, 2), 0.001)

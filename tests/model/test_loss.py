@@ -1,0 +1,156 @@
+"""The fused loss against the formula written out and against PyTorch's own."""
+
+import gc
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import loss as loss_module
+from model.loss import IGNORE, token_loss
+from tests import reference
+
+
+def case(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
+    head = (torch.randn(vocab, hidden, dtype=dtype) / hidden**0.5 * 3).requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,))
+    targets[::5] = IGNORE
+    targets[1] = vocab - 1  # end-of-text ids sit at either end: a target like any other
+    targets[2] = 0
+    return x, head, targets
+
+
+@pytest.mark.parametrize("z_weight", [0.0, 1e-3, 0.3])
+@pytest.mark.parametrize("num_items", [None, 17.0, "tensor"])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_against_the_formula_in_float64(
+    z_weight: float, num_items: object, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, head, targets = case(43, 6, 29, torch.float64)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_rows * 4 * 29)
+    given = torch.tensor(31) if num_items == "tensor" else num_items
+    count = {None: float((targets >= 0).sum()), 17.0: 17.0, "tensor": 31.0}[num_items]  # type: ignore[index]
+    expected = reference.cross_entropy(x, head, targets, count, z_weight)
+    ours = token_loss(x, head, targets, given, z_weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    for a, b in zip(torch.autograd.grad(ours * 3, [x, head]), torch.autograd.grad(expected * 3, [x, head]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_pytorch(dtype: torch.dtype) -> None:
+    x, head, targets = case(700, 64, 500, dtype)
+    ours = token_loss(x, head, targets)
+    exact = F.cross_entropy(F.linear(x.double(), head.double()), targets)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, [x, head]), torch.autograd.grad(exact, [x, head]), strict=True):
+        assert a.dtype == dtype
+        error = (a.double() - b).norm() / b.norm()
+        assert error < (6e-3 if dtype == torch.bfloat16 else 1e-6), float(error)
+
+
+def test_micro_batches_add_up_to_the_global_mean() -> None:
+    """Whatever the split and however uneven the padding, with the global count the parts sum to the whole."""
+    x, head, targets = case(60, 8, 20, torch.float64)
+    whole = token_loss(x, head, targets)
+    items = (targets != IGNORE).sum()
+    parts = sum(token_loss(x[a:b], head, targets[a:b], items) for a, b in ((0, 3), (3, 41), (41, 60)))
+    torch.testing.assert_close(parts, whole)
+    uneven = sum(token_loss(x[a:b], head, targets[a:b]) for a, b in ((0, 3), (3, 41), (41, 60))) / 3
+    assert abs(float(uneven - whole)) > 1e-3  # the mean of means is something else
+
+
+def test_without_any_target_the_loss_is_zero() -> None:
+    x, head, _ = case(5, 4, 9, torch.float32)
+    ours = token_loss(x, head, torch.full((5,), IGNORE))
+    ours.backward()
+    assert float(ours) == 0 and x.grad is not None and float(x.grad.abs().sum()) == 0
+
+
+def test_huge_logits_stay_finite() -> None:
+    x, head, targets = case(50, 8, 30, torch.float32)
+    ours = token_loss(x * 1e4, head, targets)
+    assert ours.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(ours, [x, head]))
+
+
+def test_a_second_backward_is_right_too() -> None:
+    x, head, targets = case(20, 4, 9, torch.float64)
+    ours = token_loss(x, head, targets)
+    first = torch.autograd.grad(ours, [x, head], retain_graph=True)
+    second = torch.autograd.grad(ours, [x, head])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_no_gradient_work_without_gradients() -> None:
+    x, head, targets = case(20, 4, 9, torch.float64)
+    with torch.no_grad():
+        evaluated = token_loss(x, head, targets)
+    assert not evaluated.requires_grad
+    torch.testing.assert_close(evaluated, token_loss(x, head, targets).detach())
+
+
+class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes that tensors made inside it held at once, counted by storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        import weakref
+
+        self.seen.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.release, key, size)
+
+    def release(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def plain(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(x, head).float(), targets)
+
+
+def test_peak_memory_is_a_quarter_of_the_plain_way() -> None:
+    """8,192 tokens x 49,152, on the meta device: the shapes decide, nothing is computed."""
+    peaks = []
+    for function in (plain, lambda *args: loss_module.token_loss(*args)):
+        x = torch.empty(8192, 1536, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        head = torch.empty(49_152, 1536, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        targets = torch.empty(8192, dtype=torch.long, device="meta")
+        with Peak() as peak:
+            function(x, head, targets).backward()
+            gc.collect()
+        peaks.append(peak.most)
+    assert peaks[0] > 4e9  # fp32 logits, their log-softmax and its gradient: the measurement sees them
+    assert peaks[1] <= peaks[0] / 4, peaks
+
+
+@pytest.mark.slow
+def test_not_slower_than_the_plain_way() -> None:
+    x, head, targets = case(2048, 512, 49_152, torch.bfloat16)
+    times = {}
+    for name, function in {"plain": plain, "ours": token_loss}.items():
+        best = float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            function(x, head, targets).backward()
+            best = min(best, time.perf_counter() - start)
+        times[name] = best
+    assert times["ours"] < 1.1 * times["plain"], times

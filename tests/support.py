@@ -1,0 +1,22 @@
+"""Functions that tests of several folders call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def deepspeed_command(ranks: int) -> list[str]:
+    """The launcher of this environment, on a port of its own so that runs can go on side by side."""
+    from launch.distributed import free_port
+
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+
+
+def metrics(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,52 @@
+"""Importing a module of ours touches no network and writes no file, and `model` needs only torch and transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for folder in ("model", "data", "launch")
+    for path in (ROOT / folder).rglob("*.py")
+)
+WATCHED = """
+import importlib, sys
+def hook(event, arguments):
+    if event in ("socket.connect", "os.mkdir", "os.rename"):
+        raise RuntimeError(f"import did {event} {arguments}")
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        if "__pycache__" not in str(arguments[0]) and str(arguments[0]) != "/dev/null":
+            raise RuntimeError(f"import opened {arguments[0]} for writing")
+# What libraries do when they are first imported is theirs: first without the hook, then every module of ours once more with it.
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for name in sys.argv[1:]:
+    del sys.modules[name]
+sys.addaudithook(hook)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def test_modules_were_found() -> None:
+    assert {"model.moe", "data.preprocess", "launch.train", "launch.benchmarks.data"} <= set(MODULES)
+
+
+def test_imports_touch_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", WATCHED, *MODULES], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("package", "foreign"), [("model", ("data", "launch", "deepspeed")), ("data", ("model", "launch", "deepspeed"))]
+)
+def test_imports_run_one_way(package: str, foreign: tuple[str, ...]) -> None:
+    names = [name for name in MODULES if name.split(".")[0] == package]
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    code += "print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & set(foreign)
