@@ -13,6 +13,8 @@ import orjson
 
 from data.readers import MAX_LINE_BYTES, Block, too_long
 
+#: Why a text of nothing but white space is refused. A source tree has many such files, so no warning names them.
+EMPTY = "empty text"
 #: Besides white space, NUL and characters without width do not make a text either.
 VISIBLE = re.compile("[^\\s\ufeff\u200b\u200c\u200d\u2060\x00]")
 
@@ -36,7 +38,7 @@ def read_documents(block: Block, text_field: str) -> Iterator[Document | tuple[s
     for name, line, value in _values(block):
         if isinstance(value, bytes) and not value.strip():
             if line is None:
-                yield name, line, "empty text"
+                yield name, line, EMPTY
             continue
         try:
             row = _row(value, text_field, is_file=line is None)
@@ -102,7 +104,7 @@ def _text(row: dict[str, Any], text_field: str) -> str:
     if not isinstance(text, str):
         raise Refused(f"{text_field} is not a string")
     if not VISIBLE.search(text):
-        raise Refused("empty text")
+        raise Refused(EMPTY)
     if not text.isascii():
         try:
             text.encode("utf-8")

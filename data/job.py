@@ -20,6 +20,7 @@ from data.contamination import Contamination
 from data.contamination import describe as describe_benchmarks
 from data.corpus import Source, find_sources
 from data.dedup import Duplicates
+from data.documents import EMPTY
 from data.fim import FimOptions
 from data.pool import Team
 from data.readers import Position, ReadOptions, read_blocks
@@ -163,7 +164,7 @@ class Job:
             # Without what differs from file to file, so that equal faults are counted together.
             self.rejected[reason.split(" (")[0].split(";")[0]] += 1
             self.ledger.append_rejected(name, line, reason)
-            if line is None and self.rejected.total() <= WARNINGS:
+            if line is None and reason != EMPTY and self.rejected.total() <= WARNINGS:
                 print(f"warning: {name}: {reason}", file=sys.stderr, flush=True)
 
     def save(self) -> None:

@@ -150,7 +150,7 @@ def _clear_files(folder: Path) -> None:
 def clear_leftovers(folder: Path) -> None:
     """The manifest is there, so the job is complete: only it, the shards, the tokenizer and `rejected.jsonl` stay."""
     assert (folder / MANIFEST).is_file()
-    _clear_files(folder)
     for split in SPLITS:
         for path in (folder / split).glob(".*.tmp"):
             path.unlink()
+    _clear_files(folder)  # the state last of all: while it is there, something may be left

@@ -78,6 +78,9 @@ class Background:
         except Exception as error:  # handed to whoever asks for the result
             self._error = error
 
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
     def result(self) -> None:
         self._thread.join()
         if self._error is not None:

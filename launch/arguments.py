@@ -24,6 +24,7 @@ class TrainArguments:
     save_interval: int
     keep_last: int
     keep_every: int
+    async_save: bool
     resume: str
     init_from: Path | None
     seed: int
@@ -105,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument("--save_interval", type=int, default=50_000)
     out.add_argument("--keep_last", type=int, default=3, help="checkpoints to keep; 0: all")
     out.add_argument("--keep_every", type=int, default=0, help="also keep every checkpoint at a multiple of this step")
+    out.add_argument(
+        "--async_save",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="training goes on while a checkpoint, copied to host memory, is written",
+    )
     out.add_argument("--resume", default="auto", metavar="auto|never|PATH")
     out.add_argument("--verify", action="store_true", help="check the shards' checksums before training")
     out.add_argument("--wandb", default="offline", choices=("online", "offline", "disabled"))

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,18 +23,23 @@ import torch.distributed as dist
 SECOND_HAND = re.compile(
     r"(?i)gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|tcpstore|timed out|all_?reduce|all_?to_?all"
 )
+#: What makes every rank look closer.
+ALARMING = ("verdict", "failed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a rank is. `beat` counts up while it lives, -1 once it is done; `seconds`: since it came to this phase."""
+    """Where a rank is. `beat` counts up while it lives, -1 once it is done; `seconds`: since it came to this phase; `moves`: phases
+    of the step before this one. In a verdict, `cause` is why the run ends and `suspect` the rank it ends for."""
 
     step: int
     phase: str
     host: str
     beat: int = 0
     seconds: float = 0.0
+    moves: int = 0
     cause: str = ""
+    suspect: int | None = None
     second_hand: bool = False
 
     def __str__(self) -> str:
@@ -77,26 +83,32 @@ class Board:
             host, port = address[0]
             self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         #: What a watchdog found and ended the run for, once a rank has written it.
-        self.verdict = ""
+        self.verdict: Place | None = None
 
     def write(self, kind: str, place: Place | None = None) -> None:
         """Errors: `RuntimeError` where rank 0 is gone."""
         self._store.set(f"{kind}_{self.rank}", json.dumps(asdict(place) if place else None))
+        if kind in ALARMING:
+            self._store.set("alarm", "")
 
-    def read(self, kind: str) -> dict[int, Any]:
-        """What the ranks have written under `kind`, this one included. Errors as in `write`."""
+    def alarm(self) -> bool:
+        """Has any rank written a verdict or last words? One question, however many ranks there are. Errors as in `write`."""
+        return self._store.check(["alarm"])
+
+    def read(self, kind: str, ranks: Iterable[int] | None = None) -> dict[int, Any]:
+        """What these ranks (None: all) have written under `kind`, this one included. Errors as in `write`."""
         found = {}
-        for rank in range(self.world_size):
+        for rank in range(self.world_size) if ranks is None else ranks:
             key = f"{kind}_{rank}"
             if self._store.check([key]):  # `get` would wait for it
                 value = json.loads(self._store.get(key))
                 found[rank] = Place(**value) if value else None
         return found
 
-    def read_verdict(self) -> str:
-        """The cause that some rank's watchdog ends the run for, "" while there is none. Errors as in `write`."""
+    def read_verdict(self) -> Place | None:
+        """What some rank's watchdog ends the run for, None while there is nothing. Errors as in `write`."""
         found = self.read("verdict")
-        self.verdict = found[min(found)].cause if found else ""
+        self.verdict = found[min(found)] if found else None
         return self.verdict
 
     def post_mortem(self, words: Place, patience: float) -> str:
@@ -110,8 +122,9 @@ class Board:
                 done = {r for r, p in places.items() if p.beat < 0}
                 silent = {r for r in range(self.world_size) if r in first and places[r].beat == first[r].beat} - done
                 waiting = set(range(self.world_size)) - failed.keys() - done
-                culprit = self.read_verdict() or name_culprit(places, failed, silent)
-                settled = self.verdict or any(not w.second_hand for w in failed.values()) or not waiting
+                verdict = self.read_verdict()
+                culprit = verdict.cause if verdict else name_culprit(places, failed, silent)
+                settled = verdict or any(not w.second_hand for w in failed.values()) or not waiting
                 if settled or time.monotonic() > until:
                     break
                 time.sleep(0.1)

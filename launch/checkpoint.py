@@ -15,11 +15,12 @@ Checkpoints must lie where every rank sees them. They contain pickles: load none
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,10 @@ class CheckpointManager:
             finish()
         return final
 
+    def written(self) -> bool:
+        """Has this rank's part of a save in the background ended, so that `wait` returns at once (or raises)?"""
+        return self._pending is not None and self._pending.done()
+
     def wait(self) -> None:
         """Return when no save is under way; raises what the last one in the background failed with."""
         pending, self._pending = self._pending, None
@@ -228,11 +233,11 @@ class CheckpointManager:
             raise ValueError(f"--resume {resume}: {damage}")
         return verdict
 
-    def latest(self) -> Verdict | None:
-        """The newest whole checkpoint of this run, or None."""
+    def latest(self, *, before: float = math.inf) -> Verdict | None:
+        """The newest whole checkpoint of this run at a step before that one, or None."""
         self.wait()
-        verdict = self._first_whole(self.folder, must_exist=False)
-        return verdict if verdict.resumes else None
+        candidates = self._ranks.on_first(lambda: self._newest_first(self.folder))
+        return self._search([path for path in candidates if _step_of(path.name) < before])[0]
 
     def _start_over(self) -> Verdict:
         if self._steps():
@@ -254,15 +259,11 @@ class CheckpointManager:
         raise FileNotFoundError(f"--resume {resume}: no checkpoint there; name a run's folder or one of its checkpoints/step_N")
 
     def _first_whole(self, folder: Path, *, must_exist: bool) -> Verdict:
-        """The first candidate in order that verifies; all ranks examine the same one at the same time."""
-        candidates = self._ranks.on_first(lambda: self._newest_first(folder))
-        passed_over = []
-        for candidate in candidates:
-            verdict, damage = self._examine(candidate)
-            if verdict is not None:
-                notes = "".join(f"; passed over {text}" for text in passed_over)
-                return Verdict(**{**vars(verdict), "message": verdict.message + notes})
-            passed_over.append(f"{damage}")
+        """The first candidate in order that verifies, or a fresh start where there is none and need not be one."""
+        verdict, passed_over = self._search(self._ranks.on_first(lambda: self._newest_first(folder)))
+        if verdict is not None:
+            notes = "".join(f"; passed over {text}" for text in passed_over)
+            return replace(verdict, message=verdict.message + notes)
         if passed_over or must_exist:
             raise ValueError(
                 f"no whole checkpoint in {folder}: {'; '.join(passed_over)}; restore one, or name another --output to start over"
@@ -271,6 +272,16 @@ class CheckpointManager:
         if named is not None:
             raise ValueError(f"{folder / 'latest'} names {named!r}, which is gone; restore it, or delete the file to start over")
         return Verdict(message="starting at step 0")
+
+    def _search(self, candidates: list[Path]) -> tuple[Verdict | None, list[str]]:
+        """The first that verifies, and the damage of those before it; all ranks examine the same one at the same time."""
+        passed_over: list[str] = []
+        for candidate in candidates:
+            verdict, damage = self._examine(candidate)
+            if verdict is not None:
+                return verdict, passed_over
+            passed_over.append(damage)
+        return None, passed_over
 
     def _newest_first(self, folder: Path) -> list[Path]:
         """The order to try: what `latest` names, then the steps before it, newest first, then those after it. Rank 0."""

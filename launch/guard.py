@@ -13,15 +13,18 @@ from typing import Any
 
 #: Judged only from this many accepted steps on: before, mean and deviation say little.
 LEAST_HISTORY = 32
+#: A deviation counts as at least this much: of a loss as a share of its mean, of a norm's logarithm as it is. Without it a curve
+#: that happens to be flat would call its next wiggle a spike. At 6 sigma: 6 % above the mean loss, 1.8 times the mean norm.
+LEAST_LOSS_DEVIATION, LEAST_NORM_DEVIATION = 0.01, 0.1
 
 
-def outlier(value: float, window: list[float], sigma: float) -> bool:
+def outlier(value: float, window: list[float], sigma: float, least: float = 0.0) -> bool:
     """Is `value` more than `sigma` standard deviations above the window's mean? Only upwards: a low loss is no fault."""
     if len(window) < LEAST_HISTORY:
         return False
     mean = math.fsum(window) / len(window)
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in window) / len(window))
-    return value > mean + sigma * max(deviation, 1e-3 * abs(mean))
+    return value > mean + sigma * max(deviation, least)
 
 
 @dataclass(kw_only=True)
@@ -41,10 +44,18 @@ class SpikeGuard:
         for name, value, window in (("loss", loss, self.losses), ("gradient norm", grad_norm, self.norms)):
             if not math.isfinite(value):
                 return f"{name} is {value}"
-            if self.sigma and outlier(value, window, self.sigma):
+            if self.sigma and window and self._far_out(value, window, is_norm=window is self.norms):
                 mean = math.fsum(window) / len(window)
                 return f"{name} {value:.4g} is over {self.sigma:g} sigma above its mean {mean:.4g} of {len(window)} steps"
         return None
+
+    def _far_out(self, value: float, window: list[float], *, is_norm: bool) -> bool:
+        """Norms are compared by their logarithms: they are positive and spread by factors. On a linear scale three times the mean
+        is far out, and a small model at a high learning rate lost seven of ten steps to that, with a falling loss."""
+        if is_norm:
+            logs = [math.log(max(x, 1e-30)) for x in window]
+            return outlier(math.log(max(value, 1e-30)), logs, self.sigma, LEAST_NORM_DEVIATION)
+        return outlier(value, window, self.sigma, LEAST_LOSS_DEVIATION * abs(math.fsum(window) / len(window)))
 
     def accept(self, loss: float, grad_norm: float) -> None:
         self.skipped_in_a_row = 0
@@ -57,6 +68,10 @@ class SpikeGuard:
         self.skipped_in_a_row += 1
         self.skipped_in_all += 1
         return bool(self.rollback_after) and self.skipped_in_a_row >= self.rollback_after
+
+    def forget(self) -> None:
+        """Judge anew from here on: what was far out has become the level, and there is nothing to go back to."""
+        self.losses, self.norms, self.skipped_in_a_row = [], [], 0
 
     def state(self) -> dict[str, Any]:
         """JSON-able; floats survive JSON exactly."""

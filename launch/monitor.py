@@ -104,9 +104,14 @@ class WandbSink:
 
     def close(self, seconds: float = CLOSE_SECONDS) -> bool:
         """Let W&B finish, for a limited time; False where it did not."""
-        with contextlib.suppress(queue.Full):
-            self._rows.put_nowait(None)
-            self._thread.join(seconds)
+        while True:
+            try:
+                self._rows.put_nowait(None)
+                break
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self._rows.get_nowait()
+        self._thread.join(seconds)
         return not self._thread.is_alive()
 
 

@@ -74,6 +74,7 @@ def _run(arguments: TrainArguments, plan: Plan, stop: StopRequest, watchdog: Wat
         keep_last=arguments.keep_last,
         keep_every=arguments.keep_every,
         identity=identity,
+        background=arguments.async_save,
         on_phase=watchdog.phase,
     )
     verdict = checkpoints.find(arguments.resume)

@@ -49,7 +49,7 @@ class StepGuard:
         self.grad_norm, self.reason, self._verdict = math.inf, None, verdict
         self.engine.step()
         if self.reason is None and not self.engine.was_step_applied():
-            self.reason = "the gradients are not finite"
+            self.reason = verdict(math.inf) or "the gradients are not finite"  # DeepSpeed saw it before the norm was taken
         if self.reason is not None:
             self._drop_gradients()
         return self.reason

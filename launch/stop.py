@@ -2,7 +2,8 @@
 
 SIGTERM, SIGINT and SIGUSR1 on any rank (Slurm sends SIGUSR1 with `--signal=B:USR1@300`) set a flag; the trainer adds the
 flags of all ranks to the one all-reduce that every step makes anyway, so all ranks stop after the same step, save one
-checkpoint and exit with code 0. A second signal stops at once.
+checkpoint and exit with code 0. A second signal stops at once, also a rank that waits in a collective for one that hangs: there
+Python's own handlers never run, so a thread reads the signals.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 #: One Ctrl-C reaches a rank twice, as the terminal's SIGINT and as the DeepSpeed launcher's SIGTERM: within this many seconds
@@ -30,8 +31,12 @@ class StopRequest:
 
     def install(self) -> StopRequest:
         """Take over the signals. Early, so that one that comes during start-up is not lost."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda *_: None)  # not ignored: only then is the number written to the pipe
         return self
 
     def after(self, max_hours: float) -> None:
@@ -43,7 +48,13 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._on_signal(number)
+
+    def _on_signal(self, number: int) -> None:
         now = time.monotonic()
         if self._first is not None:
             first, when = self._first
@@ -52,9 +63,10 @@ class StopRequest:
             os.write(sys.stderr.fileno(), b"second signal: stopping at once\n")
             os._exit(128 + number)
         self._first = (number, now)
-        self.reason = signal.Signals(number).name
+        name = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":
-            os.write(sys.stderr.fileno(), f"{self.reason}: saving after this step; once more stops at once\n".encode())
+            os.write(sys.stderr.fileno(), f"{name}: saving after this step; once more stops at once\n".encode())
+        self.reason = name
 
     def requested(self) -> bool:
         if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:

@@ -28,6 +28,8 @@ from launch.watchdog import Watchdog
 from model.balance import LoadBalancer
 
 Batch = dict[str, torch.Tensor]
+#: To the same checkpoint; then the run ends, for it would never come past the place.
+ROLLBACKS = 3
 
 
 @dataclass(kw_only=True)
@@ -69,8 +71,10 @@ class Trainer:
         self.accumulation = self.engine.gradient_accumulation_steps()
         self.global_batch = self.engine.train_batch_size()
         self.device = self.engine.device
-        self._saved_at = self.position.step if self.position.step else -1
-        self._saves_failed = 0
+        self._saved_at = self._saved_before = self.position.step if self.position.step else -1
+        self._saving, self._save_started = "", 0.0
+        self._save_error: AgreedError | None = None
+        self._rolled_back: list[int] = []
         self._timer = StepTimer()
 
     def train(self) -> str:
@@ -91,6 +95,9 @@ class Trainer:
                 self.save()
         if self.position.step != self._saved_at:
             self.save()
+        self.settle()
+        if self._save_error is not None:
+            raise self._save_error  # nothing must end with exit code 0 unsaved
         return self.outcome or "finished"
 
     # ------------------------------------------------------------------ one step
@@ -130,13 +137,17 @@ class Trainer:
         return batches, int(targets)
 
     def agree(self, loss_sum: torch.Tensor) -> float:
-        """The step's global loss; on the way, whether any rank was asked to stop, so that all stop after this step."""
+        """The step's global loss; on the way, whether any rank was asked to stop, so that all stop after this step, and
+        whether all have written a checkpoint that was saved in the background, so that a failure is heard of at once."""
         self.watchdog.at(self.position.step, "all-reduce of the loss")
-        numbers = torch.stack([loss_sum, loss_sum.new_tensor(float(self.stop.requested()))])
+        flags = [float(self.stop.requested()), float(self.checkpoints.written())]
+        numbers = torch.cat([loss_sum.reshape(1), loss_sum.new_tensor(flags)])
         dist.all_reduce(numbers)
-        loss, asked = numbers.tolist()
+        loss, asked, written = numbers.tolist()
         if asked:
             self.outcome = f"stopped by {self.stop.reason or 'another rank'}"
+        if written == self.world_size:
+            self.settle()
         return loss / (self.accumulation * self.world_size)
 
     def account(self, loss: float, targets: int, reason: str | None) -> dict[str, Any]:
@@ -157,17 +168,25 @@ class Trainer:
             f"(samples {first_sample} to {self.position.samples - 1})"
         )
         if self.guard.skip():
-            self.roll_back()
+            self.roll_back(finite=math.isfinite(loss) and math.isfinite(self.step_guard.grad_norm))
         return metrics
 
-    def roll_back(self) -> None:
-        """Return to the last good checkpoint, keeping the data position: the batches in between are not seen again."""
-        verdict = self.checkpoints.latest()
-        if verdict is None:
+    def roll_back(self, *, finite: bool) -> None:
+        """Return to the last checkpoint before these steps, keeping the data position: their batches are not seen again."""
+        self.settle()
+        verdict = self.checkpoints.latest(before=self.position.step - self.guard.skipped_in_a_row + 1)
+        often = verdict is not None and self._rolled_back.count(verdict.state.step) >= ROLLBACKS
+        if finite and verdict is None:
+            self.monitor.say("there is no checkpoint to roll back to: spikes are judged anew from here on")
+            self.guard.forget()
+            return
+        if verdict is None or often:
+            why = f"{ROLLBACKS} times back at step {verdict.state.step}" if verdict else "there is no checkpoint to roll back to"
             raise AgreedError(
-                f"{self.guard.skipped_in_a_row} steps in a row were skipped and there is no checkpoint to roll back to; "
-                "lower the learning rate, or set --spike_sigma 0 to train on regardless"
+                f"{self.guard.skipped_in_a_row} steps in a row were skipped and {why}; lower the learning rate, or set "
+                "--spike_sigma 0 to train on regardless of spikes"
             )
+        self._rolled_back.append(verdict.state.step)
         samples, skipped = self.position.samples, self.guard.skipped_in_all
         self.restore(self.checkpoints.load(self.engine, verdict))
         self.position.samples, self.guard.skipped_in_all, self.guard.skipped_in_a_row = samples, skipped, 0
@@ -265,27 +284,44 @@ class Trainer:
         self._saved_at = state.step
 
     def save(self, *, is_best: bool = False) -> None:
+        """A checkpoint of now. In the background (`--async_save`) training goes on when the state is copied; see `settle`."""
         if self._saved_at == self.position.step and not is_best:
             return
+        self.watchdog.at(self.position.step, "saving")
+        self.settle()
         started = time.monotonic()
+        self._saved_before, self._saved_at = self._saved_at, self.position.step
         try:
-            folder = self.checkpoints.save(self.engine, self.state(), is_best=is_best)
+            self._saving = self.checkpoints.save(self.engine, self.state(), is_best=is_best).name
         except AgreedError as error:
             self._fail_to_save(error)
             return
-        self._saved_at, self._saves_failed = self.position.step, 0
-        seconds = time.monotonic() - started
-        self.monitor.log({"step": self.position.step, "save_seconds": seconds})
-        self.monitor.say(f"step {self.position.step}  saved {folder.name} in {seconds:.1f} s")
+        self.monitor.log({"step": self.position.step, "save_seconds": time.monotonic() - started})
+        self._save_started = started
+        if not self.checkpoints.background:
+            self.settle()
+
+    def settle(self) -> None:
+        """The end of the save that is under way, if there is one: waits for it and says how it went. Collective."""
+        if not self._saving:
+            return
+        name, self._saving = self._saving, ""
+        try:
+            self.checkpoints.wait()
+        except AgreedError as error:
+            self._fail_to_save(error)
+            return
+        self._save_error = None
+        self.monitor.say(f"step {self.position.step}  saved {name} in {time.monotonic() - self._save_started:.1f} s")
 
     def _fail_to_save(self, error: AgreedError) -> None:
         """One failed save is said and training goes on to the next: the disk may have been full for a moment. A second in a
-        row ends the run, and so does the last: nothing must end with exit code 0 unsaved."""
-        self._saves_failed += 1
-        if self._saves_failed > 1 or self.outcome or self.position.step >= self.last_step:
+        row ends the run."""
+        if self._save_error is not None:
             raise error
+        self._save_error, self._saved_at = error, self._saved_before
         self.monitor.log({"step": self.position.step, "save_failed": str(error)})
-        self.monitor.say(f"warning: step {self.position.step} was not saved: {error}; the next save that fails ends the run")
+        self.monitor.say(f"warning: step {self.position.step}: {error}; the next save that fails ends the run")
 
 
 class StepTimer:

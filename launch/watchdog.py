@@ -1,9 +1,9 @@
 """Hangs have a culprit: every rank says where it is, and one that stops saying so is named by the others.
 
-A thread on each rank writes the rank's step and phase to a board every two seconds and reads the others'. A rank that falls
-silent (stopped, its host cut off) is named after `silence` seconds; a run in which no rank gets anywhere is ended after `stall`
-seconds, naming the ranks that are behind; a rank that fails or dies is named within `PATIENCE` seconds. Every rank then ends, so
-that the launcher or Slurm can start again; nothing waits for NCCL's or gloo's own timeout.
+A thread on each rank writes the rank's step and phase to a board every two seconds; rank 0 reads all of them, the others
+watch rank 0. A rank that falls silent (stopped, its host cut off) is named after `silence` seconds; a run in which no rank gets
+anywhere is ended after `stall` seconds, naming the ranks that are behind; a rank that fails or dies is named within `PATIENCE`
+seconds. Every rank then ends, so that the launcher or Slurm can start again; nothing waits for NCCL's or gloo's own timeout.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Watchdog:
         self.stall, self.beat = stall, beat
         self.silence = min(SILENCE_SECONDS, stall) if silence is None else silence
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self._step, self._phase, self._since = 0, "joining the other ranks", time.monotonic()
+        self._step, self._phase, self._moves, self._since = 0, "joining the other ranks", 0, time.monotonic()
         self._host, self._beats = here(), 0
         self._heard: dict[int, tuple[Place, float]] = {}
         #: Past the start: an error is no longer a mistake in the input.
@@ -49,6 +49,7 @@ class Watchdog:
 
     def at(self, step: int, phase: str) -> None:
         """This rank is now at `phase` of `step`."""
+        self._moves = self._moves + 1 if step == self._step else 0
         self._step, self._phase, self._since = step, phase, time.monotonic()
         if self._pause_at is not None and f"{self.rank}/{step}/{phase}".startswith(self._pause_at):
             self._pause_at = None
@@ -108,6 +109,7 @@ class Watchdog:
                 "phase": self._phase,
                 "host": self._host,
                 "beat": self._beats,
+                "moves": self._moves,
                 "seconds": seconds,
                 **more,
             }
@@ -141,11 +143,13 @@ class Watchdog:
 
     def _listen(self, board: Board) -> None:
         now = time.monotonic()
-        for rank, place in board.read("place").items():
+        for rank, place in board.read("place", None if self.rank == 0 else (0,)).items():
             if rank != self.rank and (rank not in self._heard or place.beat != self._heard[rank][0].beat):
                 self._heard[rank] = (place, now)
-        if board.read_verdict():
-            self._end(board.verdict)
+        if not board.alarm():
+            return
+        if verdict := board.read_verdict():
+            self._end(verdict.cause, suspect=verdict.suspect)
         failed = {rank: words for rank, words in board.read("failed").items() if not words.second_hand}
         # A rank that has failed ends the run: whoever is not in a collective with it must not go on alone.
         if failed and not self._done.wait(PATIENCE):
@@ -160,9 +164,9 @@ class Watchdog:
                 self._end(f"rank {rank} has been silent for {now - heard:.0f} s; last at {place}", suspect=rank)
         others = {rank: place for rank, (place, _) in heard_so_far.items() if place.beat >= 0}
         mine = self._place()
-        if mine.seconds > self.stall and all(place.seconds > self.stall for place in others.values()):
-            # Who waits in a collective waits for someone who is not there: the culprit is behind, or at another place.
-            places = sorted({**others, self.rank: mine}.items(), key=lambda i: (i[1].step, i[1].phase.startswith("all-reduce")))
+        if self.rank == 0 and mine.seconds > self.stall and all(place.seconds > self.stall for place in others.values()):
+            # Who waits in a collective waits for someone who is not there: the culprit is behind.
+            places = sorted({**others, self.rank: mine}.items(), key=lambda item: (item[1].step, item[1].moves))
             listed = "; ".join(f"rank {rank} at {place}" for rank, place in places)
             self._end(f"no rank has moved for {self.stall:.0f} s: {listed}", suspect=places[0][0])
 
@@ -177,7 +181,7 @@ class Watchdog:
         print(f"error: {cause}. This is rank {self.rank} at {self._place()}", file=sys.stderr, flush=True)
         if self._board is not None:
             with contextlib.suppress(RuntimeError):
-                self._board.write("verdict", self._place(cause=cause))
+                self._board.write("verdict", self._place(cause=cause, suspect=suspect))
             if self.rank == 0:
                 time.sleep(self.beat + 1)  # the others read the verdict on the board, which goes with this process
         os._exit(code)

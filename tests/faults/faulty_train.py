@@ -1,10 +1,15 @@
-"""`launch/train.py` with a fault of the environment's choosing planted on rank 1 at step 5; started like it."""
+"""`launch/train.py` with a fault of the environment's choosing planted on rank 1; started like it.
+
+FAULT: which one. FAULT_SAMPLES: at which positions in the data (samples consumed before the step); by default at step 5.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -13,37 +18,49 @@ from launch import trainer
 from launch.errors import run_command
 from launch.train import main
 
-STEP, RANK = 5, 1
+RANK = 1
 
 
-def plant(name: str) -> None:
+def plant(name: str, samples: list[int]) -> None:
     inner = trainer.Trainer.next_batches
 
     def next_batches(self: trainer.Trainer) -> Any:
         batches = inner(self)
-        if self.watchdog.training and self.position.step == STEP and self.rank == RANK:
-            FAULTS[name](batches)
+        if self.watchdog.training and self.position.samples in samples and self.rank == RANK:
+            FAULTS[name](self)
         return batches
 
     trainer.Trainer.next_batches = next_batches  # type: ignore[method-assign]
 
 
-def fail(error: BaseException) -> NoReturn:
+def fail(error: BaseException, _: trainer.Trainer) -> NoReturn:
     raise error
 
 
-def spin() -> None:
+def spin(_: trainer.Trainer) -> None:
     while True:
         time.sleep(0.01)
 
 
-FAULTS = {
-    "raise": lambda _: fail(ZeroDivisionError("planted")),
-    "disk": lambda _: fail(OSError(errno.EIO, "planted")),
-    "memory": lambda _: fail(torch.OutOfMemoryError("planted")),
-    "spin": lambda _: spin(),
+def distort(factor: float, run: trainer.Trainer) -> None:
+    """The last hidden states of this rank's next forward, times `factor`."""
+
+    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        return output * factor
+
+    handle = run.engine.module.model.norm.register_forward_hook(hook)
+
+
+FAULTS: dict[str, Callable[[trainer.Trainer], None]] = {
+    "raise": partial(fail, ZeroDivisionError("planted")),
+    "disk": partial(fail, OSError(errno.EIO, "planted")),
+    "memory": partial(fail, torch.OutOfMemoryError("planted")),
+    "spin": spin,
+    "nan": partial(distort, float("nan")),
+    "spike": partial(distort, 50.0),
 }
 
 if __name__ == "__main__":
-    plant(os.environ["FAULT"])
+    plant(os.environ["FAULT"], [int(n) for n in os.environ.get("FAULT_SAMPLES", "40").split(",")])
     run_command(main)

@@ -14,7 +14,7 @@ CHAIN = [
     ("1/0/building the engine", signal.SIGTERM, [1], 1),
     ("0/1/loading data", signal.SIGUSR1, None, 2),
     ("0/2/backward", signal.SIGINT, [0], 3),
-    ("1/4/optimizer step", signal.SIGTERM, None, 5),
+    ("1/3/optimizer step", signal.SIGTERM, None, 5),
     ("1/6/evaluation, batch 1", signal.SIGUSR1, [1], 7),
     ("0/8/saving: writing", signal.SIGTERM, None, 9),
 ]

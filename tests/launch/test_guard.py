@@ -21,7 +21,36 @@ def test_only_far_above_the_mean_is_an_outlier() -> None:
     assert outlier(mean + 6.01 * deviation, window, 6) and not outlier(mean + 5.99 * deviation, window, 6)
     assert not outlier(-100.0, window, 6)
     assert not outlier(100.0, window[: LEAST_HISTORY - 1], 6)
-    assert not outlier(1.0005, [1.0] * 100, 6)  # a flat curve has no deviation; a thousandth of the mean stands in
+    assert outlier(1.0001, [1.0] * 100, 6) and not outlier(1.0001, [1.0] * 100, 6, least=0.01)
+
+
+def test_a_flat_curve_s_next_wiggle_is_no_spike() -> None:
+    one = guard()
+    for _ in range(50):
+        one.accept(2.0, 0.5)
+    assert one.verdict(2.11, 0.9) is None
+    assert one.verdict(2.13, 0.5) == "loss 2.13 is over 6 sigma above its mean 2 of 50 steps"
+    assert one.verdict(2.0, 0.95) == "gradient norm 0.95 is over 6 sigma above its mean 0.5 of 50 steps"
+
+
+def test_norms_spread_by_factors() -> None:
+    draw, one = random.Random(2), guard()
+    norms = [math.exp(draw.gauss(-0.5, 0.4)) for _ in range(64)]
+    for norm in norms:
+        one.accept(2.0, norm)
+    mean = sum(map(math.log, norms)) / 64
+    deviation = math.sqrt(sum((math.log(x) - mean) ** 2 for x in norms) / 64)
+    assert one.verdict(2.0, math.exp(mean + 5.99 * deviation)) is None
+    assert one.verdict(2.0, math.exp(mean + 6.01 * deviation))
+
+
+def test_forgetting_begins_anew() -> None:
+    one = guard()
+    for _ in range(50):
+        one.accept(2.0, 0.5)
+    assert one.verdict(4.0, 0.5)
+    one.forget()
+    assert one.verdict(4.0, 0.5) is None and one.verdict(math.nan, 0.5)
 
 
 def test_non_finite_is_refused_from_the_first_step() -> None:

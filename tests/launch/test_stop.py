@@ -52,6 +52,17 @@ def test_the_second_signal_stops_at_once() -> None:
     assert process.wait(10) == 128 + signal.SIGTERM
 
 
+def test_the_second_signal_stops_a_process_that_waits_in_a_collective() -> None:
+    """Deep in C++, where Python runs no handler: a store's `get` of a key that never comes."""
+    process = start("import torch.distributed as d; print('waits', flush=True); d.HashStore().get('never')")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout and process.stdout.readline() == "asked by SIGTERM\n"
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
 def test_one_ctrl_c_arrives_as_two_signals_and_is_one_request() -> None:
     """The terminal's SIGINT, and the SIGTERM of the DeepSpeed launcher that was interrupted as well."""
     process = start(WAIT)

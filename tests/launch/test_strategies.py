@@ -31,7 +31,7 @@ def test_trains(path: Path, results: dict) -> None:
         pytest.skip("DeepSpeed's CPU Adam is compiled at the first use, and there is no C++ compiler")
     assert "error" not in result, result.get("trace")
     # The first step has learning rate 0; after it the loss on the one batch must fall.
-    assert result["losses"][-1] < result["losses"][0] - 0.02, result["losses"]
+    assert result["losses"][-1] < result["losses"][0] - 0.005, result["losses"]
     assert all(0 < norm < 100 for norm in result["norms"])
     assert result["stage"] == wanted["zero_optimization"]["stage"]
     assert result["ep_size"] == min(2, wanted["expert_parallel"]["autoep_size"])
