@@ -14,6 +14,8 @@ USER_ERRORS = (ValueError, OSError)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 LOG_INTERVAL_S = 5.0
+#: For numpy's linear algebra, which would start a thread a core when it is loaded and is not used here.
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def sentence(error: BaseException) -> str:

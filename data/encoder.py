@@ -11,7 +11,6 @@ MB of text per CPU second, StarCoder2's tokenizer on 39 MB of Python: tokenizers
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import unicodedata
@@ -19,9 +18,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 NOTHING = -1  # as `after`: no token follows the text
 CHECKED_CHARACTERS = 8192
+DIGITS = "0123456789"
+_DIGIT = re.compile("[0-9]")
 _BOUNDARY = 0xFF  # never a byte of UTF-8
 _UNKNOWN_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -75,12 +77,12 @@ class FastEncoder:
     def __init__(self, tokenizer_json: str, reference: ReferenceEncoder) -> None:
         import gigatoken
 
-        content = json.loads(tokenizer_json)
+        content = orjson.loads(tokenizer_json)
         self.reference = reference
         self.source = gigatoken.BytesSource
         self.digits = _splits_digits(content)
         self.vocab_size = _complete(content)
-        self.tokenizer = gigatoken.Tokenizer.from_json(json.dumps(content))
+        self.tokenizer = gigatoken.Tokenizer.from_json(orjson.dumps(content).decode())
         vocabulary = content["model"]["vocab"]
         # What a separator stands for: the id of its digit; a boundary's is `after` of its text.
         self.separator_ids = np.full(256, NOTHING, np.int32)
@@ -110,14 +112,38 @@ class FastEncoder:
             )
 
     def _encode(self, texts: Sequence[str], after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rare = [i for i, text in enumerate(texts) if not text.isascii() and self.unsafe.search(text)]
-        if not rare:
-            return self._encode_safe(texts, after)
-        slow = dict(zip(rare, self.reference.ids([texts[i] for i in rare]), strict=True))
-        safe = [i for i in range(len(texts)) if i not in slow]
-        ids, lengths = self._encode_safe([texts[i] for i in safe], after[safe])
-        fast = dict(zip(safe, np.split(ids, np.cumsum(lengths)[:-1]), strict=True)) if safe else {}
-        return _join([_followed(slow[i], after[i]) if i in slow else fast[i] for i in range(len(texts))])
+        """Texts in spans: those with a rare code point go to the library, all others together to gigatoken."""
+        spans = [self._spans(text) for text in texts]
+        told = [span for parts in spans for span in parts]
+        ends = np.cumsum([len(parts) for parts in spans], dtype=np.int64)
+        after_span = np.full(len(told), NOTHING, np.int32)
+        after_span[ends - 1] = after
+        slow = [i for i, (_, rare) in enumerate(told) if rare]
+        if not slow:
+            return self._encode_safe(list(texts), after)
+        safe = [i for i, (_, rare) in enumerate(told) if not rare]
+        ids, lengths = self._encode_safe([told[i][0] for i in safe], after_span[safe])
+        parts = dict(zip(safe, np.split(ids, np.cumsum(lengths)[:-1]), strict=True)) if safe else {}
+        found = self.reference.ids([told[i][0] for i in slow])
+        parts |= {i: _followed(ids, int(after_span[i])) for i, ids in zip(slow, found, strict=True)}
+        ids, lengths = _join([parts[i] for i in range(len(told))])
+        return ids, np.add.reduceat(lengths, np.concatenate(([0], ends[:-1])), dtype=np.int32)
+
+    def _spans(self, text: str) -> list[tuple[str, bool]]:
+        """The text in (span, has a rare code point). Where digits are cut out, what lies between two is encoded by itself, so only
+        the surroundings of a rare code point up to the next digits need the slow way; else the whole text does."""
+        if text.isascii() or not (match := self.unsafe.search(text)):
+            return [(text, False)]
+        if not self.digits:
+            return [(text, True)]
+        spans, done = [], 0
+        while match:
+            before = max(text.rfind(digit, done, match.start()) for digit in DIGITS) + 1 or done
+            behind = _DIGIT.search(text, match.end())
+            end = behind.start() if behind else len(text)
+            spans += [(text[done:before], False)] * (before > done) + [(text[before:end], True)]
+            done, match = end, self.unsafe.search(text, end)
+        return spans + [(text[done:], False)] * (done < len(text))
 
     def _encode_safe(self, texts: Sequence[str], after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All texts as one buffer, cut at digits and boundaries; one id of a separator after each piece, then put together."""
@@ -178,7 +204,7 @@ def _complete(content: dict[str, Any]) -> int:
 def unsafe_pattern() -> re.Pattern[str]:
     """Matches a code point outside SAFE_RANGES, unassigned, or a number (which digit splitting would cut) beyond 0 to 9."""
     chars = (chr(c) for low, high in SAFE_RANGES for c in range(low, high + 1))
-    safe = [c for c in chars if c in "0123456789" or (unicodedata.category(c)[0] != "N" and unicodedata.category(c) != "Cn")]
+    safe = [c for c in chars if c in DIGITS or (unicodedata.category(c)[0] != "N" and unicodedata.category(c) != "Cn")]
     return re.compile(f"[^{_ranges(safe)}]")
 
 
@@ -195,7 +221,7 @@ def _ranges(chars: list[str]) -> str:
 
 def can_be_fast(tokenizer_json: str) -> bool:
     """Whether the fast path gives this tokenizer's ids: byte-level BPE with GPT-2's pattern, nothing before, between or after."""
-    content = json.loads(tokenizer_json)
+    content = orjson.loads(tokenizer_json)
     model, before = content["model"], content.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", [before]) if before.get("type") == "Sequence" else [before]
     if len(steps) == 2 and steps[0] == {"type": "Digits", "individual_digits": True}:
@@ -211,7 +237,7 @@ def can_be_fast(tokenizer_json: str) -> bool:
         and model.get("type", "BPE") == "BPE"
         and not any(model.get(option) for option in _UNKNOWN_OPTIONS)
         and all(token.get("special") for token in content.get("added_tokens", []))
-        and all(digit in model["vocab"] for digit in "0123456789")
+        and all(digit in model["vocab"] for digit in DIGITS)
     )
 
 

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from data.command import ONE_THREAD
 from data.readers import Block
 from data.work import Result, Worker, WorkOptions
 
@@ -46,9 +47,12 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
     import multiprocessing
 
     # One thread a worker: the pool is the parallelism.
-    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
-    # spawn, not fork: this process has threads. Its price is one interpreter start, some 0.2 s.
-    context = multiprocessing.get_context("spawn")
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", **ONE_THREAD)
+    # A process with threads must not fork; one without saves each worker the interpreter, the imports and the tokenizer (0.4 s).
+    method = "fork" if _threads() == 1 else "spawn"
+    if method == "fork":
+        start_worker(options)
+    context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(options,))
     with _without_interrupts():
         for _ in range(workers):
@@ -72,10 +76,19 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
+def _threads() -> int:
+    """Of this process, those of libraries included."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:  # no Linux: fork is not to be trusted there
+        return 0
+
+
 def _start_process(options: WorkOptions) -> None:
-    """In each worker: die with the parent, load the tokenizer once."""
+    """In each worker: die with the parent, load the tokenizer once unless it came with the fork."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    start_worker(options)
+    if _worker is None:
+        start_worker(options)
 
 
 def start_worker(options: WorkOptions) -> None:

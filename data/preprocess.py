@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from data.command import exit_code, leave
+from data.command import ONE_THREAD, exit_code, leave
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,6 +94,7 @@ def check(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 complete, 2 a user's mistake or a full disk, 130 interrupted."""
+    os.environ.update(ONE_THREAD)  # before numpy is loaded
     from data import mpi
 
     comm = mpi.world()

@@ -127,8 +127,8 @@ def _lock(folder: Path) -> IO[bytes]:
     """Held until the process ends. A file system without locks does without."""
     file = open(folder / LOCK, "wb")  # noqa: SIM115 (held open)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a forked worker would hold it too
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"another job is writing to {folder}; wait for it, or name another --output") from None
     except OSError:
         pass

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 END_OF_TEXT = "<|endoftext|>"
 FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
 #: Looked for in this order where `tokenizer_config.json` does not name the end of text.
@@ -95,13 +97,12 @@ def facts(name: str, text: str, config: dict[str, Any]) -> TokenizerFacts:
 
 def fingerprint(text: str) -> str:
     """sha256 of what decides the ids: white space, key order and the two spellings of merges make no difference."""
-    content = json.loads(text)
+    content = orjson.loads(text)
     content = {k: content.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     model = content["model"]
     if isinstance(model, dict) and "merges" in model:
         content["model"] = model | {"merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]}
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def save(folder: Path, text: str, known: TokenizerFacts) -> None:

@@ -38,6 +38,8 @@ class FolderLock:
             file.seek(0)
             holder = file.read().strip() or "unknown process"
             raise ValueError(f"{self.folder} is in use by another run ({holder}); end it or name another --output") from None
+        except OSError:
+            pass  # a file system without locks does without
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_helpers import ROOT, environment, read_documents
 
-from data.dataset import PackedDataset
+from data.dataset import LOCATED_AT_ONCE, PackedDataset
 from data.shards import SPLITS
 from data.writer import SplitWriter
 
@@ -80,6 +80,17 @@ def test_tensors_are_contiguous_int64(folder: Path) -> None:
     assert set(batch) == {"input_ids", "shift_labels", "position_ids"}
     for tensor in batch.values():
         assert tensor.dtype == torch.int64 and tensor.shape == (3, 16) and tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("weights", [None, (0.7, 0.3)])
+def test_places_that_are_kept_are_those_that_are_computed(folder: Path, weights: tuple[float, float] | None) -> None:
+    """Forwards, backwards and across the edges of what is computed at once."""
+    sources = [folder] if weights is None else [(folder, weight) for weight in weights]
+    data = PackedDataset(sources, split="train", sequence_length=16)
+    edge = 2 * LOCATED_AT_ONCE
+    for first in (0, edge - 3, edge, 5, edge - 1, 7 * edge):
+        numbers = np.arange(first, first + 9)
+        assert all(np.array_equal(*pair) for pair in zip(data.locate(numbers), data._locate(numbers), strict=True))
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -187,7 +198,7 @@ def test_more_shards_than_file_handles(tmp_path: Path) -> None:
     folder = make(tmp_path / "many", random_documents(5, 300, low=1), shard_tokens=1)
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
-        "from data.dataset import PackedDataset\n"
+        "from data.dataset import LOCATED_AT_ONCE, PackedDataset\n"
         f"data = PackedDataset([{str(folder)!r}], split='train', sequence_length=4, document_mask=True)\n"
         "assert len(data.streams[0].shards) == 300\n"
         "print(int(data.batch(range(len(data)))['input_ids'].sum()))\n"

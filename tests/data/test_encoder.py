@@ -103,6 +103,22 @@ def test_random_mixtures_of_safe_characters(starcoder2: str) -> None:
     assert np.array_equal(found[0], right[0]) and np.array_equal(found[1], right[1])
 
 
+def test_only_the_surroundings_of_a_rare_character_go_to_the_library(starcoder2: str) -> None:
+    """Up to the next digits on both sides, wherever it stands; the ids stay those of the whole text."""
+    draw = random.Random(5)
+    tokenizer, reference = Tokenizer.from_str(starcoder2), ReferenceEncoder(starcoder2)
+    fast, seen, ids_of = FastEncoder(starcoder2, reference), [], reference.ids
+    reference.ids = lambda texts: seen.extend(texts) or ids_of(texts)  # type: ignore[method-assign, func-returns-value]
+    kinds = ["½²Ⅷ٣\ua7cf\U00016d63क\U00045678", "0123456789", "ab_ \n\t'.(=é中"]
+    texts = ["".join(draw.choice(draw.choices(kinds, (1, 2, 9))[0]) for _ in range(draw.randint(1, 80))) for _ in range(400)]
+    texts += ["x = 1\n" * 500 + "# \ua7cf" + "\ny = 2" * 500, "\ua7cf", "7\ua7cf", "\ua7cf7", "7\ua7cf\ua7cf7½8"]
+    expected = [library_ids(tokenizer, text) for text in texts]
+    ids, lengths = fast._encode(texts, np.full(len(texts), NOTHING, np.int32))
+    assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
+    assert seen and all(fast.unsafe.search(text) and not set(text) & set("0123456789") for text in seen)
+    assert max(map(len, seen)) < 90 < 3000 < max(map(len, texts))
+
+
 def test_a_fast_encoder_that_errs_is_caught_at_run_time(tokenizer_text: str) -> None:
     encoder = FastEncoder(tokenizer_text, ReferenceEncoder(tokenizer_text))
     encoder.separator_ids[ord("7")] = encoder.separator_ids[ord("8")]
