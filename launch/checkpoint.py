@@ -38,6 +38,7 @@ from launch.checkpoint_files import (
     restore_buffers,
     set_random_state,
 )
+from launch.distributed import AgreedError
 from launch.integrity import FileRecord
 from launch.run_folder import difference
 
@@ -125,7 +126,7 @@ class CheckpointManager:
         self._on_phase("saving: preparing")
         needed = sum(self._ranks.gather(universal.state_bytes(engine)))
         temporary = Path(self._ranks.on_first(lambda: self._prepare(final, needed)))
-        files = CheckpointFiles(temporary, later=self.background)
+        files = CheckpointFiles(temporary, name=final.name, later=self.background)
         self._on_phase("saving: writing")
         self._write(engine, files, state)
         self._on_phase("saving: publishing")
@@ -230,7 +231,7 @@ class CheckpointManager:
             return self._first_whole(path, must_exist=True)
         verdict, damage = self._examine(path)
         if verdict is None:
-            raise ValueError(f"--resume {resume}: {damage}")
+            raise AgreedError(f"--resume {resume}: {damage}")
         return verdict
 
     def latest(self, *, before: float = math.inf) -> Verdict | None:
@@ -265,12 +266,12 @@ class CheckpointManager:
             notes = "".join(f"; passed over {text}" for text in passed_over)
             return replace(verdict, message=verdict.message + notes)
         if passed_over or must_exist:
-            raise ValueError(
+            raise AgreedError(
                 f"no whole checkpoint in {folder}: {'; '.join(passed_over)}; restore one, or name another --output to start over"
             )
         named = self._ranks.on_first(lambda: self._pointer("latest"))
         if named is not None:
-            raise ValueError(f"{folder / 'latest'} names {named!r}, which is gone; restore it, or delete the file to start over")
+            raise AgreedError(f"{folder / 'latest'} names {named!r}, which is gone; restore it, or delete the file to start over")
         return Verdict(message="starting at step 0")
 
     def _search(self, candidates: list[Path]) -> tuple[Verdict | None, list[str]]:
@@ -344,7 +345,7 @@ class CheckpointManager:
         return verdict.state
 
     def _restore(self, engine: Any, source: Path, folder: Path, state: TrainingState, converting: bool) -> None:
-        with _universal_loading(engine, converting), going_through(CheckpointFiles(folder), engine):
+        with _universal_loading(engine, converting), going_through(CheckpointFiles(folder, name=folder.name), engine):
             universal.load(engine, folder) if converting else _load_plainly(engine, folder)
         restore_buffers(engine.module, torch.load(source / BUFFERS, map_location="cpu", weights_only=True))
         own = source / f"rng_{self._ranks.rank:05d}.pt"

@@ -27,15 +27,14 @@ BUFFERS = "buffers.pt"
 
 
 class CheckpointFiles(CheckpointEngine):
-    """Writes this rank's files of the checkpoint in `folder` and keeps their records, or reads them.
+    """Writes this rank's files of the checkpoint `name` in `folder` and keeps their records, or reads them.
 
     With `later`, what is saved is copied to host memory, for `flush` to write while training goes on.
     """
 
-    def __init__(self, folder: Path, *, later: bool = False) -> None:
+    def __init__(self, folder: Path, *, name: str, later: bool = False) -> None:
         super().__init__()
-        self.name = type(self).__name__
-        self.folder = folder
+        self.name, self.folder = name, folder
         self.files: dict[str, FileRecord] = {}
         self.error: Exception | None = None
         self._waiting: list[tuple[Path, Any]] | None = [] if later else None
@@ -88,7 +87,7 @@ class CheckpointFiles(CheckpointEngine):
     def records(self) -> dict[str, FileRecord]:
         """The records of all files of this rank. Errors: the first that a write ended with, as an OSError."""
         if self.error is not None:
-            raise OSError(f"writing {self.folder.name} failed: {' '.join(str(self.error).split())}") from self.error
+            raise OSError(f"writing {self.name} failed: {' '.join(str(self.error).split())}") from self.error
         return self.files
 
 

@@ -199,7 +199,12 @@ def fill(model: PreTrainedModel, values: Iterator[tuple[str, Tensor]], dtype: An
 
 
 def write(model: PreTrainedModel, checkpoint: Path, output: Path, *, max_shard_size: str) -> None:
-    """Write, read back, compare, publish. A failure or a crash leaves no half an export under `output`'s name."""
+    """Write, read back, compare, publish. A failure or a crash leaves no half an export under `output`'s name.
+
+    Errors: `ValueError` where the disk is too full or a write fails.
+    """
+    from safetensors import SafetensorError
+
     output.parent.mkdir(parents=True, exist_ok=True)
     for dead in integrity.leftovers(output.parent):
         if f"-{output.name}-" in dead.name:
@@ -218,8 +223,10 @@ def write(model: PreTrainedModel, checkpoint: Path, output: Path, *, max_shard_s
         about = {"kind": KIND, "checkpoint": str(checkpoint.resolve()), "step": int(checkpoint.name.removeprefix("step_"))}
         integrity.write_manifest(temporary, records, **about)
         integrity.publish(temporary, output.absolute())
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise ValueError(f"writing {output} failed: {' '.join(str(error).split())}") from error
         raise
 
 

@@ -136,7 +136,7 @@ def check_space(trainer: Trainer, ranks: Agreement) -> None:
     output = trainer.arguments.output
     free = ranks.on_first(lambda: shutil.disk_usage(output).free)
     if free < needed:
-        raise AgreedError(f"a checkpoint takes about {needed / 1e9:,.2f} GB and {output} has {free / 1e9:,.2f} GB free; make room")
+        raise AgreedError(f"a checkpoint takes about {needed / 1e6:,.1f} MB and {output} has {free / 1e6:,.1f} MB free; make room")
 
 
 @contextlib.contextmanager

@@ -321,7 +321,8 @@ class Trainer:
             raise error
         self._save_error, self._saved_at = error, self._saved_before
         self.monitor.log({"step": self.position.step, "save_failed": str(error)})
-        self.monitor.say(f"warning: step {self.position.step}: {error}; the next save that fails ends the run")
+        if not self.outcome and self.position.step < self.last_step:  # else `train` raises it at once
+            self.monitor.say(f"warning: step {self.position.step}: {error}; the next save that fails ends the run")
 
 
 class StepTimer:

@@ -1,13 +1,14 @@
-"""The site of the fault tests, and the run that nothing happened to."""
+"""The site of the fault tests, the run that nothing happened to, and the table of what struck."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from nursery import Nursery
-from runs import STEPS, Site, rows
+from runs import STEPS, TALLY, Site, Strike, rows
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +29,21 @@ def whole(site: Site) -> Path:
     site.finish(run)
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, STEPS + 1))
     return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Faults tried, survived, bytes lost."""
+    failed = {report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])}
+    by_fault: dict[str, list[Strike]] = defaultdict(list)
+    for strike in TALLY:
+        by_fault[strike.fault].append(strike)
+    if not by_fault:
+        return
+    lines = [
+        (fault, len(all_), sum(s.test not in failed for s in all_), sum(s.lost for s in all_)) for fault, all_ in by_fault.items()
+    ]
+    lines.sort()
+    lines.append(("all", *(sum(line[i] for line in lines) for i in (1, 2, 3))))
+    terminalreporter.write_sep("=", "faults")
+    for fault, tried, survived, lost in [("fault", "tried", "survived", "bytes lost"), *lines]:
+        terminalreporter.write_line(f"{fault:64}{tried:>7}{survived:>10}{lost:>12}")

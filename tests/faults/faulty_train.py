@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from launch.errors import run_command
 from launch.train import main
 
 RANK = 1
+UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
 def plant(name: str, samples: list[int]) -> None:
@@ -26,6 +28,7 @@ def plant(name: str, samples: list[int]) -> None:
 
     def next_batches(self: trainer.Trainer) -> Any:
         batches = inner(self)
+        resource.setrlimit(resource.RLIMIT_FSIZE, UNLIMITED)
         if self.watchdog.training and self.position.samples in samples and self.rank == RANK:
             FAULTS[name](self)
         return batches
@@ -52,11 +55,17 @@ def distort(factor: float, run: trainer.Trainer) -> None:
     handle = run.engine.module.model.norm.register_forward_hook(hook)
 
 
+def full(_: trainer.Trainer) -> None:
+    """Until the next step no file of this rank grows beyond 10,000 bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, UNLIMITED[1]))
+
+
 FAULTS: dict[str, Callable[[trainer.Trainer], None]] = {
     "raise": partial(fail, ZeroDivisionError("planted")),
     "disk": partial(fail, OSError(errno.EIO, "planted")),
     "memory": partial(fail, torch.OutOfMemoryError("planted")),
     "spin": spin,
+    "full": full,
     "nan": partial(distort, float("nan")),
     "spike": partial(distort, 50.0),
 }

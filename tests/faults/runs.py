@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,23 @@ def deepspeed_json(ranks: int, **changes: Any) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Strike:
+    """A fault that struck in a test; it was survived if the test passed."""
+
+    fault: str
+    lost: int
+    test: str
+
+
+TALLY: list[Strike] = []
+
+
+def struck(fault: str, lost: int = 0) -> None:
+    """Count a fault for the table at the end; `lost`: bytes of the newest checkpoint that are not as they were written."""
+    TALLY.append(Strike(fault, lost, os.environ["PYTEST_CURRENT_TEST"].split(" ")[0]))
+
+
 @dataclass(kw_only=True)
 class Site:
     """Where runs are made: shards, model, DeepSpeed JSON, and a folder for their outputs."""
@@ -59,8 +77,7 @@ class Site:
     model: Path
     folder: Path
     ranks: int = 2
-    #: What struck so far: (fault, where, bytes lost).
-    tally: list[tuple[str, str, int]] = field(default_factory=list)
+    starts: int = 0
 
     def flags(self, output: Path, **changes: Any) -> list[str]:
         """The command line of `launch/train.py`; a value of None takes a flag away."""
@@ -83,10 +100,10 @@ class Site:
         script: str = TRAIN,
         **changes: Any,
     ) -> Ranks:
-        """Start a run, or go on with it; the log of each start is a file of its own beside the run's folder."""
-        number = len(list(output.parent.glob(f"{output.name}.*.log")))
+        """Start a run, or go on with it; the log of each start is a file of its own."""
         env = {**(env or {}), **({"MOE_PAUSE_AT": pause_at} if pause_at else {})}
-        log = output.parent / f"{output.name}.{number}.log"
+        self.starts += 1
+        log = self.folder / f"{self.starts}.log"
         return self.nursery.start(self.ranks, script, *self.flags(output, **changes), log=log, env=env)
 
     def finish(self, output: Path, **changes: Any) -> Ranks:
@@ -105,9 +122,7 @@ def strike(site: Site, output: Path, at: str, number: int, ranks: list[int] | No
     running.signal(number, ranks)
     running.signal(signal.SIGCONT, [int(paused)])
     running.wait()
-    site.tally.append(
-        (f"{signal.Signals(number).name} to {'all ranks' if ranks is None else 'one rank'}", phase, lost_bytes(output))
-    )
+    struck(f"{signal.Signals(number).name} to {'all ranks' if ranks is None else 'one rank'}", lost_bytes(output))
     return running
 
 

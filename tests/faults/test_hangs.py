@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from nursery import ROOT, Ranks
-from runs import Site, assert_same, last_saved
+from runs import Site, assert_same, last_saved, lost_bytes, struck
 
 STALL = 8.0
 #: silence or stall, then two beats and what a loaded machine adds.
@@ -36,7 +36,7 @@ def test_a_stopped_rank_is_named(site: Site, whole: Path, tmp_path: Path, stoppe
     assert "Thread 0x" in running.text()  # the stacks of one who waited
     running.signal(signal.SIGKILL, [stopped])
     running.wait()
-    site.tally.append(("SIGSTOP of a rank", "backward", 0))
+    struck("SIGSTOP of one rank", lost_bytes(run))
     if stopped:
         assert last_saved(run) == "step_4"
         site.finish(run)
@@ -57,7 +57,7 @@ def test_a_rank_that_raises_is_named(site: Site, tmp_path: Path, fault: str, whe
     assert max(running.ended.values()) - min(running.ended.values()) < 14
     lines = last_lines(running)
     assert lines and all(re.search(rf"error: rank 1 failed at {where} \(host \S+\): {cause}", line) for line in lines), lines
-    site.tally.append((f"{fault} on one rank", where, 0))
+    struck(f"{cause.split(':')[0]} on one rank")
 
 
 def test_a_rank_that_spins_is_named(site: Site, tmp_path: Path) -> None:
@@ -68,4 +68,4 @@ def test_a_rank_that_spins_is_named(site: Site, tmp_path: Path) -> None:
     lines = last_lines(running)
     assert lines and all("no rank has moved for 8 s: rank 1 at step 5, loading data" in line for line in lines), lines
     assert "faulty_train.py" in running.text()
-    site.tally.append(("one rank spins", "loading data", 0))
+    struck("endless loop on one rank")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import STEPS, Site, assert_same, last_saved, lost_bytes, strike
+from runs import STEPS, Site, assert_same, last_saved, lost_bytes, strike, struck
 
 #: (where, rank that is killed or None for all, the checkpoint that `latest` names afterwards)
 CHAIN = [
@@ -64,13 +64,13 @@ def test_killed_at_random_moments(site: Site, whole: Path, tmp_path: Path, seed:
         end = time.monotonic() + after
         while time.monotonic() < end and len(running.poll()) < 2:
             time.sleep(0.02)
-        struck = not running.poll()
+        in_time = not running.poll()
         victims = draw.choice([None, [0], [1]])
         running.signal(signal.SIGKILL, victims)
         running.wait()
-        if struck:
+        if in_time:
             strikes += 1
-            site.tally.append(("SIGKILL at a random moment", "all ranks" if victims is None else "one rank", lost_bytes(run)))
+            struck(f"SIGKILL to {'all ranks' if victims is None else 'one rank'} at a random moment", lost_bytes(run))
         assert lost_bytes(run) == 0
         if (run / "checkpoints" / "latest").exists() and last_saved(run) == f"step_{STEPS}":
             break

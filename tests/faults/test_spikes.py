@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nursery import ROOT
-from runs import STEPS, Site, assert_same, content, last_saved, rows
+from runs import STEPS, Site, assert_same, content, last_saved, lost_bytes, rows, struck
 
 FAULTY = str(ROOT / "tests" / "faults" / "faulty_train.py")
 BATCH = 8
@@ -31,7 +31,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(site: Site, whole: Path, tmp_path
     # The schedule did not advance, nothing was counted, and the next batch is the next one, by weights that did not see the last.
     assert after[5]["lr"] == after[4]["lr"] != after[6]["lr"]
     assert after[6]["samples"] == 7 * BATCH and content(run) != content(whole)
-    site.tally.append(("NaN on one rank", "forward", 0))
+    struck("NaN on one rank", lost_bytes(run))
 
     site.finish(stopped, stop_after=7, **fault)
     site.finish(stopped, **fault)
@@ -49,7 +49,7 @@ def test_several_in_a_row_go_back_to_the_last_checkpoint_and_leave_the_batches_o
     assert state["extra"]["guard"]["skipped_in_all"] == 3 and state["extra"]["guard"]["skipped_in_a_row"] == 0
     again = [row for row in rows(run) if "loss" in row][-(STEPS - 4) :]
     assert [row["step"] for row in again] == list(range(5, STEPS + 1)) and again[0]["samples"] == 64 + BATCH
-    site.tally.append(("NaN in three steps in a row", "forward", 0))
+    struck("NaN in three steps in a row", lost_bytes(run))
 
 
 def test_a_run_that_never_comes_past_a_place_ends(site: Site, tmp_path: Path) -> None:

@@ -7,18 +7,17 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from killed_at import in_child
 from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps
 
 from launch import integrity
 from launch.checkpoint import CheckpointManager
-from launch.integrity import HashingFile
 
 
 def whole(folder: Path) -> bool:
@@ -272,41 +271,10 @@ def memory(tmp_path):
         yield Path(folder)
 
 
-class KilledAt:
-    """In a forked child: SIGKILL at the n-th operation on the run's folder (open, mkdir, rename, remove, write, fsync, ...)."""
-
-    def __init__(self, folder: Path, moment: int) -> None:
-        self.folder, self.moment, self.count = str(folder), moment, 0
-        sys.addaudithook(self.audit)
-        fsync, write, exchange = os.fsync, HashingFile.write, integrity.exchange
-        os.fsync = lambda descriptor: (self.tick(), fsync(descriptor))[1]
-        HashingFile.write = lambda file, data: (self.tick(), write(file, data))[1]
-        integrity.exchange = lambda one, other: (self.tick(), exchange(one, other), self.tick())[1]
-
-    def audit(self, event: str, arguments: tuple) -> None:
-        if event.split(".")[0] in ("open", "os", "shutil") and self.folder in str(arguments[:2]):
-            self.tick()
-
-    def tick(self) -> None:
-        if self.count == self.moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.count += 1
-
-
 def save_in_child(run: Path, step: int, moment: int, **options) -> int | None:
     """The signal that ended the child, or None where it finished."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            checkpoints = CheckpointManager(run, keep_every=0, identity=manager(run).identity, **options)
-            KilledAt(run, moment)
-            checkpoints.save(StubEngine(seed=step), state(step), is_best=True)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    checkpoints = CheckpointManager(run, keep_every=0, identity=manager(run).identity, **options)
+    return in_child(run, moment, lambda: checkpoints.save(StubEngine(seed=step), state(step), is_best=True))
 
 
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])

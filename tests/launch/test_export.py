@@ -2,12 +2,15 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from killed_at import in_child
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from training_process import REPOSITORY, launch_ranks
@@ -182,3 +185,36 @@ def test_every_weight_must_come_exactly_once_in_its_shape(runs, change):
     }[change]
     with pytest.raises(ValueError, match=r"model\.layers\.[17]\.mlp"):
         fill(model.to("meta"), iter(values), torch.float32)
+
+
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("again", [False, True], ids=["new", "over an earlier one"])
+def test_a_kill_at_any_moment_leaves_a_whole_export_or_none(runs, tmp_path, again, stride):
+    """And the next export of the same name finishes, with nothing of the dead one left."""
+    command = ("--checkpoint", runs / "zero2-float32", "--output")
+    for moment in range(0, 2000, stride):
+        out = tmp_path / f"{moment}" / "hf"
+        out.parent.mkdir()
+        if again:
+            export(*command, out)
+        killed = in_child(out.parent, moment, lambda out=out: export(*command, out, "--dtype", "float32"))
+        if out.exists() or again:
+            files = integrity.read_manifest(out)["files"]
+            integrity.check_files(out, files, files)
+        if moment % (5 * stride) == 0 or killed is None:
+            export(*command, out)
+            assert [p.name for p in out.parent.iterdir()] == ["hf"]
+        shutil.rmtree(out.parent)
+        if killed is None:
+            break
+        assert killed == signal.SIGKILL
+    assert killed is None and moment > 40, f"{moment} kills struck; the last export was to finish"
+
+
+def test_a_full_disk_leaves_no_half_an_export(runs, tmp_path):
+    """By RLIMIT_FSIZE, in a process of its own: the weights do not fit."""
+    command = [sys.executable, REPOSITORY / "launch/export.py", "--checkpoint", runs / "zero2-float32", "--output", tmp_path / "hf"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    result = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert result.returncode == 2 and "File too large" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert list(tmp_path.iterdir()) == []
