@@ -27,8 +27,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy model data
 
+# Every fault test with a table of what struck at the end, then what else is too slow for CI. About an hour on two cores.
 soak: install
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/faults $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow --ignore tests/faults $(PYTEST_ARGS)
 
 # Everything that a GPU can show, in one command and within ten minutes: kernels against fp32, then ours beside the peers.
 gpu: install

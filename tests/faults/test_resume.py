@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from nursery import ROOT
 from runs import STEPS, Site, assert_same, content, last_saved, rows
 
 
@@ -31,6 +36,47 @@ def test_stopped_and_resumed(site: Site, whole: Path, tmp_path: Path, stops: tup
     resumed = site.finish(run)
     assert f"resuming from {run / 'checkpoints'}/step_{stops[-1]}" in resumed.text()
     assert_same(run, whole)
+
+
+def test_at_the_edge_of_an_epoch(site: Site, tmp_path: Path) -> None:
+    """Some 50 samples, no multiple of the batch of 8: stopped right before the edge, in the step across it, behind it."""
+    source = tmp_path / "code"
+    source.mkdir()
+    (source / "one.py").write_text(Path(json.__file__).read_text()[:6000])
+    shards = tmp_path / "shards"
+    command = [sys.executable, "data/preprocess.py", "--input", str(source), "--tokenizer", str(site.shards / "tokenizer")]
+    command += ["--output", str(shards), "--validation_fraction", "0", "--workers", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    flags = {"data": shards, "eval_interval": 0, "sequence_length": 64}
+    undisturbed = site.finish(tmp_path / "whole", **flags).text()
+    epoch = int(undisturbed.split(" samples of 64 tokens")[0].split()[-1].replace(",", ""))
+    assert 20 < epoch < 88 and epoch % 8, undisturbed
+    for stop in (epoch // 8, epoch // 8 + 1, epoch // 8 + 2):
+        site.finish(tmp_path / "run", stop_after=stop, **flags)
+    site.finish(tmp_path / "run", **flags)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("others", [(1,), pytest.param((4, 1, 2), marks=pytest.mark.slow)], ids=str)
+def test_on_other_numbers_of_ranks(site: Site, small_model: Path, tmp_path: Path, others: tuple[int, ...]) -> None:
+    """Two ranks with EP 2 until step 5, then by itself on others: the same samples, the losses of two ranks to rounding."""
+    run, flags = tmp_path / "run", {"model": small_model, "eval_interval": 0, "save_interval": 100}
+    site.finish(tmp_path / "whole", **flags)
+    site.finish(run, stop_after=5, **flags)
+    before = 2
+    for number, ranks in enumerate(others, 6):
+        said = (
+            replace(site, ranks=ranks, folder=tmp_path).finish(run, stop_after=number if ranks != others[-1] else 0, **flags).text()
+        )
+        assert f"world_size: {before} -> {ranks}" in said and f"ep_size: {before} -> {ranks}" in said, said
+        before = ranks
+    expected, found = ({row["step"]: row for row in rows(path) if "loss" in row} for path in (tmp_path / "whole", run))
+    assert [found[step]["samples"] for step in found] == [8 * step for step in range(1, STEPS + 1)]
+    assert all(found[step] == expected[step] for step in range(1, 6))
+    for step in range(6, STEPS + 1):
+        assert found[step]["lr"] == pytest.approx(expected[step]["lr"], rel=1e-12)
+        # bf16 sums in another order; a wrong bias, moment or sample moves a loss by more
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], abs=2e-3 if step == 6 else 2e-2), step
 
 
 def test_what_is_compared_is_not_trivial(whole: Path) -> None:
