@@ -10,10 +10,16 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+#: The exit code of a hang that was ended.
+EXIT_STALLED = 17
+#: For all ranks to join: hosts of one job may start minutes apart.
+JOIN_SECONDS = 600.0
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -82,6 +88,30 @@ def start(timeout: float) -> None:
             f"port {os.environ['MASTER_PORT']} is in use, by another run on this host perhaps; choose one, as in "
             "deepspeed --master_port 29501 ..."
         ) from None
+
+
+@contextlib.contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """End this process if what is done in here takes longer. Before the watchdog runs nobody else can tell: a rank that joins waits
+    for minutes, some of them again and again, for a rank 0 that has died or was never started."""
+
+    def give_up() -> None:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        print(
+            f"error: rank {os.environ['RANK']} has waited {seconds:.0f} s for {what} (rank 0 is to be at {place}); look for the "
+            "one that has died or was never started",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_STALLED)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def wait_for_builds(root: Path, *, stale_after: float = 120.0) -> None:

@@ -19,7 +19,7 @@ from launch.agreement import Agreement
 from launch.arguments import TrainArguments
 from launch.checkpoint import CheckpointManager, Verdict
 from launch.deepspeed_config import expert_parallel_size, lookup
-from launch.distributed import start
+from launch.distributed import JOIN_SECONDS, start, within
 from launch.engine import build_engine, build_model, peak_flops
 from launch.errors import USER_ERRORS
 from launch.guard import SpikeGuard
@@ -51,11 +51,12 @@ def run_session(arguments: TrainArguments, plan: Plan, stop: StopRequest) -> int
 
 
 def _run(arguments: TrainArguments, plan: Plan, stop: StopRequest, watchdog: Watchdog) -> int:
-    # Longer than the watchdog waits: it names a culprit, and a timeout of the process group does not.
-    start(timeout=2 * arguments.stall_timeout + 60)
-    ranks = Agreement()
-    ranks.on_all(lambda: None)  # a rank that refuses its own input says so here: `refuse_together`
-    watchdog.start()
+    with within(min(JOIN_SECONDS, arguments.stall_timeout), "all ranks to join"):
+        # Longer than the watchdog waits: it names a culprit, and a timeout of the process group does not.
+        start(timeout=2 * arguments.stall_timeout + 60)
+        ranks = Agreement()
+        ranks.on_all(lambda: None)  # a rank that refuses its own input says so here: `refuse_together`
+        watchdog.start()
     folder_lock = run_folder.FolderLock(arguments.output)
     ranks.on_first(folder_lock.take)
     identity = identify(arguments, plan)
@@ -121,8 +122,9 @@ def refuse_together(error: Exception) -> NoReturn:
     def give_reason() -> None:
         raise error
 
-    start(timeout=600)
-    Agreement().on_all(give_reason)
+    with within(JOIN_SECONDS, "all ranks to join"):
+        start(timeout=JOIN_SECONDS)
+        Agreement().on_all(give_reason)
     raise error
 
 

@@ -19,13 +19,14 @@ import traceback
 from typing import NoReturn
 
 from launch.bulletin import Board, Place, here, is_second_hand
+from launch.distributed import EXIT_STALLED
 
 EXIT_FAILED = 1
-EXIT_STALLED = 17
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 60.0
 #: How long a failing rank waits to learn who was the first: two beats and a half tell a living rank from a dead one.
 PATIENCE = 2.5 * BEAT_SECONDS
+LAST_RESORT_SECONDS = 10.0
 #: For tests: RANK/STEP/PHASE in this variable stops (SIGSTOP) that rank when it comes there, so that a fault can strike it there.
 PAUSE_AT = "MOE_PAUSE_AT"
 
@@ -121,8 +122,8 @@ class Watchdog:
         while not self._done.wait(self.beat):
             silent = time.monotonic() - self._answered
             if silent > self.silence:
-                host = f" on {self._heard[0][0].host}" if 0 in self._heard else ""
-                cause = f"rank 0{host} has not answered for {silent:.0f} s (stopped, or its host cut off)"
+                last = f"; last at {self._heard[0][0]}" if 0 in self._heard else ""
+                cause = f"rank 0 has not answered for {silent:.0f} s (stopped, or its host cut off){last}"
                 self._board = None  # nothing can be written there
                 self._end(cause, suspect=0)
             self._judge()
@@ -173,6 +174,10 @@ class Watchdog:
     def _end(self, cause: str, *, suspect: int | None = None, code: int = EXIT_STALLED) -> None:
         if self._done.is_set():
             return
+        # What is said below goes to a pipe and to a store that may be stuck as well; the end must come all the same.
+        last_resort = threading.Timer(LAST_RESORT_SECONDS, os._exit, [code])
+        last_resort.daemon = True
+        last_resort.start()
         sys.stderr.flush()
         # Two stacks are enough, the suspect's own (where it can still speak) and that of one who waits for it.
         if self.rank in (suspect, 1 if suspect == 0 else 0):

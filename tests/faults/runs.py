@@ -78,6 +78,7 @@ class Site:
     folder: Path
     ranks: int = 2
     starts: int = 0
+    seconds: float = 0.0  # that the undisturbed run took
 
     def flags(self, output: Path, **changes: Any) -> list[str]:
         """The command line of `launch/train.py`; a value of None takes a flag away."""

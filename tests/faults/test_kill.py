@@ -60,7 +60,8 @@ def test_killed_at_random_moments(site: Site, whole: Path, tmp_path: Path, seed:
     strikes = 0
     for _ in range(12):
         running = site.start(run)
-        after = draw.uniform(0.1, 1.0) if draw.random() < 0.3 else draw.uniform(0.5, 6.0)
+        # Three in ten during the start; and never so late that the first kill of a test would miss.
+        after = site.seconds * (draw.uniform(0, 0.3) if draw.random() < 0.3 else draw.uniform(0.1, 1.0 if strikes else 0.8))
         end = time.monotonic() + after
         while time.monotonic() < end and len(running.poll()) < 2:
             time.sleep(0.02)
