@@ -34,6 +34,7 @@ soak: install
 
 # Everything that a GPU can show, in one command and within ten minutes: kernels against fp32, then ours beside the peers.
 gpu: install
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device; make test is for CPUs')"
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 	$(BIN)/python launch/benchmark.py attention
 	$(BIN)/python launch/benchmark.py loss

@@ -57,7 +57,9 @@ def _from_hub(name: str) -> tuple[str, dict[str, Any]]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils.logging import set_verbosity_error
 
+        set_verbosity_error()  # it warns at each of its attempts; the last failure is told below
         text = Path(hf_hub_download(name, "tokenizer.json")).read_text(encoding="utf-8")
     except Exception as error:  # every way a network, a proxy, a login or a name can fail
         raise FileNotFoundError(

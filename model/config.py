@@ -59,7 +59,7 @@ class MoEGPTConfig(PreTrainedConfig):
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2), in training only
     initializer_range: float = 0.02
     # Of untied input embeddings. At 0.02 early gradients spike, because the first norm divides by it (arXiv 2312.16903);
-    # CONTRIBUTING.md's log compares 0.02 to 1.0.
+    # CONTRIBUTING.md's log compares 0.02, 0.2 and 1.0.
     embedding_initializer_range: float = 0.2
     tie_word_embeddings: bool = False
     use_cache: bool = True
