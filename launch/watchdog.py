@@ -174,10 +174,9 @@ class Watchdog:
     def _end(self, cause: str, *, suspect: int | None = None, code: int = EXIT_STALLED) -> None:
         if self._done.is_set():
             return
-        # What is said below goes to a pipe and to a store that may be stuck as well; the end must come all the same.
-        last_resort = threading.Timer(LAST_RESORT_SECONDS, os._exit, [code])
-        last_resort.daemon = True
-        last_resort.start()
+        # What is said below goes to a pipe and to a store that may be stuck as well; the end must come all the same, by a thread
+        # in C that needs no interpreter lock (its exit code is 1).
+        faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True)
         sys.stderr.flush()
         # Two stacks are enough, the suspect's own (where it can still speak) and that of one who waits for it.
         if self.rank in (suspect, 1 if suspect == 0 else 0):
