@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch.distributed as dist
+from support import ROOT
 
 from launch.bulletin import Place, is_second_hand, name_culprit
 
@@ -54,3 +58,17 @@ def test_nobody_knows() -> None:
 )
 def test_second_hand(error: BaseException, expected: bool) -> None:
     assert is_second_hand(error) == expected
+
+
+def test_a_store_that_is_stuck_does_not_keep_a_rank_alive() -> None:
+    program = """
+import time
+from launch import watchdog
+watchdog.LAST_RESORT_SECONDS = 1.0
+dog = watchdog.Watchdog(stall=5)
+dog._board = type("Stuck", (), {"write": lambda *_: time.sleep(60)})()
+dog._end("nothing moves", suspect=1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=40, check=False)
+    assert done.returncode == 1
+    assert "error: nothing moves. This is rank 0 at step 0" in done.stderr
