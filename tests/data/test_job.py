@@ -112,6 +112,8 @@ def test_twenty_kills_at_random_moments_end_with_the_same_bytes(expected: Path, 
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
+        else:
+            whole *= 0.9  # the machine was busier when it was timed
         process.wait()
         if (output / "manifest.json").exists():
             assert contents(output) == contents(expected) or (output / "state.json").exists()

@@ -82,6 +82,6 @@ def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(site: Site, t
     running.signal(signal.SIGKILL, [0])
     started = time.monotonic()
     assert running.wait() == [-signal.SIGKILL, 17], running.text()[-2000:]
-    assert time.monotonic() - started < STALL + 10
+    assert time.monotonic() - started < STALL + 40  # torch alone waits 300 s
     assert "error: rank 1 has waited 8 s for all ranks to join (rank 0 is to be at 127.0.0.1:" in last_lines(running)[-1]
     struck("SIGKILL of rank 0 before the ranks have joined")

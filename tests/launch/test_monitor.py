@@ -85,7 +85,7 @@ def run_wandb(tmp_path: Path, **env: str) -> tuple[float, float, str]:
 
 def test_wandb_without_a_key(tmp_path: Path) -> None:
     logging, closing, said = run_wandb(tmp_path)
-    assert logging < 5 and closing < 40
+    assert logging < 20 and closing < 60
     assert said.count("warning: W&B:") == 1 and "metrics.jsonl has everything" in said
 
 
@@ -98,7 +98,7 @@ def test_wandb_that_never_answers(tmp_path: Path) -> None:
         logging, closing, _ = run_wandb(tmp_path, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
         server.settimeout(0.1)
         server.accept()  # it did try
-    assert logging < 5 and closing < 40
+    assert logging < 20 and closing < 60
 
 
 def test_wandb_that_is_down(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_wandb_that_is_down(tmp_path: Path) -> None:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     logging, closing, _ = run_wandb(tmp_path, WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_API_KEY="0" * 40)
-    assert logging < 5 and closing < 40
+    assert logging < 20 and closing < 60
 
 
 def test_wandb_offline_leaves_a_run_to_upload(tmp_path: Path) -> None:
