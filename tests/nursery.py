@@ -92,12 +92,12 @@ class Ranks:
                 self.codes[rank], self.ended[rank] = code, time.monotonic()
         return self.codes
 
-    def wait(self, timeout: float = 90) -> list[int]:
+    def wait(self, timeout: float = 180) -> list[int]:
         """All exit codes. Ranks that are still there after `timeout` seconds are killed, and the test fails with the log."""
         self.until(lambda: len(self.poll()) == len(self.pids), "the end of all ranks", timeout)
         return [self.codes[rank] for rank in range(len(self.pids))]
 
-    def until(self, condition: Callable[[], object], what: str, timeout: float = 60) -> None:
+    def until(self, condition: Callable[[], object], what: str, timeout: float = 120) -> None:
         """Wait for something that the ranks bring about."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -109,7 +109,7 @@ class Ranks:
                 raise AssertionError(f"no {what} after {timeout} s; ranks {alive} lived:\n{self.text()[-6000:]}")
             time.sleep(0.01)
 
-    def until_said(self, text: str, timeout: float = 60) -> None:
+    def until_said(self, text: str, timeout: float = 120) -> None:
         def said() -> bool:
             if text in self.text():
                 return True
