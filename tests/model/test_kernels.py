@@ -330,7 +330,7 @@ def against_the_formula(
     ours = [out, *torch.autograd.grad(out, leaves, dout)]
     theirs = [expected, *torch.autograd.grad(expected, exact, dout.cpu().double())]
     for label, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), ours, theirs, strict=True):
-        error = float((a.detach().cpu().double() - b.detach()).norm() / b.norm().clamp(min=1e-12))
+        error = float((a.detach().cpu().double() - b.detach()).norm() / b.detach().norm().clamp(min=1e-12))
         assert error < limit, (label, error)
 
 
