@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test check soak gpu clean
+.PHONY: install quickstart test check served soak gpu gpu-bundle compat clean
 install: $(VENV)/installed
 
 # torch first: packages that build against it then find it, and pip does not pick another build for a dependency.
@@ -20,26 +20,29 @@ quickstart: install
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/quickstart.py
 
 test: install
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest --durations 10 $(PYTEST_ARGS)
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy model data
+	$(BIN)/mypy model data launch tests/reference.py
 
 # Every fault test with a table of what struck at the end, then what else is too slow for CI. About an hour on two cores.
 soak: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/faults $(PYTEST_ARGS)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow --ignore tests/faults $(PYTEST_ARGS)
 
-# Everything that a GPU can show, in one command and within ten minutes: kernels against fp32, then ours beside the peers.
+# Everything that one GPU can show, in about ten minutes: kernels against fp32, training, resume, conversions, export, benchmarks.
 gpu: install
-	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device; make test is for CPUs')"
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
-	$(BIN)/python launch/benchmark.py attention
-	$(BIN)/python launch/benchmark.py loss
-	$(BIN)/python launch/benchmark.py moe
-	$(BIN)/python launch/benchmark.py step --model 800m --sequence_length 2048 --deepspeed_config ds_configs/ep1_zero2.json
+	$(BIN)/python tests/gpu/acceptance.py $(GPU_ARGS)
+
+# The same for a machine without a network: wheels, sources and a script, in build/gpu-bundle.
+gpu-bundle: install
+	$(BIN)/python tests/gpu/bundle.py
+
+# The oldest, the tested and the newest PyTorch and transformers, each in an environment of its own. Downloads some 10 GB.
+compat: install
+	$(BIN)/python tests/compat/versions.py $(COMPAT_ARGS)
 
 clean:
-	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

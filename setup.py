@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="moe-code-gpt",
-    version="0.1.0",
+    version="0.2.0",
     description="Train Mixture-of-Experts GPT code models with DeepSpeed: text in, a trained and exported model out",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["model", "data", "launch", "launch.benchmarks"],
-    package_data={"model": ["presets/*.json"]},
+    packages=find_packages(include=["model", "data", "data.*", "launch", "launch.*"]),
+    package_data={"model": ["presets/*.json"], "launch.reporting": ["assets/*"], "launch.evaluation.lm_eval": ["*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",  # the first with correct universal conversion of expert optimizer states
@@ -31,10 +31,13 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # Never required: without it attention runs on PyTorch's own flash kernels.
+        # Not needed: PyTorch's own CUDA kernel is FlashAttention 2. Its build imports torch, so it wants --no-build-isolation.
         "flash": ["flash-attn>=2.7"],
         # An MPI runtime from PyPI, for `mpiexec` where the system has none.
         "mpi": ["mpich>=4.3"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "mpich>=4.3"],
+        # accelerate and peft: what transformers' users put around the model (tests/model/test_transformers.py).
+        # Beside W&B for `--tracker`; tested with these.
+        "trackers": ["tensorboard>=2.21", "trackio>=0.43"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "mpich>=4.3", "accelerate>=1.10", "peft>=0.18"],
     },
 )

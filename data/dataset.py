@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.order import blend_table, permute_epochs, ranks_in_table
+from data.cli import UserError
+from data.order import blend_slots, earlier_slots, permute_epochs
 from data.stream import TokenStream
 
 IGNORED = -100  # the target that torch's cross entropy leaves out
@@ -27,7 +28,7 @@ LOCATED_AT_ONCE = 1024
 Sourcelike = str | Path | tuple[str | Path, float]
 
 
-class PackedDataset(torch.utils.data.Dataset):
+class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Samples of one split of one or more shard folders.
 
     sources: folders, or (folder, weight). Without weights every sample of every folder comes once an epoch; with weights the shares
@@ -36,8 +37,8 @@ class PackedDataset(torch.utils.data.Dataset):
     document_mask: adds `position_ids` that restart in each document, and no target crosses into the next document.
     The validation split is read in order, without weights, always the same.
 
-    Raises FileNotFoundError for a missing folder or shard, ValueError for damage, mixed tokenizers, a bad weight, or a split
-    shorter than one sample.
+    Raises NotFound for a missing folder or shard, UserError for damage, mixed tokenizers, a bad weight, or a split shorter than
+    one sample.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class PackedDataset(torch.utils.data.Dataset):
         document_mask: bool = False,
     ) -> None:
         if split not in ("train", "validation"):
-            raise ValueError(f"split must be train or validation, not {split}")
+            raise UserError(f"split must be train or validation, not {split}")
         if sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
+            raise UserError(f"sequence_length must be at least 1, not {sequence_length}")
         if not sources:
-            raise ValueError("no shards given")
+            raise UserError("no shards given")
         self.split, self.sequence_length, self.seed, self.document_mask = split, sequence_length, seed, document_mask
         folders, weights = _folders_and_weights(sources)
         self.streams = [TokenStream(folder, split) for folder in folders]
@@ -63,15 +64,16 @@ class PackedDataset(torch.utils.data.Dataset):
         self.samples = np.array([max(s.tokens - 1, 0) // sequence_length for s in self.streams], np.int64)
         self._check_lengths()
         self.ends = np.cumsum(self.samples)
-        self.table = blend_table(self.weights) if self.weights else None
-        self.ranks = ranks_in_table(self.table) if self.table is not None else None
+        #: Which source each slot of a blend's period takes, and how many earlier slots took the same one.
+        self.slots = blend_slots(self.weights) if self.weights else None
+        self.earlier = earlier_slots(self.slots) if self.slots is not None else None
         self._located: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _check_tokenizers(self) -> None:
         first = self.streams[0]
         for other in self.streams[1:]:
             if other.manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
-                raise ValueError(
+                raise UserError(
                     f"{other.folder} was made with tokenizer {other.manifest['tokenizer']['name']} and {first.folder} with "
                     f"{first.manifest['tokenizer']['name']}: shards of one run must have the same tokenizer"
                 )
@@ -80,17 +82,17 @@ class PackedDataset(torch.utils.data.Dataset):
         short = [s for s, n in zip(self.streams, self.samples, strict=True) if n == 0]
         if short and (self.weights or len(short) == len(self.streams)):
             s = short[0]
-            raise ValueError(
+            raise UserError(
                 f"the {self.split} split of {s.folder} has {s.tokens} tokens, a sample of {self.sequence_length} needs "
                 f"{self.sequence_length + 1}; give more data, a larger --validation_fraction or a shorter --sequence_length"
             )
 
     def __len__(self) -> int:
         """Samples of one epoch. Of a weighted blend: until the first folder, in proportion to its weight, is used up."""
-        if self.table is None:
+        if self.slots is None:
             return int(self.ends[-1])
-        slots = np.bincount(self.table, minlength=len(self.streams))
-        return int((self.samples * len(self.table) // slots).min())
+        counts = np.bincount(self.slots, minlength=len(self.streams))
+        return int((self.samples * len(self.slots) // counts).min())
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source [B], sample in that source [B]) of sample numbers [B]."""
@@ -98,7 +100,7 @@ class PackedDataset(torch.utils.data.Dataset):
             raise IndexError("sample numbers start at 0")
         if self.split == "validation" or not len(indices):
             return self._locate(indices)
-        # Whoever trains asks for neighbours: the arithmetic for a thousand costs little more than for a batch of sixteen.
+        # Training asks for consecutive numbers: the arithmetic for a thousand costs little more than for a batch of sixteen.
         number = int(indices[0]) // LOCATED_AT_ONCE
         first = number * LOCATED_AT_ONCE
         if (indices // LOCATED_AT_ONCE != number).any():
@@ -110,10 +112,10 @@ class PackedDataset(torch.utils.data.Dataset):
         return source[indices - first], sample[indices - first]
 
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self.table is not None and self.ranks is not None:
-            period, slot = np.divmod(indices, len(self.table))
-            source = self.table[slot]
-            local = period * np.bincount(self.table, minlength=len(self.streams))[source] + self.ranks[slot]
+        if self.slots is not None and self.earlier is not None:
+            period, slot = np.divmod(indices, len(self.slots))
+            source = self.slots[slot]
+            local = period * np.bincount(self.slots, minlength=len(self.streams))[source] + self.earlier[slot]
             out = np.empty_like(indices)
             for k in np.unique(source):
                 chosen = source == k
@@ -145,6 +147,19 @@ class PackedDataset(torch.utils.data.Dataset):
         if self.document_mask:
             self._mask(found, source, sample)
         return found
+
+    def count_targets(self, indices: Sequence[int] | np.ndarray) -> int:
+        """How many tokens of those samples have a target: all, but for the last of a document with document_mask.
+
+        From the index alone, so that every rank can count a whole global batch without its tokens or the other ranks.
+        """
+        numbers = np.asarray(indices, np.int64).reshape(-1)
+        targets = len(numbers) * self.sequence_length
+        if self.document_mask:
+            for k, i in zip(*(places.tolist() for places in self.locate(numbers)), strict=True):
+                starts = self.streams[k].document_starts(i * self.sequence_length, self.sequence_length + 1)
+                targets -= int((starts > 0).sum())
+        return targets
 
     def _gather(self, source: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """[B, T + 1] in the shards' dtype: half the memory traffic of gathering int64."""
@@ -182,7 +197,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        return self.streams[0].manifest["tokenizer"]["fingerprint"]
+        return str(self.streams[0].manifest["tokenizer"]["fingerprint"])
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -230,7 +245,7 @@ def _folders_and_weights(sources: Sequence[Sourcelike]) -> tuple[list[Path], lis
     if not weights:
         return folders, None
     if len(weights) < len(folders):
-        raise ValueError("give every shard folder a weight (DIR:WEIGHT), or none")
+        raise UserError("give every shard folder a weight (DIR:WEIGHT), or none")
     if not all(0.001 <= w < 1e6 for w in weights):
-        raise ValueError(f"weights must be from 0.001 up, not {weights}")
+        raise UserError(f"weights must be from 0.001 up, not {weights}")
     return folders, weights

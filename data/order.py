@@ -50,7 +50,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 def _pass(x: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Once through the network: a permutation of [0, A * B)."""
     size_b = math.isqrt(n - 1) + 1
-    sizes = np.uint64(-(-n // size_b)), np.uint64(size_b)
+    sizes = np.uint64(ceil_div(n, size_b)), np.uint64(size_b)
     a, b = np.divmod(x, sizes[1])
     for number, key in enumerate(round_keys(seed, epoch)):
         hashed = (b ^ key) * _MULTIPLIER
@@ -76,6 +76,11 @@ def permute_epochs(index: np.ndarray, n: int, seed: int) -> np.ndarray:
     return out
 
 
+def ceil_div(number: int, divisor: int) -> int:
+    """number / divisor, rounded up."""
+    return -(-number // divisor)
+
+
 def blend_counts(weights: Sequence[float]) -> list[int]:
     """Slots of each source in a period: exact where MAX_PERIOD allows, else by largest remainder, and at least one each."""
     written = [Fraction(str(w)) for w in weights]
@@ -90,26 +95,26 @@ def blend_counts(weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def blend_table(weights: Sequence[float]) -> np.ndarray:
+def blend_slots(weights: Sequence[float]) -> np.ndarray:
     """int64 [P]: which source each slot of a period takes, spread evenly; source k has exactly its share of the P slots.
 
     Smooth weighted round robin: each slot goes to the source that lags its share most, the first one on a tie.
     """
     counts = blend_counts(weights)
     period = sum(counts)
-    credit, table = [0] * len(counts), np.empty(period, np.int64)
+    credit, slots = [0] * len(counts), np.empty(period, np.int64)
     for slot in range(period):
         credit = [c + n for c, n in zip(credit, counts, strict=True)]
         best = max(range(len(credit)), key=credit.__getitem__)
         credit[best] -= period
-        table[slot] = best
-    return table
+        slots[slot] = best
+    return slots
 
 
-def ranks_in_table(table: np.ndarray) -> np.ndarray:
+def earlier_slots(slots: np.ndarray) -> np.ndarray:
     """int64 [P]: how many earlier slots of the period take the same source."""
-    ranks = np.empty_like(table)
-    for source in np.unique(table):
-        chosen = table == source
-        ranks[chosen] = np.arange(chosen.sum())
-    return ranks
+    earlier = np.empty_like(slots)
+    for source in np.unique(slots):
+        chosen = slots == source
+        earlier[chosen] = np.arange(chosen.sum())
+    return earlier

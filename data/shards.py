@@ -8,15 +8,18 @@ Source: megatron/core/datasets/indexed_dataset.py (_IndexWriter, DType).
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import stat
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data.cli import NotFound, UserError, sentence
+from data.files import is_inside
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -30,35 +33,6 @@ MANIFEST = "manifest.json"
 def dtype_for(vocab_size: int) -> str:
     """uint16 where every id fits, else int32 (the next one that Megatron knows and that holds 2^31 ids)."""
     return "uint16" if vocab_size <= 1 << 16 else "int32"
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in the folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or nothing: temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        buffer = bytearray(1 << 20)
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def index_bytes(sizes: np.ndarray, dtype: str) -> bytes:
@@ -88,25 +62,25 @@ def check_header(path: Path, dtype: str, documents: int) -> None:
     with open(path, "rb", buffering=0) as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise ValueError(f"{path} is not a Megatron index: it does not begin with MMIDIDX")
+        raise UserError(f"{path} is not a Megatron index: it does not begin with MMIDIDX")
     expected = HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype], documents, documents + 1)
     if head != expected:
         found, right = HEADER.unpack(head)[1:], HEADER.unpack(expected)[1:]
-        raise ValueError(f"{path} disagrees with its manifest: (version, dtype, counts) are {found} and should be {right}")
+        raise UserError(f"{path} disagrees with its manifest: (version, dtype, counts) are {found} and should be {right}")
 
 
 def read_index(path: Path) -> Index:
-    """Map an index. Raises ValueError that names the file for a wrong magic, version, dtype or length."""
+    """Map an index. Raises UserError that names the file for a wrong magic, version, dtype or length."""
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
     head = data[: HEADER.size].tobytes()
     if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise ValueError(f"{path} is not a Megatron index: it does not begin with MMIDIDX")
+        raise UserError(f"{path} is not a Megatron index: it does not begin with MMIDIDX")
     _, version, code, n, documents = HEADER.unpack(head)
     names = {c: name for name, c in DTYPE_CODES.items()}
     if version != 1 or code not in names or documents != n + 1:
-        raise ValueError(f"{path}: version {version}, dtype code {code}, {n} sequences, {documents} documents is not what we write")
+        raise UserError(f"{path}: version {version}, dtype code {code}, {n} sequences, {documents} documents is not what we write")
     if len(data) != index_file_size(n):
-        raise ValueError(f"{path} has {len(data)} bytes and should have {index_file_size(n)} for {n} documents")
+        raise UserError(f"{path} has {len(data)} bytes and should have {index_file_size(n)} for {n} documents")
     sizes_end, offsets_end = HEADER.size + 4 * n, HEADER.size + 12 * n
     return Index(
         dtype=names[code],
@@ -117,20 +91,60 @@ def read_index(path: Path) -> Index:
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete folder. FileNotFoundError where there is none, ValueError where it is not ours."""
+    """The manifest of a complete folder. Raises NotFound where there is none, UserError where it is not ours."""
     path = folder / MANIFEST
     if not path.is_file():
         what = "an unfinished job: run its command again" if (folder / "state.json").exists() else "no manifest.json there"
         make = f"make them with python data/preprocess.py --input ... --output {folder}"
-        raise FileNotFoundError(f"no shards at {folder}: {what}; {make}")
+        raise NotFound(f"no shards at {folder}: {what}; {make}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        name, version = manifest["format"], manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({sentence(error)})") from error
+    return check_manifest(path, manifest)
+
+
+def check_manifest(path: Path, manifest: Any) -> dict[str, Any]:
+    """The manifest if it makes sense: format, types, sizes, and names of files inside its folder. Raises UserError."""
+    fields = manifest if isinstance(manifest, dict) else {}
+    name, version = fields.get("format"), fields.get("version")
+    if name is None:
+        raise UserError(f"{path} is damaged (it has no format)")
     if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
-        raise ValueError(f"{path} has format {name} version {version}, this program reads {FORMAT_NAME} version {FORMAT_VERSION}")
-    return manifest
+        raise UserError(f"{path} has format {name} version {version}, this program reads {FORMAT_NAME} version {FORMAT_VERSION}")
+    for where, good in _checks(fields):
+        if not good:
+            raise UserError(f"{path} is damaged: {where} is missing or makes no sense; restore it, or preprocess again")
+    return fields
+
+
+def _checks(manifest: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """(what was looked at, whether it is as it must be), in an order in which each check may rely on those before it."""
+    yield "dtype", manifest.get("dtype") in DTYPE_CODES
+    tokenizer = manifest.get("tokenizer")
+    yield "tokenizer", isinstance(tokenizer, dict) and isinstance(tokenizer.get("fingerprint"), str)
+    assert isinstance(tokenizer, dict)
+    yield "tokenizer.vocab_size", _is_count(tokenizer.get("vocab_size")) and tokenizer["vocab_size"] > 0
+    yield "tokenizer.eos_token_id", _is_count(end := tokenizer.get("eos_token_id")) and end < tokenizer["vocab_size"]
+    splits = manifest.get("splits")
+    for split in SPLITS:
+        entry = splits.get(split) if isinstance(splits, dict) else None
+        yield f"splits.{split}", isinstance(entry, dict) and isinstance(entry.get("shards"), list)
+        assert isinstance(entry, dict)
+        yield f"splits.{split}", all(_is_count(entry.get(key)) for key in ("documents", "tokens", "text_bytes"))
+        for number, shard in enumerate(entry["shards"]):
+            where = f"splits.{split}.shards[{number}]"
+            yield (
+                where,
+                isinstance(shard, dict) and all(_is_count(shard.get(k)) for k in ("documents", "tokens", "text_bytes", "bytes")),
+            )
+            yield f"{where}.sha256", all(isinstance(shard.get(key), str) for key in ("sha256", "index_sha256"))
+            # A manifest of somebody else must not make us read (or hash without end) what lies outside its folder.
+            yield f"{where}.name", is_inside(shard.get("name")) and "/" not in shard["name"]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def shard_name(number: int) -> str:
@@ -138,15 +152,17 @@ def shard_name(number: int) -> str:
 
 
 def check_shard(folder: Path, split: str, shard: dict[str, Any], dtype: str) -> None:
-    """Structure and sizes, not sums: two stats and 34 bytes. Raises ValueError or FileNotFoundError that names the file."""
+    """Structure and sizes, not checksums: two stats and 34 bytes. Raises UserError or NotFound that names the file."""
     stem = folder / split / shard["name"]
     sizes = {".bin": shard["tokens"] * np.dtype(dtype).itemsize, ".idx": index_file_size(shard["documents"])}
     for suffix, expected in sizes.items():
         path = stem.with_suffix(suffix)
         try:
-            size = path.stat().st_size
+            status = path.stat()
         except FileNotFoundError:
-            raise FileNotFoundError(f"shard file {path} is missing; the manifest lists it") from None
-        if size != expected:
-            raise ValueError(f"{path} has {size} bytes and should have {expected}: it is damaged; preprocess again or restore it")
+            raise NotFound(f"shard file {path} is missing; the manifest lists it") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is not a regular file")
+        if (size := status.st_size) != expected:
+            raise UserError(f"{path} has {size} bytes and should have {expected}: it is damaged; preprocess again or restore it")
     check_header(stem.with_suffix(".idx"), dtype, shard["documents"])

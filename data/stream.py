@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
+import resource
+import weakref
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,14 @@ import numpy as np
 
 from data.shards import check_shard, load_manifest, read_index
 
-#: Shards mapped at once, up to two files each: a map keeps a file handle, of which 1,024 are common. Mapping takes some 20 us.
+#: Shards of one stream mapped at once, at most, up to two files each. A map keeps a file handle; mapping takes some 20 us.
 OPEN_SHARDS = 96
+#: All that are open in this process: they share its file handles.
+_streams: weakref.WeakSet[TokenStream] = weakref.WeakSet()
 
 
 class TokenStream:
-    """Tokens [0, tokens) of `folder/split`. Structure and sizes of all shards are checked on opening, the sums are not."""
+    """Tokens [0, tokens) of `folder/split`. Structure and sizes of all shards are checked on opening, the checksums are not."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
@@ -33,16 +39,22 @@ class TokenStream:
         self.tokens, self.text_bytes = int(self.starts[-1]), int(entry["text_bytes"])
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._offsets: OrderedDict[int, np.ndarray] = OrderedDict()
+        _streams.add(self)
 
     @property
     def fingerprint(self) -> str:
-        """Of the content: the tokenizer and the sum of every shard."""
-        sums = [self.manifest["tokenizer"]["fingerprint"], self.dtype, *(s["sha256"] for s in self.shards)]
-        return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+        """Of the content: the tokenizer and the checksum of every shard."""
+        checksums = [self.manifest["tokenizer"]["fingerprint"], self.dtype, *(s["sha256"] for s in self.shards)]
+        return hashlib.sha256("\n".join(checksums).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Let go of all maps; what is read next is mapped anew."""
+        self._maps.clear()
+        self._offsets.clear()
 
     def _tokens(self, shard: int) -> np.ndarray:
         found = self._maps.get(shard)
-        return found if found is not None else _keep(self._maps, shard, self._map(shard))
+        return found if found is not None else _keep(self._maps, shard, lambda: self._map(shard))
 
     def _map(self, shard: int) -> np.ndarray:
         path = (self.folder / self.split / self.shards[shard]["name"]).with_suffix(".bin")
@@ -55,7 +67,7 @@ class TokenStream:
         if found is not None:
             return found
         path = (self.folder / self.split / self.shards[shard]["name"]).with_suffix(".idx")
-        return _keep(self._offsets, shard, read_index(path).offsets)
+        return _keep(self._offsets, shard, lambda: read_index(path).offsets)
 
     def pieces(self, start: int, count: int) -> list[tuple[int, int, int]]:
         """(shard, first token in it, how many) that make up tokens [start, start + count) of the stream."""
@@ -102,9 +114,24 @@ class TokenStream:
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-def _keep(cache: OrderedDict[int, np.ndarray], key: int, value: np.ndarray) -> np.ndarray:
-    """Remember `value`; the one that was opened first is closed when nobody uses it any more."""
-    if len(cache) >= OPEN_SHARDS:
+def _keep(cache: OrderedDict[int, np.ndarray], key: int, open_file: Callable[[], np.ndarray]) -> np.ndarray:
+    """Open a file and remember it. First in, first out: what was opened longest ago is closed when nobody uses it any more."""
+    while len(cache) >= open_limit():
         cache.popitem(last=False)
-    cache[key] = value
-    return value
+    try:
+        cache[key] = open_file()
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        # Somebody else has taken the handles: give up all of ours and try once more.
+        for stream in list(_streams):
+            stream.close()
+        cache[key] = open_file()
+    return cache[key]
+
+
+def open_limit() -> int:
+    """Files that each of a stream's two caches may hold: half of the process's handles are left to others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    handles = soft if soft != resource.RLIM_INFINITY else 1 << 20
+    return max(min(OPEN_SHARDS, handles // (4 * max(len(_streams), 1))), 1)

@@ -1,12 +1,11 @@
 """Check every byte of shards against their manifest: `python data/verify.py shards/`.
 
-Sums, sizes, counts, the range of ids, one end-of-text token at the end of each document and nowhere else, the index's offsets, and
-the tokenizer's fingerprint. Prints each fault on a line of its own; exit code 0 when there is none, else 1.
+Checksums, sizes, counts, the range of ids, one end-of-text token at the end of each document and nowhere else, the index's
+offsets, and the tokenizer's fingerprint. Prints each fault on a line of its own; exit code 0 when there is none, else 1.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -17,16 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from data import tokenizer as tokenizers
-from data.command import Progress, exit_code, leave
-from data.shards import SPLITS, Index, check_shard, file_sha256, load_manifest, read_index
+from data.cli import Exit, Progress, UserError, exit_code, leave, say, stdout
+from data.files import hash_file
+from data.flags import Parser
+from data.shards import SPLITS, Index, check_shard, load_manifest, read_index
+from data.tokens import tokenizer as tokenizers
 
 CHUNK_TOKENS = 1 << 22
-EXIT_FAULTY = 1
 
 
 def verify(folder: Path, workers: int = 1) -> list[str]:
-    """Every fault as a sentence that names the file; empty for a sound folder. Raises FileNotFoundError without a manifest."""
+    """Every fault as a sentence that names the file; empty for a sound folder. Raises NotFound without a manifest."""
     manifest = load_manifest(folder)
     faults = list(_tokenizer_faults(folder, manifest))
     jobs = [(split, shard) for split in SPLITS for shard in manifest["splits"][split]["shards"]]
@@ -38,7 +38,7 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
         for (_, shard), found in zip(jobs, results, strict=True):
             faults += found
             done += shard["bytes"]
-            progress.update(done, shard["documents"])
+            progress.update(done, f"{len(faults)} faults" if faults else "")
     progress.close()
     for split in SPLITS:
         faults += _total_faults(folder, split, manifest["splits"][split])
@@ -72,15 +72,15 @@ def _shard_faults(folder: Path, split: str, shard: dict[str, Any], manifest: dic
     try:
         check_shard(folder, split, shard, manifest["dtype"])
         index = read_index(stem.with_suffix(".idx"))
-        return [*_sum_faults(stem, shard), *_index_faults(stem, index, shard), *_token_faults(stem, index, manifest)]
+        return [*_checksum_faults(stem, shard), *_index_faults(stem, index, shard), *_token_faults(stem, index, manifest)]
     except (OSError, ValueError) as error:
         return [str(error)]
 
 
-def _sum_faults(stem: Path, shard: dict[str, Any]) -> Iterator[str]:
+def _checksum_faults(stem: Path, shard: dict[str, Any]) -> Iterator[str]:
     for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
         path = stem.with_suffix(suffix)
-        if file_sha256(path) != shard[key]:
+        if hash_file(path) != shard[key]:
             yield f"{path} has another sha256 than the manifest says"
 
 
@@ -120,24 +120,28 @@ def _token_faults(stem: Path, index: Index, manifest: dict[str, Any]) -> Iterato
 
 
 def main(arguments: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python data/verify.py", description="Check every byte of shards against their manifest.")
+    p = Parser(
+        prog="python data/verify.py",
+        description="Check every byte of shards against their manifest.",
+        examples="python data/verify.py shards/\npython data/verify.py code/ text/ --workers 4",
+    )
     p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of data/preprocess.py")
-    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads")
+    p.add_argument("--workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="threads")
     args = p.parse_args(arguments)
     if args.workers < 1:
-        raise ValueError(f"--workers must be at least 1, not {args.workers}")
-    code = 0
+        raise UserError(f"--workers must be at least 1, not {args.workers}")
+    code = Exit.DONE
     for folder in args.folders:
         started = time.monotonic()
         faults = verify(folder, args.workers)
         for fault in faults:
-            print(f"error: {fault}", file=sys.stderr)
+            say(f"error: {fault}")
         if faults:
-            code = EXIT_FAULTY
+            code = Exit.FAULT
             continue
         splits = load_manifest(folder)["splits"]
         shards, tokens = (sum(f(splits[s]) for s in SPLITS) for f in (lambda e: len(e["shards"]), lambda e: e["tokens"]))
-        print(f"{folder}: {shards} shards, {tokens:,} tokens, all sound ({time.monotonic() - started:.1f} s)")
+        say(f"{folder}: {shards} shards, {tokens:,} tokens, all sound ({time.monotonic() - started:.1f} s)", stdout)
     return code
 
 

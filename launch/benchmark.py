@@ -1,21 +1,28 @@
 """Benchmarks: each measures ours beside a peer on the same work in one run, and prints ratios.
 
-python launch/benchmark.py moe|attention|loss|step|data|preprocess [options]
+python launch/benchmark.py moe|attention|loss|step|roofline|data|preprocess [options]
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
+import sys
 from pathlib import Path
 
-from launch.errors import make_quiet, run_command
+from data.flags import Parser
+from launch.cli import make_quiet, run_command
+
+EXAMPLES = """
+python launch/benchmark.py step --help
+python launch/benchmark.py moe --output moe.json
+"""
 
 BENCHMARKS = {
     "attention": "attention with sinks: ours against eager and transformers' GPT-OSS and Glm4Moe",
     "loss": "fused cross entropy against plain logits",
     "moe": "the mixture-of-experts layer against transformers' Glm4Moe",
+    "roofline": "bytes, kernels, waits and predicted MFU of a micro-step on a GPU, counted without one",
     "step": "a training step under DeepSpeed against transformers' Glm4Moe under stock AutoEP",
     "data": "packed samples against HF datasets on the same tokens",
     "preprocess": "text to shards against one reader and a pool of HF tokenizers",
@@ -23,12 +30,14 @@ BENCHMARKS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python launch/benchmark.py", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="benchmark", required=True)
+    parser = Parser(prog="python launch/benchmark.py", description=__doc__.splitlines()[0], examples=EXAMPLES)
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    chosen = next((argument for argument in sys.argv[1:] if argument in BENCHMARKS), None)
     for name, summary in BENCHMARKS.items():
-        sub = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        importlib.import_module(f"launch.benchmarks.{name}").add_arguments(sub)
-        sub.add_argument("--output", type=Path, help="also write the figures there as JSON")
+        sub = commands.add_parser(name, help=summary, description=summary)
+        if name == chosen:  # the flags of the others would load torch, DeepSpeed and datasets for nothing
+            importlib.import_module(f"launch.benchmarks.{name}").add_arguments(sub)
+        sub.add_argument("--output", type=Path, metavar="FILE", help="also write the figures there as JSON")
     arguments = parser.parse_args()
     make_quiet()
     result = importlib.import_module(f"launch.benchmarks.{arguments.benchmark}").run(arguments)

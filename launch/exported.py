@@ -1,14 +1,29 @@
-"""Load an exported folder, as `launch/export.py` writes it."""
+"""Load an exported folder, as `launch/export.py` writes it, or a stock Glm4Moe one.
+
+The model is always this repository's own where it can be, with its kernels; code inside a folder is never run.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from data.cli import NotFound, UserError
+from data.files import hash_file
 from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.glm4_moe import from_glm4_moe
+
+MANIFEST = "manifest.json"  # what launch/checkpoint/manifest.py writes last
+# Fields that change what the model computes without changing a weight's shape.
+ARITHMETIC = (
+    *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "scoring_func"),
+    *("qk_norm", "rms_norm_eps", "attention_sinks"),
+)
 
 
 def default_device() -> str:
@@ -18,30 +33,132 @@ def default_device() -> str:
 def load_exported(
     folder: Path, *, device: str, attn_implementation: str | None = None, rope_factor: float | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model (in eval mode, in the dtype it was exported in) and tokenizer. Never runs the code inside the folder.
+    """Model (in eval mode, in the dtype it was exported in) and tokenizer.
 
-    `rope_factor` extends the context by YaRN. Errors: one sentence that names the folder and what is missing.
+    `rope_factor` extends the context by YaRN. Raises UserError with the folder and what is missing or damaged.
     """
     disable_progress_bar()  # of the weights, which are read in a moment
-    for name, maker in (("config.json", "launch/export.py"), ("tokenizer.json", "launch/export.py")):
+    for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"--model {folder} has no {name}; name a folder that {maker} wrote")
-    if is_moe_gpt(folder):
-        config = MoEGPTConfig.from_pretrained(folder)
+            raise NotFound(f"--model {folder} has no {name}; name a folder that launch/export.py wrote")
+    config = own_config(folder)
+    if config is None:
+        if rope_factor:
+            raise UserError(f"--rope_factor extends moe_gpt and glm4_moe folders; {folder} is another model")
+        check_weights(folder)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    else:
         if rope_factor:
             config = config.with_rope_factor(rope_factor)
-        model = MoEGPTForCausalLM.from_pretrained(
-            folder, config=config, dtype="auto", attn_implementation=attn_implementation or "sdpa"
-        )
-    elif rope_factor:
-        raise ValueError(f"--rope_factor extends moe_gpt exports; {folder} is another model")
-    else:
-        AutoConfig.from_pretrained(folder)  # a sentence about an unknown model type, before the weights are read
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model = load_model(folder, config, attn_implementation=attn_implementation or "sdpa")
+    model.to(device).eval()  # type: ignore[arg-type]
     # tokenizer.json itself: transformers 5's AutoTokenizer rebuilds some tokenizers and changes their ids.
-    return model.to(device).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def is_moe_gpt(folder: Path) -> bool:
-    config, _ = MoEGPTConfig.get_config_dict(folder)
-    return config.get("model_type") == MoEGPTConfig.model_type
+def own_config(folder: Path) -> MoEGPTConfig | None:
+    """The folder's configuration as this repository's model reads it; None for another architecture.
+
+    Raises UserError for one that is damaged, or whose type transformers does not know.
+    """
+    try:
+        fields, _ = MoEGPTConfig.get_config_dict(folder)
+        if fields.get("model_type") == MoEGPTConfig.model_type:
+            return MoEGPTConfig.from_pretrained(folder)
+        if fields.get("model_type") == "glm4_moe":
+            try:
+                return from_glm4_moe(fields)
+            except ValueError:
+                return None  # transformers' own class computes what ours does not
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)  # a sentence about an unknown type, before the weights are read
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
+    return None
+
+
+def load_model(
+    folder: Path, config: MoEGPTConfig, *, attn_implementation: str = "sdpa", dtype: torch.dtype | str = "auto"
+) -> MoEGPTForCausalLM:
+    """This repository's model with a folder's weights, bit for bit. Raises UserError with a file or a weight that is not right."""
+    check_weights(folder)
+    if config_type(folder) == MoEGPTConfig.model_type:
+        loaded: Any = MoEGPTForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+        made: MoEGPTForCausalLM = loaded[0]
+        report: dict[str, Any] = loaded[1]
+        missing = sorted(report["missing_keys"])
+        if missing or report["mismatched_keys"]:
+            raise UserError(f"{folder} does not hold its model: {(missing or sorted(report['mismatched_keys']))[0]} is missing")
+        return made
+    # Stock folders keep an expert's weights apart; transformers puts them together.
+    theirs = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype)
+    config._attn_implementation = attn_implementation
+    with torch.device("meta"):
+        model = MoEGPTForCausalLM(config)
+    model.load_state_dict(theirs.state_dict(), assign=True)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:  # load counters, which no folder holds
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    model.config.dtype = theirs.dtype
+    model.generation_config = theirs.generation_config
+    model.tie_weights()
+    return model
+
+
+def config_type(folder: Path) -> Any:
+    return MoEGPTConfig.get_config_dict(folder)[0].get("model_type")
+
+
+def check_weights(folder: Path) -> None:
+    """Size and checksum of weights and tokenizer, as the export wrote them; of a folder without its manifest, the headers.
+
+    The weights are then in memory for the reading that follows. Other files are the user's to edit.
+    Raises UserError with the file that is damaged or missing.
+    """
+    for name, record in _recorded(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; export it again")
+        if path.stat().st_size != record["bytes"] or hash_file(path, "xxh3_128") != record["xxh3_128"]:
+            raise UserError(f"{path} is damaged: it is not the file that was exported; export it again")
+    _check_headers(folder)
+
+
+def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `launch/export.py` recorded of weights and tokenizer; nothing for a folder of somebody else."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = dict(manifest["files"]) if manifest["kind"] == "export" else {}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / MANIFEST} is damaged; export it again") from None
+    return {name: record for name, record in files.items() if name.endswith(".safetensors") or name == "tokenizer.json"}
+
+
+def _check_headers(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def check_arithmetic(folder: Path, config: MoEGPTConfig) -> None:
+    """Raises UserError where a folder's weights would fit a model of `config` and mean something else.
+
+    RoPE may differ: a longer context begins from the weights of a shorter one.
+    """
+    source = own_config(folder)
+    if source is None:
+        raise UserError(f"--init_from {folder} is a {config_type(folder)} that this model cannot be")
+    for name in ARITHMETIC:
+        if getattr(source, name) != getattr(config, name):
+            raise UserError(
+                f"--init_from {folder}: {name} is {getattr(source, name)} there and {getattr(config, name)} in this run"
+            )

@@ -1,4 +1,4 @@
-"""Continue a prompt with an exported model.
+"""Continue prompts with an exported model, or fill in the middle of one.
 
 python launch/generate.py --model hf/ --prompt 'def fibonacci(n):'
 """
@@ -6,87 +6,136 @@ python launch/generate.py --model hf/ --prompt 'def fibonacci(n):'
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.errors import make_quiet, run_command
+from data.cli import NotFound, UserError, say
+from data.flags import Parser
+from launch.cli import make_quiet, run_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from launch.generation.prompts import Prompt
+    from launch.generation.sampler import Completion, Sampling
+
+EXAMPLES = r"""
+python launch/generate.py --model hf/ --prompt 'def fibonacci(n):'
+python launch/generate.py --model hf/ --prompt - --max_new_tokens 256 --temperature 0 < half_a_file.py
+python launch/generate.py --model hf/ --prompt 'def area(r):' --suffix '    return a' --stop '\n\n'
+python launch/generate.py --model hf/ --prompt 'import ' --prompt 'class ' --num_return_sequences 4 --temperature 0.8 --json
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python launch/generate.py",
-        description="Continue a prompt with an exported model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    p.add_argument("--model", type=Path, required=True, help="a folder of launch/export.py")
-    p.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
-    p.add_argument("--max_new_tokens", type=int, default=128)
-    p.add_argument("--temperature", type=float, default=0.2, help="0: always the likeliest token")
-    p.add_argument("--top_p", type=float, default=0.95)
-    p.add_argument("--top_k", type=int, default=0, help="0: no limit")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--attn_implementation", choices=("flash", "sdpa", "eager"), default="sdpa")
-    p.add_argument("--rope_factor", type=float, help="YaRN: this many times the context it was trained at")
+    about = "Continue prompts with an exported model. Without a prompt, at a terminal, it asks for one after another."
+    p = Parser(prog="python launch/generate.py", description=about, examples=EXAMPLES)
+    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder of launch/export.py, or a stock Glm4Moe")
+    what = p.add_argument_group("what")
+    what.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, - is standard input; repeated: a batch")
+    what.add_argument("--prompt_file", action="append", type=Path, metavar="FILE", help="a file's text to continue")
+    what.add_argument("--suffix", metavar="TEXT", help="fill in between each prompt and this; for models trained to")
+    what.add_argument("--num_return_sequences", type=int, default=1, metavar="N", help="continuations of each prompt")
+    what.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="tokens to add at most")
+    what.add_argument("--stop", action="append", metavar="TEXT", help=r"end before this text (\n is a line's end); may be repeated")
+    how = p.add_argument_group("how")
+    how.add_argument("--temperature", type=float, default=0.2, metavar="T", help="0: always the likeliest token")
+    how.add_argument("--top_p", type=float, default=0.95, metavar="P", help="draw from the likeliest of this much probability")
+    how.add_argument("--top_k", type=int, default=0, metavar="K", help="draw from this many likeliest tokens; 0: no limit")
+    how.add_argument("--min_p", type=float, default=0.0, metavar="P", help="leave out tokens below this share of the likeliest's")
+    how.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="above 1: against tokens that were there")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
+    how.add_argument("--attn_implementation", choices=("flash", "sdpa", "eager"), default="sdpa", help="attention")
+    how.add_argument("--rope_factor", type=float, metavar="X", help="YaRN: this many times the context it was trained at")
+    how.add_argument("--json", action="store_true", help="one JSON object a continuation, on standard output")
     return p
 
 
 def check(arguments: argparse.Namespace) -> None:
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens must be at least 1, not {arguments.max_new_tokens}")
-    if arguments.temperature < 0:
-        raise ValueError(f"--temperature must be 0 or more, not {arguments.temperature}")
-    if not 0 < arguments.top_p <= 1:
-        raise ValueError(f"--top_p must be above 0 and at most 1, not {arguments.top_p}")
-    if arguments.top_k < 0:
-        raise ValueError(f"--top_k must be 0 or more, not {arguments.top_k}")
+    """What is wrong whatever the model says: before the libraries are loaded, which takes seconds."""
+    if not (arguments.model / "config.json").is_file():
+        raise NotFound(f"--model {arguments.model} has no config.json; name a folder that launch/export.py wrote")
+    if not (arguments.prompt or arguments.prompt_file or sys.stdin.isatty()):
+        raise UserError("give --prompt or --prompt_file; without either it asks at a terminal, and standard input is none")
+    if (arguments.prompt or []).count("-") > 1:
+        raise UserError("--prompt - reads standard input, which can be done once")
 
 
-def main() -> int:
-    arguments = build_parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
     check(arguments)
     make_quiet()
-    import torch
-    from transformers import TextStreamer
-
     from launch.exported import default_device, load_exported
+    from launch.generation.prompts import check_filling_in, read_prompts
+    from launch.generation.sampler import Sampling
+    from launch.generation.stop import unescape
 
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_return_sequences", "seed")
+    stops = tuple(unescape(stop) for stop in arguments.stop or [] if stop)
+    sampling = Sampling(stop=stops, **{name: getattr(arguments, name) for name in names})
+    prompts = read_prompts(arguments.prompt or [], arguments.prompt_file or [], arguments.suffix)
     model, tokenizer = load_exported(
         arguments.model,
         device=default_device(),
         attn_implementation=arguments.attn_implementation,
         rope_factor=arguments.rope_factor,
     )
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
-    if ids.shape[1] == 0:
-        raise ValueError("--prompt is empty; give the text to continue")
-    longest = model.config.max_position_embeddings
-    if ids.shape[1] + arguments.max_new_tokens > longest:
-        raise ValueError(
-            f"{ids.shape[1]} prompt tokens and --max_new_tokens {arguments.max_new_tokens} are beyond the model's {longest} "
-            "positions; ask for fewer tokens, or extend the context with --rope_factor"
-        )
-    torch.manual_seed(arguments.seed)
-    sampling = {"do_sample": False}
-    if arguments.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": arguments.temperature,
-            "top_p": arguments.top_p,
-            "top_k": arguments.top_k,
-        }
-    eos = model.config.eos_token_id
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=arguments.max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=eos,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
+    if arguments.suffix is not None and (warning := check_filling_in(arguments.model, tokenizer)):
+        say(warning)
+    if prompts:
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more: `generate.py ... | head`
+            answer(model, tokenizer, prompts, sampling, as_json=arguments.json)
+    else:
+        converse(model, tokenizer, sampling, suffix=arguments.suffix, as_json=arguments.json)
     return 0
+
+
+def converse(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, *, suffix: str | None, as_json: bool
+) -> None:
+    from launch.generation import interactive
+    from launch.generation.prompts import Prompt
+
+    print(interactive.GREETING)
+    with interactive.line_editor(interactive.history_file()):
+        interactive.converse(lambda text: answer(model, tokenizer, [Prompt(text=text, suffix=suffix)], sampling, as_json=as_json))
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], sampling: Sampling, *, as_json: bool
+) -> None:
+    """Complete the prompts and write the answers: one as it comes, several when all are there."""
+    from launch.generation.prompts import prompt_ids
+    from launch.generation.sampler import complete
+    from launch.generation.stop import Stream
+
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    alone = len(prompts) == 1 and sampling.num_return_sequences == 1 and not as_json
+    stream = Stream(tokenizer, sampling.stop, lambda text: print(text, end="", flush=True)) if alone else None
+    if alone:
+        print(prompts[0].text, end="", flush=True)
+    completions, seconds = complete(model, tokenizer, ids, sampling, stream)
+    count = sum(one.tokens for one in completions)
+    if alone:
+        print(prompts[0].suffix or "", flush=True)
+    else:
+        for number, one in enumerate(completions):
+            print(as_line(one, prompts[one.prompt], sampling) if as_json else titled(number, one, prompts[one.prompt]), flush=True)
+    say(f"{count:,} tokens, {count / seconds:,.1f} a second")
+
+
+def as_line(one: Completion, prompt: Prompt, sampling: Sampling) -> str:
+    said = {"prompt": prompt.text, "completion": one.text, "finish_reason": one.finish, "tokens": one.tokens, "seed": sampling.seed}
+    if prompt.suffix is not None:
+        said["suffix"] = prompt.suffix
+    return json.dumps(said, ensure_ascii=False)
+
+
+def titled(number: int, one: Completion, prompt: Prompt) -> str:
+    return f"--- {number + 1}, of prompt {one.prompt + 1}, ended by {one.finish}\n{prompt.text}{one.text}{prompt.suffix or ''}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ an earlier quickstart finished is not done again.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -14,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from launch.distributed import free_port
+from data.flags import Parser
+from launch.ranks.join import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def read_lines(path):\n"
@@ -36,6 +36,10 @@ def commands(folder: Path, steps: int) -> list[tuple[str, list[str]]]:
         (
             "Evaluation on the validation split",
             [python, "launch/evaluate.py", "--model", hf, "--data", shards, "--output", folder / "evaluation.json", *length],
+        ),
+        (
+            "A page about the run, for a browser",
+            [python, "launch/report.py", run, "--evaluation", folder / "evaluation.json", "--output", folder / "report.html"],
         ),
         (
             "A function, written by the model",
@@ -60,9 +64,13 @@ def environment() -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python launch/quickstart.py", description="The whole line, on this Python's own code.")
-    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything goes")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of 4,096 tokens")
+    parser = Parser(
+        prog="python launch/quickstart.py",
+        description="The whole line, from text to a model that generates, on this Python's own code.",
+        examples="make quickstart\npython launch/quickstart.py --steps 50 --folder /tmp/quickstart",
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="where everything goes")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="optimizer steps of 4,096 tokens")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +94,8 @@ def run(folder: Path, steps: int) -> int:
     minutes = (time.monotonic() - began) / 60
     print(f"""
 Done in {minutes:.1f} minutes. {folder}/ now holds shards/ (the tokens and the tokenizer), run/ (checkpoints, metrics.jsonl,
-W&B offline curves), hf/ (the model as a Hugging Face folder) and evaluation.json. Ask the model for more:
+W&B offline curves), hf/ (the model as a Hugging Face folder), evaluation.json and report.html, which a browser opens. Ask the
+model for more:
     {shown([*stations[-1][1][:4], "--prompt", "class Stack:"])}
 and train the 800M model on your own code and GPUs:
     python data/preprocess.py --input 'corpus/*.json.gz' --tokenizer bigcode/starcoder2-15b --output shards/

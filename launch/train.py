@@ -9,118 +9,44 @@ to resume from, build the engine and train. Exit codes: 0 finished or stopped cl
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import sys
 
-from launch import deepspeed_config, distributed
-from launch.arguments import TrainArguments, parse_arguments
-from launch.errors import USER_ERRORS, make_quiet, run_command
-from launch.stop import StopRequest
-
-if TYPE_CHECKING:  # `main` takes over the signals first; these import torch and transformers for seconds
-    from data.dataset import PackedDataset
-    from model import MoEGPTConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to be trained, checked as far as one rank can by itself."""
-
-    model: MoEGPTConfig
-    train_data: PackedDataset
-    validation_data: PackedDataset | None
-    deepspeed: dict[str, Any]
-    world_size: int
-    gpus: int
-
-
-def open_data(arguments: TrainArguments) -> tuple[PackedDataset, PackedDataset | None]:
-    """The training split, and the validation split where there is one to evaluate on."""
-    from data.dataset import PackedDataset
-
-    sources = [parse_source(text) for text in arguments.data]
-    options = {"sequence_length": arguments.sequence_length, "document_mask": arguments.document_mask}
-    train = PackedDataset(sources, split="train", seed=arguments.seed, **options)
-    if not arguments.eval_interval:
-        return train, None
-    try:
-        return train, PackedDataset(sources, split="validation", **options)
-    except ValueError as error:
-        raise ValueError(f"{error}; or --eval_interval 0 to train without evaluation") from None
-
-
-def parse_source(text: str) -> str | tuple[str, float]:
-    """`DIR` or `DIR:WEIGHT`."""
-    folder, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text
-    try:
-        return folder, float(weight)
-    except ValueError:
-        raise ValueError(f"--data {text}: the weight after the colon must be a number, not {weight!r}") from None
-
-
-def plan(arguments: TrainArguments, world_size: int) -> Plan:
-    """Read and check everything that needs no other rank. Errors: one sentence each."""
-    import torch
-
-    from launch.engine import load_model_config
-
-    gpus = torch.cuda.device_count()
-    train, validation = open_data(arguments)
-    config = load_model_config(arguments.model)
-    if config.vocab_size != train.vocab_size:
-        raise ValueError(
-            f"--data {arguments.data[0]} was made with a tokenizer of {train.vocab_size} tokens and the model {arguments.model} "
-            f"has a vocabulary of {config.vocab_size}; preprocess with the model's tokenizer, or copy the model's config.json "
-            f'with "vocab_size": {train.vocab_size}'
-        )
-    config.eos_token_id = train.eos_token_id
-    if arguments.rope_factor:
-        config = config.with_rope_factor(arguments.rope_factor)
-    if arguments.sequence_length > config.max_position_embeddings:
-        raise ValueError(
-            f"--sequence_length {arguments.sequence_length} is beyond the {config.max_position_embeddings} positions of "
-            f"{arguments.model}; --rope_factor extends them"
-        )
-    path = arguments.deepspeed_config or deepspeed_config.default_path(gpus, world_size)
-    resolved = deepspeed_config.resolve_config(
-        deepspeed_config.read_config(path),
-        path,
-        world_size=world_size,
-        num_experts=config.n_routed_experts,
-        max_steps=arguments.max_steps,
-    )
-    return Plan(
-        model=config,
-        train_data=train,
-        validation_data=validation,
-        deepspeed=resolved,
-        world_size=world_size,
-        gpus=gpus,
-    )
+import launch  # noqa: F401 - first: it names what hides our packages
+from data.cli import UserError, as_user_error
+from launch.cli import make_quiet, run_command
+from launch.ranks import join
+from launch.run.arguments import check_paths, parse_arguments
+from launch.run.stop import StopRequest
 
 
 def main() -> int:
-    stop = StopRequest().install()
-    make_quiet()
+    stop = StopRequest().install()  # before what takes seconds, so that a signal in the meantime is not lost
     # The tokens of an expert vary from step to step, and with them the sizes of its activations: growing segments do not fragment.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    _, world_size = distributed.set_environment()
+    # Where the user has set either of PyTorch's two names for it, that stays.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    rank, world_size = join.set_environment()
+    if rank and {"-h", "--help"} & set(sys.argv):
+        return 0  # rank 0 prints it
     try:
         arguments = parse_arguments()
         stop.after(arguments.max_hours)
-        planned = plan(arguments, world_size)
-    except USER_ERRORS as error:
-        if world_size == 1:
+        check_paths(arguments)
+        make_quiet()  # which loads torch for seconds: not before --help
+        from launch.run.resolve import resolve_run
+
+        run = resolve_run(arguments, world_size)
+    except (UserError, OSError) as error:
+        mistake = as_user_error(error)
+        if world_size == 1 or mistake is None:
             raise
-        from launch.session import refuse_together
+        make_quiet()
+        from launch.run.session import refuse_together
 
-        refuse_together(error)
-    from launch.session import run_session
+        refuse_together(mistake)
+    from launch.run.session import run_session
 
-    return run_session(arguments, planned, stop)
+    return run_session(arguments, run, stop)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,16 @@ H hidden, I expert width, N query heads, M key-value heads, D head dim, E expert
 A multiplication and an addition are two operations. Norms, softmax, RoPE and SwiGLU's elementwise part are not counted.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from .config import MoEGPTConfig
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import MoEGPTConfig
+    from .sizes import ModelSizes
+
+    Config = MoEGPTConfig | ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +26,7 @@ class ParameterCount:
     routed_experts: int
 
 
-def count_parameters(config: MoEGPTConfig) -> ParameterCount:
+def count_parameters(config: Config) -> ParameterCount:
     """By formula; a test holds it against `numel` for every preset."""
     c = config
     expert = 3 * c.hidden_size * c.moe_intermediate_size
@@ -38,13 +45,13 @@ def count_parameters(config: MoEGPTConfig) -> ParameterCount:
     )
 
 
-def attention_matrices(config: MoEGPTConfig) -> int:
+def attention_matrices(config: Config) -> int:
     """Parameters of q, k, v and o in one layer."""
     query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     return config.hidden_size * (2 * query + 2 * key)
 
 
-def forward_flops_per_token(config: MoEGPTConfig, sequence_length: int, causal: bool = True) -> float:
+def forward_flops_per_token(config: Config, sequence_length: int, causal: bool = True) -> float:
     """Of one forward: the matrices a token meets (LM head yes, input embedding no) and attention at this length.
 
     `causal` counts half of the S x S scores, which is what a flash kernel computes; PyTorch's FLOP counter counts all.
@@ -58,6 +65,6 @@ def forward_flops_per_token(config: MoEGPTConfig, sequence_length: int, causal: 
     return 2 * matrices + scores * (0.5 if causal else 1.0)
 
 
-def training_flops_per_token(config: MoEGPTConfig, sequence_length: int, causal: bool = True) -> float:
+def training_flops_per_token(config: Config, sequence_length: int, causal: bool = True) -> float:
     """Forward, and twice that for the two gradients of each product; recomputation is not useful work, so not in it."""
     return 3 * forward_flops_per_token(config, sequence_length, causal)

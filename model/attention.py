@@ -9,40 +9,48 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .config import MoEGPTConfig
-from .kernels import Spans, load_kernel, pick_kernel
+from .flash import load_kernel, pick_kernel
 from .layers import ResidualLinear, RMSNorm
+from .mask import AttentionMask
 from .rope import apply_rope
-from .sinks import FlashWithSinks
-from .visibility import Visibility
+from .sinks import attend_with_sinks
 
 
-def eager_attention(q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor | None, seen: Visibility) -> Tensor:
-    """The reference: scores and softmax in fp32, the sink a last column that is dropped again. `[B, S, N, D]`."""
+def eager_attention(q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor | None, mask: AttentionMask) -> Tensor:
+    """The reference, `[B, S, N, D]`."""
+    return attention_and_weights(q_BSND, k_BLMD, v_BLMD, sinks_N, mask)[0]
+
+
+def attention_and_weights(
+    q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor | None, mask: AttentionMask
+) -> tuple[Tensor, Tensor]:
+    """`(out [B, S, N, D], probabilities [B, N, S, L])`: softmax in fp32, the sink a last column that is dropped again."""
     groups = q_BSND.shape[2] // k_BLMD.shape[2]
     k_BNLD = k_BLMD.transpose(1, 2).repeat_interleave(groups, dim=1)
     v_BNLD = v_BLMD.transpose(1, 2).repeat_interleave(groups, dim=1)
     accumulate = torch.promote_types(q_BSND.dtype, torch.float32)
     scores_BNSL = (q_BSND.transpose(1, 2) @ k_BNLD.mT).to(accumulate) * q_BSND.shape[-1] ** -0.5
-    scores_BNSL = scores_BNSL.masked_fill(~seen.mask_B1SL, -torch.inf)
+    scores_BNSL = scores_BNSL.masked_fill(~mask.allowed_B1SL, -torch.inf)
     if sinks_N is not None:
         sink = sinks_N.to(accumulate)[None, :, None, None].expand(*scores_BNSL.shape[:3], 1)
         scores_BNSL = torch.cat((scores_BNSL, sink), dim=-1)
     probs_BNSL = scores_BNSL.softmax(dim=-1)[..., : k_BNLD.shape[2]]
-    return (probs_BNSL.to(v_BNLD.dtype) @ v_BNLD).transpose(1, 2)
+    probs_BNSL = probs_BNSL.to(v_BNLD.dtype)
+    return (probs_BNSL @ v_BNLD).transpose(1, 2), probs_BNSL
 
 
-def sdpa_attention(q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor | None, seen: Visibility) -> Tensor:
+def sdpa_attention(q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor | None, mask: AttentionMask) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, whatever kernel it picks. `[B, S, N, D]`."""
     scale = q_BSND.shape[-1] ** -0.5
     if sinks_N is not None:
-        return _sdpa_with_sink_key(q_BSND, k_BLMD, v_BLMD, sinks_N, seen, scale)
-    mask = None if seen.plain_causal else seen.mask_B1SL
-    return _sdpa(q_BSND, k_BLMD, v_BLMD, mask, seen.plain_causal and seen.queries > 1, scale)
+        return _sdpa_with_sink_key(q_BSND, k_BLMD, v_BLMD, sinks_N, mask, scale)
+    allowed_B1SL = None if mask.plain_causal else mask.allowed_B1SL
+    return _sdpa(q_BSND, k_BLMD, v_BLMD, allowed_B1SL, mask.plain_causal and mask.queries > 1, scale)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed_B1SL: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_B1SL, is_causal=is_causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
 
 
@@ -50,7 +58,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
 SINK_DIMS = 8
 
 
-def _sdpa_with_sink_key(q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor, seen: Visibility, scale: float) -> Tensor:
+def _sdpa_with_sink_key(
+    q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor, mask: AttentionMask, scale: float
+) -> Tensor:
     """The sink as a key of its own: value 0, and a logit that extra head dimensions carry.
 
     Every q gets `sink / scale` in an extra dimension, the sink's key 1 there and 0 elsewhere, the other keys 0.
@@ -68,14 +78,14 @@ def _sdpa_with_sink_key(q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N:
     sink_key = sink_key.expand(batch, 1, k_BLMD.shape[2], -1)
     k = torch.cat((sink_key, F.pad(k_BLMD, (0, SINK_DIMS))), dim=1)
     v = F.pad(v_BLMD, (0, SINK_DIMS, 0, 0, 1, 0))
-    if seen.plain_causal and queries > 1:
+    if mask.plain_causal and queries > 1:
         return _sdpa(F.pad(q, (0, 0, 0, 0, 1, 0)), k, v, None, True, scale)[:, 1:, :, :dim]
-    mask = None if seen.plain_causal else F.pad(seen.mask_B1SL, (1, 0), value=True)
-    return _sdpa(q, k, v, mask, False, scale)[..., :dim]
+    allowed_B1SL = None if mask.plain_causal else F.pad(mask.allowed_B1SL, (1, 0), value=True)
+    return _sdpa(q, k, v, allowed_B1SL, False, scale)[..., :dim]
 
 
 def flash_attention(
-    q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor | None, seen: Visibility, kernel: str | None = None
+    q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tensor | None, mask: AttentionMask, kernel: str | None = None
 ) -> Tensor:
     """The best flash kernel present, or the one named. `[B, S, N, D]`.
 
@@ -83,16 +93,16 @@ def flash_attention(
     """
     head_dim = q_BSND.shape[-1]
     found = load_kernel(kernel) if kernel else pick_kernel(q_BSND.device, q_BSND.dtype, head_dim)
-    if found is None or not (seen.plain_causal or (seen.lengths is not None and seen.padding_BL is None)):
-        return sdpa_attention(q_BSND, k_BLMD, v_BLMD, sinks_N, seen)
-    spans = Spans(head_dim**-0.5, seen.queries > 1, seen.lengths, seen.cumulative_lengths)
-    if seen.lengths is None:
-        return FlashWithSinks.apply(q_BSND, k_BLMD, v_BLMD, sinks_N, found, spans)
+    if found is None or not (mask.plain_causal or mask.varlen):
+        return sdpa_attention(q_BSND, k_BLMD, v_BLMD, sinks_N, mask)
+    scale = head_dim**-0.5
+    if mask.plain_causal:
+        return attend_with_sinks(q_BSND, k_BLMD, v_BLMD, sinks_N, found, mask, scale)
     q_TND, k_TMD, v_TMD = (x.flatten(0, 1) for x in (q_BSND, k_BLMD, v_BLMD))
-    return FlashWithSinks.apply(q_TND, k_TMD, v_TMD, sinks_N, found, spans).view_as(q_BSND)
+    return attend_with_sinks(q_TND, k_TMD, v_TMD, sinks_N, found, mask, scale).view_as(q_BSND)
 
 
-ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "flash": flash_attention}
+ATTENTION = {"sdpa": sdpa_attention, "flash": flash_attention}
 
 
 class Attention(nn.Module):
@@ -112,7 +122,15 @@ class Attention(nn.Module):
         if config.attention_sinks:
             self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
 
-    def forward(self, x_BSH: Tensor, rope: tuple[Tensor, Tensor], seen: Visibility, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSH: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        cache: Cache | None = None,
+        with_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(out [B, S, H], probabilities [B, N, S, L] or None)`; whoever wants these gets `eager`, which alone holds them."""
         heads = (*x_BSH.shape[:2], -1, self.head_dim)
         q_BSND, k_BSMD = self.q_proj(x_BSH).view(heads), self.k_proj(x_BSH).view(heads)
         v_BSMD = self.v_proj(x_BSH).view(heads)
@@ -120,9 +138,22 @@ class Attention(nn.Module):
             q_BSND, k_BSMD = self.q_norm(q_BSND), self.k_norm(k_BSMD)
         q_BSND, k_BSMD = apply_rope(q_BSND, *rope), apply_rope(k_BSMD, *rope)
         if cache is not None:
-            # The cache keeps heads before positions.
-            k, v = cache.update(k_BSMD.transpose(1, 2), v_BSMD.transpose(1, 2), self.layer_idx)
-            k_BSMD, v_BSMD = k.transpose(1, 2), v.transpose(1, 2)
+            k_BSMD, v_BSMD = self._update(cache, k_BSMD, v_BSMD, mask.keys)
         sinks_N = self.sinks if self.config.attention_sinks else None
-        attend = ATTENTION[self.config._attn_implementation]
-        return self.o_proj(attend(q_BSND, k_BSMD, v_BSMD, sinks_N, seen).flatten(2))
+        weights_BNSL = None
+        if with_weights or self.config._attn_implementation == "eager":
+            out_BSND, weights_BNSL = attention_and_weights(q_BSND, k_BSMD, v_BSMD, sinks_N, mask)
+        else:
+            out_BSND = ATTENTION[self.config._attn_implementation](q_BSND, k_BSMD, v_BSMD, sinks_N, mask)
+        return self.o_proj(out_BSND.flatten(2)), weights_BNSL
+
+    def _update(self, cache: Cache, k_BSMD: Tensor, v_BSMD: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Adds to the cache, which keeps heads before positions, and returns its first `keys` positions.
+
+        A static cache returns all its slots; those beyond the filled ones are not positions. Raises ValueError for a cache that
+        has dropped positions (a sliding window): this model attends to all.
+        """
+        k_BMLD, v_BMLD = cache.update(k_BSMD.transpose(1, 2), v_BSMD.transpose(1, 2), self.layer_idx)
+        if k_BMLD.shape[2] < keys:
+            raise ValueError(f"the cache keeps {k_BMLD.shape[2]} of {keys} positions, and this model attends to all of them")
+        return k_BMLD[:, :, :keys].transpose(1, 2), v_BMLD[:, :, :keys].transpose(1, 2)

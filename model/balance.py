@@ -44,16 +44,22 @@ class LoadBalancer:
         if not self.routers:
             raise ValueError("there is no router to balance in this model")
         self.rate, self.all_reduce = rate, all_reduce
+        #: Tokens of each expert in the last step, over all ranks.
+        self.load_YE: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> dict[str, list[float]]:
-        """Balances by the load since the last call, zeroes it, and returns per-layer health (`health`)."""
+    def step(self, *, measure: bool = True) -> dict[str, list[float]]:
+        """Balances by the load since the last call, zeroes it, and returns per-layer health (`router_health`).
+
+        `measure` False returns none of it: the host need not wait for the device.
+        """
         counted_YE = torch.stack([router.load_E for router in self.routers])
         square_Y = torch.stack([router.logit_square_sum for router in self.routers])
         counted = torch.cat((counted_YE, (square_Y * SQUARE_UNIT).long().unsqueeze(1)), dim=1)
         if self.all_reduce is not None:
             self.all_reduce(counted)
         load_YE, square_Y = counted[:, :-1], counted[:, -1] / SQUARE_UNIT
+        self.load_YE = load_YE
         bias_YE = torch.stack([router.e_score_correction_bias for router in self.routers])
         if self.rate:
             bias_YE = bias_step(bias_YE, load_YE, self.rate)
@@ -61,7 +67,9 @@ class LoadBalancer:
                 # In place: the engine and the checkpoint hold this very buffer.
                 router.e_score_correction_bias.copy_(bias_E)
         self.reset()
-        return health(load_YE, bias_YE, square_Y, self.routers[0].settings["top_k"])
+        if not measure:
+            return {}
+        return router_health(load_YE, bias_YE, square_Y, self.routers[0].settings["top_k"])
 
     def reset(self) -> None:
         """Forgets the counted load (a skipped step's, say)."""
@@ -70,7 +78,7 @@ class LoadBalancer:
             router.logit_square_sum.zero_()
 
 
-def health(load_YE: Tensor, bias_YE: Tensor, square_Y: Tensor, top_k: int) -> dict[str, list[float]]:
+def router_health(load_YE: Tensor, bias_YE: Tensor, square_Y: Tensor, top_k: int) -> dict[str, list[float]]:
     """One number per layer of what shows a collapsing router before the loss does; one host synchronisation.
 
     load_max_over_mean: 1 is even, E is all tokens to one expert. load_entropy: of the load's distribution over log E,

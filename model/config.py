@@ -3,14 +3,28 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from transformers import PreTrainedConfig
 
 ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
+# transformers' names of kernels: `flash` picks the best one present by itself.
+ATTENTION_ALIASES = {"flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
 SCORING_FUNCTIONS = ("sigmoid", "softmax")
 ROPE_TYPES = ("default", "yarn")
 PRESETS = ("tiny", "60m", "800m", "4b")
+
+
+class RopeParameters(TypedDict):
+    """What `rope_parameters` holds once a configuration is made; `default` has the first two only."""
+
+    rope_type: str
+    rope_theta: float  # base of the frequencies
+    factor: NotRequired[float]  # context over the one the model was first trained at
+    original_max_position_embeddings: NotRequired[int]
+    beta_fast: NotRequired[float]  # turns within the original context above which a dimension keeps its frequency
+    beta_slow: NotRequired[float]  # and below which it is slowed down by `factor`
+    attention_factor: NotRequired[float]  # on cos and sin; 0.1 ln(factor) + 1 where it is not given
 
 
 class MoEGPTConfig(PreTrainedConfig):
@@ -21,7 +35,7 @@ class MoEGPTConfig(PreTrainedConfig):
     """
 
     model_type = "moe_gpt"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - a list: Trainer.evaluate adds another to it
     # Names of the project's first description, and Glm4Moe's own name for `qk_norm`.
     attribute_map = {  # noqa: RUF012 - transformers reads it as a plain class attribute
         "hidden_dim": "hidden_size",
@@ -34,16 +48,16 @@ class MoEGPTConfig(PreTrainedConfig):
 
     vocab_size: int = 49_152
     hidden_size: int = 1536
-    intermediate_size: int = 4096  # FFN width of the description; one expert's width where none is given
-    moe_intermediate_size: int = 0  # width of one routed expert and of one shared expert; 0 is intermediate_size
+    intermediate_size: int = 4096  # the FFN width that DESIGN.md's table calls FFN; only `moe_intermediate_size` reads it
+    moe_intermediate_size: int = 0  # width of one routed expert and of one shared expert; 0 stands for intermediate_size
     num_hidden_layers: int = 24
     num_attention_heads: int = 24
     num_key_value_heads: int = 8
-    head_dim: int = 0  # 0 is hidden_size / num_attention_heads
+    head_dim: int = 0  # 0 stands for hidden_size / num_attention_heads
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
-    rope_parameters: dict | None = None  # YaRN, see `_complete_rope`; a full dict once made
+    rope_parameters: dict[str, Any] | None = None  # YaRN; all of `RopeParameters` once made
     attention_sinks: bool = True  # one learned logit per query head in the softmax's denominator
     qk_norm: bool = True  # RMS norm over each head's q and k, before RoPE
     n_routed_experts: int = 8
@@ -76,13 +90,13 @@ class MoEGPTConfig(PreTrainedConfig):
         if not self.head_dim and self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.rope_parameters = self._complete_rope(self.rope_parameters or {})
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self._check()
 
-    def _complete_rope(self, given: dict) -> dict:
+    def _complete_rope(self, given: dict[str, Any]) -> dict[str, Any]:
         """YaRN's parameters with defaults filled in; `factor` 1 is plain RoPE (arXiv 2309.00071)."""
         factor = float(given.get("factor") or 1.0)
-        rope = {
+        rope: dict[str, Any] = {
             "rope_type": "yarn",
             "rope_theta": 10_000.0,
             "factor": factor,

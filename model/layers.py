@@ -5,6 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor moved without the host waiting for the device: to a GPU by way of pinned memory."""
+    if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 class ResidualLinear(nn.Linear):
     """A projection without bias that writes into the residual stream; it starts smaller (`_init_weights`)."""
 

@@ -33,10 +33,22 @@ def token_loss(
     if num_items is None:
         num_items = (targets_T != IGNORE).sum().clamp(min=1)
     if not isinstance(num_items, Tensor):
-        num_items = torch.tensor(float(num_items), device=x_TH.device)
+        num_items = torch.full((), float(num_items), device=x_TH.device)  # a fill: a copy from the host would wait for it
     scale = num_items.to(x_TH.device, torch.promote_types(x_TH.dtype, torch.float32)).reciprocal()
     with_grad = torch.is_grad_enabled() and (x_TH.requires_grad or head_VH.requires_grad)
-    return FusedLoss.apply(x_TH, head_VH, targets_T, scale, z_loss_weight, with_grad)
+    loss: Tensor = FusedLoss.apply(x_TH, head_VH, targets_T, scale, z_loss_weight, with_grad)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def loss_of_logits(
+    logits_TV: Tensor, targets_T: Tensor, num_items: Tensor | float | None = None, z_loss_weight: float = 0.0
+) -> Tensor:
+    """`token_loss` where the logits are there already."""
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    kept_T = targets_T != IGNORE
+    lse_T = logits_TV.logsumexp(dim=-1)
+    loss_T = lse_T - logits_TV.gather(1, targets_T.where(kept_T, 0).unsqueeze(1)).squeeze(1) + z_loss_weight * lse_T.square()
+    return (loss_T * kept_T).sum() / (kept_T.sum().clamp(min=1) if num_items is None else num_items)
 
 
 class FusedLoss(torch.autograd.Function):

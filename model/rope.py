@@ -4,14 +4,16 @@ Shapes: B batch, S sequence, L positions in the table, D head dim, C = D / 2 fre
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .config import MoEGPTConfig
+from .config import ROPE_TYPES, MoEGPTConfig, RopeParameters
+from .layers import to_device
 
 
-def yarn_frequencies(rope: dict, head_dim: int) -> Tensor:
+def yarn_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
     """Angular frequencies `[C]` in radians per position, float64, fastest first.
 
     A dimension that turns more than `beta_fast` times within the original context keeps its frequency
@@ -20,7 +22,7 @@ def yarn_frequencies(rope: dict, head_dim: int) -> Tensor:
     are rounded outwards as in its published code.
     """
     exponent_C = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    plain_C = rope["rope_theta"] ** -exponent_C
+    plain_C: Tensor = rope["rope_theta"] ** -exponent_C
     factor = rope.get("factor", 1.0)
     if rope["rope_type"] == "default" or factor == 1.0:
         return plain_C
@@ -30,7 +32,7 @@ def yarn_frequencies(rope: dict, head_dim: int) -> Tensor:
     return plain_C * (1 - interpolate_C) + plain_C / factor * interpolate_C
 
 
-def _ramp_ends(rope: dict, head_dim: int) -> tuple[int, int]:
+def _ramp_ends(rope: RopeParameters, head_dim: int) -> tuple[int, int]:
     """The frequency indices where interpolation begins and where it is complete."""
 
     def index_turning(times: float) -> float:
@@ -43,7 +45,7 @@ def _ramp_ends(rope: dict, head_dim: int) -> tuple[int, int]:
     return max(low, 0), min(high, head_dim - 1)
 
 
-def yarn_concentration(rope: dict) -> float:
+def yarn_concentration(rope: RopeParameters) -> float:
     """Factor on cos and sin (so its square is on the logits): 0.1 ln(factor) + 1, and 1.0 without extension."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
@@ -51,7 +53,7 @@ def yarn_concentration(rope: dict) -> float:
     return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
 
 
-def rope_table(rope: dict, head_dim: int, length: int) -> tuple[Tensor, Tensor]:
+def rope_table(rope: RopeParameters, head_dim: int, length: int) -> tuple[Tensor, Tensor]:
     """`(cos_LD, sin_LD)` of positions 0..length-1 in fp32, for `apply_rope`: the first half of sin is negative.
 
     The angles are float64: at position 8,191 an fp32 angle is already off by up to 5e-4 radians.
@@ -73,7 +75,10 @@ class RotaryTable(nn.Module):
 
     def __init__(self, config: MoEGPTConfig) -> None:
         super().__init__()
-        self.rope, self.head_dim = config.rope_parameters or {}, config.head_dim
+        rope_type = (config.rope_parameters or {}).get("rope_type")
+        if rope_type not in ROPE_TYPES:  # a configuration refuses it as well, but its fields can be changed afterwards
+            raise ValueError(f"rope_parameters.rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
+        self.rope, self.head_dim = cast("RopeParameters", config.rope_parameters), config.head_dim
         self.table: tuple[Tensor, Tensor] | None = None
 
     def _table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -89,5 +94,7 @@ class RotaryTable(nn.Module):
         if position_ids_BS is None:
             cos_LD, sin_LD = self._table(start + length, device)
             return cos_LD[None, start : start + length], sin_LD[None, start : start + length]
+        # The host waits for the maximum where the positions are on a GPU: whoever trains leaves them on the host.
         cos_LD, sin_LD = self._table(int(position_ids_BS.max()) + 1, device)
+        position_ids_BS = to_device(position_ids_BS, device)
         return cos_LD[position_ids_BS], sin_LD[position_ids_BS]

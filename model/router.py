@@ -3,9 +3,7 @@
 Shapes: T tokens, H hidden, E experts, K experts per token, G expert groups.
 """
 
-import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import TypedDict
 
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MoEGPTConfig
+from .replay import RouterReplay
 
 
 def router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
@@ -41,14 +40,14 @@ def route(
     scores_TE = logits_TE.sigmoid() if scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
     indices_TK = replay_TK
     if indices_TK is None:
-        indices_TK = choose(scores_TE.detach() + bias_E, top_k, n_group, topk_group)
+        indices_TK = group_limited_topk(scores_TE.detach() + bias_E, top_k, n_group, topk_group)
     weights_TK = scores_TE.gather(1, indices_TK)
     if norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     return weights_TK * routed_scaling_factor, indices_TK
 
 
-def choose(biased_TE: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
+def group_limited_topk(biased_TE: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
     """Indices `[T, K]` of the best experts of the best groups, best first; a tie goes to the lower index.
 
     A group's score is the sum of its two best. Experts of the other groups get -inf, not 0: with negative biases a
@@ -57,21 +56,21 @@ def choose(biased_TE: Tensor, top_k: int, n_group: int, topk_group: int) -> Tens
     if n_group > 1:
         group_TGE = biased_TE.unflatten(1, (n_group, -1))
         group_scores_TG = group_TGE.topk(2, dim=-1).values.sum(dim=-1)
-        chosen = best(group_scores_TG, topk_group)
+        chosen = stable_topk(group_scores_TG, topk_group)
         left_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, chosen, False)
         biased_TE = group_TGE.masked_fill(left_out_TG.unsqueeze(-1), -torch.inf).flatten(1)
-    return best(biased_TE, top_k)
+    return stable_topk(biased_TE, top_k)
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest along the last dimension, best first, the lower index first among equals.
+def stable_topk(scores: Tensor, k: int) -> Tensor:
+    """Indices of the `k` highest along the last dimension, best first, the lower index first among equals.
 
     `torch.topk` leaves open which of two equals it returns, and answers differently on CPU and GPU.
     """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def count(indices_TK: Tensor, experts: int) -> Tensor:
+def tokens_per_expert(indices_TK: Tensor, experts: int) -> Tensor:
     """int64 `[E]`: tokens sent to each expert. Not `bincount`, which waits for a CUDA device to learn its own size."""
     return (indices_TK.flatten().unsqueeze(1) == torch.arange(experts, device=indices_TK.device)).sum(dim=0)
 
@@ -85,41 +84,6 @@ class RouteSettings(TypedDict):
     scoring_func: str
     norm_topk_prob: bool
     routed_scaling_factor: float
-
-
-class RoutingTape:
-    """Remembers which experts a block's routers chose, so that recomputing the block repeats them.
-
-    Wrap a block's forward in one tape: the first time it is entered the choices are recorded, every later time they
-    are replayed in order and not counted as load. Without this a token near a tie may change its expert between
-    forward and recomputation, which corrupts gradients and, under expert parallelism, mismatches the all-to-all.
-    """
-
-    _current = threading.local()  # autograd recomputes CUDA blocks on its own threads
-
-    def __init__(self) -> None:
-        self.choices: list[Tensor] = []
-        self.replaying = False
-        self._recorded = False
-        self._next = 0
-        self._outer: RoutingTape | None = None
-
-    @classmethod
-    def current(cls) -> "RoutingTape | None":
-        return getattr(cls._current, "tape", None)
-
-    def __enter__(self) -> "RoutingTape":
-        self._outer, self._current.tape = self.current(), self
-        self.replaying, self._next = self._recorded, 0
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._current.tape, self._outer = self._outer, None
-        self._recorded = True
-
-    def next_choice(self) -> Tensor:
-        self._next += 1
-        return self.choices[self._next - 1]
 
 
 class Router(nn.Module):
@@ -150,7 +114,7 @@ class Router(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """`.to`, `.bfloat16()` and the like move the buffers but never cast them: bf16 loses a bias step of 0.001."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype != buffer.dtype:
@@ -168,14 +132,14 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor, _unused: object = None) -> tuple[Tensor, Tensor, Tensor]:
         """`(weights_TK fp32, indices_TK, counts_E)`. AutoEP passes a second argument, a bias of its own: None."""
-        tape = RoutingTape.current()
-        replaying = tape is not None and tape.replaying
+        replay = RouterReplay.current()
+        replaying = replay is not None and replay.replaying
         logits_TE = router_logits(x_TH, self.projection())
-        replay_TK = tape.next_choice() if tape is not None and replaying else None
+        replay_TK = replay.next_choice() if replay is not None and replaying else None
         weights_TK, indices_TK = route(logits_TE, self.e_score_correction_bias, replay_TK=replay_TK, **self.settings)
-        counts_E = count(indices_TK, self.num_experts)
-        if tape is not None and not replaying:
-            tape.choices.append(indices_TK)
+        counts_E = tokens_per_expert(indices_TK, self.num_experts)
+        if replay is not None and not replaying:
+            replay.choices.append(indices_TK)
         if self.training and not replaying:
             self.observe(logits_TE, counts_E)
         return weights_TK, indices_TK, counts_E

@@ -11,12 +11,31 @@ gradient is `-sum(exp(sink - lse') * rowsum(do * o'))`. Rescaling in autograd on
 gradient of lse (flash-attn 2, torch 2.13's `varlen_attn`) gives the same output and dq wrong by 13 %, dk by 11 %.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels import FlashKernel, Spans
+from .flash import FlashKernel, FlashOutput
+from .mask import AttentionMask
+
+_watch: Callable[[Tensor], None] | None = None
+
+
+@contextmanager
+def watching_sink_mass(watch: Callable[[Tensor], None]) -> Iterator[None]:
+    """While open, every flash attention with sinks hands the sinks' mean share of its softmax, a scalar tensor, to `watch`.
+
+    In the order of the layers, and again where a block is recomputed: for passes without gradients.
+    """
+    global _watch
+    before, _watch = _watch, watch
+    try:
+        yield
+    finally:
+        _watch = before
 
 
 def add_sink(out: Tensor, lse: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,23 +52,42 @@ def sink_gradient(dout: Tensor, out_with: Tensor, lse_with: Tensor, sinks_N: Ten
     return -per_query.flatten(0, -2).sum(dim=0)
 
 
+def attend_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, sinks_N: Tensor | None, kernel: FlashKernel, mask: AttentionMask, scale: float
+) -> Tensor:
+    """Attention by `kernel`, dense `[B, S, N, D]`, or packed `[T, N, D]` where the mask is varlen; without sinks where None."""
+    out: Tensor = FlashWithSinks.apply(q, k, v, sinks_N, kernel, mask, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
 class FlashWithSinks(torch.autograd.Function):
-    """`apply(q, k, v, sinks or None, kernel, spans)`: dense `[B, S, N, D]` or packed `[T, N, D]`, as `spans` says."""
+    """The kernel's forward and backward, the sinks' rule applied in between."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks_N: Tensor | None, kernel: FlashKernel, spans: Spans) -> Tensor:
-        out, lse, state = kernel.forward(q, k, v, spans)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks_N: Tensor | None,
+        kernel: FlashKernel,
+        mask: AttentionMask,
+        scale: float,
+    ) -> Tensor:
+        out, lse, state = kernel.forward(q, k, v, mask, scale)
         if sinks_N is not None:
             out, lse = add_sink(out, lse, sinks_N)
+            if _watch is not None:
+                _watch((sinks_N.to(lse.dtype).unsqueeze(-1) - lse).exp().mean())
         ctx.save_for_backward(q, k, v, sinks_N, out, lse, *state)
-        ctx.kernel, ctx.spans = kernel, spans
+        ctx.kernel, ctx.mask, ctx.scale = kernel, mask, scale
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks_N, out, lse, *state = ctx.saved_tensors
-        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.spans, tuple(state))
+        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, FlashOutput(out, lse, tuple(state)), ctx.mask, ctx.scale)
         dsinks = None
         if sinks_N is not None and ctx.needs_input_grad[3]:
             dsinks = sink_gradient(dout, out, lse, sinks_N).to(sinks_N.dtype)
-        return dq, dk, dv, dsinks, None, None
+        return dq, dk, dv, dsinks, None, None, None

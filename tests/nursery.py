@@ -52,7 +52,7 @@ class Nursery:
 
     def start(self, world_size: int, script: str, *arguments: object, log: Path, env: dict[str, str] | None = None) -> Ranks:
         """`script ARGUMENTS` as `world_size` ranks; their output goes to `log`."""
-        from launch.distributed import free_port
+        from launch.ranks.join import free_port
 
         shared = {
             "WORLD_SIZE": world_size,
@@ -135,8 +135,8 @@ class Ranks:
 def serve() -> None:
     import deepspeed  # noqa: F401
 
-    import launch.preflight
-    import launch.session  # noqa: F401
+    import launch.run.preflight
+    import launch.run.session  # noqa: F401
 
     parent = os.getpid()
     for line in sys.stdin:

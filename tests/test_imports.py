@@ -1,4 +1,4 @@
-"""Importing a module of ours touches no network and writes no file, and `model` needs only torch and transformers."""
+"""The house: imports run one way, without circles, over few floors; importing a module touches no network and writes no file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from import_graph import circle, inside, longest_chain, module_graph, room_graph
 from support import ROOT
 
 MODULES = sorted(
@@ -50,3 +51,35 @@ def test_imports_run_one_way(package: str, foreign: tuple[str, ...]) -> None:
     code += "print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & set(foreign)
+
+
+FLOORS = {"data": 4, "launch": 5}
+#: Longest chain inside one sub-package, module by module.
+FLOORS_OF_A_ROOM = {"data": 5, "launch": 7}
+
+
+@pytest.mark.parametrize("package", ["model", *FLOORS])
+def test_no_import_circle(package: str) -> None:
+    assert circle(module_graph(package)) == []
+    assert circle(room_graph(package)) == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_few_floors(package: str) -> None:
+    chain = longest_chain(room_graph(package))
+    assert len(chain) <= FLOORS[package], " -> ".join(chain)
+
+
+@pytest.mark.parametrize("package", FLOORS_OF_A_ROOM)
+def test_few_floors_in_a_room(package: str) -> None:
+    graph = module_graph(package)
+    for room in room_graph(package):
+        chain = longest_chain(inside(graph, room))
+        assert len(chain) <= FLOORS_OF_A_ROOM[package], " -> ".join(chain)
+
+
+def test_the_graph_sees_circles_and_floors() -> None:
+    """The instrument itself: a circle is found, and a chain is as long as it is."""
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+    assert "launch.engine" in room_graph("launch") and "data.sources.discover" in module_graph("data")["data.sources.lines"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from launch.benchmarks.measure import default_device, peak_bytes, print_table, seconds_each
 from model.attention import eager_attention, flash_attention, sdpa_attention
-from model.kernels import load_kernel, preference
-from model.visibility import visibility
+from model.flash import kernel_preference, load_kernel
+from model.mask import causal_mask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +37,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shape = (args.batch, args.length)
     inputs = make_inputs(args, device, dtype)
     sinks = inputs[3]
-    plain, packed = visibility(shape, 0, device), visibility(shape, 0, device, packed_positions(args, device))
+    plain, packed = causal_mask(shape, 0, device), causal_mask(shape, 0, device, packed_positions(args, device))
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    names = preference(device.type, dtype, args.head_dim, 10 * capability[0] + capability[1])
+    names = kernel_preference(device.type, dtype, args.head_dim, 10 * capability[0] + capability[1])
     present = [name for name in names if load_kernel(name) is not None]
     calls: dict[str, Callable[..., Tensor]] = {
         "eager": lambda q, k, v, s: eager_attention(q, k, v, s, plain),
@@ -66,23 +67,25 @@ def make_inputs(args: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 
 def packed_positions(args: argparse.Namespace, device: torch.device) -> Tensor:
-    length = -(-args.length // args.documents)
+    length: int = math.ceil(args.length / args.documents)
     return (torch.arange(args.length, device=device) % length)[None].expand(args.batch, -1)
 
 
 def gpt_oss(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, args: argparse.Namespace) -> Tensor:
     module = torch.nn.Module()
-    module.num_key_value_groups, module.sinks = args.heads // args.key_value_heads, sinks  # type: ignore[assignment]
+    module.num_key_value_groups, module.sinks = args.heads // args.key_value_heads, sinks
     mask = torch.full((args.length, args.length), -torch.inf, device=q.device, dtype=q.dtype).triu(1)[None, None]
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return eager_attention_forward(module, *heads_first, mask, scaling=args.head_dim**-0.5)[0]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out: Tensor = eager_attention_forward(module, q, k, v, mask, scaling=args.head_dim**-0.5)[0]
+    return out
 
 
 def glm4_moe(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> Tensor:
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = args.heads // args.key_value_heads, True  # type: ignore[assignment]
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return sdpa_attention_forward(module, *heads_first, None, scaling=args.head_dim**-0.5, is_causal=True)[0]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out: Tensor = sdpa_attention_forward(module, q, k, v, None, scaling=args.head_dim**-0.5, is_causal=True)[0]
+    return out
 
 
 def measure(
@@ -102,7 +105,9 @@ def measure(
     return {name: {"ms": 1e3 * times[name], "peak_mb": peak_bytes(whole[name], device) / 2**20} for name in calls}
 
 
-def compare(rows: dict, calls: dict[str, Callable[..., Tensor]], inputs: list[Tensor], sinks: Tensor) -> None:
+def compare(
+    rows: dict[str, dict[str, float]], calls: dict[str, Callable[..., Tensor]], inputs: list[Tensor], sinks: Tensor
+) -> None:
     """Adds each row's largest relative error (output and gradients) against eager in fp32, with its sinks and mask."""
     exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
 

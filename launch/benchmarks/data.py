@@ -124,7 +124,13 @@ def make_shards(folder: Path, count: int, tokens: int, sparse: bool) -> Path:
                 file.truncate(index_file_size(documents))
             else:
                 file.write(index_bytes(np.full(documents, tokens // documents), "uint16"))
-        entry = {"name": stem.name, "documents": documents, "tokens": tokens, "text_bytes": 3 * tokens, "bytes": 2 * tokens}
+        entry: dict[str, Any] = {
+            "name": stem.name,
+            "documents": documents,
+            "tokens": tokens,
+            "text_bytes": 3 * tokens,
+            "bytes": 2 * tokens,
+        }
         entries.append(entry | {"sha256": str(number), "index_sha256": ""})
     totals = {key: sum(e[key] for e in entries) for key in ("documents", "tokens", "text_bytes")}
     empty = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}

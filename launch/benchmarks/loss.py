@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         gradients[name] = [g.clone() for g in (x.grad, head.grad) if g is not None]
     times = seconds_each(calls, device, args.repeats)
     rows: dict[str, dict[str, float]] = {}
-    for name, call in calls.items():
+    for name, step in calls.items():
         x.grad = head.grad = None
-        rows[name] = {"ms": 1e3 * times[name], "peak_mb": peak_bytes(call, device) / 2**20}
+        rows[name] = {"ms": 1e3 * times[name], "peak_mb": peak_bytes(step, device) / 2**20}
     for name, row in rows.items():
         row["time_over_plain"] = row["ms"] / rows["plain"]["ms"]
         row["memory_over_plain"] = row["peak_mb"] / rows["plain"]["peak_mb"]

@@ -6,7 +6,7 @@ import gc
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ class PeakBytes(TorchDispatchMode):
     """Most bytes held at once by tensors made inside it, counted by storage: the CPU has no allocator statistics."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self.known: set[int] = set()
 
@@ -41,7 +41,7 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
 
-def seconds_each(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+def seconds_each(calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
     """Of each call the best of `repeats` after a warm-up. They take turns, so a busy machine is busy for all of them."""
     for call in calls.values():
         call()
@@ -61,11 +61,12 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before: int = torch.cuda.memory_allocated(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with PeakBytes() as peak:
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    peak = PeakBytes()
+    with peak:
         call()
     return peak.most
 

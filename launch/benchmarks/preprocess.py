@@ -117,7 +117,7 @@ def _encode(line: str) -> list[int]:
 
 def pack_stdlib(folder: Path) -> list[Path]:
     """The standard library as four files of gzipped JSON Lines."""
-    from data.corpus import find_sources
+    from data.sources.discover import find_sources
 
     (source,) = find_sources(["stdlib"])
     folder.mkdir()

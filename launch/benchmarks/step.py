@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
 
-def peer_model(config: Any) -> Any:
-    """Glm4Moe of the same sizes: the same parameters but for the sinks."""
+def peer_model(config: Any, device: str | None = None) -> Any:
+    """Glm4Moe of the same sizes: the same parameters but for the sinks. On this rank's device, or on another."""
     import torch
     from deepspeed.accelerator import get_accelerator
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
@@ -46,10 +46,10 @@ def peer_model(config: Any) -> Any:
         first_k_dense_replace=0,
         use_qk_norm=config.qk_norm,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
-        attn_implementation="sdpa",
     )
+    theirs._attn_implementation = "sdpa"
     theirs.scoring_func = config.scoring_func  # AutoEP reads it
-    with torch.device(get_accelerator().current_device_name()):
+    with torch.device(device or get_accelerator().current_device_name()):
         return Glm4MoeForCausalLM(theirs)
 
 
@@ -57,17 +57,15 @@ def make_engine(arguments: argparse.Namespace, ours: bool) -> Any:
     import deepspeed
     import torch.distributed as dist
 
-    from launch import deepspeed_config
-    from launch.engine import build_engine, build_model, load_model_config, parameter_groups
+    from launch.engine import strategy
+    from launch.engine.build import build_engine, build_model, load_model_config, parameter_groups
 
     config = load_model_config(arguments.model)
     path, ranks = arguments.deepspeed_config, dist.get_world_size()
-    settings = deepspeed_config.read_config(path)
+    settings = strategy.read_config(path)
     settings.update(train_micro_batch_size_per_gpu=arguments.micro_batch, train_batch_size=arguments.micro_batch * ranks)
     settings["gradient_accumulation_steps"] = 1
-    settings = deepspeed_config.resolve_config(
-        settings, path, world_size=ranks, num_experts=config.n_routed_experts, max_steps=1000
-    )
+    settings = strategy.resolve_config(settings, path, world_size=ranks, num_experts=config.n_routed_experts, max_steps=1000)
     if ours:
         return build_engine(build_model(config, seed=0, attn_implementation=arguments.attn_implementation), settings)
     settings["activation_checkpointing"].pop("mode", None)  # in stock DeepSpeed the section does nothing
@@ -111,12 +109,13 @@ def round_of(arguments: argparse.Namespace, ours: bool) -> dict[str, float]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch.distributed as dist
 
-    from launch import distributed
-    from launch.engine import load_model_config, peak_flops
+    from launch.engine.build import load_model_config
+    from launch.engine.hardware import peak_flops
+    from launch.ranks import join
     from model.accounting import training_flops_per_token
 
-    distributed.set_environment()
-    distributed.start(timeout=600)
+    join.set_environment()
+    join.start(timeout=600)
     found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for _ in range(arguments.rounds):
         for ours in (True, False):

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Slurm: sbatch launch/templates/slurm.sh   (from the clone; edit the #SBATCH lines and the last command)
 #
-# Slurm sends SIGUSR1 five minutes before the time limit; all ranks then save after their step and exit with 0, and the job is
-# queued again by `scontrol requeue` until the run says that it is finished. A crash or a lost node requeues as well (--requeue).
+# Five minutes before the time limit Slurm sends SIGUSR1 to this script (`B:`; without it the signal goes to the ranks alone, and
+# nobody is left who knows that the job must go on). The script passes it on to the ranks, which save after their step and exit
+# with 0, and queues the job again with `scontrol requeue`. A run that ends by itself is finished and is not queued again; a
+# crash or a lost node requeues as well (--requeue).
 #SBATCH --job-name=moe-code-gpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@300
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=moe-%j.log
@@ -19,19 +21,30 @@ DATA=${DATA:-shards}
 OUTPUT=${OUTPUT:-runs/slurm}
 source "${VENV:-.venv}/bin/activate"
 
-# One process a GPU, started by srun itself: no ssh, the environment travels, and a failed task ends the step (-K).
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# Hosts with several networks: name the one that the ranks reach each other by, here or in your shell, for NCCL and for gloo
+# (control messages; all traffic on CPUs). `ip -br addr` lists them.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-stopped=""
-trap 'stopped=yes' USR1
-code=0
-srun --kill-on-bad-exit=1 python launch/train.py --data "$DATA" --output "$OUTPUT" "$@" &
+# One process a GPU, started by srun itself: no ssh, the environment travels, and a failed task ends the step (-K). Every task
+# sees the GPUs of its node and takes the one of its LOCAL_RANK; a cluster that binds them (--gpus-per-task) shows it one.
+srun --kill-on-bad-exit=1 ${GPUS_PER_TASK:+--gpus-per-task="$GPUS_PER_TASK"} \
+    python launch/train.py --data "$DATA" --output "$OUTPUT" "$@" &
 step=$!
+
+asked=""
+pass_on() {
+    asked=yes
+    kill -USR1 "$step" # srun forwards it to every task
+}
+trap pass_on USR1
+
+code=0
 wait "$step" || code=$?
 while kill -0 "$step" 2>/dev/null; do code=0; wait "$step" || code=$?; done # the signal ends `wait` before the ranks end
 
-if [ -n "$stopped" ] && [ "$code" -eq 0 ]; then
+if [ -n "$asked" ] && [ "$code" -eq 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_helpers import shared_data, write_rows
+from data_helpers import run, shared_data, write_rows
 
-from data import tokenizer as tokenizers
+from data.tokens import tokenizer as tokenizers
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +63,17 @@ def preprocess(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, s
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def sound_shards(corpus: Path, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("shards") / "out"
+    flags = ["--input", corpus, "--tokenizer", tokenizer_file, "--output", output, "--shard_tokens", 60_000]
+    done = run(*flags, "--validation_fraction", 0.2, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture
+def shards(sound_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound_shards, tmp_path / "shards"))

@@ -14,8 +14,8 @@ import torch
 from data_helpers import ROOT, environment, read_documents
 
 from data.dataset import LOCATED_AT_ONCE, PackedDataset
+from data.pipeline.writer import SplitWriter
 from data.shards import SPLITS
-from data.writer import SplitWriter
 
 FACTS = {"name": "t", "fingerprint": "f", "vocab_size": 5000, "eos_token_id": 0}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.order import blend_table, permute, permute_epochs, ranks_in_table
+from data.order import blend_slots, ceil_div, earlier_slots, permute, permute_epochs
 
 GOLDEN_10 = [1, 9, 4, 5, 8, 2, 0, 6, 7, 3]
 GOLDEN_LARGE = [16959958, 15257981, 15699258, 23895599]
@@ -69,7 +69,7 @@ def test_a_trillion_samples_cost_what_a_thousand_do() -> None:
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=5))
 def test_blend_counts_are_exact_and_even(weights: list[float]) -> None:
-    table = blend_table(weights)
+    table = blend_slots(weights)
     counts = np.bincount(table, minlength=len(weights))
     assert counts.sum() == len(table)
     assert len(table) < 1000 + len(weights) and (counts > 0).all()
@@ -82,6 +82,11 @@ def test_blend_counts_are_exact_and_even(weights: list[float]) -> None:
 
 @pytest.mark.parametrize(("weights", "counts"), [([0.7, 0.3], [7, 3]), ([1, 1, 2], [1, 1, 2]), ([5], [1]), ([0.125, 0.5], [1, 4])])
 def test_weights_are_taken_literally(weights: list[float], counts: list[int]) -> None:
-    table = blend_table(weights)
+    table = blend_slots(weights)
     assert np.bincount(table).tolist() == counts
-    assert ranks_in_table(table).tolist() == [int((table[:i] == k).sum()) for i, k in enumerate(table)]
+    assert earlier_slots(table).tolist() == [int((table[:i] == k).sum()) for i, k in enumerate(table)]
+
+
+@given(st.integers(0, 10**30), st.integers(1, 10**20))
+def test_ceil_div_is_exact_where_floats_are_not(number: int, divisor: int) -> None:
+    assert (ceil_div(number, divisor) - 1) * divisor < number <= ceil_div(number, divisor) * divisor

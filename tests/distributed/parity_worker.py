@@ -23,11 +23,11 @@ from deepspeed.utils import groups
 from parity_problem import BIAS_RATE, CLIP, GLOBAL_BATCH, LEARNING_RATE, ROUTINGS, STEPS, batch, build, set_bias
 from torch import Tensor
 
-from launch import distributed
-from launch.engine import build_engine
-from launch.errors import make_quiet
-from launch.expert_parallel import moe_layers
-from launch.step_guard import StepGuard
+from launch.cli import make_quiet
+from launch.engine.build import build_engine
+from launch.engine.expert_parallel import moe_layers
+from launch.engine.step_hook import StepHook
+from launch.ranks import join
 from model.balance import LoadBalancer
 
 
@@ -68,7 +68,7 @@ def train(case: dict[str, Any], reference: dict[str, Tensor]) -> dict[str, Any]:
         getattr(groups, f"{held}_RANKS").clear()
     engine = build_engine(build(case["routing"]), deepspeed_config(case), mode=case["checkpointing"])
     set_bias(moe_layers(engine.module), case["routing"])
-    guard = StepGuard(engine, clip=CLIP if case["clip"] else 0.0)
+    guard = StepHook(engine, clip=CLIP if case["clip"] else 0.0)
     balancer = LoadBalancer(engine.module, BIAS_RATE, dist.all_reduce)
     before = whole_weights(engine)
     rows = [step(engine, guard, balancer, number) for number in range(STEPS)]
@@ -80,7 +80,7 @@ def train(case: dict[str, Any], reference: dict[str, Tensor]) -> dict[str, Any]:
     return {**case, "ranks": dist.get_world_size(), **out}
 
 
-def step(engine: Any, guard: StepGuard, balancer: LoadBalancer, number: int) -> dict[str, Any]:
+def step(engine: Any, guard: StepHook, balancer: LoadBalancer, number: int) -> dict[str, Any]:
     rank, ranks, accumulation = dist.get_rank(), dist.get_world_size(), engine.gradient_accumulation_steps()
     micro, total = engine.train_micro_batch_size_per_gpu(), torch.zeros((), dtype=torch.float64)
     for part in range(accumulation):
@@ -132,8 +132,8 @@ def distance(before: dict[str, Tensor], after: dict[str, Tensor], reference: dic
 
 def main() -> None:
     make_quiet()
-    distributed.set_environment()
-    distributed.start(timeout=120)
+    join.set_environment()
+    join.start(timeout=120)
     references = torch.load(sys.argv[1], weights_only=True)
     results = []
     for case in layouts(dist.get_world_size(), every=sys.argv[3] == "every"):

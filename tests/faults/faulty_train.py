@@ -13,10 +13,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
+import pausing
 import torch
 
-from launch import trainer
-from launch.errors import run_command
+from launch.checkpoint.engine_files import CheckpointFiles
+from launch.cli import run_command
+from launch.run import trainer
 from launch.train import main
 
 RANK = 1
@@ -60,16 +62,27 @@ def full(_: trainer.Trainer) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, UNLIMITED[1]))
 
 
+def broken_save(_: trainer.Trainer) -> None:
+    """A fault of the program, not of the disk, while a checkpoint is written."""
+
+    def keep(*_: object) -> NoReturn:
+        raise KeyError("weights")
+
+    CheckpointFiles._keep = keep  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[trainer.Trainer], None]] = {
     "raise": partial(fail, ZeroDivisionError("planted")),
     "disk": partial(fail, OSError(errno.EIO, "planted")),
     "memory": partial(fail, torch.OutOfMemoryError("planted")),
     "spin": spin,
     "full": full,
+    "broken save": broken_save,
     "nan": partial(distort, float("nan")),
     "spike": partial(distort, 50.0),
 }
 
 if __name__ == "__main__":
+    pausing.install()
     plant(os.environ["FAULT"], [int(n) for n in os.environ.get("FAULT_SAMPLES", "40").split(",")])
     run_command(main)

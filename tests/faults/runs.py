@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nursery import ROOT, Nursery, Ranks
 from support import metrics
 
-from launch import integrity
+from launch.checkpoint import manifest
 
 TRAIN = str(ROOT / "launch" / "train.py")
+PAUSING = str(ROOT / "tests" / "faults" / "pausing.py")  # the same, stopped at a place
 STEPS, EVALUATE_EVERY, SAVE_EVERY = 12, 6, 4
 #: What a clock or chance decides; everything else must be the same to the bit.
-INCIDENTAL = ("tokens_per_second", "save_seconds", "mfu")
-SAVING = {"save_seconds", "save_failed"}
+INCIDENTAL = ("tokens_per_second", "save_seconds", "mfu", "time", "memory_gb", "step_seconds", "data_seconds")
+SAVING = {"save_seconds", "save_failed", "resumed"}
 
 
 def deepspeed_json(ranks: int, **changes: Any) -> dict[str, Any]:
@@ -99,13 +100,15 @@ class Site:
         pause_at: str = "",
         env: dict[str, str] | None = None,
         script: str = TRAIN,
+        extra: Sequence[str] = (),
         **changes: Any,
     ) -> Ranks:
         """Start a run, or go on with it; the log of each start is a file of its own."""
-        env = {**(env or {}), **({"MOE_PAUSE_AT": pause_at} if pause_at else {})}
+        if pause_at:
+            script, env = (PAUSING if script == TRAIN else script), {**(env or {}), "PAUSE_AT": pause_at}
         self.starts += 1
         log = self.folder / f"{self.starts}.log"
-        return self.nursery.start(self.ranks, script, *self.flags(output, **changes), log=log, env=env)
+        return self.nursery.start(self.ranks, script, *self.flags(output, **changes), *extra, log=log, env=env)
 
     def finish(self, output: Path, **changes: Any) -> Ranks:
         """Start or go on, and train to the end."""
@@ -132,8 +135,8 @@ def lost_bytes(run: Path) -> int:
     if not (run / "checkpoints" / "latest").exists():
         return 0
     folder = run / "checkpoints" / last_saved(run)
-    files = integrity.read_manifest(folder)["files"]
-    damaged = [name for name in files if integrity.attempt(partial(integrity.check_files, folder, {name: files[name]}, [name]))[1]]
+    files = manifest.read_manifest(folder)["files"]
+    damaged = [name for name in files if manifest.first_damage(folder, {name: files[name]}, [name])]
     return sum(files[name]["bytes"] for name in damaged)
 
 

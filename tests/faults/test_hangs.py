@@ -65,6 +65,19 @@ def test_a_rank_that_raises_is_named(site: Site, tmp_path: Path, fault: str, whe
     struck(f"{cause.split(':')[0]} on one rank")
 
 
+@pytest.mark.parametrize("flags", [(), pytest.param(("--no-async_save",), marks=pytest.mark.slow)], ids=str)
+def test_a_fault_of_the_program_in_a_save_ends_the_run_with_its_traceback(site: Site, tmp_path: Path, flags: tuple) -> None:
+    """Not as a full disk does, which is said and trained on from."""
+    running = site.start(tmp_path / "run", script=FAULTY, env={"FAULT": "broken save"}, extra=flags)
+    assert running.wait() == [1, 1], running.text()[-3000:]
+    said = running.text()
+    assert "Traceback" in said and "KeyError: 'weights'" in said and "faulty_train.py" in said
+    lines = last_lines(running)
+    assert lines and all(re.search(r"error: rank 1 failed at step \d+, .*: KeyError: 'weights'", line) for line in lines), lines
+    assert "the next save that fails" not in said
+    struck("KeyError on one rank in a save")
+
+
 def test_a_rank_that_spins_is_named(site: Site, tmp_path: Path) -> None:
     """It beats, and gets nowhere: after the stall time the ranks that are behind come first, with their stacks."""
     running = site.start(tmp_path / "run", script=FAULTY, env={"FAULT": "spin"}, stall_timeout=STALL)
@@ -74,6 +87,19 @@ def test_a_rank_that_spins_is_named(site: Site, tmp_path: Path) -> None:
     assert lines and all("no rank has moved for 8 s: rank 1 at step 5, loading data" in line for line in lines), lines
     assert "faulty_train.py" in running.text()
     struck("endless loop on one rank")
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(site: Site, whole: Path, tmp_path: Path) -> None:
+    """A laptop's sleep, `scontrol suspend`, a paused VM: longer than the silence that is a fault while awake."""
+    run = tmp_path / "run"
+    running = site.start(run, pause_at="1/5/backward", stall_timeout=STALL)
+    running.until_said("rank 1 pauses at step 5, backward")
+    running.signal(signal.SIGSTOP)
+    time.sleep(STALL + 8)
+    running.signal(signal.SIGCONT)
+    assert running.wait() == [0, 0], running.text()[-3000:]
+    assert_same(run, whole)
+    struck("SIGSTOP of all ranks, longer than the timeout")
 
 
 def test_a_rank_that_never_comes_is_waited_for_no_longer_than_said(site: Site, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from nursery import ROOT
-from runs import STEPS, Site, assert_same, content, last_saved, rows
+from runs import STEPS, Site, assert_same, content, deepspeed_json, last_saved, rows
 
 
 def test_the_comparison_can_fail(site: Site, whole: Path, tmp_path: Path) -> None:
@@ -57,6 +58,26 @@ def test_at_the_edge_of_an_epoch(site: Site, tmp_path: Path) -> None:
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_under_every_zero_stage(site: Site, tmp_path: Path, stage: int, mode: str) -> None:
+    """ZeRO 2 is in all other tests. Under ZeRO 3 the first step after a load once ended with DeepSpeed's "tracing error"."""
+    alone = replace(site, ranks=1, folder=tmp_path)
+    zero = {"stage": stage, "reduce_bucket_size": 20000, "stage3_prefetch_bucket_size": 20000}
+    config = deepspeed_json(1, zero_optimization=zero, activation_checkpointing={"mode": mode})
+    (tmp_path / "ds_1.json").write_text(json.dumps(config))
+    alone.finish(tmp_path / "whole", eval_interval=4)
+    for stop in (5, 9):
+        alone.finish(tmp_path / "run", stop_after=stop, eval_interval=4)
+    alone.finish(tmp_path / "run", eval_interval=4)
+    logged = [{json.dumps(row) for row in rows(tmp_path / name)} for name in ("run", "whole")]
+    assert logged[0] == logged[1] and len(logged[0]) == STEPS + 4
+    # ZeRO 3's optimizer file has the same values, but pickles a loss scaler that was loaded by other references than a new one.
+    files = [content(tmp_path / name) for name in ("run", "whole")]
+    same = {name for name in files[0] if files[0][name] == files[1][name]}
+    assert all(name in same or name.endswith("optim_states.pt") for name in files[0]) and "state.json" in same
+
+
 @pytest.mark.parametrize("others", [(1,), pytest.param((4, 1, 2), marks=pytest.mark.slow)], ids=str)
 def test_on_other_numbers_of_ranks(site: Site, small_model: Path, tmp_path: Path, others: tuple[int, ...]) -> None:
     """Two ranks with EP 2 until step 5, then by itself on others: the same samples, the losses of two ranks to rounding."""
@@ -79,9 +100,34 @@ def test_on_other_numbers_of_ranks(site: Site, small_model: Path, tmp_path: Path
         assert found[step]["loss"] == pytest.approx(expected[step]["loss"], abs=2e-3 if step == 6 else 2e-2), step
 
 
+def test_a_resumed_run_obeys_its_json(site: Site, tmp_path: Path) -> None:
+    """A rate of 0 from the first step on: no weight moves any more. Saved rates, decay and clipping would move them."""
+    run, changed = tmp_path / "run", tmp_path / "changed.json"
+    site.finish(run, stop_after=5, eval_interval=0)
+    config = deepspeed_json(2, gradient_clipping=0.01)
+    config["optimizer"]["params"].update(lr=0.0, weight_decay=0.5)
+    changed.write_text(json.dumps(config))
+    said = site.finish(run, stop_after=7, eval_interval=0, deepspeed_config=changed).text()
+    for words in ("lr: 0.01 -> 0.0", "optimizer.params.weight_decay: 0.01 -> 0.5", "gradient_clipping: 1.0 -> 0.01"):
+        assert words in said, said
+    assert [row["lr"] for row in rows(run) if "lr" in row and row["step"] > 5] == [0.0, 0.0]
+    before, after = (
+        torch.load(run / "checkpoints" / f"step_{step}" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        for step in (5, 7)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before if "bias" not in name) and len(before) > 10
+    config["optimizer"]["type"] = "SGD"
+    config["optimizer"]["params"] = {"lr": 0.1}
+    changed.write_text(json.dumps(config))
+    refused = site.start(run, deepspeed_config=changed)
+    assert refused.wait() == [2, 2]
+    assert "optimizer.type AdamW, and SGD, which the JSON asks for, cannot go on from its state" in refused.text()
+
+
 def test_what_is_compared_is_not_trivial(whole: Path) -> None:
     steps = [row for row in rows(whole) if "loss" in row]
-    assert len({row["loss"] for row in steps}) == len({row["lr"] for row in steps}) == len(steps)
+    assert len({row["loss"] for row in steps}) == len(steps)
+    assert len({row["lr"] for row in steps}) >= len(steps) - 1  # DeepSpeed takes the first two steps at rate 0
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     assert all(layer > 0 for layer in steps[-1]["bias_range"])
     assert sum("val_loss" in row for row in rows(whole)) == 3

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import integrity
-from launch.integrity import HashingFile
+from launch.checkpoint import publish
+from launch.checkpoint.manifest import HashingFile
 
 
 class KilledAt:
@@ -18,10 +19,10 @@ class KilledAt:
     def __init__(self, folder: Path, moment: int) -> None:
         self.folder, self.moment, self.count = str(folder), moment, 0
         sys.addaudithook(self.audit)
-        fsync, write, exchange = os.fsync, HashingFile.write, integrity.exchange
+        fsync, write, exchange = os.fsync, HashingFile.write, publish.exchange
         os.fsync = lambda descriptor: (self.tick(), fsync(descriptor))[1]
         HashingFile.write = lambda file, data: (self.tick(), write(file, data))[1]
-        integrity.exchange = lambda one, other: (self.tick(), exchange(one, other), self.tick())[1]
+        publish.exchange = lambda one, other: (self.tick(), exchange(one, other), self.tick())[1]
 
     def audit(self, event: str, arguments: tuple) -> None:
         if event.split(".")[0] in ("open", "os", "shutil") and self.folder in str(arguments[:2]):
@@ -42,6 +43,7 @@ def in_child(folder: Path, moment: int, action: Callable[[], object]) -> int | N
             action()
             os._exit(0)
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0

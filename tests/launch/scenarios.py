@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ logging.disable(logging.WARNING)
 import deepspeed  # noqa: E402
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
 
-from launch import integrity  # noqa: E402
-from launch.checkpoint import CheckpointManager, TrainingState  # noqa: E402
-from launch.distributed import start  # noqa: E402
-from launch.engine import build_engine, build_model  # noqa: E402
-from launch.expert_parallel import moe_layers  # noqa: E402
+from launch.checkpoint import choose, manifest  # noqa: E402
+from launch.checkpoint.identity import RunIdentity  # noqa: E402
+from launch.checkpoint.manager import CheckpointManager  # noqa: E402
+from launch.checkpoint.state import TrainingState  # noqa: E402
+from launch.engine.build import build_engine, build_model  # noqa: E402
+from launch.engine.expert_parallel import moe_layers  # noqa: E402
+from launch.ranks.join import start  # noqa: E402
 from model import MoEGPTConfig  # noqa: E402
 from model.balance import LoadBalancer  # noqa: E402
 
@@ -74,24 +77,24 @@ class SmallRun:
     def __init__(self, folder: str | Path, *, stage: int, dtype: str, ep: int, seed: int = 1, background: bool = False,
                  resume: str | None = None, **config: Any) -> None:  # fmt: skip
         self.config = model_config(**config)
-        identity = {
-            "model": self.config.to_dict(), "data": "made up", "sequence_length": SEQUENCE, "global_batch": GLOBAL_BATCH,
-            "world_size": dist.get_world_size(), "ep_size": ep, "zero_stage": stage, "dtype": dtype,
-        }  # fmt: skip
+        identity = RunIdentity(
+            model=self.config.to_dict(), data="made up", sequence_length=SEQUENCE, global_batch=GLOBAL_BATCH,
+            world_size=dist.get_world_size(), ep_size=ep, zero_stage=stage, dtype=dtype,
+        )  # fmt: skip
         self.manager = CheckpointManager(Path(folder), keep_last=0, keep_every=0, identity=identity, background=background)
-        self.verdict = self.manager.find(resume) if resume else None
+        self.choice = self.manager.choose(resume) if resume else None
         model = build_model(self.config, seed=seed, attn_implementation="sdpa")
         ds = deepspeed_config(stage, dtype, ep)
-        self.engine = build_engine(model, self.verdict.deepspeed_config(ds) if self.verdict else ds)
+        self.engine = build_engine(model, self.choice.deepspeed_config(ds) if self.choice else ds)
         self.balancer = LoadBalancer(self.engine.module, self.config.router_bias_rate, all_reduce=dist.all_reduce)
         self.step = self.samples = 0
         for generator in (torch.manual_seed, random.seed, np.random.seed):
             generator(1000 * seed + dist.get_rank())
-        if self.verdict and self.verdict.resumes:
-            self.restore(self.verdict)
+        if isinstance(self.choice, choose.ResumeFrom):
+            self.restore(self.choice)
 
-    def restore(self, verdict: Any) -> None:
-        state = self.manager.load(self.engine, verdict)
+    def restore(self, choice: choose.ResumeFrom) -> None:
+        state = self.manager.load(self.engine, choice)
         self.step, self.samples = state.step, state.samples
 
     def batch(self) -> dict[str, torch.Tensor]:
@@ -176,7 +179,7 @@ def same_topology(folder: str, kinds: list[tuple[int, str]], ep: int) -> dict[st
         resumed += again.train(2)
         out[f"zero{stage}-{dtype}"] = {
             "uninterrupted": uninterrupted[3:], "resumed": resumed, "digests": [whole.digest(), again.digest()],
-            "middle": [middle, middle_resumed], "counters": [whole.counters(), again.counters()], "message": again.verdict.message,
+            "middle": [middle, middle_resumed], "counters": [whole.counters(), again.counters()], "message": again.choice.message,
             "bias_loaded": bias_loaded, "files": sorted(p.name for p in path.iterdir()), "folder": str(where),
         }  # fmt: skip
     return out
@@ -219,10 +222,19 @@ def forget_expert_groups() -> None:
         setattr(groups, f"{name}_RANKS", {})
 
 
+def adam_steps(run: SmallRun) -> list[float]:
+    """The `step` of every optimizer state of this rank, which must be tensors of their own."""
+    states = [state["step"] for state in run.engine.optimizer.state.values() if "step" in state]
+    assert len({step.data_ptr() for step in states}) == len(states), "states that share their step"
+    assert all(step.dtype == torch.float32 and step.device.type == "cpu" for step in states)
+    return sorted({float(step) for step in states})
+
+
 def describe(run: SmallRun) -> dict[str, Any]:
     return {
         "first_loss": run.first_loss(), "state": full_state(run), "bias": run.bias(), "counters": run.counters(),
-        "position": [run.step, run.samples], "lr": run.engine.get_lr(), "message": run.verdict.message if run.verdict else "",
+        "position": [run.step, run.samples], "lr": run.engine.get_lr(), "message": run.choice.message if run.choice else "",
+        "adam_steps": adam_steps(run),
     }  # fmt: skip
 
 
@@ -252,13 +264,14 @@ def take(folder: str, cases: list[tuple[str, int, str, int]]) -> dict[str, Any]:
         found = describe(run)
         found["converted"] = sorted(p.name for p in (where / "checkpoints").iterdir())
         first = run.train(1)
+        found["adam_steps_after_one"] = adam_steps(run)
         run.save()
         found["after_save"] = sorted(p.name for p in (where / "checkpoints").iterdir())
         trained = run.train(2)
         found["next_losses"] = [row[0] for row in first + trained]
         plain = SmallRun(where, seed=51, resume="auto", **layout)
-        found["second"] = [trained, plain.train(2), plain.verdict.conversions]
-        run.restore(run.manager.latest())  # by the engine that started from the conversion
+        found["second"] = [trained, plain.train(2), plain.choice.conversions]
+        run.restore(run.manager.newest())  # by the engine that started from the conversion
         found["rolled_back"] = run.train(2)
         out[f"{source}-to-zero{stage}-{dtype}-ep{ep}"] = found
     return out
@@ -293,9 +306,9 @@ def everyone(value: Any) -> list[Any]:
 def in_the_background(folder: str, kinds: list[tuple[int, str]]) -> dict[str, Any]:
     """Saves that a slow disk draws out over several training steps, a failing one, and what resumes from them."""
     out = {}
-    write = integrity.HashingFile.write
+    write = manifest.HashingFile.write
 
-    def slow_write(file: integrity.HashingFile, data: bytes) -> int:
+    def slow_write(file: manifest.HashingFile, data: bytes) -> int:
         time.sleep(0.002)
         return write(file, data)
 
@@ -304,7 +317,7 @@ def in_the_background(folder: str, kinds: list[tuple[int, str]]) -> dict[str, An
         where = Path(folder) / f"zero{stage}-{dtype}"
         run = SmallRun(where, background=True, **kind)
         rows = run.train(2)
-        integrity.HashingFile.write = slow_write
+        manifest.HashingFile.write = slow_write
         path = run.save()
         rows += run.train(2)
         meanwhile = not path.exists()
@@ -312,7 +325,7 @@ def in_the_background(folder: str, kinds: list[tuple[int, str]]) -> dict[str, An
         first_whole = (where / "checkpoints/step_2/manifest.json").exists()
         rows += run.train(1)
         run.manager.wait()
-        integrity.HashingFile.write = write
+        manifest.HashingFile.write = write
         resumed = []
         for step in (2, 4):
             other = SmallRun(where, seed=30, resume=f"step_{step}", **kind)
@@ -322,7 +335,7 @@ def in_the_background(folder: str, kinds: list[tuple[int, str]]) -> dict[str, An
             "rows": rows, "resumed": resumed, "digests": [run.digest(), other.digest()],
         }  # fmt: skip
     if dist.get_rank() == 1:
-        integrity.HashingFile.write = failing_write
+        manifest.HashingFile.write = failing_write
     run.save()
     rows = run.train(1)
     try:
@@ -330,12 +343,12 @@ def in_the_background(folder: str, kinds: list[tuple[int, str]]) -> dict[str, An
         out["failure"] = everyone("")
     except ValueError as error:
         out["failure"] = everyone(str(error))
-    integrity.HashingFile.write = write
+    manifest.HashingFile.write = write
     out["left"] = sorted(p.name for p in (where / "checkpoints").iterdir())
     return out
 
 
-def failing_write(file: integrity.HashingFile, data: bytes) -> int:
+def failing_write(file: manifest.HashingFile, data: bytes) -> int:
     file.error = OSError(28, "No space left on device", "disk")
     raise file.error
 
@@ -368,27 +381,27 @@ def rank_faults(folder: str) -> dict[str, Any]:
 
     # A file that the last rank alone cannot read.
     unseen = "step_4/zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    check = integrity.check_files
+    check = manifest.check_files
 
     def check_with_a_hole(where: Path, files: dict, hashed: list[str]) -> None:
         if where.name == "step_4":
-            raise integrity.DamagedError(f"{where.parent / unseen} cannot be read (No such file or directory)")
+            raise manifest.DamagedError(f"{where.parent / unseen} cannot be read (No such file or directory)")
         check(where, files, hashed)
 
     if dist.get_rank() == last:
-        integrity.check_files = check_with_a_hole
+        manifest.check_files = check_with_a_hole
     other = SmallRun(Path(folder) / "run", seed=9, resume="auto", **kind)
-    out["hole"] = everyone(other.verdict.message)
+    out["hole"] = everyone(other.choice.message)
     out["from_step"] = everyone(other.step)
-    integrity.check_files = check
+    manifest.check_files = check
     trained = trained[:2] + other.train(3)
     out["expected"], out["trained"] = expected, trained
     out["digests"] = [whole.digest(), other.digest()]
 
     # Another layout asked for by one rank alone would be a fault of the program; another dataset by all is a refusal on all.
-    other.manager.identity["data"] = "other data"
+    other.manager._chooser.identity = replace(other.manager.identity, data="other data")
     try:
-        out["refusal"] = everyone(other.manager.find("auto").message)
+        out["refusal"] = everyone(other.manager.choose("auto").message)
     except ValueError as error:
         out["refusal"] = everyone(str(error))
     return out
@@ -418,7 +431,7 @@ def convert_and_tell(folder: str, started: str) -> None:
     """Resume in another layout, telling by a file when the conversion has begun."""
     run = SmallRun(folder, stage=2, dtype="float32", ep=1, expert_dropout=0.0)
     run.manager._on_phase = lambda phase: Path(started).touch() if phase.startswith("converting") else None
-    run.restore(run.manager.find("auto"))
+    run.restore(run.manager.choose("auto"))
 
 
 def main() -> None:

@@ -16,18 +16,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch import deepspeed_config, distributed
-from launch.engine import build_engine, build_model, load_model_config
-from launch.errors import make_quiet
-from launch.expert_parallel import moe_layers
-from launch.step_guard import StepGuard
+from launch.cli import make_quiet
+from launch.engine import strategy
+from launch.engine.build import build_engine, build_model, load_model_config
+from launch.engine.expert_parallel import moe_layers
+from launch.engine.step_hook import StepHook
+from launch.ranks import join
 from model.balance import LoadBalancer
 
 STEPS, LENGTH = 4, 64
 
 
 def scaled(path: Path, ranks: int) -> dict[str, Any]:
-    config = deepspeed_config.read_config(path)
+    config = strategy.read_config(path)
     config["expert_parallel"]["autoep_size"] = min(ranks, config["expert_parallel"]["autoep_size"])
     config.update(train_batch_size=4 * ranks, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2)
     config["scheduler"]["params"]["warmup_num_steps"] = 2
@@ -37,11 +38,11 @@ def scaled(path: Path, ranks: int) -> dict[str, Any]:
 def train(model_config: str, path: Path) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model_settings = load_model_config(model_config)
-    config = deepspeed_config.resolve_config(
+    config = strategy.resolve_config(
         scaled(path, ranks), path, world_size=ranks, num_experts=model_settings.n_routed_experts, max_steps=100
     )
     engine = build_engine(build_model(model_settings, seed=0, attn_implementation="sdpa"), config)
-    guard, balancer = StepGuard(engine), LoadBalancer(engine.module, 0.01, dist.all_reduce)
+    guard, balancer = StepHook(engine), LoadBalancer(engine.module, 0.01, dist.all_reduce)
     tokens = torch.randint(0, model_settings.vocab_size, (4 * ranks, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     losses, norms = [], []
     for _ in range(STEPS):
@@ -70,8 +71,8 @@ def train(model_config: str, path: Path) -> dict[str, Any]:
 
 def main() -> None:
     make_quiet()
-    distributed.set_environment()
-    distributed.start(timeout=300)
+    join.set_environment()
+    join.start(timeout=300)
     _, *arguments = [a for a in sys.argv if not a.startswith("--local_rank")]
     model_config, output, *files = arguments
     results = {}

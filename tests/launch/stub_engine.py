@@ -3,6 +3,7 @@ training."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.checkpoint import CheckpointManager, TrainingState
+from launch.checkpoint import manifest
+from launch.checkpoint.identity import RunIdentity
+from launch.checkpoint.manager import CheckpointManager
+from launch.checkpoint.state import TrainingState
 
 LAYOUT = {"world_size": 1, "ep_size": 1, "zero_stage": 2, "dtype": "float32"}
 IDENTITY = {"model": {"hidden_size": 8, "rope_parameters": {"factor": 2.0}}, "data": "abc", "sequence_length": 16, **LAYOUT}
@@ -49,12 +53,40 @@ class StubEngine:
 
 
 def manager(run: Path, *, keep_last: int = 0, keep_every: int = 0, **identity: Any) -> CheckpointManager:
-    return CheckpointManager(run, keep_last=keep_last, keep_every=keep_every, identity={**IDENTITY, **identity})
+    belongs_to = RunIdentity.from_json({**IDENTITY, **identity})
+    return CheckpointManager(run, keep_last=keep_last, keep_every=keep_every, identity=belongs_to)
 
 
 def state(step: int, **extra: Any) -> TrainingState:
     return TrainingState(step=step, samples=16 * step, tokens=256 * step, best_loss=1 / 3, extra=extra)
 
 
+def replace_file(checkpoint: Path, name: str, content: Any) -> None:
+    """Put something else into a file of a complete checkpoint, and its right sums into the manifest: whoever can do the one can
+    do the other. `content`: bytes, or what `torch.save` takes."""
+    if isinstance(content, bytes):
+        (checkpoint / name).write_bytes(content)
+    else:
+        torch.save(content, checkpoint / name)
+    files = manifest.read_manifest(checkpoint)["files"]
+    manifest.write_manifest(checkpoint, {**files, name: manifest.record_file(checkpoint / name)})
+
+
+class Payload:
+    """Makes a folder when it is unpickled without restriction."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
 def steps(run: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_*"))
+
+
+def whole(folder: Path) -> bool:
+    """Is the checkpoint complete, every file as it was written?"""
+    found, _ = manifest.find_manifest(folder)
+    return found is not None and not manifest.first_damage(folder, found["files"], found["files"])

@@ -16,8 +16,12 @@ from tokenizers import Tokenizer, models
 from training_process import REPOSITORY, launch_ranks
 from transformers import PreTrainedTokenizerFast
 
-from launch import integrity
-from launch.export import build, fill, main, weights
+from launch.checkpoint import manifest
+from launch.checkpoint.publish import working_name
+from launch.export import main
+from launch.exporting.formats import exported_config, fill
+from launch.exporting.hub.modeling_moe_gpt import MoEGPTForCausalLM
+from launch.exporting.source import model_config, weights
 
 RUNS = {
     "zero2-float32": {"stage": 2, "dtype": "float32"},
@@ -26,7 +30,8 @@ RUNS = {
     "zero0-float32": {"stage": 0, "dtype": "float32"},
     "zero3-float32": {"stage": 3, "dtype": "float32"},
     "tied": {"stage": 2, "dtype": "float32", "tie_word_embeddings": True},
-    "no-sinks": {"stage": 2, "dtype": "float32", "attention_sinks": False, "qk_norm": True},
+    "no-sinks": {"stage": 2, "dtype": "float32", "attention_sinks": False, "qk_norm": True, "head_dim": 6},
+    "softmax": {"stage": 2, "dtype": "float32", "scoring_func": "softmax"},
 }
 EXPORTS = {  # name: (run, dtype, format)
     "zero2": ("zero2-float32", "float32", "moe_gpt"),
@@ -34,16 +39,20 @@ EXPORTS = {  # name: (run, dtype, format)
     "zero3": ("zero3-float32", "float32", "moe_gpt"),
     "tied": ("tied", "float32", "moe_gpt"),
     "stock": ("no-sinks", "float32", "glm4_moe"),
+    "plain": ("no-sinks", "float32", "moe_gpt"),
+    "softmax": ("softmax", "float32", "moe_gpt"),
 }
 ELSEWHERE = """
 import json, sys, torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 found = {}
 for name, (folder, expected, trust) in json.loads(sys.argv[1]).items():
     expected = torch.load(expected)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust)
     with torch.no_grad():
         difference = (model(expected["ids"]).logits - expected["logits"]).abs().max().item()
+        base = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=trust)(expected["ids"]).last_hidden_state
+        difference = max(difference, (model.lm_head(base) - expected["logits"]).abs().max().item())
     tokens = len(PreTrainedTokenizerFast.from_pretrained(folder))
     found[name] = [difference, str(model.dtype), tokens, type(model).__module__]
 assert not any(name == "model" or name.startswith("model.") for name in sys.modules)
@@ -159,7 +168,7 @@ def test_the_command_says_its_sentence_and_exits_with_2(runs, tmp_path):
 
 def test_an_earlier_export_is_replaced_and_leftovers_go(runs, tmp_path, capsys):
     out = tmp_path / "hf"
-    integrity.working_name(out, "tmp").mkdir()
+    working_name(out, "tmp").mkdir()
     export("--checkpoint", runs / "zero2-float32", "--output", out, "--tag", "best")
     (out / "config.json").unlink()
     export("--checkpoint", runs / "zero2-float32", "--output", out, "--dtype", "float32", "--max_shard_size", "20KB")
@@ -174,7 +183,8 @@ def test_an_earlier_export_is_replaced_and_leftovers_go(runs, tmp_path, capsys):
 @pytest.mark.parametrize("change", ["drop", "twice", "shape", "unknown"])
 def test_every_weight_must_come_exactly_once_in_its_shape(runs, change):
     checkpoint = runs / "zero2-float32/checkpoints/step_2"
-    model = build(checkpoint, format="moe_gpt", dtype="float32")
+    with torch.device("meta"):
+        model = MoEGPTForCausalLM(exported_config(model_config(checkpoint), "moe_gpt"))
     held = dict(weights(checkpoint))
     name = "model.layers.1.mlp.experts.down_proj"
     values = {
@@ -184,7 +194,7 @@ def test_every_weight_must_come_exactly_once_in_its_shape(runs, change):
         "unknown": [*held.items(), ("model.layers.7.mlp.gate.weight", held["model.layers.1.mlp.gate.weight"])],
     }[change]
     with pytest.raises(ValueError, match=r"model\.layers\.[17]\.mlp"):
-        fill(model.to("meta"), iter(values), torch.float32)
+        fill(model, iter(values), torch.float32)
 
 
 @pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
@@ -199,8 +209,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_export_or_none(runs, tmp_path, agai
             export(*command, out)
         killed = in_child(out.parent, moment, lambda out=out: export(*command, out, "--dtype", "float32"))
         if out.exists() or again:
-            files = integrity.read_manifest(out)["files"]
-            integrity.check_files(out, files, files)
+            files = manifest.read_manifest(out)["files"]
+            manifest.check_files(out, files, files)
         if moment % (5 * stride) == 0 or killed is None:
             export(*command, out)
             assert [p.name for p in out.parent.iterdir()] == ["hf"]

@@ -1,9 +1,7 @@
-"""`launch/generate.py` and `launch/evaluate.py` on a small exported folder, and what bad input gets."""
+"""`launch/generate.py` on a small exported folder, and what bad input gets."""
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import subprocess
 import sys
@@ -13,8 +11,7 @@ import pytest
 import torch
 from support import ROOT
 
-from data.dataset import PackedDataset
-from launch.engine import load_model_config
+from launch.engine.build import load_model_config
 from model import MoEGPTForCausalLM
 
 
@@ -43,35 +40,12 @@ def test_generation_is_greedy_sampled_and_seeded(exported: Path) -> None:
     assert seeded[0] == seeded[1] != seeded[2]
 
 
-def test_evaluation_equals_plain_cross_entropy(exported: Path, small_shards: Path, tmp_path: Path) -> None:
-    output = tmp_path / "evaluation.json"
-    flags = ("--model", exported, "--data", small_shards, "--sequence_length", 64, "--samples", 11, "--output", output)
-    done = run("evaluate", *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(output.read_text())
-    model = MoEGPTForCausalLM.from_pretrained(exported, attn_implementation="eager").eval()
-    data = PackedDataset([small_shards], split="validation", sequence_length=64)
-    losses = []
-    for index in range(11):
-        sample = data[index]
-        with torch.no_grad():
-            logits = model(sample["input_ids"][None]).logits[0].double()
-        losses.append(torch.nn.functional.cross_entropy(logits, sample["shift_labels"]))
-    expected = float(torch.stack(losses).mean())
-    assert result["loss"] == pytest.approx(expected, abs=2e-4)
-    assert result["tokens"] == 11 * 64
-    manifest = json.loads((small_shards / "manifest.json").read_text())["splits"]["validation"]
-    bytes_per_token = manifest["text_bytes"] / manifest["tokens"]
-    assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / bytes_per_token, rel=1e-3)
-
-
 MISTAKES = [
     ("generate", ["--model", "nowhere", "--prompt", "x"], "--model nowhere has no config.json"),
     ("generate", ["--model", "EXPORTED", "--prompt", ""], "--prompt is empty"),
     ("generate", ["--model", "EXPORTED", "--prompt", "x", "--max_new_tokens", 5000], "beyond the model's 1024 positions"),
     ("generate", ["--model", "EXPORTED", "--prompt", "x", "--temperature", -1], "--temperature must be 0 or more"),
     ("generate", ["--model", "EXPORTED", "--prompt", "x", "--top_p", 0], "--top_p must be above 0"),
-    ("evaluate", ["--model", "EXPORTED", "--data", "nowhere"], "no shards at nowhere"),
 ]
 
 
@@ -80,11 +54,3 @@ def test_mistakes_are_one_sentence(script: str, flags: list, sentence: str, expo
     done = run(script, *(exported if flag == "EXPORTED" else flag for flag in flags))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and sentence in done.stderr
-
-
-def test_another_tokenizer_is_refused(exported: Path, small_shards: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(exported, other)
-    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
-    done = run("evaluate", "--model", other, "--data", small_shards)
-    assert done.returncode == 2 and "another tokenizer" in done.stderr

@@ -31,7 +31,9 @@ def test_every_station(finished: tuple) -> None:
     # bf16 weights of the export against the training engine's own, on the whole split instead of its first samples
     assert abs(evaluation["loss"] - losses[-1]) < 0.5
     assert evaluation["perplexity"] == pytest.approx(2.718281828459045 ** evaluation["loss"])
-    assert "def read_lines(path):" in done.stdout.split("[5/5]")[1].split("Done in")[0].split("$")[1]
+    page = (folder / "report.html").read_text()
+    assert "finished" in page and f"{evaluation['loss']:.4g}" in page
+    assert "def read_lines(path):" in done.stdout.split("[6/6]")[1].split("Done in")[0].split("$")[1]
 
 
 def test_output_is_quiet(finished: tuple) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, deepspeed_command
 
-from launch.deepspeed_config import CONFIG_FOLDER
+from launch.engine.strategy import CONFIG_FOLDER
 
 FILES = sorted(CONFIG_FOLDER.glob("*.json"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, metrics
 
-from launch.distributed import free_port
+from launch.ranks.join import free_port
 
 TEMPLATES = ROOT / "launch" / "templates"
 
@@ -57,21 +57,80 @@ def test_torchrun(flags: list[str], tmp_path: Path) -> None:
 
 
 SRUN = """#!/usr/bin/env bash
-# What srun does here: one task, with Slurm's variables.
+# What srun does here: one task, with Slurm's variables, and every signal that it gets passed on to the task.
+echo "$@" >>"$STUB_LOG"
 while [[ $1 == --* ]]; do shift; done
-SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 exec "$@"
+SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 "$@" &
+task=$!
+trap 'kill -USR1 $task' USR1
+while kill -0 $task 2>/dev/null; do code=0; wait $task || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "scontrol $*" >>"$STUB_LOG"
+[ "$1" = show ] && echo localhost
+true
+"""
+SBATCH = """
+# What Slurm does with a batch script: reads its #SBATCH lines, runs it, and sends the signal that they ask for, where they ask
+# for it: `B:` to the batch shell alone, without it to the steps alone.
+import re, signal, subprocess, sys, time
+from pathlib import Path
+script, log, metrics = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+asked = re.search(r"^#SBATCH --signal=(B:)?([A-Z0-9]+)@\\d+$", Path(script).read_text(), re.MULTILINE)
+job = subprocess.Popen(["bash", script, *sys.argv[4:]], start_new_session=True)
+deadline = time.monotonic() + 200
+while not (metrics.exists() and '"loss"' in metrics.read_text()):
+    assert job.poll() is None and time.monotonic() < deadline, "no step"
+    time.sleep(0.05)
+number = getattr(signal, "SIG" + asked[2])
+children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+for pid in [job.pid] if asked[1] else map(int, children):
+    subprocess.run(["kill", f"-{number}", str(pid)], check=True)
+sys.exit(job.wait(200))
 """
 
 
-def test_slurm_script_with_a_stub_srun(flags: list[str], tmp_path: Path) -> None:
+@pytest.fixture
+def slurm(flags: list[str], tmp_path: Path) -> tuple[list[str], dict[str, str], Path]:
+    """Flags for the template, an environment with stubs of Slurm's commands, and the log of how they were called."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", "#!/usr/bin/env bash\necho localhost\n")):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
     data, output = flags[flags.index("--data") + 1], flags[flags.index("--output") + 1]
     rest = [f for f in flags if f not in ("--data", data, "--output", output)]
-    environment = {"DATA": data, "OUTPUT": output, "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7"}
+    log = tmp_path / "stub.log"
+    environment = {"DATA": data, "OUTPUT": output, "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7", "STUB_LOG": str(log)}
     environment["PATH"] = f"{bin_folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment["VENV"] = str(Path(sys.executable).parent.parent)
-    trained(template("slurm.sh", *rest, **environment), tmp_path, ranks=1)
+    return rest, environment, log
+
+
+def test_slurm_a_run_that_finishes_is_not_queued_again(slurm: tuple, tmp_path: Path) -> None:
+    rest, environment, log = slurm
+    trained(template("slurm.sh", *rest, **environment, GPUS_PER_TASK="1"), tmp_path, ranks=1)
+    assert "--gpus-per-task=1 python launch/train.py" in log.read_text() and "requeue" not in log.read_text()
+
+
+def test_slurm_the_signal_saves_and_queues_again(slurm: tuple, tmp_path: Path) -> None:
+    rest, environment, log = slurm
+    rest[rest.index("--max_steps") + 1] = "100000"
+    sbatch = [sys.executable, "-c", SBATCH, str(TEMPLATES / "slurm.sh"), str(log), str(tmp_path / "run" / "metrics.jsonl"), *rest]
+    done = subprocess.run(
+        sbatch, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "stopped by SIGUSR1 at step" in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+    assert log.read_text().count("scontrol requeue 7") == 1
+    assert "--gpus-per-task" not in log.read_text()
+
+
+def test_slurm_a_crash_is_left_to_requeue(slurm: tuple, tmp_path: Path) -> None:
+    rest, environment, log = slurm
+    done = template("slurm.sh", *rest, "--epochs", "3", **environment)
+    assert done.returncode == 2 and "unrecognized arguments" in done.stderr
+    assert "requeue" not in log.read_text()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support import metrics
+
+from launch.checkpoint import manifest
 
 SHORT = ("--sequence_length", 64, "--max_steps", 3, "--eval_batches", 1, "--log_interval", 1, "--wandb", "disabled")
 
@@ -51,6 +55,7 @@ MISTAKES = {
     "json": ({"deepspeed_config": "ds_configs/none.json"}, "is not a file; ds_configs/ has cpu_ep1_zero2.json"),
     "steps": ({"max_steps": 0}, "--max_steps must be at least 1"),
     "ranks": ({"deepspeed_config": "ds_configs/cpu_ep2_zero2.json"}, "autoep_size 2 does not divide the 1 ranks"),
+    "pattern": ({"output": "runs/br[lr=1]"}, "DeepSpeed takes '[' in a path for a pattern"),
     "weight": ({"data": "shards:much"}, "the weight after the colon must be a number"),
 }
 LATER_MISTAKES = {
@@ -63,14 +68,14 @@ LATER_MISTAKES = {
 def test_mistakes_are_one_sentence(mistake: str, flags: list, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """In this process, up to where the ranks join."""
     changes, sentence = MISTAKES[mistake]
-    from launch import distributed
-    from launch.arguments import parse_arguments
-    from launch.train import plan
+    from launch.ranks import join
+    from launch.run.arguments import parse_arguments
+    from launch.run.resolve import resolve_run
 
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         arguments = parse_arguments([str(f) for f in changed(flags, **changes)])
-        plan(arguments, distributed.set_environment()[1])
+        resolve_run(arguments, join.set_environment()[1])
     assert sentence in str(caught.value)
 
 
@@ -100,7 +105,25 @@ def test_a_run_and_what_it_leaves(flags: list, run_train, small_shards: Path, tm
     # The same folder again: nothing left to do, and no harm; other settings: refused with the difference.
     again = run_train(1, *flags, "--rope_factor", 3)
     assert again.returncode == 0 and "finished at step 3" in again.stderr
+    pretend_an_older_transformers(run)
+    upgraded = run_train(1, *flags, "--rope_factor", 3)
+    assert upgraded.returncode == 0 and "resuming from" in upgraded.stderr, upgraded.stderr[-2000:]
     assert "rope_parameters" in refuse(run_train(1, *flags))
+
+
+def pretend_an_older_transformers(run: Path) -> None:
+    """The run and its checkpoint as another version of the library would have written them."""
+
+    def older(values: dict) -> dict:
+        return {**values, "model": {**values["model"], "transformers_version": "5.0.0", "a_field_that_was_dropped": 1}}
+
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["transformers_version"] != "5.0.0"
+    (run / "config.json").write_text(json.dumps(older(config)))
+    checkpoint = run / "checkpoints" / "step_3"
+    state = json.loads((checkpoint / "state.json").read_text())
+    record = manifest.write_durably(checkpoint / "state.json", manifest.to_json({**state, "identity": older(state["identity"])}))
+    manifest.write_manifest(checkpoint, {**manifest.read_manifest(checkpoint)["files"], "state.json": record})
 
 
 def test_a_folder_that_is_no_run(flags: list, run_train, tmp_path: Path) -> None:
@@ -152,3 +175,35 @@ def test_document_mask_trains(flags: list, run_train, tmp_path: Path) -> None:
     done = run_train(1, *changed(flags, max_steps=2), "--document_mask")
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["model.py", "data/__init__.py"])
+def test_a_module_on_pythonpath_that_hides_ours_is_named(name: str, run_train, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    sentence = refuse(run_train(1, "--help", PYTHONPATH=str(tmp_path) + os.pathsep + os.environ.get("PYTHONPATH", "")))
+    assert str(tmp_path / name) in sentence and "take its folder off PYTHONPATH" in sentence
+
+
+def test_help_is_printed_by_rank_0_alone(run_train) -> None:
+    assert "--sequence_length" in run_train(1, "--help", RANK="0", WORLD_SIZE="2").stdout
+    other = run_train(1, "--help", RANK="1", WORLD_SIZE="2")
+    assert other.returncode == 0 and other.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"data": "nowhere"}, "--data nowhere: no shards at nowhere"),
+        ({"data": "nowhere:0.5"}, "--data nowhere:0.5: no shards at nowhere;"),
+        ({"model": "nowhere.json"}, "--model nowhere.json is not a file"),
+        ({"deepspeed_config": "nowhere.json"}, "--deepspeed_config nowhere.json is not a file"),
+    ],
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(change: dict, sentence: str, flags: list) -> None:
+    program = "import sys\nfrom launch.run.arguments import check_paths, parse_arguments\n"
+    program += "try:\n    check_paths(parse_arguments(sys.argv[1:]))\nexcept ValueError as error:\n    print(error)\n"
+    program += "print('torch' in sys.modules)"
+    command = [sys.executable, "-c", program, *(str(flag) for flag in changed(flags, **change))]
+    said, loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said.startswith(sentence) and loaded == "False"

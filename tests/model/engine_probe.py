@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.balance import LoadBalancer
-from model.kernels import Spans, load_kernel
+from model.flash import load_kernel
+from model.mask import causal_mask
 from model.rope import apply_rope, yarn_concentration
 from tests import reference
 
@@ -124,7 +125,7 @@ def probe_attention(seen: dict[str, Any]) -> None:
     q, k, v = (torch.randn(1, 300, heads, 64, dtype=torch.bfloat16) * 3 for heads in (4, 2, 2))
     kernel = load_kernel("cpu")
     assert kernel is not None
-    out, lse, _ = kernel.forward(q, k, v, Spans(0.125))
+    out, lse, _ = kernel.forward(q, k, v, causal_mask((1, 300), 0, q.device), 0.125)
     seen["lse"] = str(lse.dtype)
     allowed = torch.ones(1, 300, 300, dtype=torch.bool).tril()
     seen["attention_error"] = relative(out, reference.attention_with_sinks(*(x.double() for x in (q, k, v)), None, allowed))
@@ -159,8 +160,7 @@ def probe_checkpointing(seen: dict[str, Any]) -> None:
         ds = engine()
         if function is not None:
             checkpointing.configure(None, partition_activations=False, checkpoint_in_cpu=False)
-            ds.module.model.gradient_checkpointing = True
-            ds.module.model._gradient_checkpointing_func = function
+            ds.module._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
         losses = []
         for _ in range(3):
             loss = ds(input_ids=ids[:, :-1], shift_labels=ids[:, 1:]).loss

@@ -98,8 +98,7 @@ def test_a_recomputation_that_sees_other_scores_still_routes_the_same(use_reentr
         return checkpointed
 
     plain, model = run(build()), build()
-    model.model.gradient_checkpointing = True
-    model.model._gradient_checkpointing_func = flip_before_recomputing(model)
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=flip_before_recomputing(model))
     _, gradients, loads = run(model)
     assert list(model.recomputations.values()) == [2, 2, 2]  # it was recomputed, and flipped
     assert all(torch.equal(a, b) for a, b in zip(gradients, plain[1], strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_eager
 
 from model.attention import eager_attention, flash_attention, sdpa_attention
-from model.visibility import Visibility, visibility
+from model.mask import causal_mask
 from tests import reference
 
 Attention = Callable[..., Tensor]
@@ -48,8 +48,8 @@ def test_against_the_formula_in_float64(name: str, heads: int, key_heads: int, l
         sinks = (sink + 0.5 * torch.randn(heads, dtype=torch.float64)).requires_grad_()
     allowed = torch.ones(2, length, length, dtype=torch.bool).tril()
     expected = reference.attention_with_sinks(q, k, v, sinks, allowed)
-    seen = visibility((2, length), 0, CPU)
-    out = ALL[name](q, k, v, sinks, seen)
+    mask = causal_mask((2, length), 0, CPU)
+    out = ALL[name](q, k, v, sinks, mask)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     dout, leaves = torch.randn_like(out), [q, k, v, *([sinks] if sinks is not None else [])]
     for ours, theirs in zip(gradients(out, leaves, dout), gradients(expected, leaves, dout), strict=True):
@@ -66,7 +66,7 @@ def test_bf16_is_as_close_as_its_rounding(name: str) -> None:
     exact = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
     allowed = torch.ones(2, 200, 200, dtype=torch.bool).tril()
     expected = reference.attention_with_sinks(*exact, allowed)
-    out = ALL[name](q, k, v, sinks, visibility((2, 200), 0, CPU))
+    out = ALL[name](q, k, v, sinks, causal_mask((2, 200), 0, CPU))
     assert out.dtype == torch.bfloat16
     dout = torch.randn_like(out)
     pairs = [(out, expected)]
@@ -86,41 +86,11 @@ def test_equals_transformers_gpt_oss(name: str) -> None:
     module.num_key_value_groups, module.sinks = 4, torch.nn.Parameter(torch.linspace(-20, 20, 8))
     mask = torch.full((90, 90), -torch.inf).triu(1)[None, None]
     theirs, _ = gpt_oss_eager(module, *(x.transpose(1, 2) for x in (q, k, v)), mask, scaling=64**-0.5)
-    ours = ALL[name](q, k, v, module.sinks, visibility((2, 90), 0, CPU))
+    ours = ALL[name](q, k, v, module.sinks, causal_mask((2, 90), 0, CPU))
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
     dout, leaves = torch.randn_like(ours), [q, k, v, module.sinks]
     for a, b in zip(gradients(ours, leaves, dout), gradients(theirs, leaves, dout), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
-
-
-def test_rescaling_in_autograd_would_be_wrong() -> None:
-    """The trap this module avoids: the same output, wrong dq and dk. Shows that the tests above can see it."""
-    from model.kernels import Spans, load_kernel
-
-    kernel, spans = load_kernel("cpu"), Spans(0.25)
-    assert kernel is not None
-
-    class NoLseGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
-            out, lse, _ = kernel.forward(q, k, v, spans)
-            ctx.save_for_backward(q, k, v, out, lse)
-            return out, lse
-
-        @staticmethod
-        def backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-            return kernel.backward(dout, *ctx.saved_tensors, spans, ())
-
-    q, k, v = inputs(1, 64, 2, 2, 16, torch.float64)
-    sinks = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    out, lse = NoLseGradient.apply(q, k, v)
-    trap = out * torch.sigmoid(lse - sinks[None, :, None]).mT.unsqueeze(-1)
-    ours = flash_attention(q, k, v, sinks, visibility((1, 64), 0, CPU))
-    torch.testing.assert_close(ours, trap, rtol=1e-10, atol=1e-12)
-    dout = torch.randn_like(ours)
-    right, wrong = gradients(ours, [q, k, v], dout), gradients(trap, [q, k, v], dout)
-    errors = [float((a - b).norm() / a.norm()) for a, b in zip(right, wrong, strict=True)]
-    assert errors[0] > 0.01 and errors[1] > 0.01 and errors[2] < 1e-9
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -130,9 +100,9 @@ def test_documents_against_the_formula(name: str, with_sinks: bool) -> None:
     q, k, v = inputs(2, 150, 4, 2, 16, torch.float64)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_sinks else None
     expected = reference.attention_with_sinks(q, k, v, sinks, reference.allowed_pairs(positions))
-    seen = visibility((2, 150), 0, CPU, position_ids=positions)
-    assert seen.lengths == (1, 39, 1, 108, 1, 75, 75)
-    out = ALL[name](q, k, v, sinks, seen)
+    mask = causal_mask((2, 150), 0, CPU, position_ids=positions)
+    assert mask.seqlens == (1, 39, 1, 108, 1, 75, 75)
+    out = ALL[name](q, k, v, sinks, mask)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     dout, leaves = torch.randn_like(out), [q, k, v, *([sinks] if sinks is not None else [])]
     for ours, theirs in zip(gradients(out, leaves, dout), gradients(expected, leaves, dout), strict=True):
@@ -144,14 +114,14 @@ def test_documents_against_the_formula(name: str, with_sinks: bool) -> None:
 def test_document_two_never_sees_document_one(name: str, dtype: torch.dtype) -> None:
     """Bit-equal, forward and backward, while document 1 itself does change."""
     positions = documents(1, 300, [[130]])
-    seen = visibility((1, 300), 0, CPU, position_ids=positions)
+    mask = causal_mask((1, 300), 0, CPU, position_ids=positions)
     q, k, v = inputs(1, 300, 4, 2, 64, dtype)
     sinks = torch.randn(4)
     other = [x.detach().clone() for x in (q, k, v)]
     for x in other:
         x[:, :130] = torch.randn_like(x[:, :130])
         x.requires_grad_()
-    out, changed = ALL[name](q, k, v, sinks, seen), ALL[name](*other, sinks, seen)
+    out, changed = ALL[name](q, k, v, sinks, mask), ALL[name](*other, sinks, mask)
     assert torch.equal(out[:, 130:], changed[:, 130:])
     assert not torch.equal(out[:, :130], changed[:, :130])
     dout = torch.randn_like(out)
@@ -168,7 +138,7 @@ def test_queries_after_a_cache(name: str, queries: int) -> None:
     sinks = torch.randn(4, dtype=torch.float64)
     allowed = torch.ones(2, 40, 40, dtype=torch.bool).tril()
     expected = reference.attention_with_sinks(q, k, v, sinks, allowed)[:, -queries:]
-    out = ALL[name](q[:, -queries:], k, v, sinks, visibility((2, queries), 40 - queries, CPU))
+    out = ALL[name](q[:, -queries:], k, v, sinks, causal_mask((2, queries), 40 - queries, CPU))
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -178,26 +148,7 @@ def test_left_padding(name: str) -> None:
     sinks = torch.randn(4, dtype=torch.float64)
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[0, :7] = 0
-    out = ALL[name](q, k, v, sinks, visibility((2, 20), 0, CPU, attention_mask=mask))
-    alone = ALL["eager"](q[:1, 7:], k[:1, 7:], v[:1, 7:], sinks, visibility((1, 13), 0, CPU))
+    out = ALL[name](q, k, v, sinks, causal_mask((2, 20), 0, CPU, attention_mask=mask))
+    alone = ALL["eager"](q[:1, 7:], k[:1, 7:], v[:1, 7:], sinks, causal_mask((1, 13), 0, CPU))
     torch.testing.assert_close(out[:1, 7:], alone, rtol=1e-10, atol=1e-12)
     assert out.isfinite().all()  # padded queries see themselves
-
-
-def test_visibility_reads_what_it_is_given() -> None:
-    assert visibility((2, 8), 0, CPU).plain_causal
-    assert visibility((2, 8), 0, CPU, attention_mask=torch.ones(2, 8)).plain_causal
-    assert visibility((2, 8), 0, CPU, position_ids=torch.arange(8)[None]).plain_causal
-    assert visibility((2, 1), 7, CPU).plain_causal
-    assert not visibility((2, 3), 5, CPU).plain_causal
-    packed = visibility((2, 8), 0, CPU, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
-    assert packed.lengths == (3, 5, 3, 5)
-    assert packed.cumulative_lengths is not None and packed.cumulative_lengths.tolist() == [0, 3, 8, 11, 16]
-    assert packed.cumulative_lengths.dtype == torch.int32
-    with pytest.raises(ValueError, match="attention_mask must be"):
-        visibility((2, 8), 0, CPU, attention_mask=torch.ones(2, 1, 8, 8))
-
-
-def test_a_query_always_sees_itself() -> None:
-    mask = Visibility(4, 4, CPU, padding_BL=torch.zeros(1, 4, dtype=torch.bool)).mask_B1SL
-    assert torch.equal(mask[0, 0], torch.eye(4, dtype=torch.bool))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.balance import LoadBalancer, bias_step, health
+from model.balance import LoadBalancer, bias_step, router_health
 from model.config import MoEGPTConfig
 from model.router import Gate
 from tests import reference
@@ -89,7 +89,7 @@ def test_it_flattens_a_skewed_load_and_rate_zero_does_not() -> None:
 def test_health_of_even_and_collapsed_loads() -> None:
     load = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]])
     bias = torch.tensor([[0.0, 0, 0, 0], [-0.3, 0.1, 0.1, 0.1]])
-    numbers = health(load, bias, torch.tensor([160.0, 0.0]), top_k=2)
+    numbers = router_health(load, bias, torch.tensor([160.0, 0.0]), top_k=2)
     assert numbers["load_max_over_mean"] == pytest.approx([1, 4])
     assert numbers["load_entropy"] == pytest.approx([1, 0])
     assert numbers["unused_experts"] == pytest.approx([0, 0.75])

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.dispatch import grouped_linear
 from model.loss import token_loss
-from model.moe import MoE, grouped_linear
+from model.moe import MoE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +38,7 @@ def test_grouped_product_with_empty_experts() -> None:
     x = torch.randn(818, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(8, 128, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     expert = torch.repeat_interleave(torch.arange(8, device="cuda"), counts)
-    out = grouped_linear(x, weight, counts)
+    out = grouped_linear(x, counts.cumsum(0, dtype=torch.int32), weight)
     expected = torch.einsum("ra,rba->rb", x.float(), weight.float()[expert])
     dout = torch.randn_like(out)
     ours = [out, *torch.autograd.grad(out, [x, weight], dout)]
@@ -46,17 +47,19 @@ def test_grouped_product_with_empty_experts() -> None:
     assert not ours[2][counts == 0].any()
 
 
-def test_no_host_synchronisation_in_forward_and_backward() -> None:
-    """One would stall the GPU in every layer. Packed documents are allowed theirs, once a forward."""
+@pytest.mark.parametrize("documents", [False, True])
+def test_no_host_synchronisation_in_forward_and_backward(documents: bool) -> None:
+    """One would stall the GPU in every layer. Called as the trainer calls it: a float, and positions on the host."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("PyTorch's grouped_mm is a loop that reads its offsets before sm90")
     config = MoEGPTConfig.preset("800m", num_hidden_layers=2, vocab_size=512, attn_implementation="flash")
     model = MoEGPTForCausalLM(config).to("cuda", torch.bfloat16)
     ids = torch.randint(0, 512, (2, 257), device="cuda")
-    items = torch.tensor(512.0, device="cuda")
+    positions = torch.cat((torch.arange(100), torch.arange(156))).expand(2, -1).contiguous().pin_memory()
+    more = {"position_ids": positions} if documents else {}
 
     def step() -> None:
-        model(ids[:, :-1], shift_labels=ids[:, 1:], num_items_in_batch=items).loss.backward()
+        model(ids[:, :-1], shift_labels=ids[:, 1:], num_items_in_batch=512.0, **more).loss.backward()
 
     step()
     torch.cuda.set_sync_debug_mode("error")

@@ -225,7 +225,7 @@ def test_saving_and_loading(tmp_path: Path) -> None:
     assert half.lm_head.weight.dtype == torch.bfloat16
     for ours, theirs in zip(model.model.layers, half.model.layers, strict=True):
         assert torch.equal(ours.mlp.gate.e_score_correction_bias, theirs.mlp.gate.e_score_correction_bias)
-    with pytest.raises(ValueError, match="attn_implementation must be one of flash, sdpa, eager, got 'flash_attention_9'"):
+    with pytest.raises(ValueError, match='"flash_attention_9"` is not supported; it must be one of flash, sdpa, eager'):
         MoEGPTForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_9")
 
 

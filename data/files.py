@@ -1,0 +1,188 @@
+"""Files that are whole or absent: atomic replacement, durable folders, hashes, the lock of a folder. `launch/` uses them too.
+
+Nothing here knows what a file is for, and every OSError that leaves this module names its file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import socket
+import weakref
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, BinaryIO, NamedTuple
+
+#: Read at a time when hashing: 1 MiB keeps up with sha256 and XXH3; larger blocks were no faster.
+BLOCK_BYTES = 1 << 20
+#: What network file systems say that cannot fsync a folder (SMB, some FUSE and NFS servers): nothing more can be done there.
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError of a write, fsync or close, which names no file, the file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Bring what was written to `file` to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names and renames in `folder` survive a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the name `path` when the block ends without an error: readers see the old content or the new.
+
+    The data is on the disk before the name changes, and the name before this returns. After an error nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with naming(temporary), open(temporary, "wb") as file:
+            yield file
+            sync_file(file)
+        os.replace(temporary, path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """All of `data` under the name `path`, or nothing."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def hash_file(path: Path, algorithm: str = "sha256") -> str:
+    """Hexadecimal digest of a file's content: `sha256` (shards) or `xxh3_128` (checkpoints, at memory speed)."""
+    digest = new_hash(algorithm)
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    with naming(path), open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return str(digest.hexdigest())
+
+
+def new_hash(algorithm: str) -> Any:
+    """An empty digest with `update` and `hexdigest`."""
+    if algorithm == "xxh3_128":
+        import xxhash
+
+        return xxhash.xxh3_128()
+    return hashlib.new(algorithm)
+
+
+class Pointer(NamedTuple):
+    """A small text file that stands for data which somebody has to fetch first."""
+
+    magic: bytes
+    name: str
+    remedy: str
+
+
+POINTERS = (
+    Pointer(b"version https://git-lfs.github.com/spec/", "git-LFS pointer", "fetch the file itself with git lfs pull"),
+    Pointer(b"version https://hawser.github.com/spec/", "git-LFS pointer", "fetch the file itself with git lfs pull"),
+    Pointer(b"# xet version 0", "Xet pointer", "fetch the file itself with git xet or the hub's client"),
+    Pointer(b"/annex/objects/", "git-annex pointer", "fetch the file itself with git annex get"),
+    Pointer(b"../.git/annex/objects/", "git-annex pointer", "fetch the file itself with git annex get"),
+    Pointer(b".git/annex/objects/", "git-annex pointer", "fetch the file itself with git annex get"),
+)
+
+
+def pointer(head: bytes) -> Pointer | None:
+    """What a file that begins with `head` stands for, if it is not the file itself."""
+    return next((known for known in POINTERS if head.startswith(known.magic)), None)
+
+
+def is_inside(name: object) -> bool:
+    """Whether a manifest's `name` is that of a file inside its folder: relative, and without a way up."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.name != ""
+
+
+class LockHeld(BlockingIOError):
+    """Another process holds the folder; `holder` says which."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"{folder} is in use by {holder}")
+        self.folder, self.holder = folder, holder
+
+
+class FolderLock:
+    """Holds a folder against a second job or run, by the kernel's lock on `folder/.lock`.
+
+    The kernel frees the lock of a process that died, so none is ever left over. A forked child gives its copy up at once: a
+    worker that outlives its job must not hold the folder.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: IO[str] | None = None
+
+    def take(self) -> bool:
+        """True when it is held; False where the file system has no locks, of which the caller warns. Raises LockHeld."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = open(self.folder / self.NAME, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except (BlockingIOError, PermissionError):
+            with file:
+                file.seek(0)
+                raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
+        except OSError:
+            locked = False
+        self._file = file
+        _held.add(self)
+        with contextlib.suppress(OSError):  # a full disk: the name is only for the message
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        return locked
+
+    def release(self) -> None:
+        """The folder is free. The file stays: whoever removed it could remove another's."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)

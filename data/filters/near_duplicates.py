@@ -1,0 +1,72 @@
+"""Near duplicates by MinHash and locality-sensitive hashing (rensa), in document order: of similar documents the first stays.
+
+A document is the set of its runs of five words (as in bigcode-dataset's near deduplication); similar is an estimated Jaccard
+similarity of at least 0.8. 20 bands of 6 rows propose a pair of similarity 0.8 with probability 1 - (1 - 0.8^6)^20 = 0.998;
+every proposal is then checked by the whole signature (standard error 0.037 at 0.8). Memory: some 1.2 KB a document; on disk
+0.65 KB in the job's journal. Seeded and versioned by the library, so the same everywhere; the journal names the version.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+WORDS, PERMUTATIONS, BANDS, THRESHOLD, SEED = 5, 120, 20, 0.8, 1
+WORD = re.compile(r"\w+")
+_LENGTH = struct.Struct("<H")
+
+
+def shingles(text: str) -> set[str]:
+    """The runs of five words; one run of all there are in a shorter text."""
+    words = WORD.findall(text)
+    return {" ".join(words[i : i + WORDS]) for i in range(max(len(words) - WORDS + 1, 1))}
+
+
+def signatures(texts: Sequence[str]) -> list[bytes]:
+    """One MinHash a text, as bytes that `NearDuplicates` and its journal take."""
+    import rensa
+
+    return [h.__getstate__() for h in rensa.RMinHash.from_token_sets([shingles(t) for t in texts], PERMUTATIONS, SEED)]
+
+
+class NearDuplicates:
+    """The signatures of the documents taken so far."""
+
+    def __init__(self) -> None:
+        import rensa
+
+        self._new = rensa.RMinHash
+        self.kept: list[Any] = []
+        self.index = rensa.RMinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, num_bands=BANDS)
+
+    def is_new(self, signature: bytes) -> bool:
+        """False for a near duplicate of a document taken before; otherwise takes this one."""
+        minhash = self._restore(signature)
+        if any(minhash.jaccard(self.kept[key]) >= THRESHOLD for key in self.index.query(minhash)):
+            return False
+        self._take(minhash)
+        return True
+
+    def _restore(self, signature: bytes) -> Any:
+        minhash = self._new(PERMUTATIONS, SEED)
+        minhash.__setstate__(signature)
+        return minhash
+
+    def _take(self, minhash: object) -> None:
+        self.index.insert(len(self.kept), minhash)
+        self.kept.append(minhash)
+
+    def take_journal(self, data: bytes) -> None:
+        """Take up all documents of a journal (the concatenation of `record`s)."""
+        at = 0
+        while at < len(data):
+            (length,) = _LENGTH.unpack_from(data, at)
+            at += _LENGTH.size
+            self._take(self._restore(data[at : at + length]))
+            at += length
+
+
+def record(signature: bytes) -> bytes:
+    return _LENGTH.pack(len(signature)) + signature

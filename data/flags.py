@@ -1,0 +1,87 @@
+"""How every command reads its flags and lays out its help; `launch/` uses it too.
+
+Help begins with what one came for, the examples; then the flags that must be given, then the groups. A default is named where it
+says something: not where it is none, off, or in the text already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from typing import Any, NoReturn
+
+from data.cli import UserError
+
+WIDTH = 100  # at most, on wide terminals
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Text as it was written, and `(default: ...)` where there is one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=min(WIDTH, shutil.get_terminal_size().columns) - 2)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.help or ""
+        nothing = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        silent = nothing or not action.option_strings or action.required
+        if silent or "default" in said:
+            return said
+        return said + (" (default: %(default)s)" if said else "default: %(default)s")
+
+
+class Parser(argparse.ArgumentParser):
+    """`examples`: command lines, one a line. A wrong flag is a user's mistake like any other, one sentence; no abbreviations."""
+
+    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self.examples = examples.strip().splitlines()
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+    def format_help(self) -> str:
+        """What it does, examples, a usage of one line, and the groups."""
+        own = self._get_formatter()
+        own.add_text(self.description)
+        if self.examples:
+            own.add_text("\n".join(["examples:", *(f"  {line.strip()}" for line in self.examples)]))
+        own.add_text(f"usage: {self.usage or self.short_usage()}")
+        for group in self._in_order():
+            own.start_section(group.title)
+            own.add_text(group.description)
+            own.add_arguments(group._group_actions)
+            own.end_section()
+        own.add_text(self.epilog)
+        return own.format_help()
+
+    def _in_order(self) -> list[argparse._ArgumentGroup]:
+        """The unnamed groups first, unless `--help` is all that they show."""
+
+        def has_only_help(group: argparse._ArgumentGroup) -> bool:
+            shown = [action for action in group._group_actions if action.help is not argparse.SUPPRESS]
+            return [type(action) for action in shown] == [argparse._HelpAction]
+
+        return sorted(self._action_groups, key=has_only_help)
+
+    def short_usage(self) -> str:
+        """The program, what must be given, and `[options]` for all the rest."""
+        alternatives = [self._choice(group) for group in self._mutually_exclusive_groups if group.required]
+        needed = [_spelled(action) for action in self._actions if action.required and action.option_strings]
+        positional = [_spelled(action) for action in self._actions if not action.option_strings]
+        return " ".join([self.prog, *needed, *alternatives, *positional, "[options]"])
+
+    @staticmethod
+    def _choice(group: argparse._MutuallyExclusiveGroup) -> str:
+        return "(" + " | ".join(_spelled(action) for action in group._group_actions) + ")"
+
+
+def _spelled(action: argparse.Action) -> str:
+    """`--flag VALUE`, with `...` where several may follow."""
+    name = action.option_strings[-1] if action.option_strings else ""
+    value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
+    several = "..." if action.nargs in ("+", "*") else ""
+    shown = "" if action.nargs == 0 else f"{value if isinstance(value, str) else value[0]}{several}"
+    return f"{name} {shown}".strip()

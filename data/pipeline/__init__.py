@@ -1,0 +1,1 @@
+"""The preprocessing job: workers, ledger, writer."""

@@ -1,0 +1,175 @@
+"""The command line of preprocessing as one frozen object. Light: `--help` and a wrong flag need no numpy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data.cli import UserError
+from data.flags import Parser
+
+EXAMPLES = """
+python data/preprocess.py --input 'corpus/*.json.gz' --tokenizer bigcode/starcoder2-15b --output shards/
+python data/preprocess.py --input tree:src/ --train_tokenizer 4096 --output shards/ --dedup near --filter codeparrot
+mpiexec -n 32 python data/preprocess.py --input 'corpus/*.parquet' --tokenizer tokenizer.json --output shards/
+"""
+#: Where the output lies, who does the work and what a fault does to the job has no influence on the bytes of a finished folder.
+NOT_IDENTITY = ("output", "workers", "on_error")
+#: A number beyond these is a slip of the hand, and some would overflow.
+MAX_NUMBER, MAX_WORKERS = 2**63 - 1, 4096
+#: 256 bytes and five special tokens; what the largest vocabularies have four times over.
+MIN_VOCABULARY, MAX_VOCABULARY = 261, 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessArguments:
+    """Every flag of `data/preprocess.py`, checked. Raises UserError that names the flag, the value and what would be right."""
+
+    input: tuple[str, ...]
+    output: Path
+    suffixes: tuple[str, ...] = (".py",)
+    tokenizer: str | None = None
+    train_tokenizer: int | None = None
+    text_field: str = "content"
+    split: str = "train"
+    validation_fraction: float = 0.005
+    workers: int = 1
+    shard_tokens: int = 100_000_000
+    on_error: str = "skip"
+    max_document_bytes: int = 1_000_000
+    encoder: str = "auto"
+    dedup: str = "exact"
+    filter: str = "none"
+    licenses: tuple[str, ...] | None = None
+    license_field: str = "license"
+    decontaminate: tuple[str, ...] = ()
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_validation: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, most in (("workers", MAX_WORKERS), ("shard_tokens", MAX_NUMBER), ("max_document_bytes", MAX_NUMBER)):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) > most:
+                raise UserError(f"--{name} must be at most {most}, not {getattr(self, name)}")
+        if self.train_tokenizer is not None and not MIN_VOCABULARY <= self.train_tokenizer <= MAX_VOCABULARY:
+            least = f"at least {MIN_VOCABULARY} (bytes and special tokens)"
+            raise UserError(f"--train_tokenizer must be {least} and at most {MAX_VOCABULARY}, not {self.train_tokenizer}")
+        for name in ("validation_fraction", "fim_rate", "fim_spm_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} must be from 0 to 1, not {getattr(self, name)}")
+        if not 0 <= self.seed <= MAX_NUMBER:
+            raise UserError(f"--seed must be from 0 to {MAX_NUMBER}, not {self.seed}")
+        for name in ("input", "tokenizer", "text_field", "split", "license_field", "licenses", "decontaminate"):
+            if "" in (value if isinstance(value := getattr(self, name), tuple) else (value,)):
+                raise UserError(f"--{name} has an empty value; leave it out, or name something")
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"--output {self.output} is a file; name a folder")
+
+    def identity(self) -> dict[str, Any]:
+        """The arguments that decide the output's bytes, as a manifest has them."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_IDENTITY}
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """Of an argument that came after a manifest was written: what the job did then."""
+        return next((f.default for f in fields(cls) if f.name == name and f.default is not MISSING), None)
+
+
+def parse(arguments: Sequence[str]) -> PreprocessArguments:
+    """The command line, checked. Raises UserError."""
+    found = vars(build_parser().parse_args(arguments))
+    values: dict[str, Any] = {f.name: found[f.name] for f in fields(PreprocessArguments)}
+    values.update({name: tuple(value) for name, value in values.items() if isinstance(value, list)})
+    values["suffixes"] = tuple(_suffix(ending) for ending in values["suffixes"])
+    return PreprocessArguments(**values)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a folder")
+    return Path(text)
+
+
+def _suffix(ending: str) -> str:
+    """`py`, `.py` and `*.py` mean the same, `all` any file."""
+    ending = ending.removeprefix("*")
+    return "" if ending == "all" else ending if ending.startswith(".") or not ending else f".{ending}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="python data/preprocess.py",
+        description="Turn source code into packed, verified token shards.",
+        examples=EXAMPLES,
+    )
+    p.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="SRC",
+        help="files, folders and globs of .json .jsonl (.gz .zst .bz2 .xz), .parquet or .tar; tree:FOLDER; stdlib; hub:NAME",
+    )
+    p.add_argument("--output", type=_folder, required=True, metavar="DIR", help="folder of the shards; a killed job goes on there")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tokenizer", metavar="NAME", help="tokenizer.json, a folder with one, or a hub name")
+    which.add_argument("--train_tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE of this size on the input")
+    p.add_argument(
+        "--suffixes", nargs="+", metavar="ENDING", default=[".py"], help="of source files in trees and archives: .py .c .h, or all"
+    )
+    p.add_argument("--text_field", metavar="FIELD", default="content", help="field of a row that holds the text")
+    p.add_argument("--split", metavar="NAME", default="train", help="split of a hub: data set")
+    p.add_argument("--validation_fraction", type=float, metavar="X", default=0.005, help="share of documents, chosen by their hash")
+    p.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=len(os.sched_getaffinity(0)),
+        help="processes; under mpiexec its ranks",
+    )
+    p.add_argument(
+        "--shard_tokens", type=int, metavar="N", default=100_000_000, help="a document that reaches this closes its shard"
+    )
+    p.add_argument("--on_error", choices=("skip", "fail"), default="skip", help="what a broken document or file does to the job")
+    p.add_argument("--max_document_bytes", type=int, metavar="N", default=1_000_000, help="longer documents are split at line ends")
+    p.add_argument("--encoder", choices=("auto", "reference"), default="auto", help="reference: only the tokenizers library")
+    _add_quality(p.add_argument_group("what is left out"))
+    _add_fim(p.add_argument_group("fill-in-the-middle"))
+    return p
+
+
+def _add_quality(p: argparse._ArgumentGroup) -> None:
+    p.add_argument(
+        "--dedup",
+        choices=("none", "exact", "near"),
+        default="exact",
+        help="exact: equal but for white space; near: similar by MinHash, too",
+    )
+    p.add_argument(
+        "--filter",
+        choices=("none", "codeparrot"),
+        default="none",
+        help="codeparrot: no autogenerated files, long lines, or few letters and digits",
+    )
+    p.add_argument("--licenses", nargs="+", metavar="NAME", help="keep only documents with one of these licenses")
+    p.add_argument("--license_field", metavar="FIELD", default="license", help="field of a row that holds its license or licenses")
+    p.add_argument(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="benchmarks (JSON Lines); documents that share ten words in a row with one are removed",
+    )
+
+
+def _add_fim(p: argparse._ArgumentGroup) -> None:
+    p.add_argument("--fim_rate", type=float, metavar="X", default=0.0, help="share of training documents changed")
+    p.add_argument("--fim_spm_rate", type=float, metavar="X", default=0.5, help="share of those in suffix-prefix-middle order")
+    p.add_argument("--fim_validation", action="store_true", help="change documents of the validation split too")
+    p.add_argument("--seed", type=int, metavar="N", default=0, help="of the choice of documents and cuts")

@@ -1,0 +1,160 @@
+"""What a killed job finds again: arguments, position, open shards and journals, in one small file that is replaced atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from data.cli import UserError, say
+from data.files import FolderLock, LockHeld, naming, replace_file, sync_file
+from data.pipeline.arguments import PreprocessArguments
+from data.pipeline.inputs import INPUTS
+from data.shards import MANIFEST, SPLITS
+from data.sources.blocks import Rejection
+from data.sources.discover import Source
+
+STATE = "state.json"
+REJECTED = "rejected.jsonl"
+REMOVED = "removed.jsonl"
+KEY_JOURNAL = "seen_keys.bin"
+NEAR_JOURNAL = "seen_signatures.bin"
+JOURNALS = (REJECTED, REMOVED, KEY_JOURNAL, NEAR_JOURNAL)
+KEYS_BYTES = 16
+
+
+def input_listing(sources: Sequence[Source]) -> list[list[Any]]:
+    """[name, bytes, number of files] of each source: a changed input is a changed argument."""
+    return [[s.name, s.size, len(s.files)] for s in sources]
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One phrase for each argument that is not what it was."""
+    found = []
+    for key in sorted(then.keys() | now.keys()):
+        old, new = (json.loads(json.dumps(side.get(key, PreprocessArguments.default(key)))) for side in (then, now))
+        if old == new:
+            continue
+        if key == "input_files":
+            before, after = old or [], new or []
+            changed = [f"{f[0]} ({f[1]} bytes)" for f in [*before, *after] if f not in before or f not in after]
+            found.append(f"the input changed: {', '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}")
+        else:
+            found.append(f"--{key} was {old}, now {new}")
+    return found
+
+
+def check_same(then: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """Raises UserError with the difference where the folder was begun with other arguments."""
+    found = differences(then, now)
+    if found:
+        raise UserError(f"{output} was begun with other arguments ({'; '.join(found)}); use those, or another --output")
+
+
+class Ledger:
+    """`state.json` and the journals beside it, which are cut back to the lengths the state knows when a job goes on."""
+
+    def __init__(self, folder: Path, state: dict[str, Any], lock: FolderLock) -> None:
+        self.folder, self.state, self.lock = folder, state, lock
+        lengths = state.get("journals", {})
+        self.journals = {name: self._journal(name, lengths.get(name, 0)) for name in JOURNALS}
+
+    @classmethod
+    def open(cls, folder: Path, arguments: dict[str, Any]) -> Ledger:
+        """Begin a job in an empty folder, or go on with the same one. Raises UserError for anything else."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / STATE
+        strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        if STATE not in strangers and set(strangers) - {REJECTED}:
+            raise UserError(f"--output {folder} is not empty ({', '.join(strangers[:4])}) and holds no job of ours; name another")
+        lock = _lock(folder)
+        try:
+            if path.is_file():
+                state = json.loads(path.read_text(encoding="utf-8"))
+                check_same(state["arguments"], arguments, folder)
+            else:
+                state = {"arguments": json.loads(json.dumps(arguments))}
+                replace_file(path, json.dumps(state).encode())
+            return cls(folder, state, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    def _journal(self, name: str, length: int) -> IO[bytes]:
+        file = open(self.folder / name, "ab")  # noqa: SIM115 (kept open across calls)
+        if file.tell() < length:
+            raise UserError(f"{self.folder / name} is shorter than the job's state says; remove the folder and start again")
+        file.truncate(length)
+        file.seek(length)
+        return file
+
+    def append(self, journal: str, data: bytes) -> None:
+        self.journals[journal].write(data)
+
+    def append_rejection(self, journal: str, rejection: Rejection) -> None:
+        row = {"file": rejection.name, "line": rejection.line, "reason": rejection.reason}
+        self.append(journal, json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+
+    def sync(self) -> None:
+        for journal in self.journals.values():
+            with naming(journal.name):
+                sync_file(journal)
+
+    def save(self, **progress: Any) -> None:
+        """Everything up to `progress` is durable when this returns."""
+        self.sync()
+        self.state |= progress
+        self.state["journals"] = {name: journal.tell() for name, journal in self.journals.items()}
+        replace_file(self.folder / STATE, json.dumps(self.state).encode())
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """A job that fails before anything of it is durable leaves its folder free for other arguments."""
+        self.close()
+        if isinstance(error, Exception) and "position" not in self.state:
+            clear(self.folder)
+
+    def close(self) -> None:
+        """After an error: what is not durable yet is lost anyway, so a disk that is still full must not hide that error."""
+        for file in self.journals.values():
+            with contextlib.suppress(OSError):
+                file.close()
+        self.lock.release()
+
+
+def _lock(folder: Path) -> FolderLock:
+    lock = FolderLock(folder)
+    try:
+        if not lock.take():
+            say(f"warning: {folder} lies on a file system without locks: nothing keeps a second job out of it")
+    except LockHeld as held:
+        raise UserError(f"another job is writing to {folder} ({held.holder}); wait for it, or name another --output") from None
+    return lock
+
+
+def clear(folder: Path) -> None:
+    """Remove all that a job of ours made, but for `rejected.jsonl`, which says why it failed."""
+    for name in (*SPLITS, "tokenizer"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (REMOVED, INPUTS):
+        (folder / name).unlink(missing_ok=True)
+    _clear_files(folder)
+
+
+def _clear_files(folder: Path) -> None:
+    for name in (KEY_JOURNAL, NEAR_JOURNAL, FolderLock.NAME, f".{STATE}.tmp", f".{MANIFEST}.tmp", STATE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """The manifest is there, so the job is complete: it, the shards, the tokenizer and the lists of documents and inputs stay."""
+    assert (folder / MANIFEST).is_file()
+    for split in SPLITS:
+        for path in (folder / split).glob(".*.tmp"):
+            path.unlink()
+    _clear_files(folder)  # the state last of all: while it is there, something may be left

@@ -1,0 +1,174 @@
+"""Blocks through workers, results in order: in this process, in processes of this host, or over MPI ranks.
+
+At most `2 * workers + 1` blocks are under way, so memory does not grow with the input. A worker that dies (out of memory) ends the
+job with a sentence; a job that dies (SIGKILL) takes its workers with it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from data.cli import ONE_THREAD, UserError, drain
+from data.pipeline.worker import Result, Worker, WorkOptions
+from data.sources.blocks import Block
+
+InOrder = Callable[[Iterable[Block]], Iterator[Result]]
+
+_worker: Worker | None = None
+
+
+class Team:
+    """Who does the work. `start(options)` gives a function from blocks to results in the same order."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    @contextmanager
+    def start(self, options: WorkOptions) -> Iterator[InOrder]:
+        if self.workers == 1:
+            worker = Worker(options)
+            yield lambda blocks: (_run(worker, block) for block in blocks)
+            return
+        with _processes(self.workers, options) as pool:
+            yield lambda blocks: in_order(blocks, pool, self.workers)
+
+
+@contextmanager
+def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
+    import multiprocessing
+
+    # One thread a worker: the pool is the parallelism.
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", **ONE_THREAD)
+    # A process with threads must not fork; one without saves each worker the interpreter, the imports and the tokenizer (0.4 s).
+    drain()
+    method = "fork" if _threads() == 1 else "spawn"
+    if method == "fork":
+        start_worker(options)
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(options,))
+    with _without_interrupts():
+        for _ in range(workers):
+            pool.submit(os.getpid)  # starts one process, as long as none is idle
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started in here leave Ctrl-C to their parent from their first moment on: they inherit that it is ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _threads() -> int:
+    """Of this process, those of libraries included."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:  # no Linux: fork is not to be trusted there
+        return 0
+
+
+def _start_process(options: WorkOptions) -> None:
+    """In each worker: die with the parent, load the tokenizer once unless it came with the fork."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    if _worker is None:
+        start_worker(options)
+
+
+def start_worker(options: WorkOptions) -> None:
+    global _worker
+    _worker = Worker(options)
+
+
+def _die_with_parent() -> None:
+    import multiprocessing
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def run_block(block: Block) -> Result:
+    assert _worker is not None
+    return _run(_worker, block)
+
+
+def _run(worker: Worker, block: Block) -> Result:
+    try:
+        return worker.run(block)
+    except MemoryError as error:
+        raise UserError(
+            f"not enough memory for a block of {block.name}; run the same command again with fewer --workers, it goes on from what "
+            "is there"
+        ) from error
+
+
+def in_order(blocks: Iterable[Block], pool: Executor, workers: int) -> Iterator[Result]:
+    """The results of all blocks, in the order of the blocks."""
+    pending: deque[Any] = deque()
+    try:
+        for block in read_ahead(blocks, workers):
+            pending.append(pool.submit(run_block, block))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, most likely for want of memory; run the same command again with fewer --workers, "
+            "it goes on from what is there"
+        ) from error
+
+
+def read_ahead(blocks: Iterable[Block], count: int) -> Iterator[Block]:
+    """Read in a thread, `count` blocks ahead: decompression releases the interpreter lock."""
+    ready: queue.Queue[Any] = queue.Queue(count)
+    stop = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.5)
+            except queue.Full:
+                pass
+
+    def read() -> None:
+        try:
+            for block in blocks:
+                put(block)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # handed to the consumer
+            put(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        # It may be in the middle of a large file's check; it is a daemon and need not be waited for.
+        thread.join(timeout=1.0)

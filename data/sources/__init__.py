@@ -1,0 +1,1 @@
+"""Inputs of any kind to documents."""

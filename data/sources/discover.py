@@ -1,0 +1,163 @@
+"""Where documents come from: the inputs of the command line as a fixed, ordered list of sources.
+
+A source is one file of JSON Lines or Parquet, one tree of source files, or one hub data set. The order (arguments as given, files
+sorted by path) is part of the output's identity: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.cli import NotFound, UserError
+
+#: Never plain `.json`: a source tree is full of those.
+DATA_SUFFIXES = (
+    ".jsonl",
+    *(f"{name}{compressed}" for name in (".json", ".jsonl") for compressed in (".gz", ".zst", ".bz2", ".xz")),
+    ".parquet",
+)
+ALL_DATA_SUFFIXES = (*DATA_SUFFIXES, ".json")
+SOURCE_SUFFIXES = (".py",)
+#: Folders without code that anyone wrote for this project: version control, caches, installed packages.
+SKIPPED_FOLDERS = frozenset({".git", ".hg", ".svn", "__pycache__", "node_modules", "site-packages", "dist-packages"})
+STDLIB_SKIPPED_FOLDERS = SKIPPED_FOLDERS | {"test", "tests", "idlelib"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One thing to read. `size` in bytes on disk (0 where it is not known), `files` only for a tree (relative to `name`)."""
+
+    kind: str  # "file" (JSON Lines, Parquet or a tar archive, decided by its first bytes), "tree" or "hub"
+    name: str
+    size: int
+    files: tuple[str, ...] = ()
+    path: str = ""  # where the bytes lie, if not under `name`: a file of an archive
+    left_out: tuple[str, ...] = ()  # a tree's files of other endings, or a folder's beside this one of its data files
+
+    @property
+    def at(self) -> str:
+        return self.path or self.name
+
+
+def find_sources(
+    inputs: Sequence[str], *, exclude: Path | None = None, suffixes: tuple[str, ...] = SOURCE_SUFFIXES
+) -> list[Source]:
+    """All sources of `inputs` (files, folders, globs, `tree:FOLDER`, `stdlib`, `hub:NAME`), each file once.
+
+    `exclude` is a folder never looked into: the job's own output. Raises UserError or NotFound with the input named.
+    """
+    sources: list[Source] = []
+    for text in inputs:
+        sources += _expand(text, exclude.resolve() if exclude else None, suffixes)
+    seen: set[str] = set()
+    unique = []
+    for source in sources:
+        identity = source.name if source.kind == "hub" else os.path.realpath(source.name)
+        if identity not in seen:
+            unique.append(source)
+        seen.add(identity)
+    if not unique:
+        raise NotFound(f"nothing to read: no files in {' '.join(inputs)}")
+    return unique
+
+
+def _expand(text: str, exclude: Path | None, suffixes: tuple[str, ...]) -> list[Source]:
+    if text == "stdlib":
+        return [replace(_tree(Path(sysconfig.get_path("stdlib")), (".py",), STDLIB_SKIPPED_FOLDERS, exclude), left_out=())]
+    if text.startswith("hub:"):
+        return [Source(kind="hub", name=text.removeprefix("hub:"), size=0)]
+    if text.startswith("tree:"):
+        return [_tree(Path(text.removeprefix("tree:")), suffixes, SKIPPED_FOLDERS, exclude)]
+    path = Path(text)
+    if path.is_dir():
+        return _folder(path, suffixes, exclude)
+    if glob.has_magic(text) and not path.exists():
+        return _glob(text, suffixes, exclude)
+    if not path.exists():
+        raise NotFound(f"no input at {text}; give a file, a folder, a glob, `stdlib` or `hub:NAME`")
+    return [_named(path, suffixes)]
+
+
+def _glob(pattern: str, suffixes: tuple[str, ...], exclude: Path | None) -> list[Source]:
+    paths = sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+        raise NotFound(f"no input matches {pattern}")
+    found: list[Source] = []
+    for path in map(Path, paths):
+        found += _folder(path, suffixes, exclude) if path.is_dir() else [_named(path, suffixes)]
+    return found
+
+
+def _named(path: Path, suffixes: tuple[str, ...]) -> Source:
+    """A file given by name is read whatever its extension; a source file becomes a tree of one."""
+    if path.name.endswith(tuple(filter(None, suffixes))):  # with all endings a file of data stays one
+        return Source(kind="tree", name=str(path.parent / path.name), size=_size(path), files=("",))
+    return Source(kind="file", name=str(path), size=_size(path))
+
+
+def _size(path: str | Path) -> int:
+    """Bytes of a regular file; -1 for what cannot be read as one (a broken link, a pipe), which the reader then reports."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+def _folder(folder: Path, suffixes: tuple[str, ...], exclude: Path | None) -> list[Source]:
+    """A folder of data files, or a source tree; a folder that is both must be named as one of them."""
+    names = list(_walk(folder, SKIPPED_FOLDERS, exclude))
+    sources = [name for name in names if name.endswith(suffixes)]
+    packed = [name for name in names if name.endswith(DATA_SUFFIXES)]
+    if sources and packed:
+        raise UserError(
+            f"{folder} holds source files ({sources[0]}) and data files ({packed[0]}): say tree:{folder} for the source files "
+            f"or a glob like '{folder}/*{Path(packed[0]).suffix}' for the data files"
+        )
+    if sources:
+        return [_tree(folder, suffixes, SKIPPED_FOLDERS, exclude)]
+    found = [name for name in names if name.endswith(ALL_DATA_SUFFIXES)]
+    others = tuple(name for name in names if not name.endswith(ALL_DATA_SUFFIXES))
+    if not found:
+        held = f"; it holds {describe_endings(others)}" if others else ""
+        archives = f"; name archives themselves, as '{folder}/*.tar*'" if any(".tar" in name for name in others) else ""
+        raise NotFound(f"no files to read in {folder}: no {' '.join((*ALL_DATA_SUFFIXES, *suffixes))}{held}{archives}")
+    files = [Source(kind="file", name=str(folder / name), size=_size(folder / name)) for name in found]
+    return [replace(files[0], left_out=others), *files[1:]]
+
+
+def describe_endings(names: Sequence[str]) -> str:
+    """How many files of which endings, the most frequent first: `192 files (100 .cpp, 92 .h)`."""
+    counts = Counter(Path(name).suffix or "without an ending" for name in names).most_common()
+    shown = ", ".join(f"{count} {ending}" for ending, count in counts[:5])
+    return f"{len(names)} {'file' if len(names) == 1 else 'files'} ({shown}{', ...' if len(counts) > 5 else ''})"
+
+
+def _tree(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str], exclude: Path | None) -> Source:
+    if not root.is_dir():
+        raise NotFound(f"no folder at {root}")
+    names = list(_walk(root, skipped, exclude))
+    files = tuple(name for name in names if name.endswith(suffixes))
+    others = tuple(name for name in names if not name.endswith(suffixes))
+    if not files:
+        held = f"; it holds {describe_endings(others)}: name their endings with --suffixes" if others else ""
+        raise NotFound(f"no {' '.join(suffixes)} files in {root}{held}")
+    size = sum(max(_size(root / name), 0) for name in files)
+    return Source(kind="tree", name=str(root), size=size, files=files, left_out=others)
+
+
+def _walk(root: Path, skipped: frozenset[str], exclude: Path | None) -> Iterable[str]:
+    """Relative paths of all files, sorted; links to folders are not followed, so a loop cannot trap us."""
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f not in skipped and (exclude is None or Path(folder, f).resolve() != exclude)]
+        # macOS puts metadata beside each file on foreign disks, as `._NAME`.
+        names += [os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith("._")]
+    return sorted(names)

@@ -1,0 +1,60 @@
+"""Rows of tables as blocks, and the rows of hub data sets. Loads datasets only when there is such an input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from data.cli import UserError
+from data.sources import blocks
+from data.sources.blocks import Block, Position, ReadOptions, Rejection, Row
+from data.sources.discover import Source
+
+#: In place of a value that is longer than any document may be.
+TOO_LONG = object()
+
+
+def hub_blocks(source: Source, number: int, here: Position, options: ReadOptions) -> Iterator[Block]:
+    """Rows of `datasets.load_dataset(NAME, streaming=True)`. A stream that breaks stops the job: the rest must not be lost."""
+    rows = here.offset
+    try:
+        for block in row_blocks(_hub_rows(source.name, rows, options), source, number, here):
+            rows = block.after.offset
+            yield block
+    except Exception as error:  # the hub, the network, the builder of that data set: anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"data set {source.name} stopped after {rows} rows ({reason}); run the same command again to go on there, "
+            "or download its files and give them to --input"
+        ) from error
+
+
+def _hub_rows(name: str, skip: int, options: ReadOptions) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    stream = datasets.load_dataset(name, split=options.hub_split, streaming=True)
+    if stream.column_names and options.columns[0] not in stream.column_names:
+        raise UserError(f"no column {options.columns[0]}, only {', '.join(stream.column_names)}")
+    for row in stream.skip(skip) if skip else stream:
+        yield {c: row.get(c) for c in options.columns if c in row}
+
+
+def row_blocks(rows: Iterator[dict[str, Any]], source: Source, number: int, here: Position) -> Iterator[Block]:
+    """Rows are numbered from 1, as lines are."""
+    block = Block(name=source.name, after=here, done_bytes=0)
+    size = 0
+    for index, row in enumerate(rows, here.offset + 1):
+        length = max((len(v) for v in row.values() if isinstance(v, (str, bytes))), default=0)
+        if length > blocks.MAX_LINE_BYTES or TOO_LONG in row.values():
+            block.rejections.append(Rejection(source.name, index, blocks.too_long()))
+        else:
+            block.rows.append(Row(source.name, index, row))
+        size += length
+        if size >= blocks.BLOCK_BYTES:
+            block.after = Position(source=number, offset=index)
+            yield block
+            block, size = Block(name=source.name, after=block.after, done_bytes=0), 0
+        block.after = Position(source=number, offset=index)
+    if block.rows or block.rejections:
+        yield block

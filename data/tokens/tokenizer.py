@@ -1,0 +1,158 @@
+"""Tokenizers: checked, trained, fingerprinted and saved. `tokenizer.json` as the tokenizers library reads it is the truth.
+
+transformers' AutoTokenizer is bypassed on purpose: where `tokenizer_config.json` names GPT2Tokenizer (StarCoder2's does),
+transformers 5 rebuilds the tokenizer without its digit splitting and gives other ids. What we save names PreTrainedTokenizerFast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data.cli import UserError
+from data.files import replace_file
+from data.tokens.folder import CONFIG, TOKENIZER, TokenizerFiles
+
+END_OF_TEXT = "<|endoftext|>"
+FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
+#: Looked for in this order where no file names the end of text.
+END_CANDIDATES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+#: The largest id of the int32 that shards are written in.
+MAX_ID = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """What shards and training need to know. `vocab_size` is the largest id + 1, added tokens included."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eos_token: str
+    eos_token_id: int
+    fim: dict[str, int] | None  # prefix, middle, suffix
+
+
+def facts(name: str, files: TokenizerFiles, tokenizer: Any = None) -> TokenizerFacts:
+    """Check `tokenizer.json` and read what we need of it. Raises UserError for what cannot be a tokenizer of ours.
+
+    `tokenizer`: the library's, where it is at hand: to make one of a large vocabulary takes 0.1 s.
+    """
+    vocabulary = (tokenizer or library_tokenizer(name, files.text)).get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise UserError(f"tokenizer {name} has an empty vocabulary")
+    largest = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[largest] > MAX_ID:
+        raise UserError(f"tokenizer {name} gives {largest!r} the id {vocabulary[largest]:,}; shards hold ids up to {MAX_ID:,}")
+    eos = _end_token(name, files, vocabulary)
+    fim = {t.split("_")[1].rstrip(">"): vocabulary.get(t) for t in FIM_TOKENS[:3]}
+    return TokenizerFacts(
+        name=name,
+        fingerprint=fingerprint(files.text),
+        vocab_size=vocabulary[largest] + 1,
+        eos_token=eos,
+        eos_token_id=vocabulary[eos],
+        fim=None if None in fim.values() else {k: v for k, v in fim.items() if v is not None},
+    )
+
+
+def library_tokenizer(name: str, text: str) -> Any:
+    """The tokenizers library's own. Raises UserError for what it does not read."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a panic of its own that is not even one
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} is not a tokenizer.json that the tokenizers library reads: {reason}") from error
+
+
+def _end_token(name: str, files: TokenizerFiles, vocabulary: Mapping[str, int]) -> str:
+    if files.end_token is not None:
+        if files.end_token not in vocabulary:
+            raise UserError(
+                f"{files.named_by} names {files.end_token!r} as the token that ends documents, which tokenizer.json does not have; "
+                "correct the name, or save the folder anew with transformers so that both agree"
+            )
+        return files.end_token
+    found = next((token for token in END_CANDIDATES if token in vocabulary), None)
+    if found is None:
+        raise UserError(
+            f"tokenizer {name} has no end-of-text token: none of {', '.join(END_CANDIDATES)} is in its vocabulary; "
+            f"name one as eos_token in {CONFIG} beside it"
+        )
+    return found
+
+
+#: What code has: capitals, spaces in a row, tabs and line ends, numbers, accents, scripts, pictures.
+SAMPLES = ("Stack", "a  b", "x\n\ty\n", "1200", "é", "中", "\U0001f600", "{}[]~`", "    return x\n")
+
+
+def lossy_example(tokenizer: Any) -> tuple[str, str] | None:
+    """(a sample, what the library's tokenizer makes of it) where it does not come back as it was; None for one that keeps text."""
+    byte_level = tokenizer.decoder is None and "ByteLevel" in str(tokenizer.pre_tokenizer)
+    for sample in SAMPLES:
+        encoding = tokenizer.encode(sample, add_special_tokens=False)
+        back = tokenizer.decode(encoding.ids, skip_special_tokens=False)
+        unknown = getattr(tokenizer.model, "unk_token", None)
+        if (back != sample and not byte_level) or (unknown is not None and unknown in encoding.tokens):
+            return sample, back
+    return None
+
+
+def fingerprint(text: str) -> str:
+    """sha256 of what decides the ids: white space, key order and the two spellings of merges make no difference."""
+    content = orjson.loads(text)
+    content = {k: content.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    model = content["model"]
+    if isinstance(model, dict) and "merges" in model:
+        content["model"] = model | {"merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]}
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def save(folder: Path, text: str, known: TokenizerFacts) -> None:
+    """Write `tokenizer.json` as it is and a `tokenizer_config.json` that transformers loads with the right ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": known.eos_token,
+        "bos_token": known.eos_token,
+        "unk_token": known.eos_token,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+    }
+    replace_file(folder / TOKENIZER, text.encode())
+    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def train(texts: Iterable[str], vocab_size: int) -> str:
+    """A byte-level BPE tokenizer with single digits, as `tokenizer.json` text. Ids 0 to 4: end of text and the FIM tokens.
+
+    The same texts give the same tokenizer. Raises UserError for a vocabulary smaller than bytes and special tokens (261).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = [END_OF_TEXT, *FIM_TOKENS]
+    if vocab_size < 256 + len(special):
+        raise UserError(f"--train_tokenizer must be at least {256 + len(special)} (bytes and special tokens), not {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer.to_str(pretty=True)

@@ -1,0 +1,238 @@
+"""The contestants of the roofline: our model as it trains, and its peers, on `meta` tensors and one rank of many.
+
+What a GPU runs as one kernel is declared here, with the reason: otherwise `meta` would count PyTorch's decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject import auto_ep_layer
+from deepspeed.module_inject.auto_ep import AutoEP
+from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+from deepspeed.moe import ep_kernels
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from launch.benchmarks.counting import declare, declare_host_wait, uncounted
+from launch.benchmarks.step import peer_model
+from launch.engine import expert_parallel
+from launch.engine.exchange import Exchange
+from launch.ranks import join
+from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.flash import FlashOutput
+
+
+class FusedNorm(torch.autograd.Function):
+    """CUDA's `_fused_rms_norm`: one kernel that keeps x and 1/rms; the backward reads twice, for dx and for dweight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        with uncounted():
+            out, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rstd)
+        declare("_fused_rms_norm", "norm", [x, weight], [out, rstd])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, rstd = ctx.saved_tensors
+        with uncounted():
+            dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        declare("_fused_rms_norm_backward: dx", "norm", [dout, x, rstd, weight], [dx])
+        declare("_fused_rms_norm_backward: dweight", "norm", [dout, x, rstd], [dweight], launches=2)
+        return dx, dweight
+
+
+def attention_flops(q: Tensor, k: Tensor) -> float:
+    """Causal: two products over half of the keys."""
+    batch, queries, heads, dim = q.shape
+    return 2.0 * batch * queries * k.shape[1] * heads * dim
+
+
+class CountedFlash:
+    """A flash kernel's shape: reads q, k, v, writes out and lse; the backward's FLOPs as MFU counts them, twice the forward's."""
+
+    name = "counted"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> FlashOutput:
+        with uncounted():
+            out, lse = torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+        declare("flash forward", "attention", [q, k, v], [out, lse], flops=attention_flops(q, k))
+        return FlashOutput(out, lse, ())
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: FlashOutput, mask: Any, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with uncounted():
+            grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        # rowsum(dout * out) first; dq is summed in fp32 and cast
+        declare("flash backward: sums", "attention", [dout, saved.out], [saved.lse])
+        declare(
+            "flash backward", "attention", [dout, q, k, v, saved.lse], [*grads, q, q], flops=2 * attention_flops(q, k), launches=2
+        )
+        return grads
+
+
+class FlashFunction(torch.autograd.Function):
+    """`scaled_dot_product_attention` of `[B, N, S, D]` by a flash kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse, _ = CountedFlash().forward(q, k, v, None, 1.0)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = CountedFlash().backward(dout.transpose(1, 2), q, k, v, FlashOutput(out, lse, ()), None, 1.0)
+        return tuple(g.transpose(1, 2) for g in grads)
+
+
+class TritonSwiGLU(torch.autograd.Function):
+    """DeepSpeed's fused SwiGLU, one kernel in each direction."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        with uncounted():
+            out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(gate, up)
+        declare("triton swiglu", "elementwise and sums", [gate, up], [out])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        with uncounted():
+            dgate, dup = torch.empty_like(dout), torch.empty_like(dout)
+        declare("triton swiglu backward", "elementwise and sums", [dout, gate, up], [dgate, dup])
+        return dgate, dup
+
+
+def counted_gather(rows: Tensor, index: Tensor) -> Tensor:
+    """DeepSpeed's Triton gather: reads as many rows as it writes."""
+    with uncounted():
+        out = rows.new_empty((index.numel(), rows.shape[1]))
+    declare("triton gather", "gather and scatter", [out, index], [out])
+    return out
+
+
+def counted_fill(counts: Tensor, starts: Tensor, offsets: Tensor, experts: int, ranks: int, max_len: int, **_: Any) -> Tensor:
+    """DeepSpeed's Triton kernel of permutation indices, after a fill with -1."""
+    with uncounted():
+        out = torch.empty(max_len, dtype=torch.int32, device=counts.device)
+    declare("triton fill indices", "sort and count", [], [out, out], launches=2)
+    return out
+
+
+def counted_split_plan(counts: Tensor, ep_size: int, local: int, group: Any) -> Any:
+    """AutoEP's split plan: counts exchanged, then the host waits. The shares are taken as even."""
+    matrix = counts.view(ep_size, local)
+    received = torch.empty_like(matrix)
+    dist.all_to_all_single(received.view(-1), matrix.reshape(-1), group=group)
+    torch.stack((matrix.sum(dim=1), received.sum(dim=1)))
+    declare_host_wait("split plan")
+    return auto_ep_layer.SplitPlan(*even_shares(counted_split_plan.rows, ep_size), received)  # type: ignore[attr-defined]
+
+
+def even_shares(rows: int, ranks: int) -> tuple[list[int], list[int]]:
+    return [rows // ranks] * ranks, [rows // ranks] * ranks
+
+
+@contextmanager
+def as_on_cuda(rows: int) -> Iterator[None]:
+    """While open, `meta` tensors take the ways that CUDA tensors take; `rows` are routed from each rank."""
+
+    def wait(exchange: Exchange) -> None:
+        declare_host_wait("split sizes, behind the shared expert")
+        exchange.sizes = even_shares(rows, exchange.sent_PL.shape[0])
+
+    def copied(exchange: Exchange) -> tuple[Tensor, Any]:
+        return torch.stack((exchange.sent_PL.sum(dim=1), exchange.received_PL.sum(dim=1))), None
+
+    def norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+        return FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call, no-any-return]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        return FlashFunction.apply(q, k, v)  # type: ignore[no-untyped-call, no-any-return]
+
+    def fused_swiglu(gate: Tensor, up: Tensor, *_: Any, **__: Any) -> Tensor:
+        return TritonSwiGLU.apply(gate, up)  # type: ignore[no-untyped-call, no-any-return]
+
+    counted_split_plan.rows = rows  # type: ignore[attr-defined]
+    patches: list[tuple[Any, str, Any]] = [
+        (F, "rms_norm", norm),
+        (F, "scaled_dot_product_attention", sdpa),
+        (torch.nn.functional, "scaled_dot_product_attention", sdpa),
+        (Exchange, "wait_for_counts", wait),
+        (Exchange, "_copy_to_host", copied),
+        (auto_ep_layer, "_split_plan_from_expert_counts", counted_split_plan),
+        (ep_kernels, "fill_indices_wrapper", counted_fill),
+        (ep_kernels, "gather_rows", counted_gather),
+        (ep_kernels, "permute_rows_supported", lambda tensor: True),
+        (auto_ep_layer.fused_token_ops, "assert_supported", lambda *a, **k: None),
+    ]
+    with ExitStack() as stack:
+        for owner, name, replacement in patches:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(mock.patch("model.attention.pick_kernel", lambda *_: CountedFlash()))
+        stack.enter_context(mock.patch("deepspeed.moe.ep_experts.apply_expert_activation", fused_swiglu))
+        yield
+
+
+def join_fake_group(ranks: int) -> None:
+    """This process is rank 0 of `ranks` that are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+        join.compile_nothing()
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def with_auto_ep(model: nn.Module, ep: int, **knobs: Any) -> nn.Module:
+    """The model with its MoE layers swapped by AutoEP, as `deepspeed.initialize` does it."""
+    auto_ep = AutoEP(model, parse_autoep_config({"enabled": True, "autoep_size": ep, "preset_model": "deepseek_v3", **knobs}))
+    specs = auto_ep.ep_parser()
+    with torch.device("meta"):
+        auto_ep.replace_moe_layers(specs, ep_size=ep, ep_rank=0)
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "ep_group_name")]
+    for layer in layers:
+        layer.ep_group = dist.group.WORLD if ep > 1 else None
+    return model
+
+
+def ours(config: MoEGPTConfig, ep: int) -> nn.Module:
+    with torch.device("meta"):
+        model = MoEGPTForCausalLM(config)
+    with expert_parallel.model_parts(config):
+        with_auto_ep(model, ep)
+    return nn.Module.to(model, torch.bfloat16)
+
+
+def stock(config: MoEGPTConfig, ep: int, **knobs: Any) -> nn.Module:
+    return with_auto_ep(peer_model(config, device="meta"), ep, **knobs).to(torch.bfloat16)
+
+
+def glm(config: MoEGPTConfig, _ep: int) -> nn.Module:
+    """Plain transformers, all experts on each rank."""
+    model: Any = peer_model(config, device="meta").to(torch.bfloat16)
+    model.set_experts_implementation("grouped_mm")
+    whole: nn.Module = model
+    return whole
+
+
+CONTESTANTS: dict[str, Callable[[MoEGPTConfig, int], nn.Module]] = {
+    "ours": ours,
+    "stock AutoEP": stock,
+    "stock AutoEP with knobs": lambda c, ep: stock(c, ep, gate_up_impl="fused"),
+    "transformers Glm4Moe": glm,
+}

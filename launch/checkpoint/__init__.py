@@ -1,0 +1,1 @@
+"""Checkpoints: save, choose, load, convert."""

@@ -1,0 +1,173 @@
+"""What a run starts from: nothing, or the newest checkpoint that is whole and belongs to it.
+
+Every checksum is verified, spread over the ranks, before anything is unpickled, and all ranks choose the same checkpoint or all
+refuse with the same sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.cli import NotFound, UserError
+from launch.checkpoint import universal
+from launch.checkpoint.folder import LATEST, CheckpointFolder, step_of
+from launch.checkpoint.identity import RunIdentity, listed
+from launch.checkpoint.manifest import find_manifest, first_damage, share
+from launch.checkpoint.publish import recover
+from launch.checkpoint.state import TrainingState, read_state
+from launch.cli import AgreedError
+from launch.ranks.control_group import ControlGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFresh:
+    """There is nothing to resume from, and need not be."""
+
+    message: str = "starting at step 0"
+
+    def deepspeed_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The DeepSpeed JSON to initialise the engine with."""
+        return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeFrom:
+    """A checkpoint that is whole and belongs to this run.
+
+    `conversions`: how its layout differs from this run's, as "ep_size: 2 -> 1"; empty for a plain load.
+    """
+
+    message: str
+    path: Path
+    state: TrainingState
+    conversions: tuple[str, ...] = ()
+
+    def deepspeed_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The DeepSpeed JSON to initialise the engine with: a converted checkpoint is announced there."""
+        if not self.conversions:
+            return config
+        return {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
+
+
+ResumeChoice = StartFresh | ResumeFrom
+
+
+class CheckpointChooser:
+    """Chooses for one run; every method that is not private is collective."""
+
+    def __init__(self, own: CheckpointFolder, identity: RunIdentity, ranks: ControlGroup) -> None:
+        self.own, self.identity, self.ranks = own, identity, ranks
+
+    def choose(self, resume: str) -> ResumeChoice:
+        """`resume`: "auto", "never", or a path to a checkpoint or a run.
+
+        auto: the checkpoint `latest` names; where it is damaged (or `latest` is) the newest complete one before it, and the
+        message names the damaged file. No checkpoint at all is a fresh start; checkpoints of which none is whole are refused.
+        Raises AgreedError in one sentence, the same on all ranks.
+        """
+        if resume == "never":
+            return self.ranks.run_on_rank0(self._start_over)
+        if resume == "auto":
+            return self._first_whole(self.own, must_exist=False)
+        one, several = self.ranks.run_on_rank0(lambda: self._resolve(resume))
+        if several is not None:
+            return self._first_whole(several, must_exist=True)
+        choice, damage = self._examine(one)
+        if choice is None:
+            raise AgreedError(f"--resume {resume}: {damage}")
+        return choice
+
+    def newest(self, *, before: float) -> ResumeFrom | None:
+        """The newest whole checkpoint of this run at a step before that one, or None."""
+        candidates = [path for path in self._candidates(self.own) if (step_of(path.name) or 0) < before]
+        return self._search(candidates)[0]
+
+    def _start_over(self) -> StartFresh:
+        there = self.own.newest_first()
+        if there:
+            raise UserError(
+                f"--resume never, but {self.own.path} holds {there[0].name}; name another --output, or --resume auto to go on"
+            )
+        return StartFresh()
+
+    def _resolve(self, resume: str) -> tuple[Path, CheckpointFolder | None]:
+        """The checkpoint that a user's path means, or the folder that holds several. Rank 0."""
+        path = Path(resume)
+        for one in (path, self.own.path / resume):
+            if one.is_dir() and step_of(one.name) is not None:
+                return one, None
+        for several in (CheckpointFolder(path / "checkpoints"), CheckpointFolder(path)):
+            if several.steps():
+                return path, several
+        raise NotFound(f"--resume {resume}: no checkpoint there; name a run's folder or one of its checkpoints/step_N")
+
+    def _candidates(self, folder: CheckpointFolder) -> list[Path]:
+        """All of a folder's checkpoints in the order to try them, after this run's own folder was put right."""
+
+        def on_rank0() -> list[Path]:
+            if folder == self.own and folder.path.is_dir():
+                recover(folder.path)
+            return folder.newest_first()
+
+        return self.ranks.run_on_rank0(on_rank0)
+
+    def _first_whole(self, folder: CheckpointFolder, *, must_exist: bool) -> ResumeChoice:
+        """The first candidate in order that verifies, or a fresh start where there is none and need not be one."""
+        choice, passed_over = self._search(self._candidates(folder))
+        if choice is not None:
+            return replace(choice, message=choice.message + "".join(f"; passed over {text}" for text in passed_over))
+        if passed_over or must_exist:
+            raise AgreedError(
+                f"no whole checkpoint in {folder.path}: {'; '.join(passed_over)}; "
+                "restore one, or name another --output to start over"
+            )
+        named = self.ranks.run_on_rank0(lambda: folder.pointed(LATEST))
+        if named is not None:
+            raise AgreedError(
+                f"{folder.path / LATEST} names {named!r}, which is gone; restore it, or delete the file to start over"
+            )
+        return StartFresh()
+
+    def _search(self, candidates: list[Path]) -> tuple[ResumeFrom | None, list[str]]:
+        """The first that verifies, and the damage of those before it; all ranks examine the same one at the same time."""
+        passed_over: list[str] = []
+        for candidate in candidates:
+            choice, damage = self._examine(candidate)
+            if choice is not None:
+                return choice, passed_over
+            passed_over.append(damage)
+        return None, passed_over
+
+    def _examine(self, path: Path) -> tuple[ResumeFrom | None, str]:
+        """A checkpoint to resume from, or what is damaged. Raises AgreedError where it is whole and does not belong here."""
+        damage = self._first_damage(path)
+        if damage:
+            return None, damage
+        return self.ranks.run_on_rank0(lambda: self._accept(path)), ""
+
+    def _first_damage(self, path: Path) -> str:
+        """What is damaged in a checkpoint, in words; every rank hashes its share. Empty: it is whole."""
+        manifest, damage = self.ranks.run_on_rank0(lambda: find_manifest(path))
+        if manifest is None:
+            return damage
+        files = manifest["files"]
+        mine = share(files, self.ranks.rank, self.ranks.size)
+        found = self.ranks.run_everywhere(lambda: first_damage(path, files, mine))
+        return next(filter(None, found), "")
+
+    def _accept(self, path: Path) -> ResumeFrom:
+        """Does a whole checkpoint belong to this run, and in this layout? Rank 0. Raises UserError where not."""
+        saved = read_state(path)
+        wrong = saved.identity.conflicts(self.identity)
+        if wrong:
+            raise UserError(
+                f"{path} belongs to another run: {listed(wrong)}; name another --output, or the settings it was made with"
+            )
+        conversions = tuple(saved.identity.conversions(self.identity))
+        universal.check_convertible(path, saved.identity.layout(), self.identity.layout(), saved.optimizer)
+        message = f"resuming from {path} (step {saved.training.step:,}, {saved.training.samples:,} samples)"
+        if conversions:
+            message += f", converted from another layout ({', '.join(conversions)})"
+        return ResumeFrom(message=message, path=path, state=saved.training, conversions=conversions)

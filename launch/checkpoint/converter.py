@@ -1,0 +1,69 @@
+"""DeepSpeed's `ds_to_universal` in a process of its own, which runs no code out of a checkpoint and ends with who started it.
+
+It forks workers, which a process with GPUs and threads must not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from data.cli import UserError
+from launch.checkpoint.unpickle import no_code_from_files
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: The launcher's: the child is no rank of the run.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run_converter(source: Path, target: Path, on_phase: Callable[[str], None]) -> None:
+    """Convert the checkpoint `source` into the new folder `target`. Raises UserError with the converter's last words."""
+    command = [sys.executable, "-m", "launch.checkpoint.converter", str(source), str(target)]
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    said: list[str] = []
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=REPOSITORY,
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            on_phase("converting a checkpoint")
+        code = process.wait()
+    if code:
+        raise UserError(f"{source} could not be converted: {' '.join(' '.join(said).split())[-400:]}")
+    (target.parent / "latest_universal").unlink(missing_ok=True)  # DeepSpeed's pointer; it names the temporary folder
+
+
+def main(source: str, target: str) -> None:
+    """What `run_converter` starts. Forked workers inherit the restriction; processes started anew would inherit the half that
+    refuses more than it must."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    multiprocessing.set_start_method("fork")
+    sys.argv = ["ds_to_universal", "--input_folder", source, "--output_folder", target]
+    with no_code_from_files():
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+def _end_with_parent() -> None:
+    # The parent holds the other end and writes nothing. Not `sys.stdin`: its lock would be held when workers are forked.
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

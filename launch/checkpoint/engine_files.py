@@ -1,0 +1,139 @@
+"""DeepSpeed's files as one rank writes and reads them.
+
+`CheckpointFiles` takes the place of DeepSpeed's checkpoint engine during a save and a load. So every file is hashed while it is
+written and fsynced by the process that wrote it (on a network file system no other can), all ranks in parallel; a full disk
+on one rank is remembered instead of raised between DeepSpeed's barriers, where the other ranks would wait for ever; and
+what is read back may hold tensors and DeepSpeed's few classes but no code, and only finite numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from data.cli import UserError, sentence
+from launch.checkpoint.finite import check_finite
+from launch.checkpoint.manifest import FileRecord, HashingFile
+from launch.checkpoint.unpickle import load_file
+
+
+class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+    """Writes this rank's files of the checkpoint `name` in `folder` and keeps their records, or reads them.
+
+    With `later`, what is saved is copied to host memory, for `flush` to write while training goes on.
+    """
+
+    def __init__(self, folder: Path, *, name: str, later: bool = False) -> None:
+        super().__init__()
+        self.name, self.folder = name, folder
+        self.files: dict[str, FileRecord] = {}
+        self.error: OSError | None = None
+        self._shapes: list[dict[str, Any]] | None = None
+        self._waiting: list[tuple[Path, Any]] | None = [] if later else None
+
+    def create(self, info: Any) -> None:
+        """DeepSpeed announces a checkpoint; its folder exists."""
+
+    def commit(self, info: Any) -> bool:
+        """DeepSpeed has handed over its last file; publishing is not its business."""
+        return True
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        # Not mapped: an optimizer may keep the tensors as they are, and with them a deleted file's disk space.
+        file = Path(path)  # without the "/./" of DeepSpeed's empty tag
+        content = load_file(file, mmap=False)
+        if isinstance(content, dict) and content.get("param_shapes"):
+            self._shapes = content["param_shapes"]  # DeepSpeed reads the model's file before the optimizer's
+        check_finite(content, file, shapes=self._shapes)
+        return content
+
+    def preserves_storage_sharing(self) -> bool:
+        """DeepSpeed asks whether to copy views before saving, lest each writes its whole storage: `host_copy` does as well."""
+        return self._waiting is None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self._waiting is None:
+            self._keep(Path(path), state_dict)
+        else:
+            self._waiting.append((Path(path), host_copy(state_dict)))
+
+    def write(self, name: str, data: bytes) -> None:
+        """A file that is no pickle."""
+        self.save(data, str(self.folder / name))
+
+    def flush(self) -> dict[str, FileRecord]:
+        """Write what waits in memory, and free it; returns the records of all files of this rank.
+
+        Raises UserError with the first error that a write ended with.
+        """
+        for path, content in self._waiting or ():
+            self._keep(path, content)
+        self._waiting = None
+        if self.error is not None:
+            raise UserError(f"writing {self.name} failed: {sentence(self.error)}") from self.error
+        return self.files
+
+    def _keep(self, path: Path, content: Any) -> None:
+        if self.error is not None:
+            return
+        file = None
+        try:
+            file = HashingFile(path)
+            try:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    torch.save(content, cast("IO[bytes]", file))
+            finally:
+                record = file.close()
+            self.files[str(path.resolve().relative_to(self.folder.resolve()))] = record
+        except OSError as error:
+            self.error = error
+        except RuntimeError:  # torch's own word for a write that failed; the file knows the reason
+            if file is None or file.error is None:
+                raise
+            self.error = file.error
+
+
+def host_copy(item: Any) -> Any:
+    """A copy of a nested state with every tensor compact in host memory, which training cannot change any more."""
+    if isinstance(item, Tensor):
+        return item.detach().to("cpu", copy=True).contiguous()
+    if isinstance(item, dict):
+        return type(item)({key: host_copy(value) for key, value in item.items()})
+    if isinstance(item, (list, tuple)) and type(item) in (list, tuple):
+        return type(item)(host_copy(value) for value in item)
+    return copy.deepcopy(item)
+
+
+@contextmanager
+def going_through(files: CheckpointFiles, engine: DeepSpeedEngine) -> Iterator[None]:
+    """While open, `engine.save_checkpoint` and `load_checkpoint` write and read through `files`, and nothing else is written.
+
+    DeepSpeed copies a script beside its files, past any checkpoint engine and between barriers: on a full disk rank 0 would die
+    there. Nobody needs it; `launch/export.py` is ours.
+    """
+    theirs, engine.checkpoint_engine = engine.checkpoint_engine, files
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = theirs
+        del engine._copy_recovery_script
+
+
+def state_bytes(engine: DeepSpeedEngine) -> int:
+    """An upper estimate of what this rank writes: its optimizer shard, and the module as if no other rank had a copy."""
+    optimizer = engine.optimizer
+    held = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    held += [p for group in optimizer.param_groups for p in group["params"]]
+    held += list(engine.module.parameters())
+    return sum(t.numel() * t.element_size() for t in held)

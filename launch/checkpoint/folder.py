@@ -1,0 +1,66 @@
+"""The folder `checkpoints/` of a run: which checkpoints it has, what its pointers name, in which order to try them, which may go.
+
+    checkpoints/step_N/          DeepSpeed's files + buffers.pt + rng_R.pt per rank + state.json + manifest.json
+    checkpoints/latest, best     text files that name a folder, replaced atomically
+    checkpoints/step_N.universal a conversion for another number of ranks, EP size, ZeRO stage or dtype; kept until the next save
+
+Only names are looked at here; whether a checkpoint is whole says its manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.files import replace_file
+
+LATEST, BEST = "latest", "best"
+
+
+def step_of(name: str) -> int | None:
+    """42 for `step_42`; None for any other name."""
+    match = re.fullmatch(r"step_(\d+)", name)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A run's, or one that a user names with `--resume`. It need not exist."""
+
+    path: Path
+
+    def steps(self) -> dict[int, Path]:
+        """The checkpoints by step, in no order."""
+        if not self.path.is_dir():
+            return {}
+        found = {step_of(p.name): p for p in self.path.iterdir() if p.is_dir()}
+        return {step: path for step, path in found.items() if step is not None}
+
+    def pointed(self, pointer: str) -> str | None:
+        """What `latest` or `best` names; None where it is missing, empty or no checkpoint's name at all."""
+        try:
+            text = (self.path / pointer).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return text if step_of(text) is not None else None
+
+    def point(self, pointer: str, name: str) -> None:
+        replace_file(self.path / pointer, name.encode())
+
+    def newest_first(self) -> list[Path]:
+        """The order to try: what `latest` names, then the steps before it, newest first, then those after it."""
+        steps = self.steps()
+        pointed = step_of(self.pointed(LATEST) or "")
+        newest = pointed if pointed is not None and pointed in steps else max(steps, default=0)
+        return [steps[s] for s in sorted(steps, key=lambda s: (s > newest, -s))]
+
+    def expendable(self, *, keep_last: int, keep_every: int) -> list[Path]:
+        """Checkpoints that are no longer kept, and conversions: `latest` has moved past what they were made from."""
+        steps, latest = self.steps(), self.pointed(LATEST)
+        newest = step_of(latest or "")
+        # A step beyond `latest` is of a branch that was left by resuming from an older one: not counted, not deleted.
+        counted = sorted((s for s in steps if newest is None or s <= newest), reverse=True)
+        old = counted[keep_last:] if keep_last else []
+        kept = {latest, self.pointed(BEST)} | {f"step_{s}" for s in old if keep_every and s % keep_every == 0}
+        return [steps[s] for s in old if f"step_{s}" not in kept] + sorted(self.path.glob("step_*.universal"))

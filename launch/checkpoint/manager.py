@@ -1,0 +1,179 @@
+"""The checkpoints of one run: saving them whole, keeping the right ones, and handing over one to go on from.
+
+A save goes to a hidden temporary folder; every file is checksummed and fsynced by the rank that writes it; the manifest comes
+last; then the folder gets its name, then `latest` its content, and only then old checkpoints go. A crash at any moment leaves
+`latest` naming a complete checkpoint. `choose` says what to resume from, `restore` loads it.
+
+Checkpoints must lie where every rank sees them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from data.cli import UserError
+from launch.checkpoint import universal
+from launch.checkpoint.buffers import BUFFERS, persistent_buffers
+from launch.checkpoint.choose import CheckpointChooser, ResumeChoice, ResumeFrom
+from launch.checkpoint.engine_files import CheckpointFiles, going_through, state_bytes
+from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder
+from launch.checkpoint.identity import RunIdentity
+from launch.checkpoint.manifest import FileRecord, to_json, write_manifest
+from launch.checkpoint.publish import discard, leftovers, publish, recover, working_name
+from launch.checkpoint.random_state import random_state
+from launch.checkpoint.restore import random_state_name, restore
+from launch.checkpoint.state import STATE, SavedState, TrainingState
+from launch.cli import AgreedError
+from launch.ranks.control_group import ControlGroup
+
+SPACE_MARGIN = 1.05
+
+
+class CheckpointManager:
+    """The checkpoints of one run folder. Construction and every method are collective: all ranks call, in the same order.
+
+    keep_last: newest checkpoints to keep (0: all). keep_every: also keep each at a multiple of this step (0: none). The newest
+    and the best are always kept.
+    identity: what a checkpoint belongs to. `choose` refuses one that belongs to another run, and converts one of another layout.
+    background: `save` returns when the state is copied to host memory, and a thread writes it; call `wait` before the end.
+    on_phase: told what is being done ("saving: ..."), for a watchdog.
+    before_save: run on rank 0 before anything is written, such as a look whether the run's folder is still there.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        keep_last: int,
+        keep_every: int,
+        identity: RunIdentity,
+        background: bool = False,
+        on_phase: Callable[[str], None] = lambda _: None,
+        before_save: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = CheckpointFolder(Path(run_folder) / "checkpoints")
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.identity = identity
+        self.background = background
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # an exit waits for the files
+        self._pending: Future[None] | None = None
+        self._on_phase, self.before_save = on_phase, before_save
+        self._ranks = ControlGroup()
+        self._chooser = CheckpointChooser(self.folder, identity, self._ranks)
+
+    def save(self, engine: DeepSpeedEngine, state: TrainingState, *, is_best: bool = False) -> Path:
+        """Write `checkpoints/step_N`, point `latest` (and `best`) at it, then delete what is no longer kept.
+
+        Raises AgreedError, on all ranks alike and with every older checkpoint untouched, where the disk is too full or a
+        write fails on any rank. In the background a failed write is an error of the next `save`, `choose`, `load` or `wait`.
+        """
+        self.wait()
+        final = self.folder.path / f"step_{state.step}"
+        self._on_phase("saving: preparing")
+        needed = sum(self._ranks.gather(state_bytes(engine)))
+        temporary = self._ranks.run_on_rank0(lambda: self._prepare(final, needed))
+        files = CheckpointFiles(temporary, name=final.name, later=self.background)
+        self._on_phase("saving: writing")
+        self._write(engine, files, state)
+        self._on_phase("saving: publishing")
+        finish = partial(self._finish, files, final, is_best)
+        if self.background:
+            self._pending = self._writer.submit(finish)
+        else:
+            finish()
+        return final
+
+    def written(self) -> bool:
+        """Has this rank's part of a save in the background ended, so that `wait` returns at once (or raises)?"""
+        return self._pending is not None and self._pending.done()
+
+    def wait(self) -> None:
+        """Return when no save is under way; raises what the last one in the background failed with."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._on_phase("saving: waiting for the disk")
+            pending.result()
+
+    def choose(self, resume: str) -> ResumeChoice:
+        """What to start from; needs no engine. See `CheckpointChooser.choose`."""
+        self.wait()
+        self._on_phase("choosing a checkpoint")
+        return self._chooser.choose(resume)
+
+    def newest(self, *, before: float = math.inf) -> ResumeFrom | None:
+        """The newest whole checkpoint of this run at a step before that one, or None."""
+        self.wait()
+        return self._chooser.newest(before=before)
+
+    def load(self, engine: DeepSpeedEngine, choice: ResumeFrom) -> TrainingState:
+        """Restore the engine, the buffers and the random states from what `choose` or `newest` verified.
+
+        Raises AgreedError, on all ranks alike, with what cannot be used.
+        """
+        self.wait()
+        folder = choice.path
+        if choice.conversions:
+            self._on_phase("converting a checkpoint")
+            folder = self.folder.path / f"{choice.path.name}.universal"
+            self._ranks.run_on_rank0(partial(universal.convert, choice.path, folder, on_phase=self._on_phase))
+        self._on_phase("loading a checkpoint")
+        self._ranks.run_everywhere(partial(restore, engine, choice, folder, rank=self._ranks.rank))
+        return choice.state
+
+    def _prepare(self, final: Path, needed: int) -> Path:
+        """Clean up after dead saves, check the free space, make the temporary folder. Rank 0."""
+        self.before_save()
+        folder = self.folder.path
+        folder.mkdir(parents=True, exist_ok=True)
+        recover(folder)
+        for dead in leftovers(folder):
+            discard(dead)
+        free = shutil.disk_usage(folder).free
+        if needed * SPACE_MARGIN > free:
+            raise UserError(
+                f"{final.name} needs {needed * SPACE_MARGIN / 1e9:,.3f} GB and {folder} has {free / 1e9:,.3f} GB free; "
+                "make room or lower --keep_last"
+            )
+        temporary = working_name(final, "tmp")
+        temporary.mkdir()
+        return temporary
+
+    def _write(self, engine: DeepSpeedEngine, files: CheckpointFiles, state: TrainingState) -> None:
+        """This rank's files. Nothing raises between DeepSpeed's barriers: `files` keeps the first error."""
+        with going_through(files, engine):
+            engine.save_checkpoint(str(files.folder), tag=".", save_latest=False)
+        files.save(random_state(), str(files.folder / random_state_name(self._ranks.rank)))
+        if self._ranks.rank:
+            return
+        files.save(persistent_buffers(engine.module), str(files.folder / BUFFERS))
+        saved = SavedState(training=state, identity=self.identity, optimizer=universal.optimizer_facts(engine))
+        files.write(STATE, to_json(saved.to_json()))
+
+    def _finish(self, files: CheckpointFiles, final: Path, is_best: bool) -> None:
+        """Gather the records of all ranks and publish. Uses the control group alone, so that training may go on meanwhile."""
+        try:
+            shares = self._ranks.run_everywhere(files.flush)
+        except AgreedError:  # a full disk; after a fault of the program nothing more is agreed on
+            self._ranks.run_on_rank0(lambda: discard(files.folder))
+            raise
+        records = {name: record for share in shares for name, record in share.items()}
+        self._ranks.run_on_rank0(lambda: self._publish(files.folder, final, records, is_best))
+
+    def _publish(self, temporary: Path, final: Path, files: dict[str, FileRecord], is_best: bool) -> None:
+        """Complete, name, point, clean up: in this order, each on the disk before the next begins. Rank 0."""
+        strays = {p.name for p in temporary.iterdir()} - files.keys()
+        assert not strays, f"written past the CheckpointFiles: {sorted(strays)}"
+        write_manifest(temporary, files)
+        publish(temporary, final)
+        self.folder.point(LATEST, final.name)
+        if is_best:
+            self.folder.point(BEST, final.name)
+        for old in self.folder.expendable(keep_last=self.keep_last, keep_every=self.keep_every):
+            discard(old)

@@ -1,0 +1,214 @@
+"""Files that are either whole or known to be damaged: checksums, and a manifest that comes last.
+
+A folder is complete when it has a `manifest.json`: that is written last, names every other file with its size and checksum,
+and everything before it is already on the disk. Nothing here is collective and nothing unpickles.
+
+Damage is what the bytes say (a file is missing, short, or other than what was written): a `DamagedError`, and an older checkpoint
+may serve. What the system fails to read says nothing about the bytes, so it is read again, and then refused (`UnreadableError`):
+passing over a checkpoint that is whole could throw away days.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypedDict, TypeGuard, TypeVar
+
+import xxhash
+
+from data.cli import UserError, sentence
+from data.files import hash_file, is_inside, sync_folder
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+HASH = "xxh3_128"
+#: Seconds to wait before a file that could not be read is tried again: a network file system's hiccup lasts as long.
+RETRY_AFTER: tuple[float, ...] = (0.1, 0.5, 2.0)
+
+T = TypeVar("T")
+
+
+class FileRecord(TypedDict):
+    """What a manifest says about one file."""
+
+    bytes: int
+    xxh3_128: str
+
+
+class DamagedError(UserError):
+    """A file is missing, cut short or not what was written; the message names it."""
+
+
+class UnreadableError(UserError):
+    """The system cannot read a file, again and again; whether it is whole is not known."""
+
+
+class HashingFile:
+    """A binary file for `torch.save` that hashes what passes through, so that the checksum is of what was meant to be
+    written, not of what a full or faulty disk made of it. `close` returns only when the bytes are on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by `close`
+        self._hash = xxhash.xxh3_128()
+        self._bytes = 0
+        self.error: OSError | None = None  # the first; torch reports it as something else
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        self._bytes += len(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> FileRecord:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        return {"bytes": self._bytes, "xxh3_128": self._hash.hexdigest()}
+
+
+def write_durably(path: Path, data: bytes) -> FileRecord:
+    """Write and fsync a file; returns its manifest record."""
+    file = HashingFile(path)
+    try:
+        file.write(data)
+    finally:
+        record = file.close()
+    return record
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def record_file(path: Path) -> FileRecord:
+    """The record of a file that somebody else wrote, which is also brought to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "xxh3_128": hash_file(path, HASH)}
+
+
+def record_all(folder: Path) -> dict[str, FileRecord]:
+    """The records of every file in a folder, by its path relative to it."""
+    return {str(p.relative_to(folder)): record_file(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def write_manifest(folder: Path, files: Mapping[str, FileRecord], **about: Any) -> None:
+    """Complete a folder. `files`: every file of it, by its path relative to the folder."""
+    body = {"format": MANIFEST_FORMAT, **about, "files": dict(sorted(files.items()))}
+    body["checksum"] = _checksum(body)
+    for inner in sorted({(folder / name).parent for name in files}, reverse=True):
+        sync_folder(inner)
+    write_durably(folder / MANIFEST, to_json(body))
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete folder: `files`, and whatever `write_manifest` was told about it.
+
+    Raises DamagedError where it is missing, damaged or names a file outside the folder, UserError for a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        body = json.loads(_reading(path, path.read_bytes, missing="is missing: the checkpoint was never completed"))
+        checksum = body.pop("checksum")
+        good = checksum == _checksum(body)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedError(f"{path} is damaged ({type(error).__name__})") from None
+    if not good:
+        raise DamagedError(f"{path} is damaged: its own checksum is wrong")
+    if not isinstance(body.get("format"), int) or body["format"] > MANIFEST_FORMAT:
+        raise UserError(f"{path} has format {body.get('format')}, made by a newer version; this one reads {MANIFEST_FORMAT}")
+    if not _is_file_table(body.get("files")):
+        raise DamagedError(f"{path} is damaged: it does not list its files with their sizes and checksums")
+    outside = [name for name in body["files"] if not is_inside(name)]
+    if outside:
+        raise DamagedError(f"{path} is damaged: it names {outside[0]!r}, which is not a file of this folder")
+    return dict(body)
+
+
+def _is_file_table(files: object) -> TypeGuard[dict[str, FileRecord]]:
+    return isinstance(files, dict) and all(
+        isinstance(record, dict) and isinstance(record.get("bytes"), int) and isinstance(record.get(HASH), str)
+        for record in files.values()
+    )
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(to_json(body)).hexdigest()
+
+
+def check_files(folder: Path, files: Mapping[str, FileRecord], hashed: Iterable[str]) -> None:
+    """Every file is there at its size, and those in `hashed` have their checksum. Raises DamagedError naming the file."""
+    for name, record in files.items():
+        path = folder / name
+        found = _reading(path, path.stat)
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedError(f"{path} is no regular file")
+        if found.st_size != record["bytes"]:
+            raise DamagedError(f"{path} has {found.st_size:,} bytes, {record['bytes']:,} were written")
+    for name in hashed:
+        if _hash_of(folder / name) != files[name]["xxh3_128"]:
+            raise DamagedError(f"{folder / name} is damaged: its checksum is not the one it was written with")
+
+
+def _hash_of(path: Path) -> str:
+    return _reading(path, lambda: hash_file(path, HASH))
+
+
+def _reading(path: Path, action: Callable[[], T], *, missing: str = "is missing") -> T:
+    """What `action` reads of `path`. Raises DamagedError where it is not there, UnreadableError where it cannot be read."""
+    for pause in (*RETRY_AFTER, None):
+        try:
+            return action()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamagedError(f"{path} {missing}") from None
+        except OSError as error:
+            if pause is None:
+                raise UnreadableError(
+                    f"{path} cannot be read ({error.strerror or sentence(error)}), also when tried again; "
+                    "mend that, or move the folder away to do without it"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def find_manifest(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """(manifest, "") of a complete folder, or (None, what is damaged): damage is an answer to gather, not yet an error."""
+    try:
+        return read_manifest(folder), ""
+    except DamagedError as error:
+        return None, str(error)
+
+
+def first_damage(folder: Path, files: Mapping[str, FileRecord], hashed: Iterable[str]) -> str:
+    """What is wrong with the first damaged file, as `check_files` says it; empty where all are whole."""
+    try:
+        check_files(folder, files, hashed)
+    except DamagedError as error:
+        return str(error)
+    return ""
+
+
+def share(files: Mapping[str, FileRecord], rank: int, world_size: int) -> list[str]:
+    """The files that `rank` hashes, so that the bytes spread evenly: largest first, each to the least loaded rank."""
+    loads, mine = [0] * world_size, []
+    for name in sorted(files, key=lambda n: (-files[n]["bytes"], n)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += files[name]["bytes"]
+        if lightest == rank:
+            mine.append(name)
+    return mine

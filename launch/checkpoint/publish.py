@@ -1,0 +1,74 @@
+"""Folders that appear complete under their name or not at all: hidden working names, renames, and what to do after a crash.
+
+A folder is made under a hidden name and gets its own in one rename. Where the name is taken, the kernel exchanges the two; where it
+cannot, two renames do, and `recover` undoes the first if the second never came. Nothing here is collective.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from data.files import sync_folder
+
+#: Folders that only this module makes: being written, on the way to deletion, replaced by another of the same name.
+_OURS = re.compile(r"\.(tmp|trash|replaced)-.+-[0-9a-f]{8}")
+_REPLACED = re.compile(r"\.replaced-(.+)-[0-9a-f]{8}")
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100  # relative names are relative to the working directory
+
+
+def working_name(folder: Path, kind: str) -> Path:
+    """A fresh hidden name beside `folder`; `kind` is tmp, trash or replaced."""
+    return folder.with_name(f".{kind}-{folder.name}-{secrets.token_hex(4)}")
+
+
+def leftovers(parent: Path) -> list[Path]:
+    """What dead processes left: folders with names of `working_name`. Others' hidden folders are not ours to touch."""
+    return sorted(p for p in parent.iterdir() if _OURS.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete folder its name. Where the name is taken, the two are exchanged and the old one is deleted."""
+    if not final.exists():
+        os.rename(temporary, final)
+    elif exchange(temporary, final):
+        sync_folder(final.parent)
+        discard(temporary)
+    else:
+        old = working_name(final, "replaced")
+        os.rename(final, old)
+        os.rename(temporary, final)
+        sync_folder(final.parent)
+        discard(old)
+    sync_folder(final.parent)
+
+
+def recover(parent: Path) -> None:
+    """Put back what `publish` had moved aside when the process died between its two renames."""
+    for old in leftovers(parent):
+        match = _REPLACED.fullmatch(old.name)
+        if match and not (parent / match[1]).exists():
+            os.rename(old, parent / match[1])
+            sync_folder(parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one atomic step where the kernel and the file system can (Linux renameat2); False where not."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    failed: int = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return failed == 0
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder. It loses its name first, so that a half-deleted one is never taken for complete."""
+    trash = working_name(folder, "trash") if not folder.name.startswith(".trash-") else folder
+    if trash != folder:
+        os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)

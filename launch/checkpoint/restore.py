@@ -1,0 +1,65 @@
+"""From the files of a verified checkpoint to an engine that goes on where it was saved."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from data.cli import UserError
+from launch.checkpoint import universal
+from launch.checkpoint.buffers import BUFFERS, restore_buffers
+from launch.checkpoint.choose import ResumeFrom
+from launch.checkpoint.engine_files import CheckpointFiles, going_through
+from launch.checkpoint.finite import check_finite
+from launch.checkpoint.random_state import set_random_state
+from launch.checkpoint.unpickle import load_file, no_code_from_files
+
+
+def random_state_name(rank: int) -> str:
+    return f"rng_{rank:05d}.pt"
+
+
+def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: int) -> None:
+    """Engine, buffers and random states. `folder`: the checkpoint itself, or its conversion. Collective.
+
+    Raises UserError with what the files hold that cannot be used.
+    """
+    files, converted = CheckpointFiles(folder, name=folder.name), bool(choice.conversions)
+    with _universal_loading(engine, converted), going_through(files, engine), no_code_from_files():
+        try:
+            if converted:
+                universal.load(engine, folder)
+            else:
+                _load_plainly(engine, folder)
+        except pickle.UnpicklingError as error:  # of a file that DeepSpeed reads past `files`
+            raise UserError(f"{folder} holds something other than tensors, and nothing else is loaded: {error}") from error
+    buffers = load_file(choice.path / BUFFERS, mmap=False)
+    check_finite(buffers, choice.path / BUFFERS)
+    restore_buffers(engine.module, buffers)
+    own = choice.path / random_state_name(rank)
+    if own.is_file():
+        set_random_state(load_file(own, mmap=False))
+    else:  # a rank that the saved run did not have: not the numbers of step 0 once more
+        torch.manual_seed(torch.initial_seed() + choice.state.step)
+
+
+def _load_plainly(engine: DeepSpeedEngine, folder: Path) -> None:
+    loaded, _ = engine.load_checkpoint(str(folder), tag=".")
+    if loaded is None:
+        raise UserError(f"DeepSpeed found nothing to load in {folder}")
+
+
+@contextmanager
+def _universal_loading(engine: DeepSpeedEngine, on: bool) -> Iterator[None]:
+    """DeepSpeed reads this from the JSON once; an engine that started from a conversion may roll back to a plain one."""
+    config = engine._config
+    before, config.load_universal_checkpoint = config.load_universal_checkpoint, on
+    try:
+        yield
+    finally:
+        config.load_universal_checkpoint = before

@@ -1,0 +1,100 @@
+"""`state.json`: where a run was when it was saved, and what the checkpoint belongs to.
+
+Written as part of a checkpoint, read back before anything is unpickled. A right checksum says that the bytes are those that were
+written, not that they make sense (an older version, another program, a person with an editor): every value is checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.cli import UserError
+from launch.checkpoint.identity import RunIdentity
+
+STATE = "state.json"
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Where a run is. `extra` is the caller's own, anything JSON can hold (floats survive exactly)."""
+
+    step: int
+    samples: int
+    tokens: int
+    best_loss: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """All of `state.json`. `optimizer`: what a conversion must know beforehand, see `universal.optimizer_facts`."""
+
+    training: TrainingState
+    identity: RunIdentity
+    optimizer: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        about = {"identity": self.identity.to_json(), "optimizer": self.optimizer}
+        return {"format": STATE_FORMAT, **asdict(self.training), **about}
+
+
+def read_state(checkpoint: Path) -> SavedState:
+    """Of a checkpoint whose files are whole. Raises UserError that names the file and the value that makes no sense."""
+    path = checkpoint / STATE
+    try:
+        body = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is no JSON, though its checksum is right; restore the checkpoint or move it away") from None
+    if isinstance(body, dict) and isinstance(body.get("format"), int) and body["format"] > STATE_FORMAT:
+        raise UserError(f"{path} has format {body['format']}, made by a newer version; this one reads {STATE_FORMAT}")
+    wrong = _first_nonsense(body, checkpoint.name)
+    if wrong:
+        raise UserError(f"{path}: {wrong}; its checksum is right, so it was written so: restore the checkpoint or move it away")
+    best = body["best_loss"]
+    training = TrainingState(
+        **{name: body[name] for name in ("step", "samples", "tokens", "extra")},
+        best_loss=best if best is None or math.isfinite(best) else None,  # NaN was kept as the best by older versions
+    )
+    return SavedState(training=training, identity=RunIdentity.from_json(body["identity"]), optimizer=body["optimizer"])
+
+
+def _first_nonsense(body: Any, name: str) -> str:
+    """What is wrong with the content, in words; empty where all is right."""
+    if not isinstance(body, dict):
+        return f"the top level must be an object, not {_shown(body)}"
+    for key in ("step", "samples", "tokens"):
+        if not _is_count(body.get(key)):
+            return f"{key} must be a whole number from 0 up, not {_shown(body.get(key))}"
+    if name.startswith("step_") and name != f"step_{body['step']}":
+        return f"step is {body['step']} in a folder named {name}"
+    best = body.get("best_loss")
+    if best is not None and (isinstance(best, bool) or not isinstance(best, (int, float))):
+        return f"best_loss must be a number or null, not {_shown(best)}"
+    for key in ("extra", "identity", "optimizer"):
+        if not isinstance(body.get(key), dict):
+            return f"{key} must be an object, not {_shown(body.get(key))}"
+    return _first_nonsense_of_the_optimizer(body["optimizer"])
+
+
+def _first_nonsense_of_the_optimizer(facts: dict[str, Any]) -> str:
+    rate = facts.get("lr")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
+        return f"optimizer.lr must be a finite number, not {_shown(rate)}"
+    for key in ("state", *(("parameters",) if "parameters" in facts else ())):
+        names = facts.get(key)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return f"optimizer.{key} must be a list of names, not {_shown(names)}"
+    return ""
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value)[:80]

@@ -1,0 +1,224 @@
+"""Another number of ranks, EP size, ZeRO stage or dtype: a checkpoint becomes DeepSpeed's universal one, and is loaded as such.
+
+A universal checkpoint holds every parameter and its Adam moments whole (all experts, in numeric order), one file each:
+`zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt`. `deepspeed.checkpoint.ds_to_universal` makes it from ZeRO 1, 2 and 3;
+what it leaves out (ZeRO 0 as source and target, ZeRO 3 together with any other stage) is added here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from data.cli import UserError
+from launch.checkpoint.buffers import BUFFERS
+from launch.checkpoint.converter import run_converter
+from launch.checkpoint.finite import check_finite
+from launch.checkpoint.manifest import FileRecord, find_manifest, first_damage, read_manifest, record_all, write_manifest
+from launch.checkpoint.publish import publish, working_name
+from launch.checkpoint.state import STATE, read_state
+from launch.checkpoint.unpickle import load_file
+from launch.checkpoint.weights import EXPERT_WEIGHT, module_weights, numbered
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+#: More parameter groups than an optimizer of ours has; DeepSpeed pairs them by position and stops at the shorter list.
+GROUPS = 64
+#: A model-states file as ZeRO 0 to 2 name it, and as ZeRO 3 does.
+MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+def optimizer_facts(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What a conversion needs to know beforehand: the learning rate, what the optimizer keeps, and without ZeRO the order of
+    the parameters."""
+    held = {k for state in engine.optimizer.state.values() for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
+    facts: dict[str, Any] = {"lr": engine.get_lr()[0], "state": sorted(held)}
+    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
+        facts["parameters"] = [engine.param_names[p] for g in engine.optimizer.param_groups for p in g["params"]]
+    return facts
+
+
+def check_convertible(path: Path, saved: dict[str, Any], wanted: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises UserError where a checkpoint of layout `saved` cannot become one of layout `wanted`."""
+    if saved == wanted:
+        return
+    if facts["state"] != sorted(MOMENTS):
+        raise UserError(
+            f"{path} holds an optimizer state ({', '.join(facts['state']) or 'none'}) that only resumes in the layout it was "
+            f"saved in ({', '.join(f'{k} {v}' for k, v in saved.items())}); only Adam's moments convert"
+        )
+    for layout in (saved, wanted):
+        if layout["zero_stage"] == 0 and layout["dtype"] != "float32":
+            raise UserError(
+                f"{path} is ZeRO {saved['zero_stage']} in {saved['dtype']}, this run ZeRO {wanted['zero_stage']} in "
+                f"{wanted['dtype']}: ZeRO 0 converts in float32 only; use zero_optimization.stage 1 or 2"
+            )
+
+
+def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lambda _: None) -> None:
+    """Make the universal checkpoint `folder` from the verified checkpoint `source`, unless it is there and whole.
+
+    One process calls; it appears complete under its name or not at all. Needs about twice the disk space of `source`.
+    Raises UserError where the disk is too full, or with the last words of DeepSpeed's converter.
+    """
+    source, folder = source.absolute(), folder.absolute()
+    files: dict[str, FileRecord] = read_manifest(source)["files"]
+    made_from = files[STATE]["xxh3_128"]
+    if _is_whole(folder, made_from):
+        return
+    needed, free = 2 * sum(f["bytes"] for f in files.values()), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise UserError(f"converting {source} needs {needed / 1e9:,.3f} GB, {folder.parent} has {free / 1e9:,.3f} GB free")
+    saved = read_state(source)
+    check_source(source)
+    temporary = working_name(folder, "tmp")
+    try:
+        if saved.identity.zero_stage == 0:
+            _gather_unsharded(source, temporary, saved.optimizer["parameters"])
+        else:
+            run_converter(source, temporary, on_phase)
+        _complete(temporary, saved.optimizer["lr"])
+        write_manifest(temporary, record_all(temporary), made_from=made_from)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    publish(temporary, folder)
+
+
+def check_source(source: Path) -> None:
+    """Every file of the model and the optimizer holds tensors and nothing that runs, and finite numbers. Raises UserError."""
+    models = [*numbered(source, "*_model_states.pt"), source / BUFFERS]
+    shapes: list[list[dict[str, Any]] | None] = []
+    for path in models:
+        content = load_file(path)
+        check_finite(content, path)
+        if isinstance(content, dict) and content.get("param_shapes"):
+            shapes.append(content["param_shapes"])
+    for number, path in enumerate(numbered(source, "*_optim_states.pt")):
+        # ZeRO 3 has a model's file for each rank; the other stages have one, and need no shapes.
+        check_finite(load_file(path), path, shapes=shapes[min(number, len(shapes) - 1)] if shapes else None)
+
+
+def _is_whole(folder: Path, made_from: str) -> bool:
+    manifest, _ = find_manifest(folder)
+    if manifest is None or manifest.get("made_from") != made_from:
+        return False
+    return not first_damage(folder, manifest["files"], manifest["files"])
+
+
+def _gather_unsharded(source: Path, temporary: Path, names: list[str]) -> None:
+    """ZeRO 0: each EP rank has saved a whole optimizer, its experts in it."""
+    shards = [load_file(p)["optimizer"]["state"] for p in numbered(source, "expp_rank_*_optim_states.pt")]
+    number = {name: i for i, name in enumerate(names)}
+    for name, weight in module_weights(source):
+        states = [shard.get(number[name], {}) for shard in (shards if EXPERT_WEIGHT.search(name) else shards[:1])]
+        _save_whole(temporary, name, "fp32", weight)
+        for key in MOMENTS:
+            held = [state.get(key) for state in states]
+            _save_whole(temporary, name, key, torch.zeros_like(weight) if None in held else torch.cat(held))
+        _save(temporary / "zero" / name / "step.pt", states[0].get("step", torch.tensor(0.0)))
+    shutil.copy2(source / MODEL_STATES[0], temporary)
+
+
+def _save_whole(temporary: Path, name: str, key: str, value: Tensor) -> None:
+    body: dict[str, Any] = {"param": value.float().clone(), "cat_dim": 0}
+    if EXPERT_WEIGHT.search(name):
+        body.update(is_expert_param=True, ep_num_experts=value.shape[0])
+    _save(temporary / "zero" / name / f"{key}.pt", body)
+
+
+def _save(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, path)
+
+
+def _complete(temporary: Path, lr: float) -> None:
+    """Add what DeepSpeed's readers of the other ZeRO stages look for, so that one conversion serves every target."""
+    there = next(temporary / name for name in MODEL_STATES if (temporary / name).exists())
+    for name in MODEL_STATES:
+        if not (temporary / name).exists():
+            os.link(there, temporary / name)
+    zero = temporary / "zero"
+    _give_shapes(zero, {name: shape for group in load_file(there)["param_shapes"] or [] for name, shape in group.items()})
+    common = zero / "optimizer_state.pt"
+    theirs = load_file(common, mmap=False) if common.exists() else {}
+    steps = [load_file(p, mmap=False) for p in zero.glob("*/step.pt")]
+    step = steps[0] if steps else theirs["optimizer_state_dict"]["state"][0]["step"]  # ZeRO 3 keeps it here alone
+    assert all(torch.as_tensor(s) == step for s in steps), "parameters of different optimizer steps"
+    for parameter in (p for p in zero.iterdir() if (p / "exp_avg.pt").exists() and not (p / "step.pt").exists()):
+        torch.save(step, parameter / "step.pt")
+    groups = [{"lr": lr}] * GROUPS  # everything else in a group is this run's own: see `load`
+    stage3 = {"state": {0: {"step": step}}, "param_groups": groups}
+    torch.save({"ds_version": deepspeed.__version__, "param_groups": groups, "optimizer_state_dict": stage3}, common)
+
+
+def _give_shapes(zero: Path, shapes: dict[str, Any]) -> None:
+    """From ZeRO 3 the converter leaves bare flat tensors; the other stages read a dict with the parameter in its shape."""
+    for name, shape in shapes.items():
+        for key in ("fp32", *MOMENTS):
+            path = zero / name / f"{key}.pt"
+            value = load_file(path, mmap=False)
+            if isinstance(value, Tensor):
+                torch.save({"param": value.view(tuple(shape)), "cat_dim": 0}, path)
+
+
+def load(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Restore parameters, moments, schedule and counters; the buffers are the caller's. `load_universal` must be on.
+
+    Each parameter group keeps this run's own hyperparameters but for the learning rate. DeepSpeed takes them from the
+    checkpoint by position: a name with the checkpoint's EP size in it, and under ZeRO 3 the first group's weight decay for all.
+    """
+    own = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in engine.optimizer.param_groups]
+    if engine.zero_optimization_stage() == 0:
+        engine._load_checkpoint(str(folder), ".", load_optimizer_states=False)  # schedule and counters
+        _load_unsharded(engine, folder / "zero")
+    else:
+        engine.load_checkpoint(str(folder), tag=".")
+    for group, mine in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(mine)
+    give_own_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
+
+
+def give_own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give every state a `step` of its own, where and as the optimizer counts it.
+
+    DeepSpeed puts the tensor into the states that the file held: on the host, where a fused kernel on a GPU would read at that
+    address of its own memory, and under ZeRO 3 the same one into all, which then counts once for each group (5, 8, 11, ...).
+    """
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if "step" not in state:
+            continue
+        if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+            device = parameter.device if on_device else torch.device("cpu")
+            state["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=device)
+        else:  # DeepSpeed's own count with an int
+            state["step"] = int(state["step"])
+
+
+@torch.no_grad()
+def _load_unsharded(engine: DeepSpeedEngine, zero: Path) -> None:
+    """ZeRO 0 in fp32: the parameters are the masters, the optimizer is torch's own."""
+    from deepspeed.utils import groups
+
+    for name, parameter in engine.module.named_parameters():
+        state = engine.optimizer.state[parameter]
+        for key in ("fp32", *MOMENTS):
+            whole = load_file(zero / name / f"{key}.pt")["param"]
+            if EXPERT_WEIGHT.search(name):
+                rank = groups._get_expert_parallel_rank(parameter.group_name)
+                whole = whole[rank * parameter.shape[0] : (rank + 1) * parameter.shape[0]]
+            value = whole.view_as(parameter).to(parameter.device)
+            state[key] = parameter.copy_(value) if key == "fp32" else value.clone()
+        del state["fp32"]
+        state["step"] = torch.as_tensor(load_file(zero / name / "step.pt", mmap=False)).clone()
+    lr = load_file(zero / "optimizer_state.pt", mmap=False)["param_groups"][0]["lr"]
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

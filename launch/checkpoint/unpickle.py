@@ -1,0 +1,70 @@
+"""Reading pickled files without running anything that stands in them.
+
+A pickle can name any function to be called with any arguments. torch's restricted unpickler builds tensors, plain containers
+and the classes that it is told of; the few of DeepSpeed's that its checkpoints need are told to it here, and nothing else is
+ever unpickled: not by us, and not by DeepSpeed, whose own code asks for the unrestricted kind in some thirty places.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.cli import UserError
+
+#: With it torch.load is restricted even where its caller says `weights_only=False`. Child processes inherit it.
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+#: Its opposite, for files that somebody trusts; torch refuses to load anything where both are set.
+FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def allowed_classes() -> list[Any]:
+    """DeepSpeed's classes in its checkpoints: numbers and flags, no behaviour of their own at unpickling."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def load_file(path: Path | str, *, mmap: bool = True) -> Any:
+    """One pickled file on the CPU, tensors mapped from disk.
+
+    Raises UserError where the file holds anything else or is no such file at all. Its checksum cannot tell: whoever can write the
+    file can write the manifest.
+    """
+    try:
+        with torch.serialization.safe_globals(allowed_classes()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of a hostile file the unpickler may raise anything
+        raise UserError(
+            f"{path} cannot be read, though its checksum is right: it holds something other than tensors and plain "
+            f"values, and nothing else is loaded ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
+
+
+@contextmanager
+def no_code_from_files() -> Iterator[None]:
+    """While open, every `torch.load` of this process and of those it starts is restricted, DeepSpeed's own included."""
+    before = {name: os.environ.get(name) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    os.environ.pop(FORCE_NOT, None)
+    try:
+        with torch.serialization.safe_globals(allowed_classes()):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -1,0 +1,113 @@
+"""The whole weights of a checkpoint, whatever number of ranks, EP size and ZeRO stage wrote it.
+
+The fp32 masters lie in the optimizer's shards: each rank has a slice of every group of parameters, laid end to end. The
+shards of one parameter follow each other in the order of the ranks; an expert weight (`experts.w1`, `w2`, `w3`) is first put
+together for each EP rank, from the ranks that share its experts, and then the EP ranks follow each other, experts in numeric order.
+
+Nothing here verifies: `manifest.check_files` comes first. Files are mapped, not read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.cli import UserError
+from launch.checkpoint.unpickle import load_file
+
+#: AutoEP's fused expert weights: `[local experts, ...]` on each EP rank.
+EXPERT_WEIGHT = re.compile(r"\.experts\.w[123]$")
+
+
+def numbered(folder: Path, pattern: str) -> list[Path]:
+    """The files that match, by the rank or expert in their names: as strings, 10 would come before 9."""
+    return sorted(folder.glob(pattern), key=lambda p: [int(n) for n in re.findall(r"_(\d+)", p.name)])
+
+
+def module_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter as the engine computed with it (bf16 in a bf16 run). ZeRO 0 to 2."""
+    model = load_file(folder / "mp_rank_00_model_states.pt")
+    for name, weight in model["module"].items():
+        if name not in model["buffer_names"]:
+            yield name, weight
+    for layer in model["ds_autoep_layers"]:
+        files = numbered(folder, f"layer_{layer['moe_layer_id']}_expert_*_model_states.pt")
+        experts = [load_file(file) for file in files]
+        for weight in ("w1", "w2", "w3"):
+            name = f"{layer['expert_key_prefix']}.{weight}"
+            yield name, torch.stack([expert[f"{name}.{number}"] for number, expert in enumerate(experts)])
+
+
+def master_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every trained parameter, whole and in fp32: the optimizer's masters. Shared (tied) ones come once.
+
+    In ZeRO 0 the module's own weights are the masters. Raises UserError where the shards do not add up to a parameter.
+    """
+    shards = numbered(folder, "*zero_pp_rank_*_optim_states.pt")
+    if not shards:
+        for name, weight in module_weights(folder):
+            yield name, weight.float()
+        return
+    models = numbered(folder, "zero_pp_rank_*_model_states.pt") or [folder / "mp_rank_00_model_states.pt"]
+    first = load_file(models[0])
+    slices = [_slices(load_file(shard), load_file(models[min(i, len(models) - 1)])) for i, shard in enumerate(shards)]
+    ep_size = first["ds_autoep_layers"][0]["ep_size"]
+    for name, shape in ((name, shape) for group in first["param_shapes"] for name, shape in group.items()):
+        parts = [rank.get(name) for rank in slices]
+        yield name, _assemble(name, tuple(shape), parts, ep_size if EXPERT_WEIGHT.search(name) else 1)
+
+
+def _assemble(name: str, shape: tuple[int, ...], parts: list[Tensor | None], ep_size: int) -> Tensor:
+    """The ranks' slices of one parameter put together; `shape` is one EP rank's. EP rank e is on ranks e, e + ep_size, ..."""
+    flat = [torch.cat([p for p in parts[e::ep_size] if p is not None]) for e in range(ep_size)]
+    if any(f.numel() != math.prod(shape) for f in flat):
+        raise UserError(f"{name}: shards of {[f.numel() for f in flat]} numbers do not make {ep_size} x {shape}")
+    return torch.cat([f.view(shape) for f in flat])
+
+
+def _slices(shard: dict[str, Any], model: dict[str, Any]) -> dict[str, Tensor]:
+    """One rank's flat slice of each parameter that it has a part of."""
+    state = shard["optimizer_state_dict"]
+    groups = zip(flat_masters(state), placements(state, model["param_shapes"]), strict=True)
+    return {name: flat[at] for flat, group in groups for name, at in group.items()}
+
+
+def flat_masters(state: Mapping[str, Any]) -> list[Tensor]:
+    """The fp32 masters of one rank, a flat tensor a group, as ZeRO 1 and 2 or ZeRO 3 name them."""
+    return list(state["fp32_flat_groups"] if "fp32_flat_groups" in state else state["single_partition_of_fp32_groups"])
+
+
+def flat_moments(state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """What the optimizer keeps for each of these flat tensors, by the group's number."""
+    inner = state.get("optimizer_state_dict") or state.get("base_optimizer_state") or {}
+    return dict(inner.get("state", {})) if isinstance(inner, Mapping) else {}
+
+
+def placements(state: Mapping[str, Any], shapes: list[dict[str, Any]]) -> list[dict[str, slice]]:
+    """Where each parameter lies in the flat tensor of its group; what lies between is padding. `shapes` is for ZeRO 3 alone."""
+    if "fp32_flat_groups" not in state:
+        return [
+            {name: slice(at.start, at.start + at.numel) for name, at in mapping.items()}
+            for mapping in state["param_slice_mappings"]
+        ]
+    return [
+        _stage3_placement(group, partition["partition_count"], partition["partition_rank"])
+        for group, partition in zip(shapes, state["ds_zero_partition_groups"], strict=True)
+    ]
+
+
+def _stage3_placement(group: dict[str, Any], count: int, rank: int) -> dict[str, slice]:
+    """ZeRO 3 cuts each parameter by itself, into equal parts, the last ones padded."""
+    out, offset = {}, 0
+    for name, shape in group.items():
+        whole = math.prod(shape)
+        part = math.ceil(whole / count)
+        out[name] = slice(offset, offset + max(0, min(part, whole - rank * part)))
+        offset += part
+    return out

@@ -1,0 +1,1 @@
+"""DeepSpeed: its JSON, its engine, and what is changed in it."""

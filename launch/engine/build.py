@@ -1,0 +1,91 @@
+"""From a model and a resolved DeepSpeed JSON to an engine whose promises are checked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from data.cli import NotFound, UserError, sentence
+from launch.engine import activation_checkpointing, expert_parallel
+from launch.engine.strategy import Strategy
+from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.glm4_moe import from_glm4_moe
+
+
+def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
+    """A preset by name, or the `config.json` at a path. Raises ValueError that names the presets."""
+    path = Path(model)
+    if path.suffix != ".json":
+        return _valid(model, lambda: MoEGPTConfig.preset(model, **overrides))
+    if not path.is_file():
+        raise NotFound(f"--model {model} is not a file; name a config.json or a preset")
+    config = _valid(model, lambda: _read_config(path))
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    return config
+
+
+def _read_config(path: Path) -> MoEGPTConfig:
+    """Ours, or a stock Glm4Moe folder's: that is this model without sinks, and `--init_from` takes its weights."""
+    fields, _ = MoEGPTConfig.get_config_dict(path)
+    return from_glm4_moe(fields) if fields.get("model_type") == "glm4_moe" else MoEGPTConfig.from_json_file(path)
+
+
+def _valid(model: str, make: Callable[[], MoEGPTConfig]) -> MoEGPTConfig:
+    """The model's own ValueErrors name the field, but not the file, and are not yet a user's mistake."""
+    try:
+        return make()
+    except ValueError as error:
+        raise UserError(f"--model {model}: {sentence(error)}") from error
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices decay; norms, biases and sinks (vectors) do not. DeepSpeed needs their names for MoE."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    kept = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decay"},
+        {"params": kept, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+
+
+def build_model(config: MoEGPTConfig, *, seed: int, attn_implementation: str) -> MoEGPTForCausalLM:
+    """The model in fp32 with weights that depend on the seed and the kind of device alone, the same on every rank."""
+    config._attn_implementation = attn_implementation
+    torch.manual_seed(seed)
+    # On the GPU at once: eight ranks with a copy of the 4b preset each would take 140 GB of host memory.
+    with torch.device(get_accelerator().current_device_name()):
+        return MoEGPTForCausalLM(config)
+
+
+def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, mode: str | None = None) -> DeepSpeedEngine:
+    """`deepspeed.initialize` with AutoEP, activation checkpointing and the checks after it. Collective.
+
+    `mode` overrides the JSON's `activation_checkpointing.mode`.
+    """
+    strategy = Strategy.of(deepspeed_config)
+    activation_checkpointing.enable(model, mode or strategy.activation_checkpointing, deepspeed_config)
+    groups = parameter_groups(model, strategy.weight_decay)
+    with expert_parallel.model_parts(model.config):
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=without_our_keys(deepspeed_config, strategy))
+    expert_parallel.check_swapped(engine.module, model.config)
+    if strategy.zero_stage == 3:
+        expert_parallel.register_router_weights(engine.module)
+    return engine
+
+
+def without_our_keys(deepspeed_config: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
+    """What DeepSpeed is given: a copy without what this system does itself."""
+    theirs = copy.deepcopy(deepspeed_config)
+    theirs.get("activation_checkpointing", {}).pop("mode", None)
+    if strategy.zero_stage == 0:
+        theirs["gradient_clipping"] = 0.0  # the StepHook clips, see there
+    return theirs

@@ -1,0 +1,118 @@
+"""Expert parallelism by DeepSpeed's AutoEP, with this project's router, experts and layer inside.
+
+`deepspeed.initialize` swaps each MoE layer for AutoEP's, which sends tokens to the ranks that hold their experts. AutoEP's own
+router multiplies in bf16, counts a token again in every recomputation and in evaluation, and may choose other experts when a
+block is recomputed; its experts know no dropout. So while it builds its layers it finds these classes in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import deepspeed.module_inject.auto_ep_layer as auto_ep_layer
+import torch
+from deepspeed.moe.ep_experts import GroupedExperts
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from torch import nn
+from torch.nn import functional as F
+
+from launch.engine.moe_layer import MoELayer
+from model import MoEGPTConfig
+from model.dispatch import grouped_linear, swiglu
+from model.router import Router
+
+
+def _router_class(config: MoEGPTConfig) -> type[nn.Module]:
+    class AutoEPRouter(Router):
+        """The model's own router (fp32, replayed in recomputation, counted once) under AutoEP's constructor and names."""
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(config)
+            self.gate = TokenChoiceTopKRouter(**arguments).gate  # AutoEP copies the source's weight into it
+
+        def projection(self) -> torch.Tensor:
+            weight: torch.Tensor = self.gate.weight
+            return weight
+
+    return AutoEPRouter
+
+
+class Experts(GroupedExperts):  # type: ignore[misc]
+    """AutoEP's weights `w1, w3 [L, I, H]` and `w2 [L, H, I]` of this rank's experts, with the model's products and dropout."""
+
+    dropout = 0.0
+
+    def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        """`[N, H]` of rows in expert order."""
+        ends_L = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
+        hidden_NI = swiglu(self._product(x, ends_L, self.w1, self.w3))
+        return self._product(F.dropout(hidden_NI, self.dropout, self.training), ends_L, self.w2)
+
+    def _product(self, x_NA: torch.Tensor, ends_L: torch.Tensor, *weights_LBA: torch.Tensor) -> torch.Tensor:
+        if not self.use_triton_grouped_mm or self.num_experts == 1:
+            return grouped_linear(x_NA, ends_L, *weights_LBA)
+        # Several experts on a GPU before sm90, where PyTorch's grouped_mm is a loop that waits for the device.
+        from deepspeed.ops.triton_ops.group_gemm_triton import group_gemm_triton
+
+        out_NB: torch.Tensor = group_gemm_triton(x_NA, torch.cat(weights_LBA, dim=1), ends_L, trans_b=True)
+        return out_NB
+
+
+def _experts_class(rate: float) -> type[GroupedExperts]:
+    return type("Experts", (Experts,), {"dropout": rate})
+
+
+@contextmanager
+def model_parts(config: MoEGPTConfig) -> Iterator[None]:
+    """While open, AutoEP builds layers of ours, with the model's router and experts."""
+    parts = {
+        "TokenChoiceTopKRouter": _router_class(config),
+        "GroupedExperts": _experts_class(config.expert_dropout),
+        "AutoEPMoELayer": MoELayer,
+    }
+    theirs = {name: getattr(auto_ep_layer, name) for name in parts}
+    for name, part in parts.items():
+        setattr(auto_ep_layer, name, part)
+    try:
+        yield
+    finally:
+        for name, part in theirs.items():
+            setattr(auto_ep_layer, name, part)
+
+
+def moe_layers(module: nn.Module) -> list[MoELayer]:
+    """The swapped MoE layers, first to last."""
+    return [m for m in module.modules() if isinstance(m, MoELayer)]
+
+
+def register_router_weights(module: nn.Module) -> None:
+    """Tell ZeRO 3 that each router multiplies by its gate's weight itself, without calling the gate.
+
+    DeepSpeed notices such a use by itself, but only where it finds the weight partitioned. After a checkpoint was loaded it is
+    whole
+    in the first step and partitioned in the second: the recorded order of parameters then lacks it, and the run ends with a
+    "tracing error".
+    """
+    for layer in moe_layers(module):
+        deepspeed.zero.register_external_parameter(layer.router, layer.router.projection())
+
+
+def check_swapped(module: nn.Module, config: MoEGPTConfig) -> None:
+    """Every MoE layer was swapped, routes by the model's router, and its correction bias is an fp32 buffer.
+
+    DeepSpeed 0.19.6 dropped the buffer without a word, and a parameter in its place would be cast to bf16, where a bias step of
+    0.001 is lost.
+    """
+    layers = moe_layers(module)
+    if len(layers) != config.num_hidden_layers:
+        raise RuntimeError(f"AutoEP swapped {len(layers)} of {config.num_hidden_layers} MoE layers")
+    for number, layer in enumerate(layers):
+        if not isinstance(layer.router, Router):
+            raise RuntimeError(f"layer {number}: AutoEP built its own router, {type(layer.router).__name__}")
+        bias = dict(layer.router.named_buffers()).get("e_score_correction_bias")
+        if bias is None or bias.dtype != torch.float32:
+            kind = "missing" if bias is None else str(bias.dtype)
+            raise RuntimeError(f"layer {number}: the correction bias must be an fp32 buffer, it is {kind}")

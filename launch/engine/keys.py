@@ -1,0 +1,225 @@
+"""A key of the DeepSpeed JSON that nobody reads is a mistake, and trains something else without a word.
+
+Which keys there are is DeepSpeed's to say. Its own configuration class is given a dict that notes what is asked for: whatever
+stands in the file and was never asked for is unknown, and what was asked for is where the nearest right name comes from. Sections
+that DeepSpeed holds in pydantic models refuse a key by themselves; optimizer and schedule are asked by their signatures.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator, KeysView
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.engine import DeepSpeedEngine
+from pydantic import BaseModel, ValidationError
+
+from data.cli import UserError, sentence
+
+#: Held as a whole by DeepSpeed and handed to a class: checked by that class's signature.
+SIGNATURES = ("optimizer.params", "scheduler.params")
+
+
+class _Keys(KeysView[str]):
+    """`name in section.keys()` asks for one key, which is how much of DeepSpeed reads; `**section` goes through all."""
+
+
+class Section(dict[str, Any]):
+    """A section of the JSON that notes which keys it is asked for, whether or not it has them."""
+
+    def __init__(self, values: dict[str, Any], name: str, last_read: list[str]) -> None:
+        super().__init__()
+        self.name, self.asked, self._last_read, self._is_taken = name, set[str](), last_read, False
+        for key, value in values.items():
+            inner = f"{name}.{key}" if name else key
+            is_section = isinstance(value, dict) and inner not in SIGNATURES
+            super().__setitem__(key, Section(value, inner, last_read) if is_section else value)
+
+    def _note(self, key: object) -> None:
+        self.asked.add(str(key))
+        self._last_read[0] = self.name
+
+    def __getitem__(self, key: str) -> Any:
+        self._note(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._note(key)
+        return super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As `get`: a copy of a section is the section itself, and must stay whole."""
+        return self.get(key, *default)
+
+    def __contains__(self, key: object) -> bool:
+        self._note(key)
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        """Whoever takes all keys (`**section`) is a model that checks them by itself, and the sections in it."""
+        self._is_taken = True
+        self.asked.update(super().keys())
+        self._last_read[0] = self.name
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        return _Keys(self)
+
+    def items(self) -> Any:
+        return [(key, super(Section, self).__getitem__(key)) for key in self]
+
+    def __copy__(self) -> Section:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Section:
+        return self
+
+    def unread(self) -> Iterator[tuple[str, str, set[str]]]:
+        """(section, key, names that are read there) of every key that nobody has asked for."""
+        for key, value in super().items():
+            if key not in self.asked:
+                yield self.name, key, self.asked
+            elif isinstance(value, Section) and not self._is_taken:
+                yield from value.unread()
+
+
+def check_keys(config: dict[str, Any], path: Path) -> None:
+    """Every key of a resolved JSON. Raises UserError with the first that nobody reads, and the nearest right name."""
+    _check_optimizer(config.get("optimizer"), config, path)
+    _check_scheduler(config.get("scheduler"), path)
+    last_read = [""]
+    # DeepSpeed checks their product against the ranks that it knows of, which have not joined yet; ours is checked already.
+    batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1)
+    recorder = Section({**config, **batch}, "", last_read)
+    if isinstance(ours := dict.get(recorder, "activation_checkpointing"), Section):
+        ours.asked.add("mode")  # see `without_our_keys`
+    try:
+        deepspeed_config.DeepSpeedConfig(recorder)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_complaint(error, last_read[0])}") from error
+    except (ValueError, AssertionError, TypeError, deepspeed_config.DeepSpeedConfigError) as error:
+        raise UserError(f"{path}: {sentence(error)}") from error
+    for section, key, known in recorder.unread():
+        raise UserError(f"{path}: {_unknown(section, key, known)}")
+
+
+def _unknown(section: str, key: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, sorted(set(known) - {key}), n=1, cutoff=0.6)
+    whole = f"{section}.{key}" if section else key
+    hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+    return f'unknown key "{whole}", which neither DeepSpeed nor this system reads{hint}'
+
+
+def _first_complaint(error: ValidationError, section: str) -> str:
+    """Of a pydantic model that holds a section: an unknown key with the nearest of the model's own, else its message."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    *outer, key = [str(part) for part in first["loc"]] or [""]
+    where = ".".join([section, *outer]) if section else ".".join(outer)
+    if first["type"] == "extra_forbidden":
+        return _unknown(where, key, _fields(error.title, outer))
+    return f"{where}.{key}: {first['msg']}".replace("..", ".")
+
+
+def _fields(model: str, inner: list[str]) -> set[str]:
+    """The names that a model of DeepSpeed's takes, or the model that it holds under these fields."""
+    found = next((each for each in _models(DeepSpeedConfigModel) if each.__name__ == model), None)
+    for name in inner:
+        annotation = found.model_fields[name].annotation if found is not None and name in found.model_fields else None
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        found = next((c for c in choices if inspect.isclass(c) and issubclass(c, BaseModel)), None)
+    if found is None:
+        return set()
+    aliases = {str(field.alias) for field in found.model_fields.values() if field.alias}
+    return {*found.model_fields, *aliases}
+
+
+def _models(parent: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for child in parent.__subclasses__():
+        yield child
+        yield from _models(child)
+
+
+def _check_optimizer(section: Any, config: dict[str, Any], path: Path) -> None:
+    if not isinstance(section, dict) or "type" not in section:
+        raise UserError(f'{path}: "optimizer" must name a type, as in "optimizer": {{"type": "AdamW", "params": {{"lr": 0.001}}}}')
+    kind, params = str(section["type"]), dict(section.get("params") or {})
+    accepted = _accepted_by(kind, params, config)
+    if accepted is None:
+        named = {*deepspeed_config.DEEPSPEED_OPTIMIZERS, *(n for n in dir(torch.optim) if n[0].isupper())}
+        by_lower = {name.lower(): name for name in sorted(named)}
+        nearest = difflib.get_close_matches(kind.lower(), by_lower, n=1)
+        hint = f'; did you mean "{by_lower[nearest[0]]}"?' if nearest else ""
+        raise UserError(f"{path}: optimizer.type \"{kind}\" is none of DeepSpeed's or torch.optim's{hint}")
+    for key in params:
+        if key not in accepted:
+            raise UserError(f"{path}: {_unknown('optimizer.params', key, accepted)}")
+
+
+def _accepted_by(kind: str, params: dict[str, Any], config: dict[str, Any]) -> set[str] | None:
+    """What the optimizer that DeepSpeed would choose takes; None where there is no such optimizer."""
+    name = kind.lower()
+    if name in (deepspeed_config.ADAM_OPTIMIZER, deepspeed_config.ADAMW_OPTIMIZER, deepspeed_config.MUON_OPTIMIZER):
+        left, engine = dict(params), _engine(config)
+        left.pop(deepspeed_config.ADAM_W_MODE, None)
+        chosen, _ = DeepSpeedEngine.get_optimizer_configuration(engine, left, True, allow_legacy_fallback=True)
+        own = {deepspeed_config.ADAM_W_MODE, deepspeed_config.TORCH_ADAM_PARAM, "fp32_optimizer_states"}
+        own |= params.keys() - left.keys()  # what DeepSpeed takes out for itself
+        if name == deepspeed_config.MUON_OPTIMIZER:
+            return {*own, *DeepSpeedEngine._MUON_HALF_KEYS, *DeepSpeedEngine._ADAM_HALF_KEYS, "muon_lr", "adam_lr"}
+        return own | _parameters(chosen)
+    if name in deepspeed_config.DEEPSPEED_OPTIMIZERS:
+        classes = [getattr(torch.optim, kind.capitalize(), None), *_deepspeed_classes(name)]
+        return set().union(*(_parameters(each) for each in classes if each is not None)) or set(params)
+    chosen = getattr(torch.optim, kind, None)
+    return _parameters(chosen) if inspect.isclass(chosen) else None
+
+
+def _engine(config: dict[str, Any]) -> Any:
+    """What `get_optimizer_configuration` asks an engine."""
+    zero = config.get("zero_optimization", {})
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return SimpleNamespace(
+        zero_use_cpu_optimizer=lambda: offload in ("cpu", "nvme"),
+        bf16_optimizer_states=lambda: False,
+        zenflow=bool(zero.get("zenflow")),
+        overlap_step=False,
+    )
+
+
+def _deepspeed_classes(name: str) -> list[Any]:
+    """DeepSpeed's own classes for lamb, lion and adagrad; its others are not installed with it."""
+    import importlib
+
+    try:
+        module = importlib.import_module(f"deepspeed.ops.{name}")
+    except ImportError:
+        return []
+    return [value for key, value in vars(module).items() if inspect.isclass(value) and name in key.lower()]
+
+
+def _check_scheduler(section: Any, path: Path) -> None:
+    if not isinstance(section, dict):
+        return
+    kind = str(section.get("type"))
+    chosen = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
+    if not inspect.isclass(chosen):
+        names = [*lr_schedules.VALID_LR_SCHEDULES, *(n for n in dir(torch.optim.lr_scheduler) if n[0].isupper())]
+        nearest = difflib.get_close_matches(kind, names, n=1)
+        hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+        raise UserError(f"{path}: scheduler.type \"{kind}\" is none of DeepSpeed's or torch's{hint}")
+    accepted = _parameters(chosen)
+    for key in section.get("params") or {}:
+        if key not in accepted:
+            raise UserError(f"{path}: {_unknown('scheduler.params', key, accepted)}")
+
+
+def _parameters(function: Any) -> set[str]:
+    """Names that may be given; what is trained, or the optimizer of a schedule, comes first and is not among them."""
+    return set(list(inspect.signature(function).parameters)[1:])

@@ -1,0 +1,64 @@
+"""A resumed run obeys its JSON: what a checkpoint also holds of it (rates, decay, clipping, schedule) is put back after a load.
+
+DeepSpeed restores the optimizer's groups, its clipping and its loss scaler as they were saved, so that a changed value would be
+ignored without a word, while the schedule computes with the new one: the first step would log one rate and use another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.lr_schedules import update_lr
+
+#: What counts and adapts in a loss scaler; the rest of it is settings.
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+#: What counts in a schedule.
+SCHEDULE_STATE = ("last_batch_iteration", "last_epoch", "_step_count", "_last_lr")
+
+
+class EngineSettings:
+    """Taken from a new engine, before anything is loaded into it: there all of it is the JSON's. `apply` after every load."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = engine
+        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+        self._rates = [float(group["lr"]) for group in engine.optimizer.param_groups]
+        self._clip = getattr(engine.optimizer, "clip_grad", None)
+        self._scaler = getattr(engine.optimizer, "loss_scaler", None)
+        self._scaler_settings = _settings(self._scaler, SCALER_STATE)
+        self._schedule_settings = _settings(engine.lr_scheduler, SCHEDULE_STATE)
+
+    def apply(self) -> None:
+        """Put the JSON's values back. With an unchanged JSON nothing changes, to the bit."""
+        optimizer = self._engine.optimizer
+        for group, settings in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update({key: value for key, value in settings.items() if key != "lr"})
+        if self._clip is not None:
+            optimizer.clip_grad = self._clip
+        if self._scaler is not None:
+            if self._scaler.dynamic and optimizer.loss_scaler.dynamic:
+                vars(optimizer.loss_scaler).update(self._scaler_settings)  # and its scale goes on
+            else:
+                optimizer.loss_scaler = self._scaler
+        self._apply_rate()
+
+    def _apply_rate(self) -> None:
+        """The rate of the next step: the schedule's for the steps taken, or the JSON's where there is no schedule."""
+        schedule, groups = self._engine.lr_scheduler, self._engine.optimizer.param_groups
+        if schedule is None:
+            update_lr(groups, self._rates)
+            return
+        vars(schedule).update(self._schedule_settings)
+        closed_form = getattr(schedule, "_get_closed_form_lr", None)  # torch's; its `get_lr` goes on from the groups' rate
+        if closed_form is not None:
+            schedule._last_lr = update_lr(groups, closed_form())
+        elif getattr(schedule, "last_batch_iteration", -1) >= 0:  # DeepSpeed's
+            schedule._last_lr = update_lr(groups, schedule.get_lr())
+
+
+def _settings(of: Any, state: tuple[str, ...]) -> dict[str, Any]:
+    """Plain values that its constructor was given or computed; not what counts, nor other objects."""
+    if of is None:
+        return {}
+    return {k: v for k, v in vars(of).items() if k not in state and isinstance(v, (bool, int, float, str, list, tuple, type(None)))}

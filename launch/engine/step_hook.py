@@ -1,0 +1,106 @@
+"""A veto on the optimizer step: the global gradient norm is shown to a judge before any weight changes.
+
+DeepSpeed computes the norm inside `optimizer.step`, where it skips the whole step when the norm is not finite. The hook wraps
+the method that computes the norm and answers with DeepSpeed's own sign for "invalid" (-1) where the judge objects: the
+step is then discarded by the same path as an overflow, on every rank, gradients cleared and schedule not advanced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+#: From the global gradient norm to a reason not to take the step, or None.
+ReasonToSkip = Callable[[float], "str | None"]
+INVALID_NORM = -1.0
+
+
+class StepHook:
+    """Wraps the engine's optimizer; `step(reason_to_skip)` takes or skips the step. The same on every rank.
+
+    The engine's `gradient_clipping` stays DeepSpeed's, but for ZeRO stage 0, whose fp32 clipping averages the norms of
+    different experts over ranks (DeepSpeed issue 8475): there `clip` is applied here, each expert counted once.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, *, clip: float = 0.0) -> None:
+        self.engine, self.clip = engine, clip
+        self.grad_norm = 0.0
+        self.reason: str | None = None
+        self._reason_to_skip: ReasonToSkip = lambda _: None
+        optimizer = engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            self._norm = optimizer.scaled_global_norm
+            optimizer.scaled_global_norm = self._norm_or_invalid
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self._norm_groups = optimizer._get_norm_groups
+            optimizer._get_norm_groups = self._norm_groups_or_invalid
+        else:
+            self._step = optimizer.step
+            optimizer.step = self._step_unless_objected
+
+    def step(self, reason_to_skip: ReasonToSkip) -> str | None:
+        """Take the engine's step unless `reason_to_skip(global gradient norm)` gives a reason not to; returns the reason."""
+        self.grad_norm, self.reason, self._reason_to_skip = math.inf, None, reason_to_skip
+        self.engine.step()
+        if self.reason is None and not self.engine.was_step_applied():
+            self.reason = reason_to_skip(math.inf) or "the gradients are not finite"  # DeepSpeed saw it before the norm was taken
+        if self.reason is not None:
+            self._drop_gradients()
+        return self.reason
+
+    def _drop_gradients(self) -> None:
+        """DeepSpeed 0.19.8 clears the gradients of a skipped step but for ZeRO-2 with optimizer offload, where they would be
+        added to the next step's (its norm doubles; after a NaN every later step is NaN)."""
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+
+    def _objects_to(self, norm: float) -> bool:
+        self.grad_norm = norm if norm >= 0 else math.inf  # DeepSpeed marks inf and NaN as -1
+        self.reason = self._reason_to_skip(self.grad_norm)
+        return self.reason is not None
+
+    def _norm_or_invalid(self, norm_type: int = 2) -> torch.Tensor:
+        norm = self._norm(norm_type)
+        return torch.full_like(norm, INVALID_NORM) if self._objects_to(float(norm)) else norm
+
+    def _norm_groups_or_invalid(self) -> list[torch.Tensor]:
+        groups = self._norm_groups()
+        return [torch.full_like(groups[0], INVALID_NORM)] if self._objects_to(float(combine_grad_norm_groups(groups))) else groups
+
+    def _step_unless_objected(self, *args: Any, **kwargs: Any) -> Any:
+        norm = unsharded_grad_norm(self.engine.module)
+        # The engine reads this of ZeRO's optimizers: a skipped step must not advance the learning rate.
+        self.engine.optimizer.overflow = self._objects_to(norm)
+        if self.engine.optimizer.overflow:
+            return None
+        if self.clip and norm > self.clip:
+            for parameter in self.engine.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.clip / (norm + 1e-6))
+        return self._step(*args, **kwargs)
+
+
+def unsharded_grad_norm(module: torch.nn.Module) -> float:
+    """Global 2-norm of gradients that ZeRO does not shard; experts that live on other ranks are counted once each."""
+    from deepspeed.utils import groups
+
+    squares: dict[str, torch.Tensor] = {}  # by group of experts, "" for what every rank has; on the device all along
+    for parameter in module.parameters():
+        if parameter.grad is None:
+            continue
+        name = "" if getattr(parameter, "allreduce", True) else str(getattr(parameter, "group_name", ""))
+        square = parameter.grad.double().square().sum()
+        squares[name] = squares[name] + square if name in squares else square
+    for name in sorted(squares.keys() - {""}):
+        dist.all_reduce(squares[name], group=groups._get_expert_parallel_group(name))
+    return math.sqrt(float(sum(squares.values())))

@@ -1,0 +1,209 @@
+"""Read a DeepSpeed JSON, check it, fill in its `"auto"` values, and say what it means by one typed name each.
+
+The JSON owns batch sizes, optimizer, schedule, precision, clipping, ZeRO, expert parallelism and activation
+checkpointing. DeepSpeed itself knows no `"auto"` and reports a wrong type by a traceback, on every rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.cli import NotFound, UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+CHECKPOINTING_MODES = ("none", "selective", "full")
+#: What a key must be; "auto" is always allowed where `launch/train.py` fills it in.
+TYPES: dict[str, tuple[type, ...]] = {
+    "train_batch_size": (int,),
+    "train_micro_batch_size_per_gpu": (int,),
+    "gradient_accumulation_steps": (int,),
+    "gradient_clipping": (int, float),
+    "optimizer": (dict,),
+    "optimizer.params": (dict,),
+    "optimizer.params.lr": (int, float),
+    "optimizer.params.betas": (list,),
+    "optimizer.params.weight_decay": (int, float),
+    "scheduler": (dict,),
+    "scheduler.params": (dict,),
+    "scheduler.params.total_num_steps": (int,),
+    "scheduler.params.warmup_num_steps": (int,),
+    "bf16": (dict,),
+    "bf16.enabled": (bool,),
+    "fp16": (dict,),
+    "fp16.enabled": (bool,),
+    "zero_optimization": (dict,),
+    "zero_optimization.stage": (int,),
+    "expert_parallel": (dict,),
+    "expert_parallel.enabled": (bool,),
+    "expert_parallel.autoep_size": (int,),
+    "expert_parallel.use_grouped_mm": (bool,),
+    "activation_checkpointing": (dict,),
+    "activation_checkpointing.mode": (str,),
+    "activation_checkpointing.cpu_checkpointing": (bool,),
+}
+AUTO = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "scheduler.params.total_num_steps",
+    "scheduler.params.warmup_num_steps",
+)
+WARMUP_SHARE = 0.02  # of the run, at most WARMUP_MOST steps: DeepSeek-V3 (arXiv 2412.19437) warms up for 2,000
+WARMUP_MOST = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """What this system reads of a resolved DeepSpeed JSON; the defaults of what the file leaves out are DeepSpeed's."""
+
+    train_batch_size: int  # samples of an optimizer step, over all ranks
+    micro_batch_size: int  # samples of one forward pass on one rank
+    accumulation_steps: int
+    zero_stage: int
+    ep_size: int  # ranks that share one copy of the experts; 1: every rank holds all of them
+    dtype: str  # of the forward pass: bfloat16, float16 or float32
+    gradient_clipping: float  # 0: none
+    optimizer: str
+    weight_decay: float  # of matrices; vectors have none
+    activation_checkpointing: str  # one of CHECKPOINTING_MODES
+    offloads_optimizer: bool  # its state and step are on the host
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Strategy:
+        """Of a JSON that `resolve_config` returned."""
+        bf16, fp16 = (bool(lookup(config, f"{name}.enabled", False)) for name in ("bf16", "fp16"))
+        return cls(
+            train_batch_size=config["train_batch_size"],
+            micro_batch_size=config["train_micro_batch_size_per_gpu"],
+            accumulation_steps=config["gradient_accumulation_steps"],
+            zero_stage=lookup(config, "zero_optimization.stage", 0),
+            ep_size=lookup(config, "expert_parallel.autoep_size", 1),
+            dtype="bfloat16" if bf16 else "float16" if fp16 else "float32",
+            gradient_clipping=float(config.get("gradient_clipping", 0.0)),
+            optimizer=lookup(config, "optimizer.type", ""),
+            weight_decay=float(lookup(config, "optimizer.params.weight_decay", 0.0)),
+            activation_checkpointing=lookup(config, "activation_checkpointing.mode", "none"),
+            offloads_optimizer=lookup(config, "zero_optimization.offload_optimizer.device", "none") != "none",
+        )
+
+
+def default_path(num_gpus: int, world_size: int) -> Path:
+    """The strategy for a command line without `--deepspeed_config`."""
+    if num_gpus == 0:
+        return CONFIG_FOLDER / ("cpu_ep1_zero2.json" if world_size == 1 else "cpu_ep2_zero2.json")
+    size = next(n for n in (8, 4, 1) if world_size % n == 0)
+    return CONFIG_FOLDER / f"ep{size}_zero2.json"
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        names = [k for k, _ in pairs]
+        raise UserError(f"the key {next(k for k in names if names.count(k) > 1)!r} stands twice")
+    return out
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON as a dict. Raises ValueError with one sentence that names the file, the key and what would be right."""
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.json")))
+        raise NotFound(f"--deepspeed_config {path} is not a file; ds_configs/ has {found}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: the top level must be an object of DeepSpeed settings, not a {type(config).__name__}")
+    _check_types(path, config)
+    return config
+
+
+def lookup(config: dict[str, Any], dotted: str, default: Any = None) -> Any:
+    """`lookup(config, "zero_optimization.stage")`; `default` where a part of the path is missing."""
+    value: Any = config
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def _check_types(path: Path, config: dict[str, Any]) -> None:
+    missing = object()
+    for dotted, types in TYPES.items():
+        value = lookup(config, dotted, missing)
+        if value is missing or (value == "auto" and dotted in AUTO):
+            continue
+        # bool is an int in Python, and `"stage": true` is a mistake
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            wanted = " or ".join(t.__name__ for t in types) + (' or "auto"' if dotted in AUTO else "")
+            raise UserError(f"{path}: {dotted} must be of type {wanted}, not {json.dumps(value)}")
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if isinstance(config.get(name), int) and config[name] < 1:
+            raise UserError(f"{path}: {name} must be at least 1, not {config[name]}")
+    stage = lookup(config, "zero_optimization.stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage}")
+    mode = lookup(config, "activation_checkpointing.mode", "none")
+    if mode not in CHECKPOINTING_MODES:
+        raise UserError(f"{path}: activation_checkpointing.mode must be one of {CHECKPOINTING_MODES}, not {mode!r}")
+
+
+def resolve_config(config: dict[str, Any], path: Path, *, world_size: int, num_experts: int, max_steps: int) -> dict[str, Any]:
+    """A copy with every `"auto"` filled in and the numbers of ranks, experts and samples checked against each other."""
+    config = copy.deepcopy(config)
+    _resolve_batch(config, path, world_size)
+    _resolve_schedule(config, max_steps)
+    _check_expert_parallel(config, path, world_size, num_experts)
+    config.setdefault("steps_per_print", 2**31)  # our own log lines replace DeepSpeed's
+    config.setdefault("wall_clock_breakdown", False)
+    return config
+
+
+def _resolve_batch(config: dict[str, Any], path: Path, world_size: int) -> None:
+    """train = micro x accumulation x ranks: any two give the third; a missing micro-batch size is 1."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    train, micro, accumulation = (None if config.get(n, "auto") == "auto" else config[n] for n in names)
+    if train is None:
+        micro, accumulation = micro or 1, accumulation or 1
+        train = micro * accumulation * world_size
+    elif micro is None:
+        accumulation = accumulation or 1
+        micro = train // (accumulation * world_size)
+    elif accumulation is None:
+        accumulation = train // (micro * world_size)
+    if not micro or not accumulation or micro * accumulation * world_size != train:
+        raise UserError(
+            f"{path}: train_batch_size {train} is not train_micro_batch_size_per_gpu {micro} x "
+            f"gradient_accumulation_steps {accumulation} x {world_size} ranks; change one of them or the number of ranks"
+        )
+    config.update(zip(names, (train, micro, accumulation), strict=True))
+
+
+def _resolve_schedule(config: dict[str, Any], max_steps: int) -> None:
+    params = lookup(config, "scheduler.params")
+    if params is None:
+        return
+    if params.get("total_num_steps") == "auto":
+        params["total_num_steps"] = max_steps
+    if params.get("warmup_num_steps") == "auto":
+        params["warmup_num_steps"] = max(2, min(WARMUP_MOST, int(max_steps * WARMUP_SHARE)))
+
+
+def _check_expert_parallel(config: dict[str, Any], path: Path, world_size: int, num_experts: int) -> None:
+    if not lookup(config, "expert_parallel.enabled", False):
+        raise UserError(
+            f"{path}: expert_parallel.enabled must be true (an autoep_size of 1 keeps all experts on every rank), e.g. "
+            '"expert_parallel": {"enabled": true, "autoep_size": 1, "preset_model": "deepseek_v3"}'
+        )
+    size = lookup(config, "expert_parallel.autoep_size", 1)
+    if size < 1 or num_experts % size:
+        raise UserError(f"{path}: expert_parallel.autoep_size {size} does not divide the model's {num_experts} experts")
+    if world_size % size:
+        raise UserError(f"{path}: expert_parallel.autoep_size {size} does not divide the {world_size} ranks")
+    config["expert_parallel"].setdefault("preset_model", "deepseek_v3")

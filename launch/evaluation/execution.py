@@ -1,0 +1,120 @@
+"""Run candidates against their tests, several at a time, and say of each whether it passed.
+
+The verdict is read from the judge, a process that the candidate cannot reach: see `sandbox/inside/judge.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import IO
+
+from launch.evaluation.job import Job, Verdict
+from launch.evaluation.sandbox.levels import Level
+from launch.evaluation.sandbox.limits import Limits
+from launch.evaluation.sandbox.process import Confined, start
+
+LOOK_SECONDS = 0.1  # between two looks at what a running program uses
+END_SECONDS = 1.0  # that a candidate has, whose judge has ended, to end too
+VERDICT_BYTES = 1 << 16
+
+
+def execute(job: Job, *, level: Level, limits: Limits, slot: int) -> Verdict:
+    """One candidate and its judge, each in a sandbox of its own; both have ended when this returns."""
+    with ExitStack() as stack:
+        calls, replies = os.pipe(), os.pipe()
+        ours = [*calls, *replies]
+        try:
+            program = stack.enter_context(held_text(job.program))
+            task = {name: value for name, value in asdict(job).items() if name != "program"}
+            question = stack.enter_context(held_text(json.dumps(task)))
+            candidate = start(level, limits, role="candidate", slot=2 * slot, stdin=program, descriptors=(calls[0], replies[1]))
+            stack.callback(candidate.end)
+            judge = start(
+                level,
+                limits,
+                role="judge",
+                slot=2 * slot + 1,
+                stdin=question,
+                stdout=subprocess.PIPE,
+                descriptors=(replies[0], calls[1]),
+            )
+            stack.callback(judge.end)
+        finally:
+            for descriptor in ours:
+                os.close(descriptor)
+        return read_verdict(judge, candidate, limits.wall_seconds)
+
+
+@contextmanager
+def held_text(text: str) -> Iterator[IO[bytes]]:
+    """A nameless file with this text, to be read from its start."""
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
+        file.seek(0)
+        yield file
+
+
+def read_verdict(judge: Confined, candidate: Confined, seconds: float) -> Verdict:
+    """What the judge says before `seconds` on the clock are over and while the candidate keeps to its limits."""
+    assert judge.process.stdout
+    said, until = b"", time.monotonic() + seconds
+    with judge.process.stdout as output:
+        while True:
+            left = until - time.monotonic()
+            if left <= 0:
+                return Verdict(passed=False, result="timed out")
+            if not select.select([output], [], [], min(left, LOOK_SECONDS))[0]:
+                excess = candidate.excess() or judge.excess()
+                if excess:
+                    return Verdict(passed=False, result=f"failed: more {excess} than the sandbox allows")
+                continue
+            part = os.read(output.fileno(), VERDICT_BYTES)
+            if not part:
+                verdict = parse_verdict(said)
+                return verdict if verdict.passed or not ran_out(candidate) else Verdict(passed=False, result="timed out")
+            said += part
+
+
+def ran_out(candidate: Confined) -> bool:
+    """Whether it was ended for its processor time: the exit code is then 128 and the signal's number, at every level."""
+    try:
+        return candidate.process.wait(END_SECONDS) == 128 + signal.SIGXCPU
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def parse_verdict(said: bytes) -> Verdict:
+    try:
+        verdict = json.loads(said)
+        return Verdict(passed=verdict["passed"] is True, result=str(verdict["result"]))
+    except (ValueError, KeyError, TypeError):
+        return Verdict(passed=False, result="failed: the tests ended without a verdict")
+
+
+def execute_all(jobs: Iterable[Job], *, level: Level, limits: Limits, workers: int) -> Iterator[Verdict]:
+    """Verdicts in the order of the jobs, `workers` candidates at a time."""
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    first = os.getpid() * workers  # another evaluation on this machine has other slots, most probably
+    for slot in range(first, first + workers):
+        slots.put(slot)
+
+    def run(job: Job) -> Verdict:
+        slot = slots.get()
+        try:
+            return execute(job, level=level, limits=limits, slot=slot)
+        finally:
+            slots.put(slot)
+
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(run, jobs)

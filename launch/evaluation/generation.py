@@ -1,0 +1,135 @@
+"""Completions of prompts by a model, many at a time: left-padded batches that end at stop strings.
+
+Shapes: B prompts, S tokens of the longest of them, N new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+
+from data.cli import Progress, UserError
+from launch.evaluation.problems import Problem, cut_at_stops
+from launch.evaluation.samples import SampleFile
+
+#: Tokens at the end in which a new stop string is looked for; the longest has eight characters, which are at most eight tokens.
+TAIL_TOKENS = 16
+FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """temperature 0: always the likeliest token."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.temperature < 0:
+            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.temperature == 0 and self.samples > 1:
+            raise UserError(
+                f"--temperature 0 makes {self.samples} equal samples of a problem; ask for one, or a temperature above 0"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """For transformers' `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+class AtStops(StoppingCriteria):
+    """True for rows whose new text has a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[tuple[str, ...]], width: int) -> None:
+        self.tokenizer, self.stops, self.width = tokenizer, stops, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        tails = input_ids[:, max(self.width, input_ids.shape[1] - TAIL_TOKENS) :].tolist()
+        texts = [self.tokenizer.decode(tail, clean_up_tokenization_spaces=False) for tail in tails]
+        found = [any(stop in text for stop in stops) for text, stops in zip(texts, self.stops, strict=True)]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> list[int]:
+    """Infilling: prefix, suffix, middle (PSM), its parts encoded one by one as `data/tokens/fim.py` does."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    if not problem.infill:
+        return encode(problem.prompt)
+    prefix, suffix, middle = (tokenizer.get_vocab()[token] for token in FIM_TOKENS)
+    return [prefix, *encode(problem.prompt), suffix, *encode(problem.suffix), middle]
+
+
+def check_infilling(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> None:
+    lacking = [token for token in FIM_TOKENS if token not in tokenizer.get_vocab()]
+    if lacking and any(problem.infill for problem in problems):
+        raise UserError(f"--infilling needs a model that was trained to fill in; its tokenizer has no {lacking[0]}")
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sampling: Sampling
+) -> list[str]:
+    """One completion of each problem's prompt, up to the first stop string. A prompt that fills the context gets an empty one."""
+    prompts = [prompt_ids(tokenizer, problem) for problem in problems]
+    width = max(len(prompt) for prompt in prompts)
+    room = min(sampling.max_new_tokens, model.config.max_position_embeddings - width)
+    if room < 1:
+        if len(problems) == 1:
+            return [""]
+        return [text for problem in problems for text in complete(model, tokenizer, [problem], sampling)]
+    end = model.config.eos_token_id
+    ids_BS = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    stops = [problem.stops for problem in problems]
+    generate: Any = model.generate  # typed as if it were a tensor
+    out = generate(
+        ids_BS,
+        attention_mask=mask_BS,
+        max_new_tokens=room,
+        eos_token_id=end,
+        pad_token_id=end,
+        stopping_criteria=StoppingCriteriaList([AtStops(tokenizer, stops, width)]),
+        **sampling.options(),
+    )
+    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [cut_at_stops(text, problem.stops) + problem.ending for text, problem in zip(texts, problems, strict=True)]
+
+
+def generate_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sampling: Sampling, file: SampleFile
+) -> None:
+    """Fills the file up. Every batch has a seed of its own, so that one that is resumed makes what an uninterrupted one would."""
+    check_infilling(tokenizer, problems)
+    wanted = [problem for problem in problems for _ in range(sampling.samples)]
+    done = file.begin(sampling.batch_size)
+    progress = Progress(len(wanted), what="sampling", unit="samples", done=done)
+    for first, batch in batches(wanted, done, sampling.batch_size):
+        torch.manual_seed(sampling.seed + first)
+        completions = complete(model, tokenizer, batch, sampling)
+        file.append([(problem.task_id, text) for problem, text in zip(batch, completions, strict=True)])
+        progress.update(first + len(batch))
+    progress.close()
+
+
+def batches(wanted: Sequence[Problem], done: int, size: int) -> Iterator[tuple[int, Sequence[Problem]]]:
+    for first in range(done, len(wanted), size):
+        yield first, wanted[first : first + size]

@@ -1,0 +1,111 @@
+"""Plain Python values as JSON and back: all that crosses between a candidate and its judge.
+
+Not pickle: whoever reads these bytes runs nothing. None, bool, str, small int, float and list are JSON's own; all else is an
+object {"type": ..., "value": ...}. What has no plain form stays where it is
+and crosses as a reference, by which it can be handed back.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterator, Mapping, Set
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+SMALL_INTEGER = 1 << 63  # Python refuses decimal integers of more than 4,300 digits; hexadecimal has no such limit
+LONGEST_ITERATOR = 1_000_000
+
+Keep = Callable[[Any], str | int]
+Find = Callable[[str | int], Any]
+
+
+def encode(value: Any, keep: Keep) -> Any:
+    """JSON's form of `value`. keep: stores an object that has none and gives its reference."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        value = int(value)
+        return value if -SMALL_INTEGER < value < SMALL_INTEGER else {"type": "int", "value": hex(value)}
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, list):
+        return [encode(item, keep) for item in value]
+    return encode_tagged(value, keep)
+
+
+def encode_tagged(value: Any, keep: Keep) -> dict[str, Any]:
+    if is_python_type(value):
+        return {"type": "type", "value": value.__name__}
+    name, plain = next(((name, plain(value)) for kind, name, plain in TAGGED if isinstance(value, kind)), ("object", None))
+    if name == "object":
+        return {"type": name, "value": keep(value)}
+    return {"type": name, "value": encode(plain, keep)}
+
+
+def is_python_type(value: Any) -> bool:
+    return isinstance(value, type) and getattr(builtins, value.__name__, None) is value
+
+
+def first_items(iterator: Iterator[Any]) -> list[Any]:
+    """A generator's items: the judge receives an iterator over them."""
+    items = []
+    for item in iterator:
+        items.append(item)
+        if len(items) > LONGEST_ITERATOR:
+            raise ValueError(f"an iterator of more than {LONGEST_ITERATOR} items")
+    return items
+
+
+TAGGED: list[tuple[type, str, Callable[[Any], Any]]] = [
+    (tuple, "tuple", list),
+    (Mapping, "dict", lambda value: [[key, item] for key, item in value.items()]),
+    (frozenset, "frozenset", list),
+    (Set, "set", list),
+    (bytearray, "bytearray", bytearray.hex),
+    (bytes, "bytes", bytes.hex),
+    (complex, "complex", lambda value: [value.real, value.imag]),
+    (Fraction, "Fraction", lambda value: [value.numerator, value.denominator]),
+    (Decimal, "Decimal", str),
+    (range, "range", lambda value: [value.start, value.stop, value.step]),
+    (Iterator, "iterator", first_items),
+]
+
+
+def python_type(name: str) -> type:
+    found = getattr(builtins, name)
+    if not isinstance(found, type):
+        raise ValueError(f"{name} is no type of Python's")
+    return found
+
+
+BUILD: dict[str, Callable[[Any], Any]] = {
+    "int": lambda value: int(value, 16),
+    "tuple": tuple,
+    "dict": dict,
+    "frozenset": frozenset,
+    "set": set,
+    "bytearray": bytearray.fromhex,
+    "bytes": bytes.fromhex,
+    "complex": lambda value: complex(*value),
+    "Fraction": lambda value: Fraction(*value),
+    "Decimal": Decimal,
+    "type": python_type,
+    "range": lambda value: range(*value),
+    "iterator": iter,
+}
+
+
+def decode(value: Any, find: Find) -> Any:
+    """The value of `encode`'s form. find: the object (or a stand-in) of a reference. Raises ValueError for an unknown type."""
+    if isinstance(value, list):
+        return [decode(item, find) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value["type"] == "object":
+        return find(value["value"])
+    if value["type"] not in BUILD:
+        raise ValueError(f"no value of type {value['type']}")
+    return BUILD[value["type"]](decode(value["value"], find))

@@ -1,0 +1,116 @@
+"""The folder that an export writes: never half there, read back and compared before it gets its name."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.cli import UserError, say
+from launch.checkpoint import manifest
+from launch.checkpoint.publish import discard, leftovers, publish, working_name
+from launch.exporting.card import fim_rate, model_card
+from launch.exporting.formats import CODE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KIND = "export"  # in the manifest of an exported folder: only such a one may be replaced
+HUB = Path(__file__).parent / "hub"
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError where the output holds anything but an earlier export."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"--output {output} is a file; name a folder")
+    if not any(output.iterdir()):
+        return
+    held, _ = manifest.find_manifest(output)
+    if held is None or held.get("kind") != KIND:
+        raise UserError(f"--output {output} holds something that is no earlier export; name a new or empty folder")
+
+
+def write(model: PreTrainedModel, checkpoint: Path, output: Path, *, max_shard_size: str) -> None:
+    """Write, read back, compare, publish. A failure or a crash leaves no half an export under `output`'s name.
+
+    Raises UserError where the disk is too full or a write fails.
+    """
+    from safetensors import SafetensorError
+
+    _make_room(model, output)
+    temporary = working_name(output.absolute(), "tmp")
+    try:
+        _save(model, checkpoint, temporary, max_shard_size)
+        _compare(model, temporary)
+        for file in temporary.iterdir():  # safetensors writes for its owner's eyes alone
+            shutil.copymode(checkpoint / "state.json", file)
+        step = int(checkpoint.name.removeprefix("step_"))
+        about = {"kind": KIND, "checkpoint": str(checkpoint.resolve()), "step": step, "fim_rate": fim_rate(checkpoint)}
+        manifest.write_manifest(temporary, manifest.record_all(temporary), **about)
+        publish(temporary, output.absolute())
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"writing {output} failed: {' '.join(str(error).split())}") from error
+        raise
+
+
+def _make_room(model: PreTrainedModel, output: Path) -> None:
+    """Clear what dead exports of this name left. Raises UserError where the disk is too small."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for dead in leftovers(output.parent):
+        if f"-{output.name}-" in dead.name:
+            discard(dead)
+    needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise UserError(f"--output {output} needs {needed / 1e9:,.3f} GB and the disk has {free / 1e9:,.3f} GB free")
+
+
+def _save(model: PreTrainedModel, checkpoint: Path, folder: Path, max_shard_size: str) -> None:
+    set_generation(model)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if model.config.model_type == "moe_gpt":
+        for name in CODE:
+            shutil.copyfile(HUB / name, folder / name)
+    _copy_tokenizer(checkpoint, folder)
+    (folder / "README.md").write_text(model_card(model, checkpoint), encoding="utf-8")
+
+
+def set_generation(model: PreTrainedModel) -> None:
+    """What `generate` and servers take where a caller says nothing: launch/generate.py's own defaults."""
+    from transformers import GenerationConfig
+
+    end = model.config.eos_token_id
+    first = end[0] if isinstance(end, list) else end
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.2,
+        top_p=0.95,
+        top_k=0,
+        eos_token_id=end,
+        pad_token_id=first,
+        bos_token_id=model.config.bos_token_id,
+    )
+
+
+def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:
+    tokenizer = checkpoint.parent.parent / "tokenizer"
+    if not tokenizer.is_dir():
+        say(f"warning: {tokenizer} is missing, so the export has no tokenizer")
+        return
+    for file in sorted(tokenizer.iterdir()):
+        if file.is_file() and file.name not in ("config.json", "README.md"):
+            shutil.copy2(file, folder)
+
+
+def _compare(model: PreTrainedModel, folder: Path) -> None:
+    """Load the folder as a user would, and compare every weight to the bit. Raises UserError with one that differs."""
+    import torch
+
+    read = type(model).from_pretrained(folder, dtype=model.config.dtype)
+    theirs = read.state_dict()
+    for name, value in model.state_dict().items():
+        if theirs[name].dtype != value.dtype or not torch.equal(theirs[name], value):
+            raise UserError(f"{folder}: {name} reads back otherwise than it was written")

@@ -1,0 +1,36 @@
+"""`--push_to_hub`: an exported folder to a private repository of the Hugging Face hub. Never done unless asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.cli import UserError
+
+
+def check_name(name: str) -> None:
+    """Raises UserError before anything is exported where the hub would refuse the name afterwards."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        known = name.count("/") == 1
+    except HFValidationError:
+        known = False
+    if not known:
+        raise UserError(f"--push_to_hub {name} is no repository's name; give OWNER/NAME")
+
+
+def upload(folder: Path, name: str) -> str:
+    """The repository's address. Raises UserError with what the hub answered; the folder stays as it is."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        repository = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"--push_to_hub {name}: {folder} is written, but the hub did not take it: {said}") from error
+    return str(repository)

@@ -1,0 +1,70 @@
+"""What is to be continued, and its token ids: plain, or cut for filling in the middle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from data.cli import UserError
+
+FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # in the order in which data/preprocess.py writes them (PSM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """`suffix` None: continue `text`. Otherwise: write what stands between the two."""
+
+    text: str
+    suffix: str | None = None
+
+
+def read_prompts(texts: list[str], files: list[Path], suffix: str | None) -> list[Prompt]:
+    """`--prompt`s, then `--prompt_file`s; `-` is standard input. Raises UserError for an empty or unreadable one."""
+    found = [("--prompt", sys.stdin.read() if text == "-" else text) for text in texts]
+    for path in files:
+        try:
+            found.append((f"--prompt_file {path}", path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--prompt_file {path} is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+            ) from None
+    for name, text in found:
+        if not text and suffix is None:
+            raise UserError(f"{name} is empty; give the text to continue")
+    return [Prompt(text=text, suffix=suffix) for _, text in found]
+
+
+def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Raises UserError where nothing is left to continue."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    if prompt.suffix is None:
+        ids = encode(prompt.text)
+        if not ids:
+            raise UserError("--prompt has no token that the tokenizer knows")
+        return ids
+    before, after, middle = (int(tokenizer.get_vocab()[token]) for token in FIM)
+    # Each part by itself, as the documents were encoded that the model was trained on.
+    return [before, *encode(prompt.text), after, *encode(prompt.suffix), middle]
+
+
+def check_filling_in(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A warning, or "". Raises UserError where the model cannot fill in: no such tokens, or never trained to."""
+    vocabulary = tokenizer.get_vocab()
+    lacking = [token for token in FIM if token not in vocabulary]
+    if lacking:
+        raise UserError(f"--suffix: the tokenizer of {folder} has no {', '.join(lacking)}, so the model cannot fill in")
+    try:
+        rate = json.loads((folder / "manifest.json").read_bytes()).get("fim_rate")
+    except (OSError, ValueError, AttributeError):
+        rate = None
+    if rate == 0:
+        raise UserError(f"--suffix: {folder} was not trained to fill in; data/preprocess.py --fim_rate makes shards for it")
+    return f"warning: {folder} does not say whether it was trained to fill in" if rate is None else ""

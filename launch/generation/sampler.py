@@ -1,0 +1,130 @@
+"""Continue prompts in a left-padded batch, with a cache whose memory follows what is used."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteriaList
+
+from data.cli import UserError
+from launch.generation.stop import StopStrings, Stream, cut
+from model.cache import GrowingCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """temperature 0: always the likeliest token. top_p 1, top_k 0, min_p 0, repetition_penalty 1: no limit."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.2
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+        }
+        for name, (holds, valid) in limits.items():
+            if not holds:
+                raise UserError(f"--{name} must be {valid}, not {getattr(self, name)}")
+        if self.temperature == 0 and self.num_return_sequences > 1:
+            raise UserError("--num_return_sequences above 1 needs --temperature above 0: the likeliest tokens are always the same")
+
+    def keywords(self) -> dict[str, Any]:
+        """For transformers' `generate`."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p or None}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+            "num_return_sequences": self.num_return_sequences,
+            "repetition_penalty": self.repetition_penalty,
+            **(drawn if self.temperature > 0 else dict.fromkeys(drawn)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """`finish`: eos (the model ended), stop (a stop string, which is cut off) or length."""
+
+    prompt: int
+    text: str
+    tokens: int
+    finish: str
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stream: Stream | None = None,
+) -> tuple[list[Completion], float]:
+    """`num_return_sequences` completions of each prompt, in order, and the seconds that they took.
+
+    Raises UserError where a prompt leaves too little room in the model's context.
+    """
+    longest = max(len(ids) for ids in prompts)
+    check_length(model, longest, sampling.max_new_tokens)
+    ends = end_ids(model)
+    pad = ends[0] if ends else 0
+    ids, mask = left_padded(prompts, longest, pad)
+    torch.manual_seed(sampling.seed)
+    criteria = [StopStrings(tokenizer, sampling.stop, longest)] if sampling.stop else []
+    started = time.perf_counter()
+    generating: Any = model  # typed as a module, whose attributes may be tensors
+    out = generating.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        stopping_criteria=StoppingCriteriaList(criteria),
+        past_key_values=GrowingCache(),
+        streamer=stream,
+        **sampling.keywords(),
+    )
+    seconds = time.perf_counter() - started
+    rows = out[:, longest:].tolist()
+    return [finished(tokenizer, row, i // sampling.num_return_sequences, ends, sampling) for i, row in enumerate(rows)], seconds
+
+
+def check_length(model: PreTrainedModel, prompt: int, new: int) -> None:
+    longest = model.config.max_position_embeddings
+    if prompt + new > longest:
+        raise UserError(
+            f"{prompt} prompt tokens and --max_new_tokens {new} are beyond the model's {longest} positions; ask for fewer tokens, "
+            "or extend the context with --rope_factor"
+        )
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    end = model.config.eos_token_id
+    return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
+
+
+def left_padded(prompts: list[list[int]], longest: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(ids, mask)`, each `[prompts, longest]`; 0 in the mask is padding."""
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+def finished(tokenizer: PreTrainedTokenizerFast, row: list[int], prompt: int, ends: list[int], sampling: Sampling) -> Completion:
+    """A row of new tokens up to its end; what follows in a batch is padding."""
+    end = next((i for i, token in enumerate(row) if token in ends), len(row))
+    text, stopped = cut(str(tokenizer.decode(row[:end], skip_special_tokens=True)), sampling.stop)
+    reason = "stop" if stopped else "eos" if end < len(row) else "length"
+    return Completion(prompt=prompt, text=text, tokens=min(end + 1, len(row)), finish=reason)

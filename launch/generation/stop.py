@@ -1,0 +1,85 @@
+"""Stop strings: found across tokens, cut off, and never shown half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, StoppingCriteria
+
+TAIL = 64  # tokens looked at for a stop string; each new one has at least a byte of it
+
+
+def unescape(text: str) -> str:
+    r"""A stop string as one types it: \n, \t and \\ are what they say."""
+    pairs = {"n": "\n", "t": "\t", "\\": "\\"}
+    out, rest = [], iter(text)
+    for character in rest:
+        if character == "\\":
+            following = next(rest, "")
+            character = pairs.get(following, "\\" + following)
+        out.append(character)
+    return "".join(out)
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """`(text before the first stop string, whether there was one)`."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def safe_length(text: str, stops: Sequence[str]) -> int:
+    """How much of `text` can be shown: what may be the beginning of a stop string is held back."""
+    held = (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+    return len(text) - max(held, default=0)
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row of a batch as soon as its new text holds a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer, self.stops, self.prompt_length = tokenizer, stops, prompt_length
+        self.done: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        if self.done is None:
+            self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        start = max(self.prompt_length, input_ids.shape[1] - TAIL)
+        for row in range(len(input_ids)):
+            if not self.done[row]:
+                text = self.tokenizer.decode(input_ids[row, start:], skip_special_tokens=True)
+                self.done[row] = any(stop in text for stop in self.stops)
+        return self.done
+
+
+class Stream:
+    """A transformers streamer for one sequence: shows text as it comes, whole characters, nothing of a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str], show: Callable[[str], None]) -> None:
+        self.tokenizer, self.stops, self.show = tokenizer, stops, show
+        self.ids: list[int] = []
+        self.shown = 0
+        self.prompt_is_next = True
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_is_next:
+            self.prompt_is_next = False
+            return
+        self.ids += value.flatten().tolist()
+        text, stopped = self._text()
+        if not stopped:
+            text = text.rstrip("\ufffd")  # a character whose other bytes are still to come
+            text = text[: safe_length(text, self.stops)]
+        self._advance(text)
+
+    def end(self) -> None:
+        self._advance(self._text()[0])
+
+    def _text(self) -> tuple[str, bool]:
+        return cut(str(self.tokenizer.decode(self.ids, skip_special_tokens=True)), self.stops)
+
+    def _advance(self, text: str) -> None:
+        if len(text) > self.shown:
+            self.show(text[self.shown :])
+            self.shown = len(text)

@@ -1,0 +1,173 @@
+"""From the command line to the answer as one dict, which `--json` prints and `show` words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.cli import UserError
+from data.files import replace_file
+from launch.engine import strategy
+from launch.planning.arguments import PlanArguments
+from launch.planning.devices import Device, find_device
+from launch.planning.job import Job, job_from
+from launch.planning.memory import GB, WORST_LOAD
+from launch.planning.scale import curve
+from launch.planning.search import Candidate, as_deepspeed, candidate, changes, least_change, search
+from launch.planning.time import USUAL_LOAD
+from model.accounting import count_parameters, training_flops_per_token
+from model.sizes import ModelSizes, load_sizes
+
+SECONDS_PER_DAY = 86_400
+
+
+def answer(arguments: PlanArguments) -> dict[str, Any]:
+    """What `arguments` ask for. Raises `UserError`; writes the JSON of `--write`."""
+    device = find_device(arguments.gpu or "")
+    path = arguments.deepspeed_config or strategy.default_path(arguments.num_gpus, arguments.ranks)
+    base = strategy.read_config(path)
+    sizes = read_sizes(arguments.model)
+    planned = candidate(read_job(arguments, sizes, base, path), device)
+    better = search(planned.job, device)
+    found = {
+        "model": arguments.model,
+        "gpu": device.name,
+        "num_gpus": arguments.num_gpus,
+        "num_nodes": arguments.num_nodes,
+        "gpus": arguments.ranks,
+        "deepspeed_config": str(path),
+        "sequence_length": arguments.sequence_length,
+        **describe(planned),
+        **budget(planned, arguments.tokens, arguments.price),
+        "to_fit": to_fit(planned),
+        "alternatives": [layout(one) for one in better],
+        "curve": [{"gpus": p.gpus, **layout(p.found), "breaks": p.breaks} for p in curve(planned.job, device)],
+        "assumptions": assumptions(device),
+    }
+    if arguments.write is not None:
+        found["written"] = write(arguments.write, better, base)
+    return found
+
+
+def read_sizes(model: str) -> ModelSizes:
+    """`load_sizes`, whose refusals are the user's to mend."""
+    try:
+        return load_sizes(model)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from None
+
+
+def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], path: Path) -> Job:
+    """The job that `launch/train.py` would run under the same flags, refused where it would refuse it."""
+    if arguments.sequence_length > sizes.max_position_embeddings:
+        raise UserError(
+            f"--sequence_length {arguments.sequence_length} is beyond the {sizes.max_position_embeddings} positions of "
+            f"{arguments.model}"
+        )
+    resolved = strategy.resolve_config(base, path, world_size=arguments.ranks, num_experts=sizes.n_routed_experts, max_steps=1000)
+    return job_from(
+        sizes,
+        resolved,
+        ranks=arguments.ranks,
+        ranks_per_node=arguments.num_gpus,
+        sequence_length=arguments.sequence_length,
+        recompute=arguments.activation_checkpointing,
+    )
+
+
+def describe(found: Candidate) -> dict[str, Any]:
+    """Parameters, batch, memory and time of one layout."""
+    job, memory, time = found.job, found.memory, found.time
+    count = count_parameters(job.sizes)
+    return {
+        "parameters": {"total": count.total, "active": count.active, "on_a_rank": job.local_parameters},
+        "flops_per_token": training_flops_per_token(job.sizes, job.sequence_length),
+        "batch": {
+            "micro_batch": job.micro_batch,
+            "accumulation": job.accumulation,
+            "global_batch": job.global_batch,
+            "tokens_per_step": job.tokens_per_step,
+        },
+        "layout": layout(found),
+        "memory_gb": memory.in_gb(),
+        "memory_gb_at_worst_load": round((memory.total + memory.worst) / GB, 4),
+        "device_memory_gb": round(found.device.memory / GB, 4),
+        "fits": found.fits,
+        "fits_at_worst_load": found.fits_at_worst,
+        "seconds_per_step": time.total,
+        "tokens_per_second": found.tokens_per_second,
+        "tokens_per_second_per_gpu": found.tokens_per_second / job.ranks,
+        "mfu": time.mfu(job, found.device),
+        "limits": {name: round(share, 4) for name, share in time.limits},
+        "communication": [
+            {"kind": t.kind, "link": t.link, "gb": t.bytes / GB, "messages": t.messages, "seconds": t.seconds} for t in time.traffic
+        ],
+    }
+
+
+def layout(found: Candidate) -> dict[str, Any]:
+    """One row of the table of alternatives."""
+    job = found.job
+    return {
+        "expert_ranks": job.expert_ranks,
+        "zero_stage": job.zero_stage,
+        "activation_checkpointing": job.recompute,
+        "micro_batch": job.micro_batch,
+        "accumulation": job.accumulation,
+        "offload_optimizer": job.offload_optimizer,
+        "memory_gb": round(found.memory.total / GB, 4),
+        "fits": found.fits,
+        "tokens_per_second": found.tokens_per_second,
+        "mfu": found.time.mfu(job, found.device),
+    }
+
+
+def to_fit(found: Candidate) -> dict[str, list[object]]:
+    """The fewest changes of the JSON that make it fit, `[from, to]` by key; none where it fits or nothing helps."""
+    if found.fits:
+        return {}
+    helped = least_change(found.job, found.device)
+    return {key: list(pair) for key, pair in changes(found.job, helped.job).items()} if helped else {}
+
+
+def budget(found: Candidate, tokens: float | None, price: float | None) -> dict[str, Any]:
+    """Steps, days, energy and cost of a budget of tokens; null where the budget or the price is not given."""
+    gpus = found.job.ranks
+    seconds = None if tokens is None else tokens / found.tokens_per_second
+    gpu_hours = None if seconds is None else gpus * seconds / 3600
+    return {
+        "tokens": tokens,
+        "steps": None if tokens is None else round(tokens / found.job.tokens_per_step),
+        "days": None if seconds is None else seconds / SECONDS_PER_DAY,
+        "gpu_hours": gpu_hours,
+        "energy_kwh": None if gpu_hours is None else gpu_hours * found.device.watts / 1000,
+        "price_per_gpu_hour": price,
+        "cost": None if gpu_hours is None or price is None else gpu_hours * price,
+    }
+
+
+def assumptions(device: Device) -> list[str]:
+    """What the figures rest on, for who has to believe them."""
+    e = device.efficiency
+    return [
+        f"{device.name}: {device.bf16_tflops:g} TFLOP/s dense bf16, {device.memory_gib:g} GiB, {device.memory_gbs:g} GB/s, "
+        f"{device.link} {device.link_gbs:g} GB/s, network {device.network_gbits:g} Gbit/s a GPU ({device.source})",
+        f"shares of the peak reached, assumed: products {e.matrix:.0%}, narrow ones {e.narrow:.0%}, head {e.head:.0%}, "
+        f"attention {e.attention:.0%}, memory {e.memory:.0%}; expect 15 % either way",
+        f"the fullest rank has {USUAL_LOAD:g} times the mean of the routed rows; memory at worst load has {WORST_LOAD:g} times",
+        "activations: formula, checked on a CPU against what an engine holds; runtime (context, NCCL, allocator) is an estimate",
+        "energy: the boards at their limit; hosts, network and cooling are not in it",
+    ]
+
+
+def write(path: Path, better: list[Candidate], base: dict[str, Any]) -> str:
+    """The best layout as a DeepSpeed JSON at `path`."""
+    if not better:
+        raise UserError(f"--write {path}: no layout fits; take more GPUs, larger ones, or a shorter --sequence_length")
+    if not path.parent.is_dir():
+        raise UserError(f"--write {path}: there is no folder {path.parent}")
+    if path.exists():
+        raise UserError(f"--write {path} exists; name a new file")
+    replace_file(path, (json.dumps(as_deepspeed(better[0], base), indent=2) + "\n").encode())
+    return str(path)

@@ -1,0 +1,89 @@
+"""The command line of `launch/plan.py`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from data.cli import UserError
+from data.flags import Parser
+
+EXAMPLES = """
+  python launch/plan.py --model 800m --gpu a100-80gb --num_gpus 8 --deepspeed_config ds_configs/ep8_zero2.json --tokens 131e9
+  python launch/plan.py --model 4b --gpu h100-80gb --num_gpus 8 --num_nodes 4 --tokens 1e12 --price 2.50 --curve
+  python launch/plan.py --model 4b --gpu rtx-4090 --num_gpus 8 --write fits.json
+  python launch/plan.py --from runs/first --price 1.80
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Raises `UserError` that names the flag."""
+
+    model: str
+    gpu: str | None
+    num_gpus: int
+    num_nodes: int
+    deepspeed_config: Path | None
+    sequence_length: int
+    activation_checkpointing: str | None
+    tokens: float | None
+    price: float | None
+    from_run: Path | None
+    json: bool
+    write: Path | None
+    curve: bool
+
+    def __post_init__(self) -> None:
+        for name in ("num_gpus", "num_nodes", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.tokens is not None and not (math.isfinite(self.tokens) and self.tokens >= 1):
+            raise UserError(f"--tokens must be at least 1, such as 131e9, not {self.tokens}")
+        if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
+            raise UserError(f"--price must be 0 or more (for one GPU and hour), not {self.price}")
+        if self.gpu is None and self.from_run is None:
+            raise UserError("--gpu is missing, such as --gpu a100-80gb; --help lists the flags")
+        if self.gpu is None and (self.write or self.curve):
+            raise UserError("--write and --curve need --gpu, such as --gpu a100-80gb")
+
+    @property
+    def ranks(self) -> int:
+        return self.num_gpus * self.num_nodes
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="python launch/plan.py",
+        description="Memory, time and cost of a training run before it is paid for. Needs no GPU and no data.",
+        examples=EXAMPLES,
+        usage="python launch/plan.py --gpu GPU [options]",
+    )
+    what = p.add_argument_group("what is trained")
+    what.add_argument("--model", default="800m", help="a preset (tiny, 60m, 800m, 4b) or a config.json")
+    what.add_argument(
+        "--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/ (default: by the number of GPUs)"
+    )
+    what.add_argument("--sequence_length", type=int, default=2048, metavar="N", help="tokens of a sample")
+    what.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), help="overrides the JSON's mode")
+    what.add_argument("--from", dest="from_run", type=Path, metavar="RUN", help="plan the rest of a run from what it does")
+    where = p.add_argument_group("on what")
+    where.add_argument("--gpu", help="such as a100-80gb, h100-80gb, h200; a wrong name lists them all")
+    where.add_argument("--num_gpus", type=int, default=8, metavar="N", help="GPUs of a node")
+    where.add_argument("--num_nodes", type=int, default=1, metavar="N", help="nodes")
+    how_much = p.add_argument_group("how much")
+    how_much.add_argument("--tokens", type=float, metavar="T", help="the budget in tokens, such as 131e9; gives days and energy")
+    how_much.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in your currency; gives the cost")
+    out = p.add_argument_group("answer")
+    out.add_argument("--json", action="store_true", help="everything as one JSON object")
+    out.add_argument("--curve", action="store_true", help="also 1 to 512 GPUs, and what breaks first")
+    out.add_argument("--write", type=Path, metavar="JSON", help="write the fastest layout that fits as a DeepSpeed JSON")
+    return p
+
+
+def parse_arguments(argv: list[str] | None = None) -> PlanArguments:
+    """Raises `UserError` with the flag's name."""
+    values = vars(build_parser().parse_args(argv))
+    return PlanArguments(**{field.name: values[field.name] for field in fields(PlanArguments)})

@@ -1,0 +1,44 @@
+"""What training says at its start: the plan's memory beside the measured, and how long the run should take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launch.planning.devices import device_of
+from launch.planning.job import Job, job_from
+from launch.planning.memory import GB, plan_memory
+from launch.planning.show import duration
+from launch.planning.time import plan_time
+from model.sizes import ModelSizes
+
+
+def job_of_run(config: dict[str, Any], ranks_per_node: int) -> Job:
+    """From what a run's config.json holds."""
+    return job_from(
+        ModelSizes.of(config["model"]),
+        config["deepspeed"],
+        ranks=config["world_size"],
+        ranks_per_node=ranks_per_node,
+        sequence_length=config["sequence_length"],
+        recompute=config["arguments"].get("activation_checkpointing"),
+        attention=config["arguments"].get("attn_implementation", "flash"),
+    )
+
+
+def memory_line(job: Job, measured: float, *, on_gpu: bool) -> str:
+    """`measured`: bytes, of a GPU its allocator's peak, of a CPU what the process grew by since before its engine."""
+    memory = plan_memory(job, on_gpu=on_gpu)
+    what = "allocated at most" if on_gpu else "the process grew by"
+    return f"memory of a rank: {memory.live / GB:,.2f} GB of tensors by the plan, {what} {measured / GB:,.2f} GB in the rehearsal"
+
+
+def duration_line(job: Job, device_name: str | None, steps: int) -> str | None:
+    """None for a device that the planner has no data of."""
+    device = device_of(device_name) if device_name else None
+    if device is None or steps < 1:
+        return None
+    time = plan_time(job, device)
+    return (
+        f"{steps:,} steps should take about {duration(steps * time.total / 86_400)}: {time.tokens_per_second(job):,.0f} tokens/s, "
+        f"MFU {time.mfu(job, device):.0%} by the plan for {device.name}; launch/plan.py says what it rests on"
+    )

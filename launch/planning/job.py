@@ -1,0 +1,109 @@
+"""A training job as the planner sees it: the model's sizes, the ranks, and what of the DeepSpeed JSON costs memory or time."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from launch.engine.strategy import lookup
+from model.accounting import count_parameters
+from model.sizes import ModelSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One rank's share of the work. Bytes are of one element."""
+
+    sizes: ModelSizes
+    ranks: int
+    ranks_per_node: int
+    sequence_length: int
+    micro_batch: int  # sequences a rank takes through the model at once
+    accumulation: int  # micro-batches of an optimizer step
+    zero_stage: int
+    expert_ranks: int  # ranks that share one copy of the experts
+    recompute: str  # none, selective, full
+    offload_optimizer: bool
+    optimizer: str
+    fused_optimizer: bool
+    weight_bytes: int
+    gradient_bytes: int  # of what gradients are summed in
+    bucket_elements: int
+    buckets: int
+    live_parameters: int  # ZeRO-3: elements that may be gathered at a time
+    attention: str = "flash"
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch on one rank."""
+        return self.micro_batch * self.sequence_length
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.ranks
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.sequence_length
+
+    @property
+    def dense_parameters(self) -> int:
+        """Every rank holds them (before ZeRO divides anything)."""
+        count = count_parameters(self.sizes)
+        return count.total - count.routed_experts
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of the experts that live on this rank."""
+        return count_parameters(self.sizes).routed_experts // self.expert_ranks
+
+    @property
+    def local_parameters(self) -> int:
+        return self.dense_parameters + self.expert_parameters
+
+    @property
+    def shard(self) -> float:
+        """Parameters of which ZeRO gives this rank the optimizer state: experts are shared out among the ranks that hold the
+        same ones only."""
+        return self.dense_parameters / self.ranks + self.expert_parameters * self.expert_ranks / self.ranks
+
+    def with_batch(self, micro_batch: int, accumulation: int, **changes: Any) -> Job:
+        return dataclasses.replace(self, micro_batch=micro_batch, accumulation=accumulation, **changes)
+
+
+def job_from(
+    sizes: ModelSizes,
+    config: dict[str, Any],
+    *,
+    ranks: int,
+    ranks_per_node: int,
+    sequence_length: int,
+    recompute: str | None = None,
+    attention: str = "flash",
+) -> Job:
+    """From a resolved DeepSpeed JSON (`strategy.resolve_config`); `recompute` overrides its mode."""
+    weight_bytes = 2 if lookup(config, "bf16.enabled", False) or lookup(config, "fp16.enabled", False) else 4
+    zero = lookup(config, "zero_optimization", {})
+    accumulated_in = lookup(config, "data_types.grad_accum_dtype")
+    return Job(
+        sizes=sizes,
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        sequence_length=sequence_length,
+        micro_batch=config["train_micro_batch_size_per_gpu"],
+        accumulation=config["gradient_accumulation_steps"],
+        zero_stage=zero.get("stage", 0),
+        expert_ranks=lookup(config, "expert_parallel.autoep_size", 1),
+        recompute=recompute or lookup(config, "activation_checkpointing.mode", "none"),
+        offload_optimizer=lookup(zero, "offload_optimizer.device", "none") != "none",
+        optimizer=str(lookup(config, "optimizer.type", "AdamW")),
+        fused_optimizer=bool(lookup(config, "optimizer.params.fused", False)),
+        weight_bytes=weight_bytes,
+        gradient_bytes=weight_bytes if accumulated_in is None else 4 if "32" in accumulated_in else 2,
+        # DeepSpeed's own defaults where the JSON is silent (deepspeed/runtime/zero/config.py, 0.19.8)
+        bucket_elements=int(zero.get("reduce_bucket_size", 500_000_000)),
+        buckets=2 if zero.get("overlap_comm", zero.get("stage", 0) == 3) and zero.get("stage", 0) < 3 else 1,
+        live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+        attention=attention,
+    )

@@ -1,0 +1,175 @@
+"""What a rank needs at its fullest moment, by part. Bytes; DeepSpeed 0.19.8's layout, read in its source and counted on an engine.
+
+Two moments can be the fullest: the backward of the last micro-batch, and the optimizer's step after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from launch.planning.activations import Kept, kept_activations
+from launch.planning.job import Job
+
+GB = 1e9
+FP32 = 4
+#: Of Adam: master weight and two moments. Muon keeps one moment for matrices; all but a few parameters are in matrices.
+STATE_BYTES = {"muon": 8}
+ADAM_BYTES = 12
+#: CUDA context with cuBLAS's and NCCL's buffers, and what the allocator holds beyond the live tensors. Assumption: contexts of
+#: 0.5 and channels of about 1 GB as nvidia-smi shows on an eight-GPU node; fragments as torch reports with expandable segments.
+CONTEXT_BYTES, FRAGMENT_SHARE = 1.5e9, 0.04
+#: An expert-parallel rank's share of the routed rows when routing goes wrong, over the even share; bounded by all rows of all.
+WORST_LOAD = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank. `total`, the sum, is its fullest moment; `worst` is what comes on top at `WORST_LOAD`."""
+
+    weights: float
+    gathered: float  # ZeRO-3: other ranks' weights, while they are needed
+    gradients: float
+    optimizer: float
+    buckets: float
+    activations: float
+    loss: float
+    working: float  # a block's backward: what is recomputed for it, and its temporaries
+    exchange: float
+    step: float  # temporaries of the optimizer's step
+    not_at_once: float  # of the parts above, what is never there at the same time; 0 or less
+    runtime: float
+    worst: float
+    host: float  # with offload, optimizer state and gradients in host memory
+
+    @property
+    def live(self) -> float:
+        """Of the tensors alone."""
+        return self.total - self.runtime
+
+    @property
+    def total(self) -> float:
+        return float(sum(value for name, value in asdict(self).items() if name not in ("worst", "host")))
+
+    def in_gb(self) -> dict[str, float]:
+        """GB (10^9 bytes) by part, for `--json`."""
+        return {**{name: round(value / GB, 4) for name, value in asdict(self).items()}, "total": round(self.total / GB, 4)}
+
+
+def plan_memory(job: Job, *, on_gpu: bool = True) -> Memory:
+    """`on_gpu=False` is what a CPU holds: other kernels, and no context."""
+    kept = kept_activations(job, fused_norms=on_gpu)
+    parts = {
+        "weights": (job.shard if job.zero_stage == 3 else job.local_parameters) * job.weight_bytes,
+        "gathered": _gathered(job),
+        "gradients": _gradients(job),
+        "optimizer": 0.0 if job.offload_optimizer else _optimizer(job),
+        "buckets": _buckets(job) + _flattened(job),
+        "activations": kept.held,
+        "loss": kept.loss,
+        "working": kept.recomputed + kept.working,
+        "exchange": _exchange(job),
+        "step": _step(job),
+    }
+    always = parts["weights"] + parts["optimizer"]
+    begin = parts["gathered"] + _held(job) + _buckets(job) + kept.most + parts["exchange"]
+    # ZeRO-2 makes room for all of its shard's gradients when the first bucket is full.
+    left = kept.held * (1 - min(1.0, job.bucket_elements / job.local_parameters)) + parts["working"]
+    flushing = (parts["gradients"] + _buckets(job) + left + parts["exchange"]) if job.zero_stage == 2 else 0.0
+    # In the last block's backward all gradients are there but the embedding's; then they are copied.
+    embedding = job.sizes.vocab_size * job.sizes.hidden_size * job.weight_bytes
+    last = max(parts["working"] - embedding, _flattened(job)) if job.zero_stage < 3 else 0.0
+    end = parts["gradients"] + _buckets(job) + parts["exchange"] + last
+    stepping = remaining_gradients(job) + parts["step"] + (_buckets(job) if job.zero_stage == 3 else 0.0)
+    fullest = always + max(begin, flushing, end, stepping)
+    return Memory(
+        **parts,
+        not_at_once=fullest - sum(parts.values()),
+        runtime=CONTEXT_BYTES + FRAGMENT_SHARE * fullest if on_gpu else 0.0,
+        worst=_worst(job, kept, on_gpu),
+        host=_optimizer(job) + job.shard * FP32 if job.offload_optimizer else 0.0,
+    )
+
+
+def _gathered(job: Job) -> float:
+    """ZeRO-3 keeps what it will need again soon, up to a limit that small models do not reach. What one rank alone holds is
+    not gathered."""
+    if job.zero_stage < 3:
+        return 0.0
+    dense = job.dense_parameters if job.ranks > 1 else 0
+    experts = job.expert_parameters if job.ranks > job.expert_ranks else 0
+    return min(dense + experts, job.live_parameters) * job.weight_bytes
+
+
+def _gradients(job: Job) -> float:
+    """After a backward. ZeRO-1 sums all of them on every rank, beside each parameter's own where the two differ in type
+    (DeepSpeed's BF16_Optimizer does it then, without buckets); 2 and 3 keep a shard."""
+    if job.zero_stage >= 2:
+        return 0.0 if job.offload_optimizer else job.shard * job.gradient_bytes
+    return job.local_parameters * (job.weight_bytes + _summed_apart(job))
+
+
+def remaining_gradients(job: Job) -> float:
+    """When the optimizer's step begins."""
+    if job.zero_stage == 1 and not _summed_apart(job):
+        return job.shard * job.gradient_bytes  # each rank has kept what is its own to step
+    return _gradients(job)
+
+
+def _held(job: Job) -> float:
+    """Of the gradients, what is there when a step's last backward begins."""
+    if job.zero_stage == 3:
+        return _gradients(job)  # one buffer, made at the start
+    if job.zero_stage < 2 and _summed_apart(job):
+        return job.local_parameters * (job.gradient_bytes + (job.weight_bytes if job.accumulation > 1 else 0))
+    return _gradients(job) if job.accumulation > 1 else 0.0
+
+
+def _summed_apart(job: Job) -> int:
+    """Bytes of a gradient's sum where ZeRO keeps it in another type than the parameter's."""
+    return job.gradient_bytes if job.gradient_bytes != job.weight_bytes else 0
+
+
+def _optimizer(job: Job) -> float:
+    return job.shard * STATE_BYTES.get(job.optimizer.lower(), ADAM_BYTES)
+
+
+def _buckets(job: Job) -> float:
+    """Where gradients are gathered to be reduced."""
+    if job.zero_stage == 0 or (job.zero_stage == 1 and _summed_apart(job)):
+        return 0.0
+    return job.buckets * job.bucket_elements * job.weight_bytes
+
+
+def _flattened(job: Job) -> float:
+    """What is copied between a bucket and its sums: ZeRO-2 a bucket into sums of another type, ZeRO-1 at the end its shard."""
+    if job.zero_stage == 2 and _summed_apart(job):
+        return min(job.bucket_elements, job.local_parameters) * job.weight_bytes
+    if job.zero_stage == 1 and not _summed_apart(job):
+        return max(0.0, job.shard * FP32 - _buckets(job))  # which are gone by then
+    return 0.0
+
+
+def _exchange(job: Job) -> float:
+    """The all-to-all's landing buffers of one layer, there and back, at an even load."""
+    if job.expert_ranks == 1:
+        return 0.0
+    return 2 * job.tokens * job.sizes.num_experts_per_tok * job.sizes.hidden_size * job.weight_bytes
+
+
+def _worst(job: Job, kept: Kept, on_gpu: bool) -> float:
+    """What routed rows take more where this rank gets `WORST_LOAD` times its share, at most all rows of its expert group."""
+    if job.expert_ranks == 1:
+        return 0.0
+    load = min(WORST_LOAD, job.expert_ranks)
+    loaded = kept_activations(job, fused_norms=on_gpu, load=load)
+    return loaded.most - kept.most + (load - 1) * _exchange(job)
+
+
+def _step(job: Job) -> float:
+    """Of one parameter group after the other: its gradients once more, flat and in fp32 (sums of their own are that already),
+    and Adam's root and quotient where it is not one kernel."""
+    if job.offload_optimizer:
+        return 0.0
+    group = max(job.dense_parameters, job.expert_parameters * job.expert_ranks) / job.ranks
+    flat = 0 if job.zero_stage < 3 and _summed_apart(job) else 1
+    return group * FP32 * (flat + (0 if job.fused_optimizer else 2))

@@ -1,0 +1,96 @@
+"""`--from RUN`: the rest of a run, planned from what it really does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from data.cli import UserError
+from launch.planning.answer import SECONDS_PER_DAY
+from launch.planning.arguments import PlanArguments
+from launch.planning.devices import find_device
+from launch.planning.expectation import job_of_run
+from launch.planning.memory import GB, plan_memory
+from launch.planning.show import duration
+from launch.planning.time import plan_time
+from model.accounting import count_parameters
+
+#: Logged steps that the speed is the median of: the last ones, without the slow first.
+RECENT = 50
+
+
+def rest_of(arguments: PlanArguments) -> dict[str, Any]:
+    """What is left of the run, and how long it takes at the speed it has. Raises `UserError` that names the folder."""
+    assert arguments.from_run is not None
+    config, rows = read_run(arguments.from_run)
+    job = job_of_run(config, ranks_per_node=config["world_size"])
+    speed = median(row["tokens_per_second"] for row in rows[-RECENT:])
+    total = arguments.tokens or config["arguments"]["max_steps"] * job.tokens_per_step
+    left = max(0.0, total - rows[-1]["tokens"])
+    hours = left / speed / 3600
+    count = count_parameters(job.sizes)
+    device = find_device(arguments.gpu) if arguments.gpu else None
+    planned = plan_time(job, device) if device else None
+    return {
+        "run": str(arguments.from_run),
+        "parameters": {"total": count.total, "active": count.active, "on_a_rank": job.local_parameters},
+        "gpus": job.ranks,
+        "sequence_length": job.sequence_length,
+        "done": {"steps": rows[-1]["step"], "tokens": rows[-1]["tokens"]},
+        "left": {"steps": round(left / job.tokens_per_step), "tokens": left},
+        "tokens_per_second": speed,
+        "planned_tokens_per_second": planned.tokens_per_second(job) if planned else None,
+        "mfu": next((row["mfu"] for row in reversed(rows) if "mfu" in row), None),
+        "memory_gb": plan_memory(job, on_gpu=device is not None).in_gb(),
+        "device_memory_gb": device.memory / GB if device else None,
+        "days": hours * 3600 / SECONDS_PER_DAY,
+        "gpu_hours": hours * job.ranks,
+        "energy_kwh": hours * job.ranks * device.watts / 1000 if device else None,
+        "price_per_gpu_hour": arguments.price,
+        "cost": None if arguments.price is None else hours * job.ranks * arguments.price,
+    }
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Its config.json and the rows of metrics.jsonl that have a speed, at least one."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--from {folder}: there is no config.json, so no run; name a folder that launch/train.py wrote")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--from {folder}: config.json is damaged: {error}") from None
+    missing = [key for key in ("model", "deepspeed", "sequence_length", "world_size", "arguments") if key not in config]
+    if missing:
+        raise UserError(f"--from {folder}: config.json has no {missing[0]!r}; name a folder that launch/train.py wrote")
+    path = folder / "metrics.jsonl"
+    rows = [row for row in map(_row, path.read_text("utf-8").splitlines()) if row] if path.is_file() else []
+    if not rows:
+        raise UserError(f"--from {folder}: metrics.jsonl has no logged step yet; plan with --gpu until it has one")
+    return config, rows
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A logged step; None for any other line, such as one that a crash cut short."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and row.get("tokens_per_second") else None
+
+
+def show_rest(answer: dict[str, Any]) -> str:
+    """In words."""
+    lines = [
+        f"{answer['run']}: {answer['done']['tokens']:,} tokens in {answer['done']['steps']:,} steps on {answer['gpus']} ranks, "
+        f"{answer['tokens_per_second']:,.0f} tokens/s now",
+        f"left: {answer['left']['tokens']:,.0f} tokens, {answer['left']['steps']:,} steps, {duration(answer['days'])}, "
+        f"{answer['gpu_hours']:,.1f} GPU hours" + ("" if answer["cost"] is None else f", cost {answer['cost']:,.0f}"),
+    ]
+    if answer["planned_tokens_per_second"]:
+        planned = answer["planned_tokens_per_second"]
+        reached = answer["tokens_per_second"] / planned
+        lines.append(f"the plan for this card says {planned:,.0f} tokens/s; the run does {reached:.0%} of that")
+    lines.append(f"memory of a rank by the plan: {answer['memory_gb']['total']:.2f} GB")
+    return "\n".join(lines)

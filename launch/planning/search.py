@@ -1,0 +1,138 @@
+"""Other ways to run the same job: which of them fit, and which are fastest."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launch.planning.devices import Device
+from launch.planning.job import Job
+from launch.planning.memory import Memory, plan_memory
+from launch.planning.time import StepTime, plan_time
+
+RECOMPUTATION = ("none", "selective", "full")
+#: A micro-batch of more tokens fills a GPU no better, and one of many sequences makes a long step longer to wait for.
+MOST_TOKENS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A job on a device, with what it needs and takes."""
+
+    job: Job
+    device: Device
+    memory: Memory
+    time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        """At an even load of the experts."""
+        return self.memory.total <= self.device.memory
+
+    @property
+    def fits_at_worst(self) -> bool:
+        """Also where routing sends a rank `memory.WORST_LOAD` times its share."""
+        return self.memory.total + self.memory.worst <= self.device.memory
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.time.tokens_per_second(self.job)
+
+
+def candidate(job: Job, device: Device) -> Candidate:
+    return Candidate(job=job, device=device, memory=plan_memory(job), time=plan_time(job, device))
+
+
+def search(job: Job, device: Device, count: int = 5) -> list[Candidate]:
+    """The fastest that fit even when routing goes wrong, the best of each layout, fastest first; same global batch."""
+    best: dict[tuple[int, int, bool], Candidate] = {}
+    for variant in variants(job):
+        found = candidate(variant, device)
+        layout = (variant.expert_ranks, variant.zero_stage, variant.offload_optimizer)
+        if found.fits_at_worst and (layout not in best or _order(found) < _order(best[layout])):
+            best[layout] = found
+    return sorted(best.values(), key=_order)[:count]
+
+
+def _order(found: Candidate) -> tuple[float, int, float]:
+    """Fastest first; where two are as fast within 1 %, the lower ZeRO stage and the smaller one."""
+    return (-round(math.log(found.tokens_per_second) / 0.01), found.job.zero_stage, found.memory.total)
+
+
+def variants(job: Job) -> Iterator[Job]:
+    """Every layout that training takes, at the same sequence length and global batch."""
+    for expert_ranks in _expert_ranks(job):
+        for stage, offload in ((1, False), (2, False), (2, True), (3, False)):
+            for micro_batch in _micro_batches(job):
+                for recompute in RECOMPUTATION:
+                    yield dataclasses.replace(
+                        job,
+                        expert_ranks=expert_ranks,
+                        zero_stage=stage,
+                        offload_optimizer=offload,
+                        micro_batch=micro_batch,
+                        accumulation=job.global_batch // (job.ranks * micro_batch),
+                        recompute=recompute,
+                    )
+
+
+def _expert_ranks(job: Job) -> list[int]:
+    """Sizes that divide the experts and the ranks and stay inside a node, where the exchange has the fast links."""
+    limit = min(job.ranks, job.ranks_per_node)
+    return [n for n in range(1, limit + 1) if job.sizes.n_routed_experts % n == 0 and limit % n == 0]
+
+
+def _micro_batches(job: Job) -> list[int]:
+    share = job.global_batch // job.ranks
+    most = max(1, MOST_TOKENS // job.sequence_length)
+    return [n for n in range(1, share + 1) if share % n == 0 and n <= most]
+
+
+def changes(job: Job, other: Job) -> dict[str, tuple[object, object]]:
+    """What of the DeepSpeed JSON differs, `(from, to)` by its dotted key."""
+    keys = {
+        "expert_parallel.autoep_size": "expert_ranks",
+        "zero_optimization.stage": "zero_stage",
+        "zero_optimization.offload_optimizer": "offload_optimizer",
+        "train_micro_batch_size_per_gpu": "micro_batch",
+        "activation_checkpointing.mode": "recompute",
+    }
+    pairs = {key: (getattr(job, name), getattr(other, name)) for key, name in keys.items()}
+    return {key: (ours, theirs) for key, (ours, theirs) in pairs.items() if ours != theirs}
+
+
+def least_change(job: Job, device: Device) -> Candidate | None:
+    """Of all layouts that fit, the one with the fewest changes, and of those the fastest; None where none fits."""
+    fitting = (found for found in (candidate(variant, device) for variant in variants(job)) if found.fits_at_worst)
+    return min(fitting, key=lambda found: (len(changes(job, found.job)), -found.tokens_per_second), default=None)
+
+
+def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
+    """`base`, an unresolved DeepSpeed JSON, changed to the candidate's layout."""
+    config, job = copy.deepcopy(base), found.job
+    config["train_batch_size"] = job.global_batch
+    config["train_micro_batch_size_per_gpu"] = job.micro_batch
+    config["gradient_accumulation_steps"] = "auto"
+    zero = config.setdefault("zero_optimization", {})
+    zero["stage"] = job.zero_stage
+    for key in ("offload_optimizer", "offload_param"):
+        zero.pop(key, None)
+    if job.zero_stage == 3:
+        for key in ("reduce_scatter", "allgather_bucket_size"):
+            zero.pop(key, None)
+    else:
+        zero.setdefault("reduce_scatter", True)
+        for key in [key for key in zero if key.startswith("stage3_")]:
+            del zero[key]
+    zero.setdefault("contiguous_gradients", True)  # AutoEP under ZeRO 1 and 2 wants both
+    if job.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        for key in ("torch_adam", "fused"):
+            config.get("optimizer", {}).get("params", {}).pop(key, None)  # DeepSpeed's CPU Adam takes over
+    config.setdefault("expert_parallel", {"enabled": True, "preset_model": "deepseek_v3"})["autoep_size"] = job.expert_ranks
+    config.setdefault("activation_checkpointing", {})["mode"] = job.recompute
+    return config

@@ -1,0 +1,168 @@
+"""The answer in words and tables, 100 columns wide at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+#: The parts of a rank's memory, in the order in which they are shown, and what each is.
+PARTS = {
+    "weights": "weights",
+    "gathered": "gathered weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "buckets": "reduction buckets",
+    "activations": "activations",
+    "loss": "loss",
+    "working": "backward of a block",
+    "exchange": "all-to-all buffers",
+    "step": "optimizer's step",
+    "not_at_once": "never at the same time",
+    "runtime": "context, NCCL, allocator",
+}
+LIMITS = {
+    "matrix": "matrix products",
+    "attention": "attention",
+    "memory": "memory traffic",
+    "recompute": "recomputation",
+    "optimizer": "gradients and optimizer",
+    "imbalance": "uneven experts",
+    "communication": "communication",
+    "host": "the host",
+}
+
+
+def show(answer: dict[str, Any], *, with_curve: bool) -> str:
+    """All of it, sections apart by empty lines."""
+    sections = [_head(answer), _memory(answer), _time(answer), _communication(answer), _alternatives(answer)]
+    if with_curve:
+        sections.append(_curve(answer))
+    sections.append("\n".join(["assumptions", *(f"  {line}" for line in answer["assumptions"])]))
+    if "written" in answer:
+        sections.append(f"wrote {answer['written']}: train with --deepspeed_config {answer['written']}")
+    return "\n\n".join(sections)
+
+
+def _head(answer: dict[str, Any]) -> str:
+    parameters, batch, layout = answer["parameters"], answer["batch"], answer["layout"]
+    return "\n".join(
+        [
+            f"{answer['model']}: {_count(parameters['total'])} parameters, {_count(parameters['active'])} active for a token, "
+            f"{answer['flops_per_token'] / 1e9:.3g} GFLOP a token",
+            f"{answer['gpus']} x {answer['gpu']}, {answer['deepspeed_config']}: EP {layout['expert_ranks']}, ZeRO "
+            f"{layout['zero_stage']}, recomputation {layout['activation_checkpointing']}",
+            f"a step: {batch['micro_batch']} sequences x {batch['accumulation']} micro-batches x {answer['gpus']} GPUs x "
+            f"{answer['sequence_length']:,} tokens = {batch['tokens_per_step']:,} tokens",
+        ]
+    )
+
+
+def _memory(answer: dict[str, Any]) -> str:
+    memory, has = answer["memory_gb"], answer["device_memory_gb"]
+    rows = [(title, f"{memory[part]:.2f}") for part, title in PARTS.items() if abs(memory[part]) >= 0.005]
+    rows.append(("sum", f"{memory['total']:.2f}"))
+    worst = answer["memory_gb_at_worst_load"]
+    verdict = f"{'fits' if answer['fits'] else 'does not fit'}: {memory['total']:.1f} of {has:.1f} GB"
+    if answer["fits"] and not answer["fits_at_worst_load"]:
+        verdict += f", but not when routing sends a rank three times its share ({worst:.1f} GB)"
+    elif worst > memory["total"]:
+        verdict += f"; {worst:.1f} GB when routing sends a rank three times its share"
+    if answer["to_fit"]:
+        verdict += "; to fit, change " + ", ".join(f"{key} from {old} to {new}" for key, (old, new) in answer["to_fit"].items())
+    lines = ["memory of a GPU at its fullest, GB (10^9 bytes)", table(rows), verdict]
+    if memory["host"]:
+        lines.append(f"and {memory['host']:.1f} GB of host memory for each GPU")
+    return "\n".join(lines)
+
+
+def _time(answer: dict[str, Any]) -> str:
+    limits = ", ".join(f"{LIMITS[name]} {share:.0%}" for name, share in answer["limits"].items() if share >= 0.01)
+    lines = [
+        f"{answer['seconds_per_step']:.3g} s a step, {answer['tokens_per_second']:,.0f} tokens/s, MFU {answer['mfu']:.1%}",
+        f"it waits for: {limits}",
+    ]
+    if answer["days"] is not None:
+        line = f"{answer['tokens']:.4g} tokens: {answer['steps']:,} steps, {duration(answer['days'])}, "
+        line += f"{answer['gpu_hours']:,.0f} GPU hours, {answer['energy_kwh']:,.0f} kWh"
+        lines.append(line + (f", cost {answer['cost']:,.0f}" if answer["cost"] is not None else ""))
+    return "\n".join(lines)
+
+
+def _communication(answer: dict[str, Any]) -> str:
+    if not answer["communication"]:
+        return "communication: none"
+    head = ("communication of a step", "link", "GB sent", "messages", "ms")
+    rows = [
+        (t["kind"], t["link"], f"{t['gb']:.2f}", f"{t['messages']:,}", f"{t['seconds'] * 1e3:.1f}") for t in answer["communication"]
+    ]
+    return table([head, *rows])
+
+
+def _alternatives(answer: dict[str, Any]) -> str:
+    if not answer["alternatives"]:
+        return "no layout of this job fits: take more GPUs, larger ones, or a shorter --sequence_length"
+    head = ("fastest layouts that fit", "EP", "ZeRO", "recompute", "micro-batch", "offload", "GB", "tokens/s", "MFU")
+    rows = [
+        (
+            f"{number}",
+            str(one["expert_ranks"]),
+            str(one["zero_stage"]),
+            one["activation_checkpointing"],
+            f"{one['micro_batch']} x {one['accumulation']}",
+            "yes" if one["offload_optimizer"] else "no",
+            f"{one['memory_gb']:.1f}",
+            f"{one['tokens_per_second']:,.0f}",
+            f"{one['mfu']:.1%}",
+        )
+        for number, one in enumerate(answer["alternatives"], 1)
+    ]
+    return table([head, *rows])
+
+
+def _curve(answer: dict[str, Any]) -> str:
+    head = ("GPUs", "EP", "micro-batch", "GB", "tokens/s", "a GPU", "MFU", "what breaks")
+    rows = [
+        (
+            f"{point['gpus']}",
+            str(point["expert_ranks"]),
+            f"{point['micro_batch']} x {point['accumulation']}",
+            f"{point['memory_gb']:.1f}",
+            f"{point['tokens_per_second']:,.0f}",
+            f"{point['tokens_per_second'] / point['gpus']:,.0f}",
+            f"{point['mfu']:.1%}",
+            point["breaks"] or "nothing",
+        )
+        for point in answer["curve"]
+    ]
+    return table([head, *rows])
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as they must be; the first and texts to the left, numbers to the right."""
+    listed = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in listed) for column in range(len(listed[0]))]
+    numeric = [all(_is_number(row[column]) for row in listed[-1:]) for column in range(len(widths))]
+    lines = []
+    for row in listed:
+        cells = (
+            cell.rjust(width) if right and number else cell.ljust(width)
+            for number, (cell, width, right) in enumerate(zip(row, widths, numeric, strict=True))
+        )
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").replace("%", "").isdigit()
+
+
+def duration(days: float) -> str:
+    """In the unit that a person would use."""
+    if days >= 2:
+        return f"{days:,.1f} days"
+    hours = days * 24
+    return f"{hours:.1f} hours" if hours >= 2 else f"{hours * 60:.0f} minutes"
+
+
+def _count(parameters: float) -> str:
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"

@@ -1,0 +1,153 @@
+"""How long an optimizer step takes, by what it waits for, and what that makes of a budget of tokens.
+
+A model of the step, not a measurement: shares of the device's peaks that are assumed (`devices.EFFICIENCIES`), bytes counted
+from the code. Expect 15 %; `launch/benchmark.py step` and `roofline` measure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.planning.communication import Traffic, traffic
+from launch.planning.devices import Device
+from launch.planning.job import Job
+from model.accounting import attention_matrices, training_flops_per_token
+
+NARROW, GROUPED = 1024, 0.8
+#: The fullest rank's or expert's share of rows over the mean, the router's bias at work. Assumption; metrics.jsonl has it.
+USUAL_LOAD = 1.1
+#: Of the time that a collective could hide behind the backward, what it does: it takes memory bandwidth and processors.
+HIDING = 0.9
+#: The host issues about 460 operations a layer in forward and backward, each 6 us; counted with PyTorch's profiler on a CPU.
+HOST_SECONDS_PER_LAYER, HOST_SECONDS_PER_STEP = 2.8e-3, 5e-3
+#: Bytes that a GPU's host moves to and from it a second, and its memory's speed for one rank's share of CPU Adam.
+PCIE_SPEED, HOST_MEMORY_SPEED = 20e9, 20e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    matrix: float
+    attention: float
+    memory: float
+    recompute: float
+    optimizer: float
+    imbalance: float
+    communication: float  # that hides behind nothing
+    host: float  # by which the host is slower than the GPU
+    traffic: list[Traffic]
+    flops: float  # of all ranks, useful
+
+    @property
+    def total(self) -> float:
+        return (
+            self.matrix
+            + self.attention
+            + self.memory
+            + self.recompute
+            + self.optimizer
+            + self.imbalance
+            + self.communication
+            + self.host
+        )
+
+    @property
+    def limits(self) -> list[tuple[str, float]]:
+        """What the step waits for and the share of it, largest first."""
+        names = ("matrix", "attention", "memory", "recompute", "optimizer", "imbalance", "communication", "host")
+        return sorted(((name, getattr(self, name) / self.total) for name in names), key=lambda pair: -pair[1])
+
+    def mfu(self, job: Job, device: Device) -> float:
+        return self.flops / (self.total * device.peak * job.ranks)
+
+    def tokens_per_second(self, job: Job) -> float:
+        """Of all ranks together."""
+        return job.tokens_per_step / self.total
+
+
+def plan_time(job: Job, device: Device) -> StepTime:
+    """One optimizer step of `job` on `device`."""
+    tokens = job.tokens * job.accumulation
+    peak = device.peak if job.weight_bytes == 2 else device.peak / 8  # fp32 without TF32: the vector units
+    dense, expert, head = _products(job, device, peak)
+    attention = tokens * _attention_flops(job) / (peak * device.efficiency.attention)
+    moved, forward = tokens * sum(_moved(job)) / device.memory_speed, tokens * _moved(job)[0] / device.memory_speed
+    # A block that is recomputed whole does its forward again, a third of its products; one that keeps them only moves data.
+    again = {"none": 0.0, "selective": forward, "full": forward + (tokens * (dense + expert) + attention) / 3}[job.recompute]
+    load = USUAL_LOAD if job.expert_ranks > 1 else 1.0
+    sent = traffic(job, device, load)
+    backward = (2 / 3) * (tokens * (dense + expert + head) + attention + moved)
+    exposed = _exposed(sent, backward)
+    busy = tokens * (dense + expert + head) + attention + moved + again
+    host = HOST_SECONDS_PER_LAYER * job.sizes.num_hidden_layers * job.accumulation + HOST_SECONDS_PER_STEP
+    return StepTime(
+        matrix=tokens * (dense + expert + head),
+        attention=attention,
+        memory=moved,
+        recompute=again,
+        optimizer=_optimizer(job, device),
+        imbalance=(load - 1) * tokens * expert,
+        communication=exposed,
+        host=max(0.0, host - busy - exposed),
+        traffic=sent,
+        flops=job.tokens_per_step * training_flops_per_token(job.sizes, job.sequence_length),
+    )
+
+
+def _products(job: Job, device: Device, peak: float) -> tuple[float, float, float]:
+    """Seconds a token of the dense products, the routed experts' and the head's, forward and backward."""
+    c, reached = job.sizes, device.efficiency
+    keys = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    expert = 3 * c.hidden_size * c.moe_intermediate_size
+    expert_share = reached.matrix if c.moe_intermediate_size >= NARROW else reached.narrow
+    key_share = reached.matrix if c.num_key_value_heads * c.head_dim >= NARROW else reached.narrow
+    # Several experts on a rank are one grouped product, which reaches less than a plain one at these sizes.
+    routed_share = expert_share * (1.0 if job.expert_ranks == c.n_routed_experts else GROUPED)
+    router = c.n_routed_experts * c.hidden_size
+    layer = (attention_matrices(c) - keys + router) / reached.matrix + keys / key_share + expert * c.n_shared_experts / expert_share
+    seconds = 6 * c.num_hidden_layers / peak  # 2 operations x (forward + 2 gradients)
+    return (
+        seconds * layer,
+        seconds * expert * c.num_experts_per_tok / routed_share,
+        6 * c.vocab_size * c.hidden_size / peak / reached.head,
+    )
+
+
+def _attention_flops(job: Job) -> float:
+    """A token's, forward and backward, causal: 2 products x 2 operations x S/2 keys x 3."""
+    c = job.sizes
+    return 6 * job.sequence_length * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+
+
+def _moved(job: Job) -> tuple[float, float]:
+    """Bytes a token that passes beside the products read and write, (forward, backward), counted from the code.
+
+    h hidden, a of query and key heads, r routed rows, i their width, in bytes of the model's type; fp32 passes count double.
+    """
+    c, w = job.sizes, job.weight_bytes
+    h = c.hidden_size * w
+    a = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim * w
+    r = c.num_experts_per_tok * c.hidden_size * w
+    i = (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size * w
+    # norms 4h, q/k norm and RoPE (fp32, five passes) 22a, sinks 6h, adds 4h, router 5h, rows there, back and their sum 5r + 4h,
+    # SwiGLU 3i
+    forward = 4 * h + 22 * a + 6 * h + 4 * h + 5 * h + 5 * r + 4 * h + 3 * i
+    backward = 10 * h + 30 * a + 11 * h + 8 * h + 10 * h + 7 * r + 4 * h + 6 * i
+    logits = 44.0 * c.vocab_size  # seven passes over fp32 logits and three over rounded ones
+    return float(c.num_hidden_layers * forward + logits), float(c.num_hidden_layers * backward)
+
+
+def _exposed(sent: list[Traffic], backward: float) -> float:
+    """Seconds that nothing hides: all that has nothing to go on beside, and the rest beyond the backward's length."""
+    hidden = sum(one.seconds for one in sent if one.hidden_by == "backward")
+    in_the_open = sum(one.seconds for one in sent if not one.hidden_by)
+    return in_the_open + max(0.0, hidden - HIDING * backward) + (1 - HIDING) * min(hidden, backward)
+
+
+def _optimizer(job: Job, device: Device) -> float:
+    """Passes over gradients (18 bytes a parameter and micro-batch) and state (54 a parameter of the shard)."""
+    gradients = 18 * job.local_parameters * job.accumulation / device.memory_speed
+    if not job.offload_optimizer:
+        return gradients + 54 * job.shard / device.memory_speed
+    return gradients + job.shard * (4 + 2) / PCIE_SPEED + 28 * job.shard / HOST_MEMORY_SPEED

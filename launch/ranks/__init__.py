@@ -1,0 +1,1 @@
+"""The ranks as a group: joining, agreeing, watching."""

@@ -1,0 +1,180 @@
+"""What the ranks let each other know: a key-value store beside the process group, and who was at fault by what stands there.
+
+A collective that fails says "connection closed by peer", on every rank but the one that could say why. So each rank leaves its
+heartbeats in a store that outlives the collective, a failing rank its last words, and the others read there whom to name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from launch.cli import RankFailedError
+
+#: What a rank says whose peer is gone. Its own failure is a consequence, not the cause.
+SECOND_HAND = re.compile(
+    r"(?i)gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|tcpstore|timed out|all_?reduce|all_?to_?all"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """Where a rank is. `beat` counts up while it lives; `seconds`: since it came to this phase; `moves`: phases of the step before
+    this one; `done`: it has finished, and its silence from now on is no fault."""
+
+    step: int
+    phase: str
+    host: str
+    beat: int = 0
+    seconds: float = 0.0
+    moves: int = 0
+    done: bool = False
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.phase} (host {self.host})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastWords:
+    """Why a rank ends, and where it was. `second_hand`: only because another one was gone."""
+
+    place: str
+    host: str
+    cause: str
+    second_hand: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang:
+    """What a watchdog ends the run for, and the rank it suspects."""
+
+    cause: str
+    suspect: int | None = None
+
+
+Message = TypeVar("Message", Heartbeat, LastWords, Hang)
+
+
+def is_second_hand(error: BaseException) -> bool:
+    """Did this rank fail because another was gone?"""
+    text = str(error)
+    if "out of memory" in text.lower() and not isinstance(error, RankFailedError):
+        return False  # also where it is NCCL that finds no memory: that is this rank's own trouble
+    if isinstance(error, (dist.DistError, RankFailedError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(SECOND_HAND.search(text))
+
+
+def name_culprit(heartbeats: dict[int, Heartbeat], failed: dict[int, LastWords], silent: set[int]) -> str:
+    """Who ended the run: a rank with a cause of its own, else one that went without a word. "" where nobody knows.
+
+    `heartbeats`: the last one of each rank; `silent`: ranks whose heartbeat has stopped.
+    """
+    own = {rank: words for rank, words in failed.items() if not words.second_hand}
+    if own:
+        rank = min(own)
+        others = f" (ranks {', '.join(map(str, sorted(own)))} failed likewise)" if len(own) > 1 else ""
+        return f"rank {rank} failed at {own[rank].place}: {own[rank].cause}{others}"
+    gone = sorted(rank for rank in silent if rank not in failed)
+    said = "; ".join(f"rank {r} at {heartbeats[r]}" if r in heartbeats else f"rank {r} at start-up" for r in gone)
+    if gone:
+        return f"died without a word (killed, out of memory, or cut off from the network): {said}"
+    return ""
+
+
+class HeartbeatStore:
+    """Construct it on all ranks together, after `init_process_group`; rank 0 keeps it. Every method raises RuntimeError where
+    rank 0 is gone."""
+
+    def __init__(self, rank: int, world_size: int, *, timeout: float) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.hang: Hang | None = None  # once `read_hang` has found one
+        # A store of its own: the process group's blocks while the training thread waits in it.
+        address: list[Any] = [None]
+        if rank == 0:
+            self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+            address = [(os.environ.get("MASTER_ADDR", "127.0.0.1"), self._store.port)]
+        dist.broadcast_object_list(address, src=0)
+        if rank:
+            host, port = address[0]
+            self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+
+    def write(self, message: Heartbeat | LastWords | Hang) -> None:
+        """Leave this rank's newest message of its kind."""
+        kind = type(message)
+        self._store.set(f"{kind.__name__}_{self.rank}", json.dumps(asdict(message)))
+        if kind is not Heartbeat:
+            self._store.set("alarm", "")
+
+    def read(self, kind: type[Message], ranks: Iterable[int] | None = None) -> dict[int, Message]:
+        """What these ranks (None: all, this one included) have left of a kind."""
+        found = {}
+        for rank in range(self.world_size) if ranks is None else ranks:
+            key = f"{kind.__name__}_{rank}"
+            if self._store.check([key]):  # `get` would wait for it
+                found[rank] = kind(**json.loads(self._store.get(key)))
+        return found
+
+    def has_alarm(self) -> bool:
+        """Has any rank left last words or found a hang? One question, however many ranks there are."""
+        return bool(self._store.check(["alarm"]))
+
+    def read_hang(self) -> Hang | None:
+        """What the watchdog of some rank ends the run for."""
+        found = self.read(Hang)
+        self.hang = found[min(found)] if found else None
+        return self.hang
+
+    def find_culprit(self, words: LastWords, patience: float) -> str:
+        """Leave this rank's last words, hear the others', and name who ended the run. Takes `patience` seconds at most."""
+        until = time.monotonic() + patience
+        everyone = set(range(self.world_size))
+        try:
+            self.write(words)
+            first = self.read(Heartbeat)
+            while True:
+                failed, now, hang = self.read(LastWords), self.read(Heartbeat), self.read_hang()
+                done = {rank for rank, heartbeat in now.items() if heartbeat.done}
+                silent = {r for r in everyone if r in first and now[r].beat == first[r].beat} - done
+                waiting = everyone - failed.keys() - done
+                culprit = hang.cause if hang else name_culprit(now, failed, silent)
+                known = hang or any(not other.second_hand for other in failed.values()) or not waiting
+                if known or time.monotonic() > until:
+                    break
+                time.sleep(0.1)
+        except RuntimeError:
+            own = "" if words.second_hand else f"rank {self.rank} failed at {words.place}: {words.cause}"
+            return own or "rank 0 is gone without a word, and with it what the ranks knew of each other"
+        self._leave_together(failed.keys() | waiting - silent, until)
+        return culprit
+
+    def _leave_together(self, ranks: set[int], until: float) -> None:
+        """Rank 0 takes the store along when it goes: it waits for those who still read."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"left_{self.rank}", "")
+            while self.rank == 0 and time.monotonic() < until:
+                if self._store.check([f"left_{rank}" for rank in sorted(ranks)]):
+                    return
+                time.sleep(0.05)
+
+    def is_first_on_host(self, host: str) -> bool:
+        """Is this the lowest of the ranks on its host that have left last words? One line a host is enough."""
+        try:
+            return self.rank == min(rank for rank, words in self.read(LastWords).items() if words.host == host)
+        except (RuntimeError, ValueError):
+            return True
+
+
+def here() -> str:
+    return socket.gethostname()

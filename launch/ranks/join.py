@@ -1,0 +1,170 @@
+"""Joining the other ranks, however the run was started.
+
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. `srun` and `mpiexec` have their own
+names, and a plain `python launch/train.py` has none: all of them end up with the same five variables here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from data.cli import Exit, UserError
+
+#: For all ranks to join: hosts of one job may start minutes apart.
+JOIN_SECONDS = 600.0
+#: What NCCL does when a peer fails, as torch counts its ways: abort the communicators and keep the process. By default torch ends
+#: the process in C++ (exit code 134), before it can say whom the run ends for.
+CLEAN_UP_ONLY = "2"
+MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def set_environment() -> tuple[int, int]:
+    """Fill in the five variables; returns (rank, world size)."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        if "MASTER_ADDR" not in env:
+            raise UserError("under srun MASTER_ADDR must be set; launch/templates/slurm.sh shows how")
+    elif "RANK" not in env and any(int(env.get(name, "1")) > 1 for name in MPI_VARIABLES):
+        _environment_from_mpi()
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(free_port() if env["WORLD_SIZE"] == "1" else 29500)
+    return int(env["RANK"]), int(env["WORLD_SIZE"])
+
+
+def _environment_from_mpi() -> None:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = (socket.gethostbyname(socket.gethostname()), free_port()) if world.rank == 0 else None
+    host, port = world.bcast(address)
+    on_one_host = local.size == world.size
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local.rank))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if on_one_host else host)
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def compile_nothing() -> None:
+    """Keep DeepSpeed from compiling its shared-memory operator at the first start of ranks on CPUs.
+
+    The build fails without a compiler, a process killed meanwhile leaves a lock on which every later run hangs, and gloo reduces as
+    fast (tiny: 5,000 tokens/s with either).
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def start(timeout: float) -> None:
+    """Join the process group: NCCL on GPUs, gloo elsewhere. `timeout` seconds bound every collective."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from torch.distributed import DistNetworkError
+    from torch.utils.cpp_extension import get_default_build_root
+
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", CLEAN_UP_ONLY)
+    if get_accelerator().device_name() == "cuda":  # not `torch.cuda.is_available()`: ranks on CPUs may run beside GPUs
+        device = device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes its device by it
+        torch.cuda.set_device(device)
+    wait_for_builds(Path(get_default_build_root()))
+    compile_nothing()
+    try:
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is in use, by another run on this host perhaps; choose one, as in "
+            "deepspeed --master_port 29501 ..."
+        ) from None
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """The GPU of a rank among those that it sees; a launcher that binds them (Slurm's --gpus-per-task) shows it one alone."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(f"local rank {local_rank} has no GPU of its own: {visible} are visible; start one rank a GPU")
+    return local_rank
+
+
+@contextlib.contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """End this process if what is done in here takes longer. Before the watchdog runs nobody else can tell: a rank that joins waits
+    for minutes, some of them again and again, for a rank 0 that has died or was never started."""
+
+    def give_up() -> None:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        print(
+            f"error: rank {os.environ['RANK']} has waited {seconds:.0f} s for {what} (rank 0 is to be at {place}); look for the "
+            "one that has died or was never started",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(Exit.STALLED)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def wait_for_builds(root: Path, *, stale_after: float = 120.0) -> None:
+    """Wait while another process compiles an extension, and remove the lock that a killed one left.
+
+    PyTorch's lock is a file that its owner creates and holds open. A process killed in the middle leaves it, and every later
+    one waits for ever, without a word. One that no process here holds open is stale; the age spares a builder on another host
+    that shares the folder.
+    """
+    for lock in root.glob("**/lock"):
+        while (age := _age(lock)) is not None and (_is_open(lock) or age < stale_after):
+            time.sleep(0.5)
+        if age is not None:
+            print(f"removing {lock}: the process that compiled there is gone", file=sys.stderr, flush=True)
+            lock.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float | None:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open(path: Path) -> bool:
+    """Does a process on this host have the file open? One of another user does not show, and counts as no."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) == str(path.resolve()):
+                return True
+    return False

@@ -1,0 +1,85 @@
+"""One HTML page about one or more runs: curves, experts, red flags in words, settings. Nothing to install, nothing fetched.
+
+python launch/report.py runs/first
+python launch/report.py runs/first runs/second --output comparison.html
+python launch/report.py runs/first --follow
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from data.cli import UserError
+from data.files import replace_file
+from data.flags import Parser
+from launch.cli import run_command
+from launch.reporting.evaluations import find_evaluations, read_evaluation
+from launch.reporting.page import build_page
+from launch.reporting.read import Run, read_run
+from launch.reporting.summary import state_of
+
+EXAMPLES = """
+python launch/report.py runs/first
+python launch/report.py runs/first runs/second --output comparison.html
+python launch/report.py runs/first --follow
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    description = "One HTML page about one or more runs; it opens in any browser and needs no network."
+    p = Parser(prog="python launch/report.py", description=description, examples=EXAMPLES)
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that launch/train.py wrote (--output)")
+    p.add_argument("--output", type=Path, metavar="F.html", help="default: report.html in the first run's folder")
+    p.add_argument("--evaluation", type=Path, nargs="+", default=[], metavar="E.json", help="results of launch/evaluate.py to show")
+    p.add_argument("--follow", action="store_true", help="write the page anew while the runs go on; the open page loads itself")
+    p.add_argument("--seconds", type=float, default=30.0, metavar="S", help="between two pages of --follow")
+    return p
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """With a name for each that no other has. Raises `UserError` for a folder that is no run's."""
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.folder)
+    return runs
+
+
+def write_report(arguments: argparse.Namespace, output: Path) -> list[Run]:
+    """The page as it is now, put in place of the old one in one move."""
+    runs = read_runs(arguments.runs)
+    evaluations = {run.name: find_evaluations(run.folder) for run in runs}
+    for path in arguments.evaluation:
+        found = read_evaluation(path)
+        if found is None:
+            raise UserError(f"--evaluation {path} is not a result of launch/evaluate.py --output")
+        evaluations[runs[0].name].append(found)
+    page = build_page(runs, evaluations, follow=arguments.seconds if arguments.follow else 0.0)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(output, page.encode())
+    return runs
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    output = arguments.output or arguments.runs[0] / "report.html"
+    if arguments.seconds < 1:
+        raise UserError(f"--seconds must be at least 1, not {arguments.seconds:g}")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
+    runs = write_report(arguments, output)
+    print(f"wrote {output} ({output.stat().st_size / 1000:,.0f} KB); open it in a browser", flush=True)
+    while arguments.follow and any(state_of(run)[1] == "running" for run in runs):
+        time.sleep(arguments.seconds)
+        runs = write_report(arguments, output)
+    if arguments.follow:
+        arguments.follow = False  # the last page does not load itself any more
+        write_report(arguments, output)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

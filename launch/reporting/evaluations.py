@@ -1,0 +1,101 @@
+"""Evaluations of exported models and what they wrote: the JSON of `launch/evaluate.py --output`, and the samples beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.reporting.columns import Row
+
+PASS = re.compile(r"pass@\d+$")
+SHOWN = ("loss", "perplexity", "bits_per_byte")
+GENERATIONS = 8  # on the page, and so many characters of each
+CHARACTERS = 1500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a model wrote for a problem. `passed` is None where it was not executed."""
+
+    title: str
+    text: str
+    passed: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    name: str
+    figures: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of pass@k
+    generations: list[Generation] = field(default_factory=list)
+
+
+def find_evaluations(folder: Path) -> list[Evaluation]:
+    """In a run's folder and its `evaluations/`."""
+    paths = sorted([*folder.glob("*.json"), *folder.glob("evaluations/*.json")])
+    found = [read_evaluation(path) for path in paths if path.name != "config.json"]
+    return [evaluation for evaluation in found if evaluation is not None]
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """None where the file is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    figures = _figures(content) if isinstance(content, dict) else {}
+    if not figures:
+        return None
+    intervals = {name: (low, high) for name in figures for low, high in _interval(content.get(f"{name}_interval"))}
+    return Evaluation(name=path.name, figures=figures, intervals=intervals, generations=generations_beside(path))
+
+
+def _figures(content: Row) -> dict[str, float]:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    return {k: float(v) for k, v in content.items() if is_number(v) and (PASS.match(k) or k in SHOWN)}
+
+
+def _interval(value: Any) -> list[tuple[float, float]]:
+    """None or one: `[low, high]`."""
+    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(edge, (int, float)) for edge in value)
+    return [(float(value[0]), float(value[1]))] if is_pair else []
+
+
+def generations_beside(path: Path) -> list[Generation]:
+    """The first of `NAME.samples.jsonl_results.jsonl` and the like: executed ones before those that were only written."""
+    stem = path.name.removesuffix(".json")
+    for pattern in (f"{stem}*_results.jsonl", f"{stem}*samples*.jsonl", "*samples*_results.jsonl", "*samples*.jsonl"):
+        for file in sorted(path.parent.glob(pattern)):
+            found = read_generations(file)
+            if found:
+                return found
+    return []
+
+
+def read_generations(path: Path) -> list[Generation]:
+    """One a problem, GENERATIONS in all, those that passed first: they say what the model can do."""
+    first: dict[str, Generation] = {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            generation = to_generation(line)
+            if generation and (generation.title not in first or (generation.passed and not first[generation.title].passed)):
+                first[generation.title] = generation
+    return sorted(first.values(), key=lambda generation: not generation.passed)[:GENERATIONS]
+
+
+def to_generation(line: str) -> Generation | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
+        return None
+    text = str(row.get("prompt") or "") + row["completion"]
+    passed = row.get("passed")
+    cut = text if len(text) <= CHARACTERS else text[:CHARACTERS] + "\n..."
+    return Generation(title=str(row.get("task_id", "sample")), text=cut, passed=passed if isinstance(passed, bool) else None)

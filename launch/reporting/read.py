@@ -1,0 +1,181 @@
+"""A run's folder as columns: `metrics.jsonl` and `config.json`, read fast and whatever state a crash left them in.
+
+A hundred thousand steps of 24 layers are a quarter of a gigabyte of text: lines become numpy columns by the block, so that the
+text is never held as Python objects all at once.
+
+Shapes: N logged steps, Y layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from data.cli import UserError
+from launch.reporting.columns import Columns, Row, join, to_columns
+
+BLOCK = 4096  # lines that are held as Python objects at a time
+NOT_FINITE = re.compile(r"\b(nan|inf|infinity)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """Something that happened at a step. `kind`: checkpoint, save_failed, skipped, restart, rollback."""
+
+    kind: str
+    step: int
+    text: str
+
+
+@dataclass(kw_only=True)
+class Run:
+    """All that a report says about a run."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    train: Columns
+    evaluations: list[Row] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    snapshots: list[Row] = field(default_factory=list)
+    damaged: int = 0
+
+    @property
+    def last_step(self) -> int:
+        """Of anything that was logged."""
+        logged = [int(self.train.steps[-1])] if len(self.train) else []
+        return max(logged + [int(row["step"]) for row in self.evaluations], default=0)
+
+
+def read_run(folder: Path) -> Run:
+    """Raises `UserError` where `folder` is not a run's."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        inside = " (its runs: " + ", ".join(p.parent.name for p in sorted(folder.glob("*/metrics.jsonl"))[:5]) + ")"
+        hint = inside if any(folder.glob("*/metrics.jsonl")) else ""
+        raise UserError(f"{folder} is not a run's folder: it has no metrics.jsonl{hint}; name the --output of launch/train.py")
+    collector = Collector()
+    collector.take_superseded(folder / "metrics.superseded.jsonl")
+    collector.take(path)
+    return Run(
+        name=folder.resolve().name,
+        folder=folder,
+        config=read_config(folder / "config.json"),
+        train=collector.columns(),
+        evaluations=_last_of_each_step(collector.evaluations),
+        marks=sorted(collector.marks, key=lambda mark: mark.step),
+        snapshots=_last_of_each_step(collector.snapshots),
+        damaged=collector.damaged,
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Empty where there is none: a page without settings is better than none."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _last_of_each_step(rows: list[Row]) -> list[Row]:
+    return [row for _, row in sorted({int(row["step"]): row for row in rows}.items())]
+
+
+def parse(line: bytes) -> Row | None:
+    """One line of the file; None where it is half a line or no object with a step. NaN, which is not JSON, is read as well."""
+    try:
+        row = orjson.loads(line)
+    except ValueError:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return None
+    is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
+    return row if is_row else None
+
+
+class Collector:
+    """Sorts the lines of a `metrics.jsonl` by what they are."""
+
+    def __init__(self) -> None:
+        self.evaluations: list[Row] = []
+        self.snapshots: list[Row] = []
+        self.marks: list[Mark] = []
+        self.damaged = 0
+        self._blocks: list[Columns] = []
+        self._last: tuple[int, int] = (-1, -1)  # step and samples of the last training row
+
+    def take(self, path: Path) -> None:
+        with path.open("rb") as file:
+            while lines := list(itertools.islice(file, BLOCK)):
+                self._blocks.append(to_columns(list(self._training_rows(lines))))
+
+    def take_superseded(self, path: Path) -> None:
+        """Where a run was resumed, the rows that it then wrote again are kept apart: of them only what happened is told."""
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            for line in file:
+                row = parse(line)
+                if row is None:
+                    self.damaged += bool(line.strip())
+                elif "skipped" in row:
+                    self.marks.append(Mark(kind="skipped", step=row["step"], text=f"skipped, and repeated: {row['skipped']}"))
+
+    def _training_rows(self, lines: list[bytes]) -> Iterator[Row]:
+        for line in lines:
+            row = parse(line)
+            if row is None:
+                self.damaged += bool(line.strip())
+            elif "loss" in row:
+                self._note_training(row)
+                yield row
+            else:
+                self._note_other(row)
+
+    def _note_training(self, row: Row) -> None:
+        step, samples = row["step"], row.get("samples") or 0
+        if step <= self._last[0]:
+            back = f"back to step {step - 1} from step {self._last[0]}"
+            if samples > self._last[1]:  # the data goes on, so the run took the weights back and not itself
+                self.marks.append(Mark(kind="rollback", step=step, text=f"rolled back: {back}"))
+            else:
+                self.marks.append(Mark(kind="restart", step=step, text=f"restarted: {back}, these steps were repeated"))
+        self._last = (step, samples)
+        if "skipped" in row:
+            self.marks.append(Mark(kind="skipped", step=step, text=f"skipped: {row['skipped']}"))
+
+    def _note_other(self, row: Row) -> None:
+        step = row["step"]
+        if "val_loss" in row:
+            self.evaluations.append(row)
+        elif "save_failed" in row:
+            self.marks.append(Mark(kind="save_failed", step=step, text=f"save failed: {row['save_failed']}"))
+        elif "save_seconds" in row:
+            self.marks.append(Mark(kind="checkpoint", step=step, text=f"checkpoint step_{step}"))
+        elif "resumed" in row:
+            self.marks.append(Mark(kind="restart", step=step, text=str(row["resumed"])))
+        elif "expert_load" in row or "update_to_weight" in row or any(name.startswith("eval/") for name in row):
+            self.snapshots.append(row)
+
+    def columns(self) -> Columns:
+        """Every step once: what a restart or a rollback did again counts as it went the last time."""
+        joined = join([block for block in self._blocks if len(block)])
+        if not len(joined):
+            return joined
+        later = np.minimum.accumulate(joined.steps[::-1])[::-1]
+        keep = np.append(joined.steps[:-1] < later[1:], True)
+        return Columns(
+            steps=joined.steps[keep],
+            scalars={k: v[keep] for k, v in joined.scalars.items()},
+            layers={k: v[keep] for k, v in joined.layers.items()},
+        )

@@ -1,0 +1,116 @@
+"""Where a run stands, in a few figures."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from launch.reporting.checks import is_finite
+from launch.reporting.columns import Floats
+from launch.reporting.curves import per_layer_columns, training_hours
+from launch.reporting.differences import lookup
+from launch.reporting.read import Run
+
+QUIET_SECONDS = 15 * 60  # without a new line a run that is not at its end is no longer said to run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    label: str
+    value: str
+    sub: str = ""
+
+
+def brief(value: float, digits: int = 3) -> str:
+    """`2.1 B`, `524 K`, `3.41`, and a dash where there is nothing."""
+    if not math.isfinite(value):
+        return "–"
+    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " K")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == ' K' else size):.{digits}g}{letter}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits + 1}g}"
+
+
+def duration(hours: float) -> str:
+    """`43 s`, `12 min`, `3.4 h`, `5.2 days`"""
+    if not math.isfinite(hours):
+        return "–"
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def planned_steps(run: Run) -> int:
+    """0 where the run has no configuration."""
+    steps, stop = lookup(run.config, "arguments.max_steps"), lookup(run.config, "arguments.stop_after")
+    steps = steps if isinstance(steps, int) else 0
+    return min(steps, stop) if isinstance(stop, int) and stop else steps
+
+
+def state_of(run: Run, now: float | None = None) -> tuple[str, str]:
+    """(a word for its color, the state in words)"""
+    planned = planned_steps(run)
+    quiet = (time.time() if now is None else now) - (run.folder / "metrics.jsonl").stat().st_mtime
+    if planned and run.last_step >= planned:
+        return "good", "finished"
+    if quiet > QUIET_SECONDS:
+        return "bad", f"not running: nothing new for {duration(quiet / 3600)}"
+    return "note", "running"
+
+
+def recent(column: Floats, rows: int = 20) -> float:
+    """Mean of the last few finite values: one step says little."""
+    finite = column[np.isfinite(column)][-rows:]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def best_evaluation(run: Run) -> tuple[int, float, float]:
+    """(step, loss, bits per byte); NaN where there is none."""
+    rows = [(row["val_loss"], row) for row in run.evaluations if is_finite(row["val_loss"])]
+    if not rows:
+        return 0, math.nan, math.nan
+    loss, row = min(rows, key=lambda pair: pair[0])
+    bits = row.get("val_bits_per_byte")
+    return int(row["step"]), loss, float(bits) if isinstance(bits, (int, float)) else math.nan
+
+
+def figures_of(run: Run) -> list[Figure]:
+    """For the tiles of one run, and for the columns of a table of runs."""
+    train, planned = run.train, planned_steps(run)
+    hours = training_hours(train)
+    speed, mfu = recent(train.get("tokens_per_second")), recent(train.get("mfu"))
+    tokens = float(train.get("tokens")[-1]) if len(train) else math.nan
+    at, best, bits = best_evaluation(run)
+    return [
+        Figure(label="Step", value=f"{run.last_step:,}", sub=f"of {planned:,}" if planned else ""),
+        Figure(label="Loss", value=brief(recent(train.get("loss")), 4), sub="last 20 lines"),
+        Figure(
+            label="Best validation", value=brief(best, 4), sub=f"at step {at:,}" if math.isfinite(best) else "no evaluation yet"
+        ),
+        Figure(label="Bits per byte", value=brief(bits, 4), sub="at the same step"),
+        Figure(label="Tokens", value=brief(tokens), sub=f"{duration(float(hours[-1]))} of steps" if len(hours) else ""),
+        Figure(label="Tokens/s", value=brief(speed), sub=f"MFU {mfu:.1%}" if math.isfinite(mfu) else "GPU unknown"),
+        _imbalance(run),
+        Figure(label="Time left", value=_time_left(run, planned, tokens, speed), sub="at this speed"),
+    ]
+
+
+def _imbalance(run: Run) -> Figure:
+    """The worst layer's max_vio lately."""
+    column_NY = per_layer_columns(run.train).get("max_vio")
+    if column_NY is None:
+        return Figure(label="Worst max_vio", value="–", sub="no routers logged")
+    late_Y = np.array([recent(column_NY[:, layer]) for layer in range(column_NY.shape[1])])
+    layer = int(np.nanargmax(late_Y)) if np.isfinite(late_Y).any() else 0
+    return Figure(label="Worst max_vio", value=brief(float(late_Y[layer]), 2), sub=f"in layer {layer}")
+
+
+def _time_left(run: Run, planned: int, tokens: float, speed: float) -> str:
+    if not planned or not run.last_step or not math.isfinite(tokens / (speed or math.nan)):
+        return "–"
+    return "none" if run.last_step >= planned else duration(tokens / run.last_step * (planned - run.last_step) / speed / 3600)

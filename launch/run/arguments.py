@@ -1,0 +1,182 @@
+"""The command line of `launch/train.py`: model, data, run length, cadence and output; the DeepSpeed JSON owns the rest."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data.cli import NotFound, UserError
+from data.flags import Parser
+from launch.engine.strategy import read_config
+
+EXAMPLES = """
+deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first
+deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first --deepspeed_config ds_configs/ep8_zero3.json
+deepspeed --num_gpus 2 launch/train.py --data code/:0.7 text/:0.3 --output runs/mix --model tiny --max_steps 2000
+python launch/train.py --data shards/ --output runs/longer --init_from hf/ --rope_factor 4 --sequence_length 8192
+"""
+
+
+WEIGHT = re.compile(r"[0-9.eE+-]+")
+PATTERN = re.compile(r"[\[\]*?]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Everything that a run is started with. Validated in `__post_init__`; an error names the flag."""
+
+    data: tuple[str, ...]
+    output: Path
+    model: str
+    deepspeed_config: Path | None
+    max_steps: int
+    sequence_length: int
+    log_interval: int
+    eval_interval: int
+    eval_batches: int
+    eval_tasks: tuple[str, ...]
+    save_interval: int
+    keep_last: int
+    keep_every: int
+    async_save: bool
+    resume: str
+    init_from: Path | None
+    seed: int
+    patience: int
+    tracker: tuple[str, ...]
+    tracker_detail: str
+    health_interval: int
+    wandb: str
+    wandb_project: str
+    attn_implementation: str
+    activation_checkpointing: str | None
+    document_mask: bool
+    rope_factor: float | None
+    spike_sigma: float
+    spike_window: int
+    spike_rollback: int
+    max_hours: float
+    stall_timeout: float
+    verify: bool
+    stop_after: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "sequence_length", "log_interval", "eval_batches", "save_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("eval_interval", "keep_last", "keep_every", "patience", "spike_window", "spike_rollback", "health_interval"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}")
+        if self.eval_tasks and not self.eval_interval:
+            raise UserError("--eval_tasks are measured at evaluations, and --eval_interval 0 makes none; set --eval_interval")
+        if self.patience and not self.eval_interval:
+            raise UserError("--patience counts evaluations, and --eval_interval 0 makes none; set --eval_interval")
+        if "none" in self.tracker and len(set(self.tracker)) > 1:
+            raise UserError(f"--tracker {' '.join(self.tracker)}: none stands alone; leave it out, or leave out the others")
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"--output {self.output} is a file; name a folder")
+        if pattern := PATTERN.search(str(self.output.absolute())):
+            raise UserError(
+                f"--output {self.output}: DeepSpeed takes {pattern[0]!r} in a path for a pattern and could not load "
+                "what it saves there; name another folder"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """For config.json."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="deepspeed --num_gpus N launch/train.py",
+        description="Train a MoE GPT on preprocessed shards.",
+        examples=EXAMPLES,
+    )
+    what = p.add_argument_group("what to train on what")
+    what.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
+    what.add_argument("--output", type=Path, required=True, metavar="RUN", help="the run's folder; the same command goes on in it")
+    what.add_argument("--model", default="800m", help="a preset (tiny, 60m, 800m, 4b) or a config.json")
+    what.add_argument("--sequence_length", type=int, default=2048, metavar="N", help="tokens of one sample")
+    what.add_argument("--document_mask", action="store_true", help="attention and positions stay inside a document")
+    what.add_argument("--rope_factor", type=float, metavar="X", help="YaRN: take a trained model to this many times its context")
+    what.add_argument("--init_from", type=Path, metavar="DIR", help="start from the weights of an exported folder, at step 0")
+    how = p.add_argument_group("how")
+    how.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/; default by the number of GPUs")
+    how.add_argument("--attn_implementation", default="flash", choices=("flash", "sdpa", "eager"), help="attention")
+    how.add_argument(
+        "--activation_checkpointing",
+        choices=("none", "selective", "full"),
+        help="overrides the JSON's activation_checkpointing.mode",
+    )
+    how.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights, data order and dropout")
+    how.add_argument(
+        "--spike_sigma", type=float, default=6.0, metavar="X", help="deviations over the mean that skip a step; 0: off"
+    )
+    how.add_argument("--spike_window", type=int, default=128, metavar="N", help="steps that mean and deviation are taken over")
+    how.add_argument("--spike_rollback", type=int, default=5, metavar="N", help="skipped steps in a row that roll back; 0: never")
+    when = p.add_argument_group("how long and how often (in optimizer steps)")
+    when.add_argument("--max_steps", type=int, default=100_000, metavar="N", help="steps of the whole run and its schedule")
+    when.add_argument("--stop_after", type=int, default=0, metavar="N", help="stop at this step, the schedule unchanged; 0: never")
+    when.add_argument("--max_hours", type=float, default=0.0, metavar="H", help="save and stop cleanly after this time; 0: never")
+    when.add_argument("--log_interval", type=int, default=10, metavar="N", help="steps between two rows of metrics.jsonl")
+    when.add_argument("--eval_interval", type=int, default=1000, metavar="N", help="steps between two evaluations; 0: never")
+    when.add_argument("--eval_batches", type=int, default=64, metavar="N", help="global micro-batches of one evaluation")
+    when.add_argument(
+        "--eval_tasks",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="also bits per byte on these validation splits",
+    )
+    when.add_argument("--patience", type=int, default=0, metavar="N", help="evaluations without a new best that end it; 0: never")
+    out = p.add_argument_group("checkpoints and logs")
+    out.add_argument("--save_interval", type=int, default=50_000, metavar="N", help="steps between two checkpoints")
+    out.add_argument("--keep_last", type=int, default=3, metavar="N", help="checkpoints to keep; 0: all")
+    out.add_argument("--keep_every", type=int, default=0, metavar="N", help="also keep those at multiples of this step; 0: none")
+    out.add_argument(
+        "--async_save",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="training goes on while a checkpoint, copied to host memory, is written",
+    )
+    out.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="the checkpoint to go on from")
+    out.add_argument("--verify", action="store_true", help="check the shards' checksums before training")
+    out.add_argument(
+        "--tracker",
+        nargs="+",
+        default=["wandb"],
+        choices=("wandb", "tensorboard", "trackio", "none"),
+        help="where metrics go besides metrics.jsonl (default: wandb)",
+    )
+    out.add_argument("--tracker_detail", default="brief", choices=("brief", "detailed"), help="detailed: routers layer by layer")
+    out.add_argument("--health_interval", type=int, default=100, metavar="N", help="steps between two expert-load maps; 0: never")
+    out.add_argument("--wandb", default="offline", choices=("online", "offline", "disabled"), help="Weights & Biases")
+    out.add_argument("--wandb_project", default="moe-code-gpt", metavar="NAME", help="project of the W&B run")
+    out.add_argument("--stall_timeout", type=float, default=1800.0, metavar="S", help="seconds without a step before all ranks end")
+    p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
+    return p
+
+
+def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
+    """Parse and validate. Errors: `ValueError` with the flag's name."""
+    values = vars(build_parser().parse_args(argv))
+    values["data"], values["eval_tasks"] = tuple(values["data"]), tuple(values["eval_tasks"])
+    values["tracker"] = tuple(dict.fromkeys(values["tracker"]))
+    known = {f.name for f in fields(TrainArguments)}
+    return TrainArguments(**{k: v for k, v in values.items() if k in known})
+
+
+def check_paths(arguments: TrainArguments) -> None:
+    """What is plainly not there, before anything is imported that takes seconds. Raises UserError with the flag."""
+    for text in arguments.data:
+        folder, colon, weight = text.rpartition(":")
+        named = Path(folder if colon and WEIGHT.fullmatch(weight) else text)
+        if not Path(text).exists() and not named.exists() and (not colon or named != Path(text)):
+            raise NotFound(f"--data {text}: no shards at {named}; make them with data/preprocess.py")
+    if arguments.model.endswith(".json") and not Path(arguments.model).is_file():
+        raise NotFound(f"--model {arguments.model} is not a file; name a config.json or a preset")
+    if arguments.deepspeed_config is not None:
+        read_config(arguments.deepspeed_config)

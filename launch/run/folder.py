@@ -1,0 +1,128 @@
+"""A run's folder: its lock, `config.json`, and the refusal of a folder that holds another run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data.cli import UserError, say
+from data.files import FolderLock, LockHeld, replace_file
+from launch.checkpoint.folder import CheckpointFolder
+from launch.checkpoint.identity import RunIdentity, differences, listed
+from launch.run.redact import redact
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
+
+
+def take_folder(folder: Path) -> FolderLock:
+    """Hold a run's folder against a second run. Raises UserError that names the process that holds it."""
+    lock = FolderLock(folder)
+    try:
+        if not lock.take():
+            say(f"warning: the file system of {folder} has no locks: nothing stops a second run in the same folder")
+    except LockHeld as error:
+        raise UserError(f"{folder} is in use by another run ({error.holder}); end it or name another --output") from None
+    return lock
+
+
+def check_same_run(folder: Path, identity: RunIdentity) -> None:
+    """Refuse a folder that holds another run. Raises ValueError with the differences."""
+    path = folder / "config.json"
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    if not _has_text(path) and checkpoints.steps():
+        # Each checkpoint holds the run's identity as well, and is compared with it when it is chosen.
+        say(f"warning: {path} is missing or empty; the run goes on from its checkpoints, and the file is written anew")
+        return
+    if not path.exists():
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
+        if others:
+            raise UserError(f"--output {folder} holds {others[0]!r} but no run; name a new or empty folder")
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); name another --output") from None
+    if found := RunIdentity.from_json(held).conflicts(identity):
+        raise UserError(f"--output {folder} holds another run: {listed(found)}; name another --output, or the run's own settings")
+
+
+def changed_settings(folder: Path, deepspeed: dict[str, Any]) -> list[str]:
+    """How the DeepSpeed JSON differs from that of the run in `folder`, as `optimizer.params.lr: 0.001 -> 0.01`.
+
+    Raises UserError for another optimizer: the state of one is not the other's.
+    """
+    try:
+        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))["deepspeed"]
+        before, now = held["optimizer"]["type"], deepspeed["optimizer"]["type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # a checkpoint that was taken out of its run
+    if str(before).lower() != str(now).lower():
+        raise UserError(
+            f"{folder} was trained with optimizer.type {before}, and {now}, which the JSON asks for, cannot go on from its state; "
+            f"keep {before}, or start a new run from an export with --init_from"
+        )
+    return differences(held, deepspeed)
+
+
+def _has_text(path: Path) -> bool:
+    """An empty file is what a power cut leaves of one that was not yet on the disk."""
+    return path.exists() and bool(path.read_bytes().strip())
+
+
+class FolderWatch:
+    """Notices that the run's folder was deleted, moved away or replaced while the run goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known = self._identity()
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = self.folder.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def is_lost(self) -> bool:
+        """Once for each loss: the folder of that name is then the run's, whatever it is. It exists afterwards."""
+        found = self._identity()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lost, self._known = found != self._known, self._identity()
+        return lost
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, host and commit, for config.json."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "host": socket.gethostname(),
+        "git_commit": git_commit(),
+        "command": redact(sys.argv),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that runs, with `-dirty` where files were changed; None without git or outside a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def write_config(folder: Path, config: dict[str, Any], tokenizer_folder: Path) -> None:
+    """Publish `config.json` (atomically) and the tokenizer beside it."""
+    if not (folder / "tokenizer").exists():
+        partial = folder / ".tokenizer"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(tokenizer_folder, partial)
+        partial.rename(folder / "tokenizer")
+    replace_file(folder / "config.json", (json.dumps(redact(config), indent=2) + "\n").encode())

@@ -1,0 +1,163 @@
+"""Before the first step: what would go wrong in an hour, or after a night in the queue, goes wrong now and by name.
+
+Same settings, code and library versions on all ranks; collectives that deliver the right numbers; an output folder that all
+ranks see and can write to; and one forward and backward at full size, so that running out of memory shows at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import platform
+import shutil
+import socket
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from launch.checkpoint.engine_files import state_bytes
+from launch.checkpoint.random_state import random_state, set_random_state
+from launch.cli import AgreedError
+from launch.ranks.control_group import ControlGroup
+from launch.run.folder import PACKAGES
+from launch.run.toolchain import check_toolchain
+
+if TYPE_CHECKING:
+    from launch.run.trainer import Trainer
+
+PACKAGE_FOLDERS = ("data", "launch", "model")
+ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def check(ranks: ControlGroup, output: Path, settings: dict[str, Any]) -> None:
+    """Everything that needs no engine. Collective. Raises AgreedError with the rank, its host and what differs or fails."""
+    ranks.run_everywhere(check_toolchain)
+    compare(ranks, {**settings, **versions(), "this system's code": code_hash()})
+    exchange(ranks)
+    share_folder(ranks, output)
+
+
+def versions() -> dict[str, str]:
+    return {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def code_hash() -> str:
+    """Of every source file of ours: two hosts with two checkouts train two models."""
+    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
+    for folder in PACKAGE_FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compare(ranks: ControlGroup, facts: dict[str, Any]) -> None:
+    """Every rank has the same facts as rank 0. Values go as hashes where they are long."""
+    mine = {name: _short(value) for name, value in facts.items()}
+    all_facts = ranks.gather((socket.gethostname(), mine))
+    host, first = all_facts[0]
+    for rank, (other_host, others) in enumerate(all_facts):
+        for name in first:
+            if others.get(name) != first[name]:
+                raise AgreedError(
+                    f"the ranks differ in {name}: {first[name]} on rank 0 (host {host}), {others.get(name)} on rank {rank} "
+                    f"(host {other_host}); start all of them with the same command, code and environment"
+                )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) < 80 else f"hash {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def exchange(ranks: ControlGroup) -> None:
+    """An all-reduce and an all-to-all of what AutoEP's are made of, with numbers that show who is wrong."""
+    rank, size = ranks.rank, ranks.size
+    device = get_accelerator().current_device_name()
+    total = torch.full((1024,), float(rank + 1), device=device)
+    dist.all_reduce(total)
+    sent = torch.arange(size, device=device) + rank * size  # element i goes to rank i
+    received = torch.empty_like(sent)
+    if size > 1:
+        dist.all_to_all_single(received, sent)
+    else:
+        received = sent
+    good = bool((total == size * (size + 1) / 2).all()) and received.tolist() == [r * size + rank for r in range(size)]
+    bad = [r for r, fine in enumerate(ranks.gather(good)) if not fine]
+    if bad:
+        raise AgreedError(f"the network gives wrong numbers: an all-reduce or all-to-all of ranks {bad} is not what was sent")
+
+
+def share_folder(ranks: ControlGroup, output: Path) -> None:
+    """Every rank can write to the run's folder, and it is the same folder for all."""
+    mine = output / f".preflight_{ranks.rank}"
+    token = f"{socket.gethostname()}:{output.resolve()}"
+    ranks.run_everywhere(lambda: mine.write_text(token) and None)
+    seen = ranks.run_on_rank0(lambda: [(output / f".preflight_{r}").exists() for r in range(ranks.size)])
+    ranks.run_everywhere(lambda: mine.unlink(missing_ok=True))
+    if not all(seen):
+        raise AgreedError(
+            f"rank 0 does not see what rank {seen.index(False)} writes to {output}: --output must lie on a file system that all "
+            "hosts share"
+        )
+
+
+# ---------------------------------------------------------------------- one step at full size
+
+
+def rehearse(trainer: Trainer, ranks: ControlGroup) -> None:
+    """One forward and backward of the run's own next batch through the real engine, discarded: weights, gradients, random
+    states, loads and counters are as before, so that the first step is the same to the bit. Collective.
+
+    Raises AgreedError where the disk cannot hold a checkpoint; running out of memory is told as such by the rank it happens on.
+    """
+    check_space(trainer, ranks)
+    engine = trainer.engine
+    with _without_trace(trainer):
+        batches, targets = trainer.next_batches()
+        trainer.watchdog.phase("preflight: one step at full size")  # not "loading data" any more
+        items = targets / (trainer.accumulation * trainer.world_size)
+        batches = batches[:2]  # with accumulation, also the memory of gradients that are kept
+        engine.micro_steps = trainer.accumulation - len(batches)  # the last of them is then the step's boundary
+        for batch in batches:
+            loss = engine(**batch, num_items_in_batch=items).loss
+            engine.backward(loss)
+            if batch is not batches[-1]:
+                engine.step()
+        trainer.step_hook.step(lambda _: "a rehearsal")
+
+
+def check_space(trainer: Trainer, ranks: ControlGroup) -> None:
+    """The disk holds the first checkpoint; later saves check again. Collective."""
+    needed = sum(ranks.gather(state_bytes(trainer.engine)))
+    output = trainer.arguments.output
+    free = ranks.run_on_rank0(lambda: shutil.disk_usage(output).free)
+    if free < needed:
+        raise AgreedError(f"a checkpoint takes about {needed / 1e6:,.1f} MB and {output} has {free / 1e6:,.1f} MB free; make room")
+
+
+@contextlib.contextmanager
+def _without_trace(trainer: Trainer) -> Iterator[None]:
+    engine = trainer.engine
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    before = random_state(), {name: getattr(engine, name) for name in ENGINE_COUNTERS}
+    scaler_before = copy.deepcopy(vars(scaler)) if scaler is not None else {}
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"out of memory in one step of {trainer.micro_batch} x {trainer.arguments.sequence_length} tokens; lower "
+            f"train_micro_batch_size_per_gpu or --sequence_length, or set activation_checkpointing.mode to full ({error})"
+        ) from error
+    for name, value in before[1].items():
+        setattr(engine, name, value)
+    if scaler is not None:
+        vars(scaler).update(scaler_before)
+    trainer.balancer.reset()
+    set_random_state(before[0])

@@ -1,0 +1,66 @@
+"""The one line that a person watches: as much of it as the terminal's width takes, the most important first to stay."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import torch
+
+#: What goes first where the line is too long; the step, the loss and the time left always stay.
+DISPENSABLE = ("memory", "lr", "MFU", "norm", "max_vio", "tokens/s")
+
+
+def progress_line(done: str, values: dict[str, str], left: str, width: int) -> str:
+    """`done` such as `12/400`, `values` by name as they are shown, `left` the time left."""
+    shown = dict(values)
+    for name in (None, *DISPENSABLE):
+        shown.pop(name or "", None)
+        line = "  ".join([done, *shown.values(), f"ETA {left}"])
+        if len(line) > width:
+            line = line.replace("  ", " ")
+        if len(line) <= width:
+            break
+    return line[:width]
+
+
+def count(step: int, last: int) -> str:
+    """`1200/100k`."""
+    return f"{step}/{last // 1000}k" if last >= 10_000 and last % 1000 == 0 else f"{step}/{last}"
+
+
+def coloured(line: str) -> str:
+    """The count in bold and the rest as it is; not where NO_COLOR is set (no-color.org) or the terminal is dumb."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return line
+    done, space, rest = line.partition(" ")
+    return f"\033[1m{done}\033[0m{space}{rest}"
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 316k."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def gigabytes(size: float) -> str:
+    """28GB, 1.2GB."""
+    return f"{size / 1e9:.0f}GB" if size >= 9.95e9 else f"{size / 1e9:.1f}GB"
+
+
+def interval(seconds: float) -> str:
+    """Two units: 4d03h, 3h05m, 2m10s."""
+    total = round(seconds)
+    for high, low, size, part in (("d", "h", 86_400, 3600), ("h", "m", 3600, 60)):
+        if total >= size:
+            return f"{total // size}{high}{total % size // part:02d}{low}"
+    return f"{total // 60}m{total % 60:02d}s"
+
+
+def memory_bytes() -> float:
+    """The most that this process has held: of a GPU in tensors, of a CPU all of it."""
+    if torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,109 @@
+"""From the command line to what is to be trained: everything that one rank can read and check by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from data.cli import UserError
+from data.dataset import PackedDataset
+from launch.engine import strategy
+from launch.engine.build import load_model_config
+from launch.engine.keys import check_keys
+from launch.run.arguments import TrainArguments
+from model import MoEGPTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """What is to be trained, every default and `"auto"` filled in."""
+
+    model: MoEGPTConfig
+    train_data: PackedDataset
+    validation_data: PackedDataset | None
+    task_data: dict[str, PackedDataset]
+    deepspeed: dict[str, Any]
+    world_size: int
+    gpus: int
+
+
+def open_data(arguments: TrainArguments) -> tuple[PackedDataset, PackedDataset | None]:
+    """The training split, and the validation split where there is one to evaluate on."""
+    sources = [parse_source(text) for text in arguments.data]
+    length, mask = arguments.sequence_length, arguments.document_mask
+    train = PackedDataset(sources, split="train", seed=arguments.seed, sequence_length=length, document_mask=mask)
+    if not arguments.eval_interval:
+        return train, None
+    try:
+        return train, PackedDataset(sources, split="validation", sequence_length=length, document_mask=mask)
+    except UserError as error:
+        raise UserError(f"{error}; or --eval_interval 0 to train without evaluation") from None
+
+
+def open_tasks(arguments: TrainArguments, train: PackedDataset) -> dict[str, PackedDataset]:
+    """The validation splits of `--eval_tasks` by their names. Raises UserError for a name twice or another tokenizer."""
+    found: dict[str, PackedDataset] = {}
+    for text in arguments.eval_tasks:
+        name, _, folder = text.partition("=")
+        if not name.isidentifier() or not folder or name in found:
+            raise UserError(f"--eval_tasks {text}: give NAME=DIR, each name once, of letters, digits and underscores")
+        length, mask = arguments.sequence_length, arguments.document_mask
+        found[name] = PackedDataset([folder], split="validation", sequence_length=length, document_mask=mask)
+        if found[name].tokenizer_fingerprint != train.tokenizer_fingerprint:
+            raise UserError(f"--eval_tasks {text}: these shards were made with another tokenizer than --data {arguments.data[0]}")
+    return found
+
+
+def parse_source(text: str) -> str | tuple[str, float]:
+    """`DIR` or `DIR:WEIGHT`."""
+    folder, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise UserError(f"--data {text}: the weight after the colon must be a number, not {weight!r}") from None
+
+
+def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
+    """Read and check everything that needs no other rank. Raises ValueError with one sentence."""
+    # By DeepSpeed's accelerator, not by what the machine has: ranks on CPUs (DS_ACCELERATOR=cpu) want a strategy for CPUs.
+    gpus = torch.cuda.device_count() if get_accelerator().device_name() == "cuda" else 0
+    train, validation = open_data(arguments)
+    config = load_model_config(arguments.model)
+    if config.vocab_size != train.vocab_size:
+        raise UserError(
+            f"--data {arguments.data[0]} was made with a tokenizer of {train.vocab_size} tokens and the model {arguments.model} "
+            f"has a vocabulary of {config.vocab_size}; preprocess with the model's tokenizer, or copy the model's config.json "
+            f'with "vocab_size": {train.vocab_size}'
+        )
+    config.eos_token_id = train.eos_token_id
+    if arguments.rope_factor:
+        config = config.with_rope_factor(arguments.rope_factor)
+    if arguments.sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"--sequence_length {arguments.sequence_length} is beyond the {config.max_position_embeddings} positions of "
+            f"{arguments.model}; --rope_factor extends them"
+        )
+    path = arguments.deepspeed_config or strategy.default_path(gpus, world_size)
+    resolved = strategy.resolve_config(
+        strategy.read_config(path),
+        path,
+        world_size=world_size,
+        num_experts=config.n_routed_experts,
+        max_steps=arguments.max_steps,
+    )
+    check_keys(resolved, path)
+    return ResolvedRun(
+        model=config,
+        train_data=train,
+        validation_data=validation,
+        task_data=open_tasks(arguments, train),
+        deepspeed=resolved,
+        world_size=world_size,
+        gpus=gpus,
+    )

@@ -1,0 +1,88 @@
+"""When a checkpoint is written, and what becomes of one that could not be."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from launch.checkpoint.choose import ResumeFrom
+from launch.checkpoint.manager import CheckpointManager
+from launch.checkpoint.state import TrainingState
+from launch.cli import AgreedError
+from launch.engine.settings import EngineSettings
+from launch.run.metrics import Monitor
+
+
+@dataclass(kw_only=True)
+class Saving:
+    """The saves of a run. Collective: every rank calls every method, in the same order.
+
+    With `--async_save` a save is pending when `save` returns, and a thread writes it while training goes on. A save that fails
+    on any rank is said, and training goes on to the next: the disk may have been full for a moment. A second in a row ends the
+    run. That is for mistakes that a person can mend; a fault of the program ends the run wherever it comes up.
+    """
+
+    engine: DeepSpeedEngine
+    settings: EngineSettings
+    checkpoints: CheckpointManager
+    monitor: Monitor
+    saved_at: int = -1  # the step of the newest checkpoint that is written or pending
+    last_failure: AgreedError | None = None
+    _saved_before: int = -1
+    _pending: str = ""
+    _finishing: bool = False
+    _started: float = field(default=0.0, repr=False)
+
+    def load(self, choice: ResumeFrom) -> TrainingState:
+        """What was saved, and the settings of the JSON, which may have changed since."""
+        state = self.checkpoints.load(self.engine, choice)
+        self.settings.apply()
+        self.saved_at = state.step
+        return state
+
+    def save(self, state: TrainingState, *, is_best: bool = False) -> None:
+        """A checkpoint of now. `is_best` also where the step has one already."""
+        if self.saved_at == state.step and not is_best:
+            return
+        self.finish_pending_save(state.step)
+        self._started = time.monotonic()
+        self._saved_before, self.saved_at = self.saved_at, state.step
+        try:
+            self._pending = self.checkpoints.save(self.engine, state, is_best=is_best).name
+        except AgreedError as error:
+            self._record_failure(error, state.step)
+            return
+        self.monitor.log({"step": state.step, "save_seconds": time.monotonic() - self._started})
+        if not self.checkpoints.background:
+            self.finish_pending_save(state.step)
+
+    def finish_pending_save(self, step: int) -> None:
+        """Wait for the save that is under way, if there is one, and say at `step` how it went."""
+        if not self._pending:
+            return
+        name, self._pending = self._pending, ""
+        try:
+            self.checkpoints.wait()
+        except AgreedError as error:
+            self._record_failure(error, step)
+            return
+        self.last_failure = None
+        self.monitor.say(f"step {step}  saved {name} in {time.monotonic() - self._started:.1f} s")
+
+    def finish(self, state: TrainingState) -> None:
+        """At the end of a run: nothing may end with exit code 0 unsaved. Raises the failure of the last save."""
+        self._finishing = True
+        self.save(state)
+        self.finish_pending_save(state.step)
+        if self.last_failure is not None:
+            raise self.last_failure
+
+    def _record_failure(self, error: AgreedError, step: int) -> None:
+        if self.last_failure is not None:
+            raise error
+        self.last_failure, self.saved_at = error, self._saved_before
+        self.monitor.log({"step": step, "save_failed": str(error)})
+        if not self._finishing:  # which raises it at once
+            self.monitor.say(f"warning: step {step}: {error}; the next save that fails ends the run")

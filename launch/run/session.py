@@ -1,0 +1,333 @@
+"""One run from joining the other ranks to its last checkpoint."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from data.cli import Exit, UserError, as_user_error
+from data.dataset import PackedDataset
+from data.files import FolderLock
+from launch.checkpoint.choose import ResumeChoice, ResumeFrom
+from launch.checkpoint.identity import RunIdentity, listed
+from launch.checkpoint.manager import CheckpointManager
+from launch.cli import AgreedError, end_at_once
+from launch.engine.build import build_engine, build_model
+from launch.engine.hardware import peak_flops
+from launch.engine.settings import EngineSettings
+from launch.engine.step_hook import StepHook
+from launch.engine.strategy import Strategy
+from launch.planning.expectation import duration_line, job_of_run, memory_line
+from launch.ranks.control_group import ControlGroup
+from launch.ranks.join import JOIN_SECONDS, start, within
+from launch.ranks.watchdog import Watchdog
+from launch.run import folder as run_folder
+from launch.run import preflight
+from launch.run.arguments import TrainArguments
+from launch.run.health import Health
+from launch.run.initial_weights import load_weights
+from launch.run.metrics import Monitor
+from launch.run.progress import memory_bytes
+from launch.run.resolve import ResolvedRun
+from launch.run.saving import Saving
+from launch.run.shards_check import sample_of_bytes, verify_everywhere
+from launch.run.spikes import SpikeDetector
+from launch.run.stop import StopRequest
+from launch.run.trackers import Tracked
+from launch.run.trainer import Trainer
+from launch.run.validation import Validation
+from model.accounting import count_parameters, training_flops_per_token
+from model.balance import LoadBalancer
+
+
+def run_session(arguments: TrainArguments, run: ResolvedRun, stop: StopRequest) -> int:
+    """Collective. Returns the exit code. A rank that fails says where before it ends, and ends at once."""
+    watchdog = Watchdog(stall=arguments.stall_timeout)
+    try:
+        return Session(arguments, run, stop, watchdog).run_to_end()
+    except AgreedError:
+        raise
+    except BaseException as error:
+        mistake = as_user_error(error)
+        if mistake is None or watchdog.training:
+            watchdog.report(error)
+        watchdog.leave_last_words(mistake)  # the others name this rank; what the user can change is one sentence here
+        raise mistake from error
+
+
+def refuse_together(error: UserError) -> NoReturn:
+    """End all ranks with the mistake that this one found before it joined them; rank 0 speaks where all found the same."""
+
+    def give_reason() -> None:
+        raise error
+
+    with within(JOIN_SECONDS, "all ranks to join"):
+        start(timeout=JOIN_SECONDS)
+        ControlGroup().run_everywhere(give_reason)
+    raise error
+
+
+@dataclass
+class Session:
+    """The steps of a run, in the order in which `run_to_end` takes them; each says why it stands where it does. Collective."""
+
+    arguments: TrainArguments
+    run: ResolvedRun
+    stop: StopRequest
+    watchdog: Watchdog
+    lock: FolderLock | None = None
+    memory_before: float = 0.0  # bytes, before there was an engine
+
+    def run_to_end(self) -> int:
+        ranks = self.join()
+        identity = identify(self.arguments, self.run)
+        self.check(ranks, identity)
+        checkpoints, choice = self.choose_checkpoint(identity)
+        changes = self.compare_settings(choice, ranks)
+        engine = self.build(choice, ranks)
+        config = self.publish_config(identity, ranks)
+        trainer = self.prepare(engine, checkpoints, choice, config)
+        self.watch_folder(trainer, checkpoints, config)
+        if changes:
+            trainer.monitor.say(f"changed since this checkpoint's run, and used from the first step on: {listed(changes, 8)}")
+        self.rehearse(trainer, ranks, config)
+        outcome = trainer.train()
+        return self.finish(trainer, outcome)
+
+    def join(self) -> ControlGroup:
+        """First of all: from here on one rank can speak for all, and a rank that hangs or dies is named.
+
+        The empty `run_everywhere` is where a rank that refuses its own input says so (`refuse_together`): the others meet it
+        there before they do anything.
+        """
+        with within(min(JOIN_SECONDS, self.arguments.stall_timeout), "all ranks to join"):
+            # Longer than the watchdog waits: it names a culprit, and a timeout of the process group does not.
+            start(timeout=2 * self.arguments.stall_timeout + 60)
+            ranks = ControlGroup()
+            ranks.run_everywhere(lambda: None)
+            self.watchdog.start()
+        return ranks
+
+    def check(self, ranks: ControlGroup, identity: RunIdentity) -> None:
+        """What can be refused without an engine, which takes minutes to build for a large model.
+
+        The lock comes before anything is written or compared in the folder, and on rank 0 alone: it belongs to a process, and
+        any other rank would find it taken. The shards are verified before the folder is looked at, since damage there makes
+        every comparison moot.
+        """
+        ranks.run_on_rank0(self.take_folder)
+        self.watchdog.phase("preflight")
+        same: dict[str, Any] = {"model, data and DeepSpeed JSON": [identity.to_json(), self.run.deepspeed]}
+        same["the shards' bytes"] = sample_of_bytes(self.run.train_data)
+        same.update({f"--{name}": value for name, value in self.arguments.as_json().items()})
+        preflight.check(ranks, self.arguments.output, same)
+        if self.arguments.verify:
+            self.watchdog.phase("verifying the shards")
+            verify_everywhere(self.run.train_data, ranks)
+        ranks.run_on_rank0(lambda: run_folder.check_same_run(self.arguments.output, identity))
+
+    def take_folder(self) -> None:
+        self.lock = run_folder.take_folder(self.arguments.output)
+
+    def choose_checkpoint(self, identity: RunIdentity) -> tuple[CheckpointManager, ResumeChoice]:
+        """Before the engine, which is initialised otherwise for a checkpoint that must be converted."""
+        checkpoints = CheckpointManager(
+            self.arguments.output,
+            keep_last=self.arguments.keep_last,
+            keep_every=self.arguments.keep_every,
+            identity=identity,
+            background=self.arguments.async_save,
+            on_phase=self.watchdog.phase,
+        )
+        return checkpoints, checkpoints.choose(self.arguments.resume)
+
+    def compare_settings(self, choice: ResumeChoice, ranks: ControlGroup) -> list[str]:
+        """What the JSON says otherwise than when the checkpoint was made. Before `publish_config` writes over it."""
+        if not isinstance(choice, ResumeFrom):
+            return []
+        run = choice.path.parents[1]
+        return ranks.run_on_rank0(lambda: run_folder.changed_settings(run, self.run.deepspeed))
+
+    def build(self, choice: ResumeChoice, ranks: ControlGroup) -> DeepSpeedEngine:
+        """The weights depend on the seed alone and are the same on all ranks; what is drawn after them (dropout) may differ."""
+        self.watchdog.phase("building the engine")
+        self.memory_before = memory_bytes()
+        arguments = self.arguments
+        model = build_model(self.run.model, seed=arguments.seed, attn_implementation=arguments.attn_implementation)
+        source = arguments.init_from
+        if source is not None and not isinstance(choice, ResumeFrom):
+            ranks.run_everywhere(lambda: load_weights(model, source))
+        config = choice.deepspeed_config(self.run.deepspeed)
+        engine = build_engine(model, config, mode=arguments.activation_checkpointing)
+        seed = arguments.seed + 1 + dist.get_rank()
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return engine
+
+    def publish_config(self, identity: RunIdentity, ranks: ControlGroup) -> dict[str, Any]:
+        """After the engine stands: a folder whose settings never made an engine is not yet a run."""
+        config = {
+            **identity.to_json(),
+            "sources": self.run.train_data.describe(),
+            "deepspeed": self.run.deepspeed,
+            "arguments": self.arguments.as_json(),
+            **run_folder.describe_environment(),
+        }
+        tokenizer = self.run.train_data.tokenizer_folder
+        ranks.run_on_rank0(lambda: run_folder.write_config(self.arguments.output, config, tokenizer))
+        return config
+
+    def prepare(
+        self, engine: DeepSpeedEngine, checkpoints: CheckpointManager, choice: ResumeChoice, config: dict[str, Any]
+    ) -> Trainer:
+        """Load what was chosen, last of all that reads: nothing after it may change the weights or draw random numbers."""
+        trainer = make_trainer(self.arguments, self.run, engine, checkpoints, self.stop, self.watchdog)
+        if isinstance(choice, ResumeFrom):
+            trainer.restore(trainer.saving.load(choice))
+        trainer.position.wandb_id = trainer.position.wandb_id or uuid.uuid4().hex[:12]
+        greet(trainer, self.run, choice, config)
+        return trainer
+
+    def watch_folder(self, trainer: Trainer, checkpoints: CheckpointManager, config: dict[str, Any]) -> None:
+        """Before every save: where the folder was deleted meanwhile, say so, and make it a run's folder again."""
+        output, watch = self.arguments.output, run_folder.FolderWatch(self.arguments.output)
+
+        def look() -> None:
+            if not watch.is_lost():
+                return
+            if self.lock is not None:
+                self.lock.release()
+            self.lock = run_folder.take_folder(output)
+            run_folder.write_config(output, config, self.run.train_data.tokenizer_folder)
+            trainer.monitor.say(
+                f"warning: {output} was deleted, moved or replaced while the run goes on, and what it held is not there any more; "
+                "config.json and the tokenizer are written anew, and metrics and checkpoints go on there"
+            )
+
+        checkpoints.before_save = look
+
+    def rehearse(self, trainer: Trainer, ranks: ControlGroup, config: dict[str, Any]) -> None:
+        """With the run's own next batch, so after the position is known. From then on an error is no mistake in the input."""
+        self.watchdog.phase("preflight: one step at full size")
+        preflight.rehearse(trainer, ranks)
+        say_what_to_expect(trainer, config, memory_bytes() - self.memory_before)
+        self.watchdog.training = True
+
+    def finish(self, trainer: Trainer, outcome: str) -> int:
+        """All ranks have saved before any stops listening: only then is a late signal of the launcher without meaning."""
+        folder = self.arguments.output
+        trainer.monitor.say(f"{outcome} at step {trainer.position.step}; everything lies in {folder}")
+        trainer.monitor.say(f"next: python launch/export.py --checkpoint {folder} --output {folder}-hf")
+        clean = trainer.monitor.close()
+        self.watchdog.at(trainer.position.step, "waiting for the other ranks to finish")
+        dist.barrier()
+        self.stop.disarm()
+        self.watchdog.stop()
+        if self.lock is not None:
+            self.lock.release()
+        dist.destroy_process_group()
+        if not clean:  # W&B hangs, and its own clean-up at the interpreter's exit would wait for minutes
+            end_at_once(Exit.DONE)
+        return Exit.DONE
+
+
+def identify(arguments: TrainArguments, run: ResolvedRun) -> RunIdentity:
+    """What the run's checkpoints belong to."""
+    strategy = Strategy.of(run.deepspeed)
+    return RunIdentity(
+        model=run.model.to_dict(),
+        data={"content": run.train_data.fingerprint, "tokenizer": run.train_data.tokenizer_fingerprint},
+        sequence_length=arguments.sequence_length,
+        global_batch=strategy.train_batch_size,
+        seed=arguments.seed,
+        document_mask=arguments.document_mask,
+        world_size=run.world_size,
+        ep_size=strategy.ep_size,
+        zero_stage=strategy.zero_stage,
+        dtype=strategy.dtype,
+    )
+
+
+def make_trainer(
+    arguments: TrainArguments,
+    run: ResolvedRun,
+    engine: DeepSpeedEngine,
+    checkpoints: CheckpointManager,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> Trainer:
+    last_step = min(arguments.max_steps, arguments.stop_after or arguments.max_steps)
+    monitor = Monitor(arguments.output, enabled=dist.get_rank() == 0, last_step=last_step)
+    held_out = run.validation_data
+    clip = Strategy.of(run.deepspeed).gradient_clipping
+    return Trainer(
+        arguments=arguments,
+        engine=engine,
+        step_hook=StepHook(engine, clip=clip),
+        health=Health(clip=clip, interval=arguments.health_interval),
+        train_data=run.train_data,
+        validation=make_validation(arguments, held_out, engine, watchdog) if held_out is not None else None,
+        tasks={name: make_validation(arguments, data, engine, watchdog) for name, data in run.task_data.items()},
+        balancer=LoadBalancer(engine.module, run.model.router_bias_rate, all_reduce=dist.all_reduce),
+        saving=Saving(engine=engine, settings=EngineSettings(engine), checkpoints=checkpoints, monitor=monitor),
+        monitor=monitor,
+        spikes=SpikeDetector(sigma=arguments.spike_sigma, window=arguments.spike_window, rollback_after=arguments.spike_rollback),
+        stop=stop,
+        watchdog=watchdog,
+        last_step=last_step,
+        flops_per_token=training_flops_per_token(run.model, arguments.sequence_length),
+        peak_flops=peak_flops(),
+    )
+
+
+def make_validation(arguments: TrainArguments, data: PackedDataset, engine: DeepSpeedEngine, watchdog: Watchdog) -> Validation:
+    samples = min(len(data), arguments.eval_batches * engine.train_batch_size())
+    return Validation(engine=engine, data=data, samples=samples, on_phase=watchdog.phase)
+
+
+def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict[str, Any]) -> None:
+    """The first lines: what is trained, on what, from where."""
+    arguments, monitor = trainer.arguments, trainer.monitor
+    counts = count_parameters(run.model)
+    monitor.say(
+        f"{arguments.model}: {counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active; "
+        f"{run.world_size} ranks, expert parallel {config['ep_size']}, ZeRO {config['zero_stage']}, {config['dtype']}"
+    )
+    samples = len(run.train_data)
+    tokens = trainer.global_batch * arguments.sequence_length
+    monitor.say(
+        f"{samples:,} samples of {arguments.sequence_length:,} tokens; {tokens:,} tokens a step, "
+        f"{arguments.max_steps * trainer.global_batch / samples:,.2f} epochs in {arguments.max_steps:,} steps"
+    )
+    monitor.say(choice.message)
+    monitor.begin(trainer.position.step, trainer.position.samples)
+    if isinstance(choice, ResumeFrom):
+        monitor.log({"step": trainer.position.step, "resumed": choice.message})
+    tracked = Tracked(
+        folder=arguments.output,
+        project=arguments.wandb_project,
+        run_id=trainer.position.wandb_id,
+        config=config,
+        first_step=trainer.position.step,
+        wandb_mode=arguments.wandb,
+    )
+    monitor.start_trackers(arguments.tracker, tracked, detailed=arguments.tracker_detail == "detailed")
+
+
+def say_what_to_expect(trainer: Trainer, config: dict[str, Any], measured: float) -> None:
+    """After the rehearsal: what it took beside the plan's figure, and the plan's time for the rest."""
+    on_gpu = trainer.device.type == "cuda"
+    job = job_of_run(config, ranks_per_node=min(config["world_size"], torch.cuda.device_count() or config["world_size"]))
+    trainer.monitor.say(memory_line(job, measured, on_gpu=on_gpu))
+    name = torch.cuda.get_device_name() if on_gpu else None
+    expected = duration_line(job, name, trainer.last_step - trainer.position.step)
+    if expected is not None:
+        trainer.monitor.say(expected)

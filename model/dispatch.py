@@ -1,0 +1,226 @@
+"""The way of the rows through a mixture of experts: into expert order, through the experts' products, back to their tokens.
+
+Each operation keeps for its backward what it cannot rebuild cheaply, and moves each row once.
+
+Shapes: T tokens, H hidden, I expert width, E experts, K experts per token, R = T * K routed rows, A and B any widths.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def expert_order(indices_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """`(sorted [R], inverse [R])`: row r holds assignment `sorted[r]` = t * K + k, assignment a lies at row `inverse[a]`."""
+    sorted_R = indices_TK.flatten().argsort(stable=True)
+    return sorted_R, invert(sorted_R)
+
+
+def invert(sorted_R: Tensor) -> Tensor:
+    """The inverse of a permutation."""
+    return torch.empty_like(sorted_R).scatter_(0, sorted_R, torch.arange(sorted_R.numel(), device=sorted_R.device))
+
+
+def gather_rows(x: Tensor, index_R: Tensor, inverse_R: Tensor, copies: int) -> Tensor:
+    """`x[index // copies]` for a permutation `index` of the rows' copies; the gradient gathers by its inverse.
+
+    Autograd's own backward of an index sums with a sort on CUDA and one row at a time on a CPU.
+    """
+    rows: Tensor = GatherRows.apply(x, index_R, inverse_R, copies)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index_R: Tensor, inverse_R: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.copies = copies
+        return x.index_select(0, index_R // copies if copies > 1 else index_R)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse_R,) = ctx.saved_tensors
+        dx = dout.index_select(0, inverse_R)
+        return dx.unflatten(0, (-1, ctx.copies)).sum(dim=1) if ctx.copies > 1 else dx, None, None, None
+
+
+def swiglu(*gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up`, of packed `[R, 2I]` or of gate and up; keeps what it is given, and nothing that follows from it."""
+    hidden: Tensor = SwiGLU.apply(*gate_up)  # type: ignore[no-untyped-call]
+    return hidden
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(*gate_up)
+        gate, up = _halves(gate_up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        saved = ctx.saved_tensors  # asked for once: a checkpoint recomputes for one answer
+        gate, up = _halves(saved)
+        gradients = tuple(torch.empty_like(x) for x in saved)  # packed again, so that no pass joins them
+        dgate, dup = _halves(gradients)
+        torch.mul(F.silu(gate), dout, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dout * up, gate, grad_input=dgate)
+        return gradients
+
+
+def _halves(gate_up: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, dim=-1)
+
+
+def grouped_linear(x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
+    """`[R, B]`: each expert's weights on its own run of rows; several weights `[E, Bi, A]` give columns side by side.
+
+    `ends_E` holds the int32 ends of the runs; the host is not asked for them. An expert without rows gets a gradient of 0.
+    """
+    out: Tensor = GroupedLinear.apply(x_RA, ends_E, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+class GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RA, ends_E, *weights)
+        parts = [product(x_RA, weight.mT, ends_E) for weight in joined(weights)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, dout_RB: Tensor) -> tuple[Tensor | None, ...]:
+        x_RA, ends_E, *weights = ctx.saved_tensors
+        whole = joined(weights)
+        douts = dout_RB.split([weight.shape[1] for weight in whole], dim=1)
+        dx_RA = None
+        if ctx.needs_input_grad[0]:
+            first, *others = (product(dout, weight, ends_E) for dout, weight in zip(douts, whole, strict=True))
+            dx_RA = first if not others else torch.add(first, others[0])
+        dwhole = [outer(dout, x_RA, ends_E) for dout in douts]
+        if len(whole) < len(weights):
+            dwhole = list(dwhole[0].split([weight.shape[1] for weight in weights], dim=1))
+        return dx_RA, None, *dwhole
+
+
+def joined(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights as they are multiplied: several `[E, Bi, A]` as one `[E, sum of Bi, A]` on a GPU.
+
+    There each further product would read the rows once more and add an input gradient in memory, which is more than the copy
+    of the weights; a CPU has the rows in its cache. They cannot lie side by side for good: they are AutoEP's `w1` and `w3`, and
+    another order in ZeRO's flat buffer would make the optimizer states of older checkpoints those of other weights.
+    """
+    on_gpu = weights[0].device.type != "cpu"
+    return [torch.cat(tuple(weights), dim=1)] if on_gpu and len(weights) > 1 else list(weights)
+
+
+def _fits_grouped_mm(x_RA: Tensor, columns: int) -> bool:
+    """What `grouped_mm` takes: no float64, at least one row, both widths aligned to 16 bytes."""
+    aligned = all(size * x_RA.element_size() % 16 == 0 for size in (x_RA.shape[1], columns))
+    return aligned and x_RA.shape[0] > 0 and x_RA.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def product(x_RA: Tensor, weight_EAB: Tensor, ends_E: Tensor) -> Tensor:
+    """`[R, B]`, row by row the product with the matrix of the row's expert; the host is not asked how long the runs are."""
+    if weight_EAB.shape[0] == 1:
+        return x_RA @ weight_EAB[0]
+    if _fits_grouped_mm(x_RA, weight_EAB.shape[2]):
+        return F.grouped_mm(x_RA, weight_EAB, offs=ends_E)
+    # The two are bit-equal on a CPU.
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.cat([x_RA[a:b] @ weight for a, b, weight in zip(starts, ends, weight_EAB.unbind(), strict=True)])
+
+
+def outer(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor) -> Tensor:
+    """`[E, B, A]`, the weights' gradient: of each expert `dout^T x` over its run of rows."""
+    if ends_E.numel() == 1:
+        return (dout_RB.mT @ x_RA).unsqueeze(0)
+    if _fits_grouped_mm(x_RA, dout_RB.shape[1]):
+        return F.grouped_mm(dout_RB.mT, x_RA, offs=ends_E)
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.stack([dout_RB[a:b].mT @ x_RA[a:b] for a, b in zip(starts, ends, strict=True)])
+
+
+def combine(
+    out_RH: Tensor,
+    sorted_R: Tensor,
+    inverse_R: Tensor,
+    weights_TK: Tensor,
+    shared_TH: Tensor | None = None,
+    residual_TH: Tensor | None = None,
+) -> Tensor:
+    """`residual + (sum over k of weight * row + shared)`, `[T, H]`: one sum in fp32, rounded once."""
+    total: Tensor = Combine.apply(out_RH, sorted_R, inverse_R, weights_TK, shared_TH, residual_TH)  # type: ignore[no-untyped-call]
+    return total
+
+
+class Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out_RH: Tensor,
+        sorted_R: Tensor,
+        inverse_R: Tensor,
+        weights_TK: Tensor,
+        shared_TH: Tensor | None,
+        residual_TH: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(out_RH, sorted_R, inverse_R, weights_TK)
+        sum_TH = weighted_sum(out_RH, inverse_R, weights_TK)
+        if shared_TH is not None:
+            sum_TH += shared_TH
+        if residual_TH is not None:
+            sum_TH += residual_TH
+        return sum_TH.to(out_RH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
+        out_RH, sorted_R, inverse_R, weights_TK = ctx.saved_tensors
+        top_k = weights_TK.shape[1]
+        drow_RH = dout_TH.index_select(0, sorted_R // top_k)
+        dweight_R = row_dots(out_RH, drow_RH, weights_TK.dtype)
+        drow_RH = scale_rows(drow_RH, weights_TK.flatten().index_select(0, sorted_R))
+        dshared, dresidual = (dout_TH if ctx.needs_input_grad[i] else None for i in (4, 5))
+        return drow_RH, None, None, dweight_R.index_select(0, inverse_R).view_as(weights_TK), dshared, dresidual
+
+
+#: Rows of one pass of the plain sums below: their fp32 copies then stay in a CPU's cache.
+CHUNK = 256
+
+
+def weighted_sum(out_RH: Tensor, inverse_R: Tensor, weights_TK: Tensor) -> Tensor:
+    """Of each token the weighted sum of its K rows, `[T, H]` in the weights' dtype."""
+    tokens, top_k = weights_TK.shape
+    inverse_TK = inverse_R.view(tokens, top_k)
+    total = out_RH.new_empty((tokens, out_RH.shape[1]), dtype=torch.promote_types(out_RH.dtype, weights_TK.dtype))
+    for rows in chunks(tokens, out_RH):
+        out_CKH = out_RH.index_select(0, inverse_TK[rows].flatten()).unflatten(0, (-1, top_k))
+        torch.sum(out_CKH * weights_TK[rows].unsqueeze(-1), dim=1, out=total[rows])
+    return total
+
+
+def row_dots(a_RH: Tensor, b_RH: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[R]` in `dtype`: of each row the product with its partner."""
+    dots = a_RH.new_empty(a_RH.shape[0], dtype=dtype)
+    for rows in chunks(a_RH.shape[0], a_RH):
+        torch.sum(a_RH[rows].to(dtype) * b_RH[rows], dim=1, out=dots[rows])
+    return dots
+
+
+def scale_rows(x_RH: Tensor, scale_R: Tensor) -> Tensor:
+    """`x * scale` in place, the product in the scale's precision."""
+    for rows in chunks(x_RH.shape[0], x_RH):
+        x_RH[rows] = x_RH[rows] * scale_R[rows].unsqueeze(1)
+    return x_RH
+
+
+def chunks(rows: int, like: Tensor) -> list[slice]:
+    """The slices of a plain pass over `rows`; one on a GPU, where each is a kernel."""
+    whole = like.device.type != "cpu" or torch.compiler.is_compiling()
+    step = max(rows, 1) if whole else CHUNK
+    return [slice(start, start + step) for start in range(0, rows, step)]

@@ -1,0 +1,35 @@
+"""Keywords of a forward beside the named arguments: transformers and its friends pass many."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Read by the model, checked below, or without a meaning here (`cache_position`: positions follow the cache).
+KNOWN = {
+    *("output_hidden_states", "output_attentions", "is_causal", "cache_position"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+}
+
+
+def check_keywords(keywords: dict[str, Any], position_ids: Tensor | None) -> None:
+    """Raises ValueError where ignoring a keyword would change the result; warns once of one that is not known."""
+    asked = {name for name, value in keywords.items() if value is not None and value is not False}
+    if "output_router_logits" in asked:
+        raise ValueError("output_router_logits: this model balances by a bias and has no auxiliary loss that would want them")
+    if keywords.get("is_causal") is False:
+        raise ValueError("is_causal=False: this model is a decoder, and its kernels compute causal attention only")
+    if "cu_seq_lens_q" in asked and position_ids is None:
+        raise ValueError("cu_seq_lens_q alone is not read: give position_ids that restart at each document")
+    unknown = asked - KNOWN
+    if unknown:
+        logger.warning_once(f"the model's forward ignores {', '.join(sorted(unknown))}")
+
+
+def check_export(dtype: torch.dtype) -> None:
+    """Raises ValueError where `torch.export` would fail in torch's shape rule of the experts' grouped product (torch 2.13)."""
+    if torch.compiler.is_exporting() and dtype != torch.bfloat16:
+        raise ValueError(f"torch.export takes this model in bfloat16 only, got {dtype}: torch knows no other grouped product there")

@@ -1,0 +1,22 @@
+"""Shared runs of ten words against the slow formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_helpers import overlaps, words
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.filters.contamination import Contamination
+
+NAMES = st.lists(st.sampled_from(["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "i", "7", "12"]), max_size=60).map(" ".join)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=4), NAMES, st.data())
+def test_contamination_is_the_slow_formula(tasks: list[str], text: str, data: Any) -> None:
+    if data.draw(st.booleans()):
+        source = words(data.draw(st.sampled_from(tasks)))
+        text += " " + " ".join(source[data.draw(st.integers(0, 3)) :])
+    found = Contamination({"bench": tasks})(text, {})
+    assert found == ("overlaps bench" if overlaps(text, tasks) else None)

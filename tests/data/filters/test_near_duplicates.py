@@ -1,0 +1,39 @@
+"""MinHash against the exact Jaccard similarity."""
+
+from __future__ import annotations
+
+from data_helpers import changed, words
+
+from data.filters.near_duplicates import NearDuplicates, record, signatures
+
+
+def jaccard(a: str, b: str) -> float:
+    """Of the sets of five words in a row, written out."""
+    one, two = ({tuple(w[i : i + 5]) for i in range(max(len(w) - 4, 1))} for w in (words(a), words(b)))
+    return len(one & two) / len(one | two)
+
+
+def test_near_duplicates_are_those_of_the_exact_formula(texts: list[str]) -> None:
+    """Away from the threshold of 0.8 (more than 4 standard errors) the answer must be the exact one."""
+    decided = {True: 0, False: 0}
+    for seed, text in enumerate(texts[:40]):
+        for share in (0.002, 0.01, 0.05, 0.2):
+            near = NearDuplicates()
+            one, two = signatures([text, other := changed(text, share, seed)])
+            similarity = jaccard(text, other)
+            assert near.is_new(one)
+            if abs(similarity - 0.8) > 0.15:
+                assert near.is_new(two) == (similarity < 0.8), similarity
+                decided[similarity < 0.8] += 1
+    assert min(decided.values()) > 20
+
+
+def test_near_duplicates_are_deterministic_and_survive_a_journal(texts: list[str]) -> None:
+    assert signatures(texts[:5]) == [signatures([t])[0] for t in texts[:5]]
+    first, second = NearDuplicates(), NearDuplicates()
+    taken = [s for s in signatures(texts[:30]) if first.is_new(s)]
+    assert len(taken) > 20
+    second.take_journal(b"".join(record(s) for s in taken))
+    more = signatures([*(changed(t, 0.005, 1) for t in texts[:30]), *texts[30:60]])
+    answers = [first.is_new(s) for s in more]
+    assert answers == [second.is_new(s) for s in more] and 5 < sum(answers) < 55

@@ -1,0 +1,72 @@
+"""A folder belongs to one job, with its arguments."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import command, contents, environment, write_rows
+
+
+def test_a_finished_job_is_left_alone(expected: Path, flags: list[object], preprocess: Any) -> None:
+    before = contents(expected)
+    code, out, _ = preprocess(*flags, "--output", expected)
+    assert code == 0 and "complete" in out and contents(expected) == before
+
+
+@pytest.mark.parametrize("state", ["complete", "begun"])
+def test_other_arguments_are_refused_with_the_difference(
+    state: str, expected: Path, flags: list[object], tmp_path: Path, preprocess: Any, corpus: Path
+) -> None:
+    folder, own = tmp_path / "out", tmp_path / "corpus"
+    shutil.copytree(corpus, own)
+    flags = ["--input", own, *flags[2:]]
+    if state == "complete":
+        assert preprocess(*flags, "--output", folder)[0] == 0
+    else:
+        shutil.copytree(expected, folder)
+    if state == "begun":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").unlink()
+        (folder / "inputs.jsonl").unlink()  # as a job of an older version has none
+        listing = [[str(own / Path(name).name), size, files] for name, size, files in manifest["arguments"]["input_files"]]
+        arguments = manifest["arguments"] | {"input": [str(own)], "input_files": listing}
+        (folder / "state.json").write_text(json.dumps({"arguments": arguments}))
+        (folder / ".lock").touch()
+    before = contents(folder)
+    code, _, err = preprocess(*flags, "--output", folder, "--max_document_bytes", 5000)
+    assert code == 2 and "--max_document_bytes was 1000000, now 5000" in err
+    write_rows(own / "file-9.json", [{"content": "x = 1\n"}])
+    code, _, err = preprocess(*flags, "--output", folder)
+    assert code == 2 and "the input changed" in err and "file-9.json" in err
+    after = contents(folder)
+    # The lock names who looked in last.
+    assert (after.pop(".lock", None) is None) == (before.pop(".lock", None) is None) and after == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, flags: list[object], preprocess: Any) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "precious").write_text("x")
+    code, _, err = preprocess(*flags, "--output", tmp_path)
+    assert code == 2 and "not empty" in err and (tmp_path / "train" / "precious").exists()
+
+
+def test_two_jobs_on_one_folder(tmp_path: Path, flags: list[object], preprocess: Any) -> None:
+    """The first is stopped as soon as it holds the folder; killed, it holds it no longer, whatever its workers do."""
+    first = subprocess.Popen(
+        command(*flags, "--output", tmp_path / "out", "--workers", 2), env=environment(), stdout=subprocess.DEVNULL
+    )
+    while not (tmp_path / "out" / "tokenizer" / "tokenizer_config.json").exists():
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
+    code, _, err = preprocess(*flags, "--output", tmp_path / "out")
+    assert code == 2 and "another job" in err
+    first.kill()
+    first.wait()
+    assert preprocess(*flags, "--output", tmp_path / "out")[0] == 0

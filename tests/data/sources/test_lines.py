@@ -1,0 +1,66 @@
+"""Streams become blocks of whole lines, whatever the file holds, and can be taken up at any block."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from data_helpers import blocks_of, compress, text_of
+
+from data.sources import blocks
+from data.sources.lines import Lines, cut_lines
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(blocks, "MAX_LINE_BYTES", 5000)
+
+
+def random_lines(seed: int) -> bytes:
+    rng = random.Random(seed)
+    return b"{}\n" + b"\n".join(
+        bytes(rng.choices(b'ab\r{"\x0b\xe2\x80\xa8', k=rng.choice((0, 1, 50, 700, 2500)))) for _ in range(60)
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "gz", "zst"])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_are_the_file_and_every_block_can_be_the_first(tmp_path: Path, kind: str, end: bytes) -> None:
+    path = tmp_path / f"x.jsonl.{kind}"
+    data = random_lines(len(end)) + end
+    path.write_bytes(compress(data, kind))
+    blocks = blocks_of(path)
+    assert text_of(blocks) == data and len(blocks) > 10
+    for i, block in enumerate(blocks[:-1]):
+        rest = blocks_of(path, block.after)
+        assert text_of(rest) == b"".join(b.lines for b in blocks[i + 1 :])
+        if rest and rest[0].lines:
+            assert rest[0].first_line == data[: len(data) - len(text_of(rest))].count(b"\n") + 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("chunk", [1, 7, 300, 100_000])
+def test_a_line_without_end_is_skipped_and_its_neighbours_are_kept(chunk: int) -> None:
+    data = b"first\n" + b"x" * 20_000 + b"\nlast\n"
+    chunks = (data[i : i + chunk] for i in range(0, len(data), chunk))
+    found = list(cut_lines(chunks))
+    kept = b"".join(lines.text for lines in found)
+    lines = [line for line in kept.split(b"\n") if line and len(line) <= blocks.MAX_LINE_BYTES]
+    assert lines == [b"first", b"last"]
+    assert sum(lines.consumed for lines in found) == len(data) and sum(lines.count for lines in found) == 3
+    assert [i for i, lines in enumerate(found) if not lines.text] == ([1] if chunk < 100_000 else [])
+
+
+def test_gigabytes_without_a_newline_take_little_memory() -> None:
+    """The stream is 3 GB; the process may not grow by more than the longest line allowed and its copy."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    chunk = bytes(1 << 20)
+    found = list(cut_lines(chunk for _ in range(3000)))
+    assert found == [Lines(b"", 3000 << 20, 1)]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024

@@ -1,0 +1,147 @@
+"""Which errors are a person's, what is said about them, and that nobody has to listen."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import ROOT, environment
+
+from data import cli
+from data.cli import NotFound, Progress, UserError, as_user_error, exit_code, sentence
+
+
+def failing(error: BaseException) -> tuple[int, str]:
+    def main() -> None:
+        raise error
+
+    return exit_code(main), ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("--seed must be\n0 or more"), 2, "error: --seed must be 0 or more\n"),
+        (NotFound("no shards at x"), 2, "error: no shards at x\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/somewhere/x"), 2, "error: /somewhere/x: No such file"),
+        (PermissionError(errno.EACCES, "Permission denied", b"/some/\xff"), 2, "error: /some/\\udcff: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device; make room and"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), 2, "ulimit -n"),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), 1, "Traceback"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "Traceback"),
+        (OSError("a library's own words"), 1, "Traceback"),
+        (ValueError("bad"), 1, "Traceback"),
+        (KeyError("weights"), 1, "Traceback"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_every_error_is_a_sentence_or_a_traceback(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(error)[0] == code
+    err = capsys.readouterr().err
+    assert said in err and ("Traceback" in err) == (code == 1) and (code == 1 or err.count("\n") == 1)
+
+
+def test_a_missing_file_of_python_s_own_is_no_user_s_mistake() -> None:
+    inside = os.path.join(sysconfig.get_path("purelib"), "torch", "gone.so")
+    for path, user in ((inside, False), ("/proc/self/gone", False), ("/data/gone", True), ("gone", True)):
+        error = FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+        assert (as_user_error(error) is not None) == user, path
+
+
+def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MOE_TRACEBACK", "1")
+    assert failing(UserError("what"))[0] == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith("error: what\n")
+
+
+def test_a_rename_names_both_files() -> None:
+    assert sentence(OSError(errno.EACCES, "Permission denied", "a", None, "b")) == "a -> b: Permission denied"
+
+
+def test_not_found_is_what_callers_of_python_expect() -> None:
+    with pytest.raises(FileNotFoundError, match="no x"):
+        raise NotFound("no x")
+
+
+#: Says more than a pipe holds, then writes a file and ends.
+CHATTY = """
+import sys
+from pathlib import Path
+from data.cli import Progress, leave, say, stdout
+for n in range(3000):
+    say("x" * 100); say("y" * 100, stdout)
+Path(sys.argv[1]).write_text("done")
+leave(0)
+"""
+
+
+@pytest.mark.parametrize("sink", ["full pipe", "closed pipe", "full disk", "closed"])
+def test_nobody_has_to_listen(sink: str, tmp_path: Path) -> None:
+    """Each sink fails for real: the pipe is never read, its reader is gone, /dev/full refuses, the descriptor does not exist."""
+    read, write = os.pipe()
+    if sink == "full disk":
+        os.close(write)
+        write = os.open("/dev/full", os.O_WRONLY)
+    if sink == "closed pipe":
+        os.close(read)
+    line = [sys.executable, "-c", CHATTY, str(tmp_path / "end")]
+    shell = ["bash", "-c", 'exec "$@" >&- 2>&-', "bash", *line] if sink == "closed" else line
+    process = subprocess.Popen(shell, stdout=write, stderr=write, cwd=ROOT, env=environment())
+    os.close(write)
+    started = time.monotonic()
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "end").read_text() == "done"
+    if sink == "full pipe":
+        assert len(os.read(read, 1 << 20)) >= 60_000  # it was full, so that a plain print would have hung
+        assert time.monotonic() - started < 50
+    if sink != "closed pipe":
+        os.close(read)
+
+
+def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    code = "from data.cli import say, stdout, leave\nsay('caf\\u00e9 \\udcff', stdout)\nleave(0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=ROOT, env={**environment(), "PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0 and done.stdout == b"caf\\xe9 \\udcff\n"
+
+
+def test_nothing_is_lost_where_somebody_listens(tmp_path: Path) -> None:
+    code = "from data.cli import say, stdout, leave\nfor n in range(900): say(str(n), stdout)\nleave(3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 3 and done.stdout.split() == [str(n) for n in range(900)]
+
+
+def test_a_process_may_fork_after_a_drain() -> None:
+    cli.say("something")
+    cli.drain()
+    assert cli.stderr._thread is None
+
+
+def test_quiet_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    progress = Progress(1_000_000, what="preprocess")
+    for number in range(1, 11):
+        now[0] += 2.0
+        progress.update(progress.done + 100_000, f"{50 * number} documents")
+    cli.drain()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and "\r" not in "".join(lines)
+    assert lines[0] == "preprocess: 150 documents, 0.1 MB/s, 30 %, 14 s to go"
+
+
+def test_progress_counts_steps_too() -> None:
+    progress = Progress(100, what="train", unit="step", done=40)
+    progress.start -= 10
+    progress.done = 60
+    assert progress.line("loss 3.2") == "train: loss 3.2, 2.00 step/s, 60 %, 20 s to go"

@@ -1,0 +1,57 @@
+"""The parser that every command has: what its help shows, and what a wrong flag says."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from data.cli import UserError
+from data.flags import Parser
+
+
+@pytest.fixture
+def parser() -> Parser:
+    p = Parser(prog="python make.py", description="Makes it.", examples="python make.py --input a\npython make.py --fast b")
+    p.add_argument("--input", required=True, nargs="+", metavar="SRC", help="what")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--left", help="one")
+    which.add_argument("--right", action="store_true", help="other")
+    p.add_argument("--hidden", help=argparse.SUPPRESS, default=3)
+    tuned = p.add_argument_group("tuned")
+    tuned.add_argument("--size", type=int, default=7, help="bytes")
+    tuned.add_argument("--rate", type=float, default=0.0, help="share")
+    tuned.add_argument("--fast", action="store_true", help="hurry")
+    tuned.add_argument("--name", help="none by default")
+    tuned.add_argument("--many", nargs="*", default=[], help="some")
+    return p
+
+
+def test_help_begins_with_examples_and_names_real_defaults(parser: Parser) -> None:
+    lines = parser.format_help().splitlines()
+    assert lines[:5] == ["Makes it.", "", "examples:", "  python make.py --input a", "  python make.py --fast b"]
+    assert lines[6] == "usage: python make.py --input SRC... (--left LEFT | --right) [options]"
+    text = "\n".join(lines)
+    assert "bytes (default: 7)" in text and "share (default: 0.0)" in text
+    assert "None" not in text and "False" not in text and "[]" not in text and "hidden" not in text
+
+
+def test_a_group_with_nothing_but_help_comes_last() -> None:
+    p = Parser(prog="p")
+    p.add_argument_group("first").add_argument("--a", help="a")
+    lines = [line for line in p.format_help().splitlines() if line.endswith(":")]
+    assert lines == ["first:", "options:"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--input", "x", "--left", "l", "--siz", "3"], "unrecognized arguments: --siz 3; --help lists the flags"),
+        (["--left", "l"], "the following arguments are required: --input; --help lists the flags"),
+        (["--input", "x", "--left", "l", "--size", "much"], "argument --size: invalid int value: 'much'; --help lists the flags"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(parser: Parser, flags: list[str], said: str) -> None:
+    with pytest.raises(UserError, match="lists the flags") as refused:
+        parser.parse_args(flags)
+    assert str(refused.value) == said

@@ -1,0 +1,71 @@
+"""verify.py finds every kind of damage and names it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import change, read_documents, run
+
+from data.verify import verify
+
+BIN, IDX = "train/shard_000000.bin", "train/shard_000000.idx"
+
+
+def test_sound_shards_verify(sound_shards: Path) -> None:
+    assert verify(sound_shards, workers=2) == []
+    done = run(sound_shards, script="data/verify.py")
+    assert done.returncode == 0 and "all sound" in done.stdout
+    assert len(read_documents(sound_shards)) > 20
+
+
+def resum(folder: Path) -> None:
+    """Make the manifest's sums right again, so that only the check in question can find the damage."""
+    import hashlib
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["splits"]["train"]["shards"]:
+        for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
+            shard[key] = hashlib.sha256((folder / "train" / f"{shard['name']}{suffix}").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "resummed", "message"),
+    [
+        (lambda f: change(f / BIN, 100, b"\x05"), False, f"{BIN} has another sha256"),
+        (lambda f: change(f / IDX, -1, b"\x01"), False, f"{IDX} has another sha256"),
+        (lambda f: (f / BIN).write_bytes((f / BIN).read_bytes()[:-2]), False, f"{BIN} has .* bytes and should have"),
+        (lambda f: (f / IDX).write_bytes((f / IDX).read_bytes()[:-2]), False, f"{IDX} has .* bytes and should have"),
+        (lambda f: (f / BIN).unlink(), False, f"{BIN} is missing"),
+        (lambda f: (f / IDX).unlink(), False, f"{IDX} is missing"),
+        (lambda f: change(f / IDX, 0, b"X"), True, f"{IDX} is not a Megatron index"),
+        (lambda f: change(f / IDX, 9, b"\x02"), True, f"{IDX} disagrees with its manifest"),
+        (lambda f: change(f / BIN, 10, b"\xff\xff"), True, f"{BIN}: token 5 is 65535, the vocabulary has 600"),
+        (lambda f: change(f / BIN, 10, b"\0\0"), True, f"{BIN}: .* end-of-text tokens in .* documents"),
+        (lambda f: change(f / BIN, -2, b"\x09\0"), True, f"{BIN}: document .* does not end with the end-of-text token"),
+        (lambda f: change(f / IDX, 34, b"\x01\0\0\0"), True, f"{IDX}: documents of .* tokens together"),
+        (lambda f: change(f / IDX, -8, b"\x01"), True, f"{IDX}: document numbers that do not count up"),
+        (lambda f: (f / "train" / "shard_000099.bin").touch(), False, "shard_000099.bin is not in the manifest"),
+        (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), False, "tokenizer.json cannot be read"),
+        (lambda f: (f / "tokenizer" / "tokenizer.json").write_text('{"model": 1}'), False, "not the tokenizer these shards"),
+    ],
+)
+def test_verify_names_what_is_wrong(shards: Path, damage: Any, resummed: bool, message: str) -> None:
+    damage(shards)
+    if resummed:
+        resum(shards)
+    faults = verify(shards)
+    assert any(re.search(message, fault) for fault in faults), faults
+    assert all(not re.search("sha256", fault) for fault in faults) or not resummed
+
+
+def test_verify_as_a_command_fails_and_names(shards: Path) -> None:
+    change(shards / BIN, 100, b"\x05")
+    done = run(shards, script="data/verify.py")
+    assert done.returncode == 1 and BIN in done.stderr and "Traceback" not in done.stderr
+    done = run(shards / "nowhere", script="data/verify.py")
+    assert done.returncode == 2 and "no shards at" in done.stderr and "data/preprocess.py" in done.stderr

@@ -1,0 +1,176 @@
+"""The fast encoder gives the tokenizers library's ids, document by document; what it cannot do goes to the library."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import ROOT, shared_data
+from tokenizers import Tokenizer
+
+from data.tokens.encoder import NO_TOKEN, FastEncoder, ReferenceEncoder, can_be_fast, make_encoder
+
+HARD = [
+    "",
+    "0",
+    "a1b22 333\n 4",
+    "x = 10\n    y=2 \t 3",
+    "don't I'll 'S '",
+    "<|endoftext|> <fim_prefix>1",
+    "a\r\nb\rc",
+    "\t\t\n\n  \n x",
+    "\0\x01\x1c\x1d\x1e\x1f\x7f",
+    "é1è ½ ² Ⅷ ٣ 一二3",
+    "\u2028 \u2029 \x85 \xa0 \u3000 \u200b\ufeff",
+    "\ua7cf \U00016d63",
+    "😀1😀",
+    "\U000e0001",
+    "\U00045678 unassigned, first byte F1",
+    "ﬁ1",
+    "क1ि",
+    "한국어 코드 1",
+    "नमस्ते दुनिया",
+    "a" * 5000,
+    "1" * 3000,
+    " " * 3000,
+    "=" * 1000 + "9",
+]
+
+
+@pytest.fixture(scope="module", params=["trained", "starcoder2"])
+def text(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue("tokenizer_text" if request.param == "trained" else "starcoder2")
+
+
+def library_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Independent of ReferenceEncoder: one call a text, special tokens spelled out stay text."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def documents(encoder: FastEncoder | ReferenceEncoder, texts: list[str], after: list[int]) -> list[list[int]]:
+    ids, lengths = encoder.encode(texts, np.array(after, np.int32))
+    assert ids.dtype == lengths.dtype == np.int32 and len(ids) == lengths.sum() and len(lengths) == len(texts)
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if texts else []
+
+
+def test_hard_texts_one_by_one_and_together(text: str, texts: list[str]) -> None:
+    fast, reference = make_encoder(text), ReferenceEncoder(text)
+    assert isinstance(fast, FastEncoder)
+    tokenizer = Tokenizer.from_str(text)
+    right = [[*library_ids(tokenizer, t), 7] for t in [*HARD, *texts]]
+    for encoder in (fast, reference):
+        assert documents(encoder, [*HARD, *texts], [7] * len(right)) == right
+        assert [documents(encoder, [t], [7])[0] for t in HARD] == right[: len(HARD)]
+        assert documents(encoder, [], []) == []
+
+
+def test_nothing_after_a_text_is_nothing(text: str) -> None:
+    tokenizer = Tokenizer.from_str(text)
+    parts, after = ["", "a1", "", "2", "é\ua7cf", ""], [1, NO_TOKEN, NO_TOKEN, 2, NO_TOKEN, 3]
+    right = [library_ids(tokenizer, p) + ([a] if a != NO_TOKEN else []) for p, a in zip(parts, after, strict=True)]
+    for encoder in (make_encoder(text), ReferenceEncoder(text)):
+        assert documents(encoder, parts, after) == right
+
+
+def test_every_code_point_called_safe_is(starcoder2: str) -> None:
+    """Each safe code point beside letters, digits, spaces, itself: 36,000 of them, and the unsafe ones are not few either."""
+    reference = ReferenceEncoder(starcoder2)
+    fast = FastEncoder(starcoder2, reference)
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    safe = [c for c in every if not fast.unsafe.search(c)]
+    assert 30_000 < len(safe) < 50_000 and {"a", "é", "Ж", "中", "한", "→", "😀"} <= set(safe)
+    assert not {"½", "²", "Ⅷ", "٣", "\ua7cf", "क"} & set(safe)
+    samples = [f"a{c}b {c} x{c}{c}1{c} \n{c}\n {c}  {c}'s'{c}. {c}={c}_" for c in safe]
+    after = np.zeros(len(samples), np.int32)
+    right, right_lengths = reference.encode(samples, after)
+    found, lengths = fast._encode_safe(samples, after)
+    assert np.array_equal(lengths, right_lengths) and np.array_equal(found, right)
+
+
+def test_random_mixtures_of_safe_characters(starcoder2: str) -> None:
+    reference = ReferenceEncoder(starcoder2)
+    fast = FastEncoder(starcoder2, reference)
+    rng = random.Random(5)
+    letters = "aZ_ \n\t\r.,(){}'\"#=0123456789éßЖ中한→…–\u00a0\u2028\u3000😀'\x0b\x0c"
+    samples = ["".join(rng.choices(letters, k=rng.randrange(80))) for _ in range(4000)]
+    after = np.zeros(len(samples), np.int32)
+    found, right = fast._encode_safe(samples, after), reference.encode(samples, after)
+    assert np.array_equal(found[0], right[0]) and np.array_equal(found[1], right[1])
+
+
+def test_only_the_surroundings_of_a_rare_character_go_to_the_library(starcoder2: str) -> None:
+    """Up to the next digits on both sides, wherever it stands; the ids stay those of the whole text."""
+    draw = random.Random(5)
+    tokenizer, reference = Tokenizer.from_str(starcoder2), ReferenceEncoder(starcoder2)
+    fast, seen, ids_of = FastEncoder(starcoder2, reference), [], reference.ids
+    reference.ids = lambda texts: seen.extend(texts) or ids_of(texts)  # type: ignore[method-assign, func-returns-value]
+    kinds = ["½²Ⅷ٣\ua7cf\U00016d63क\U00045678", "0123456789", "ab_ \n\t'.(=é中"]
+    texts = ["".join(draw.choice(draw.choices(kinds, (1, 2, 9))[0]) for _ in range(draw.randint(1, 80))) for _ in range(400)]
+    texts += ["x = 1\n" * 500 + "# \ua7cf" + "\ny = 2" * 500, "\ua7cf", "7\ua7cf", "\ua7cf7", "7\ua7cf\ua7cf7½8"]
+    expected = [library_ids(tokenizer, text) for text in texts]
+    ids, lengths = fast._encode(texts, np.full(len(texts), NO_TOKEN, np.int32))
+    assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
+    assert seen and all(fast.unsafe.search(text) and not set(text) & set("0123456789") for text in seen)
+    assert max(map(len, seen)) < 90 < 3000 < max(map(len, texts))
+
+
+def test_a_fast_encoder_that_errs_is_caught_at_run_time(tokenizer_text: str) -> None:
+    encoder = FastEncoder(tokenizer_text, ReferenceEncoder(tokenizer_text))
+    encoder.separator_ids[ord("7")] = encoder.separator_ids[ord("8")]
+    documents(encoder, ["no such digit here"], [0])
+    with pytest.raises(ValueError, match="--encoder reference"):
+        documents(encoder, ["x = 7"], [0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(normalizer={"type": "NFC"}),
+        lambda c: c.update(pre_tokenizer=None),
+        lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(individual_digits=False),
+        lambda c: c["model"].update(dropout=0.1),
+        lambda c: c["model"].update(ignore_merges=True),
+        lambda c: c["added_tokens"][0].update(special=False),
+    ],
+)
+def test_other_tokenizers_go_to_the_library(tokenizer_text: str, change: object) -> None:
+    content = json.loads(tokenizer_text)
+    assert can_be_fast(tokenizer_text)
+    change(content)  # type: ignore[operator]
+    assert not can_be_fast(json.dumps(content))
+
+
+def test_without_digit_splitting(tokenizer_text: str, texts: list[str]) -> None:
+    content = json.loads(tokenizer_text)
+    content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]
+    changed = json.dumps(content)
+    fast, tokenizer = make_encoder(changed), Tokenizer.from_str(changed)
+    assert isinstance(fast, FastEncoder)
+    samples = [*HARD, *texts]
+    assert documents(fast, samples, [0] * len(samples)) == [[*library_ids(tokenizer, t), 0] for t in samples]
+
+
+@pytest.mark.slow
+def test_the_whole_corpus(starcoder2: str, tmp_path: Path) -> None:
+    """Every document of ../shared/data/make_corpus.py (100 MB): identical ids."""
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, shared_data("make_corpus.py"), tmp_path], check=True, cwd=ROOT)
+    reference = ReferenceEncoder(starcoder2)
+    fast = FastEncoder(starcoder2, reference)
+    count = 0
+    for path in sorted(tmp_path.glob("*.json.gz")):
+        with gzip.open(path) as file:
+            samples = [json.loads(line)["content"] for line in file]
+        after = np.zeros(len(samples), np.int32)
+        for found, right in zip(fast.encode(samples, after), reference.encode(samples, after), strict=True):
+            assert np.array_equal(found, right), path
+        count += len(samples)
+    assert count > 6000

@@ -1,0 +1,101 @@
+"""The ids are those of the tokenizers library on the original tokenizer.json, for whoever loads what we save."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import shared_data
+from tokenizers import Tokenizer
+
+from data.tokens import tokenizer as tokenizers
+from data.tokens.folder import TokenizerFiles, load
+
+#: A number after indentation: the case that transformers' AutoTokenizer gets wrong for StarCoder2.
+DIGITS = "x = [\n        10,\n        200]\n"
+
+
+def test_trained_tokenizer_has_the_tokens_it_promises(tokenizer_text: str, texts: list[str]) -> None:
+    facts = tokenizers.facts("trained", TokenizerFiles(tokenizer_text))
+    assert facts.vocab_size == 600 and facts.eos_token == "<|endoftext|>" and facts.eos_token_id == 0
+    assert facts.fim == {"prefix": 1, "middle": 2, "suffix": 3}
+    tokenizer = Tokenizer.from_str(tokenizer_text)
+    special = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
+    assert [tokenizer.id_to_token(i) for i in range(5)] == special
+    assert [t for t in tokenizer.encode("x = 1234").tokens if t.isdigit()] == ["1", "2", "3", "4"]
+    every_byte = "".join(map(chr, range(0x20, 0x800))) + "\U0001f600"
+    assert tokenizer.decode(tokenizer.encode(every_byte).ids) == every_byte
+    # It has learned: fewer tokens than bytes.
+    assert len(tokenizer.encode(texts[0]).ids) < 0.6 * len(texts[0].encode())
+
+
+def test_training_is_deterministic(tokenizer_text: str, texts: list[str]) -> None:
+    assert tokenizers.train(iter(texts), 600) == tokenizer_text
+
+
+def test_too_small_a_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 261"):
+        tokenizers.train(["x"], 260)
+
+
+def saved(folder: Path, text: str, name: str = "t") -> Path:
+    tokenizers.save(folder, text, tokenizers.facts(name, TokenizerFiles(text)))
+    return folder
+
+
+@pytest.mark.parametrize("which", ["trained", "starcoder2"])
+def test_transformers_gives_the_library_s_ids_from_what_we_save(which: str, tmp_path: Path, request: Any, texts: list[str]) -> None:
+    text = request.getfixturevalue("tokenizer_text" if which == "trained" else "starcoder2")
+    folder = saved(tmp_path / "tokenizer", text)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    reference = Tokenizer.from_str(text)
+    for loaded in (AutoTokenizer.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)):
+        assert loaded.eos_token_id == 0
+        for sample in (DIGITS, *texts[:20]):
+            assert loaded(sample)["input_ids"] == reference.encode(sample).ids
+
+
+def test_the_class_that_changes_starcoder2_s_ids_is_what_we_bypass(tmp_path: Path, starcoder2: str) -> None:
+    """The trap is real: with upstream's tokenizer_config.json AutoTokenizer gives other ids; from what we save it does not."""
+    from transformers import AutoTokenizer
+
+    upstream = saved(tmp_path / "upstream", starcoder2)
+    (upstream / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}))
+    right = Tokenizer.from_str(starcoder2).encode(DIGITS).ids
+    assert AutoTokenizer.from_pretrained(upstream)(DIGITS)["input_ids"] != right
+    text = load(str(upstream)).text
+    assert AutoTokenizer.from_pretrained(saved(tmp_path / "ours", text))(DIGITS)["input_ids"] == right
+
+
+def test_starcoder2_is_what_the_documentation_says(starcoder2: str) -> None:
+    facts = tokenizers.facts("starcoder2", TokenizerFiles(starcoder2))
+    assert (facts.vocab_size, facts.eos_token_id, facts.fim) == (49152, 0, {"prefix": 1, "middle": 2, "suffix": 3})
+    for path in (shared_data("tokenizer"), shared_data("tokenizer") / "tokenizer.json"):
+        assert load(str(path)).text == starcoder2
+
+
+def test_fingerprint_is_of_what_decides_the_ids(tokenizer_text: str) -> None:
+    content = json.loads(tokenizer_text)
+    known = tokenizers.fingerprint(tokenizer_text)
+    assert tokenizers.fingerprint(json.dumps(content)) == known
+    content["model"]["merges"] = [" ".join(m) for m in content["model"]["merges"]]
+    content["decoder"] = None
+    assert tokenizers.fingerprint(json.dumps(content, indent=3)) == known
+    content["model"]["merges"] = content["model"]["merges"][1:]
+    assert tokenizers.fingerprint(json.dumps(content)) != known
+    other = json.loads(tokenizer_text)
+    other["pre_tokenizer"] = None
+    assert tokenizers.fingerprint(json.dumps(other)) != known
+
+
+def test_what_is_no_tokenizer_is_refused(tokenizer_text: str) -> None:
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        tokenizers.facts("x", TokenizerFiles("{}"))
+    content = json.loads(tokenizer_text)
+    content["added_tokens"] = []
+    del content["model"]["vocab"]["<|endoftext|>"]
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        tokenizers.facts("x", TokenizerFiles(json.dumps(content)))

@@ -1,0 +1,69 @@
+"""`make gpu` as far as a CPU goes: the same stations, one that fails among them, and what is said where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+import acceptance
+
+SCRIPT = ROOT / "tests" / "gpu" / "acceptance.py"
+
+
+def site(folder: Path, **changes: object) -> acceptance.Site:
+    values = {"device": "cpu", "model": "tiny", "folder": folder, "steps": 4, "length": 64, "limit": 60.0, **changes}
+    return acceptance.Site(**values)
+
+
+def test_a_station_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(here: acceptance.Site) -> acceptance.Figures:
+        here.call("broken", "-c", "import sys; print('the reason'); sys.exit(3)")
+        return {}
+
+    def sound(here: acceptance.Site) -> acceptance.Figures:
+        return {"said": here.call("sound", "-c", "print(6 * 7)").strip()}
+
+    monkeypatch.setattr(acceptance, "STATIONS", {"data": broken, "train": sound, "loss": sound})
+    results = acceptance.run(site(tmp_path), ["data", "train", "loss"], time.monotonic() + 60)
+    assert "exit code 3: the reason" in results["data"]["reason"]
+    assert results["train"]["reason"] == "left out, data failed"
+    assert results["loss"]["ok"] and results["loss"]["said"] == "42"
+    assert (tmp_path / "logs" / "broken.log").read_text().endswith("the reason\n")
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_command_that_hangs_ends_at_its_limit(tmp_path: Path) -> None:
+    with pytest.raises(acceptance.StationFailed, match="longer than 1 s"):
+        site(tmp_path, limit=1.0).call("hang", "-c", "import time; time.sleep(60)")
+
+
+def test_no_station_starts_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "STATIONS", {"loss": lambda _: pytest.fail("started")})
+    assert "no time left" in acceptance.run(site(tmp_path), ["loss"], time.monotonic() - 1)["loss"]["reason"]
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--folder", str(tmp_path), "--output", str(tmp_path / "gpu.json")]
+    env = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 2 and "needs a CUDA device" in done.stderr and "--device cpu" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_station_on_a_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--model", "tiny", "--steps", "6", "--sequence_length", "64"]
+    command += ["--folder", str(tmp_path / "site"), "--output", str(output), "--minutes", "60", "--limit", "900"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    stations = json.loads(output.read_text())["stations"]
+    assert done.returncode == 0, done.stdout
+    assert set(stations) == set(acceptance.STATIONS) and stations["resume"]["bit_equal"]

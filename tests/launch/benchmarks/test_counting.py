@@ -1,0 +1,118 @@
+"""Counts of operations whose bytes and FLOPs are known by formula, on `meta` tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launch.benchmarks.counting import Count, Ledger, declare
+from model.dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
+
+T, H, W, E, K = 64, 32, 48, 4, 2
+BF16, FP32, INT64 = 2, 4, 8
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
+def count(call: object, parts: dict[nn.Module, str] | None = None) -> Ledger:
+    with Count(parts) as counted:
+        out = call()  # type: ignore[operator]
+        counted.end_forward()
+        out.backward(torch.empty_like(out))
+    return counted.ledger
+
+
+def of(ledger: Ledger, name: str, backward: bool = False) -> tuple[float, int]:
+    """FLOPs and bytes of the operations of that name."""
+    chosen = [e for e in ledger.entries if e.name == name and e.backward == backward]
+    assert chosen, (name, [(e.name, e.backward) for e in ledger.entries])
+    return sum(e.flops for e in chosen), sum(e.bytes for e in chosen)
+
+
+def test_a_product_and_its_two_gradients() -> None:
+    x, weight = tensor(T, H), tensor(W, H)
+    ledger = count(lambda: F.linear(x, weight))
+    one = (T * H + W * H + T * W) * BF16
+    assert of(ledger, "mm") == (2 * T * H * W, one)
+    assert of(ledger, "mm", backward=True) == (2 * 2 * T * H * W, 2 * one)
+
+
+def test_a_grouped_product_and_its_two_gradients() -> None:
+    x, weight, ends = tensor(T, H), tensor(E, W, H), tensor(E, dtype=torch.int32)
+    ledger = count(lambda: grouped_linear(x, ends, weight))
+    one = (T * H + E * W * H + T * W) * BF16 + E * 4
+    assert of(ledger, "_grouped_mm") == (2 * T * H * W, one)
+    assert of(ledger, "_grouped_mm", backward=True) == (2 * 2 * T * H * W, 2 * one)
+
+
+def test_elementwise_reads_each_input_once_and_writes_once() -> None:
+    a, b = tensor(T, H), tensor(T, H, dtype=torch.float32)
+    assert of(count(lambda: a * b), "mul") == (0, T * H * (BF16 + FP32 + FP32))
+    row = tensor(1, H)
+    assert of(count(lambda: a * row.expand(T, H)), "mul")[1] == (2 * T * H + H) * BF16  # an expanded input once
+
+
+def test_views_and_allocations_cost_nothing() -> None:
+    x = tensor(T, H)
+    with Count() as counted:
+        x.view(H, T).transpose(0, 1).unflatten(0, (2, -1))
+        torch.empty_like(x)
+    assert counted.ledger.entries == []
+
+
+def test_in_place_and_out_are_not_counted_twice() -> None:
+    with Count() as counted, torch.no_grad():
+        x, y = tensor(T, H), tensor(T, H)
+        out = torch.empty(T, H, dtype=torch.bfloat16, device="meta")
+        torch.mul(x, y, out=out)
+        x.add_(y)
+        out.zero_()
+    assert [e.bytes for e in counted.ledger.entries if e.name in ("mul", "add_", "zero_")] == [
+        3 * T * H * BF16,
+        3 * T * H * BF16,
+        T * H * BF16,
+    ]
+
+
+def test_a_gather_reads_the_rows_it_takes() -> None:
+    source, index = tensor(1000 * T, H), tensor(T, dtype=torch.int64)
+    assert of(count(lambda: source.index_select(0, index)), "index_select")[1] == 2 * T * H * BF16 + T * INT64
+
+
+def test_swiglu_keeps_its_input_alone() -> None:
+    gate_up = tensor(T, 2 * W)
+    with Count() as counted:
+        hidden = swiglu(gate_up * 1)
+        counted.end_forward()
+    assert counted.ledger.held == (T * 2 * W + T * W) * BF16 and hidden.shape == (T, W)
+
+
+def test_host_waits_launches_and_declared_kernels() -> None:
+    x = tensor(T, H)
+    with Count() as counted:
+        declare("a kernel of CUDA's", "norm", [x, None], [x], flops=5.0, launches=3)
+    (entry,) = counted.ledger.entries
+    assert (entry.bytes, entry.flops, entry.launches, entry.kind) == (2 * T * H * BF16, 5.0, 3, "norm")
+    declare("outside of a count", "norm", [x], [x])  # goes nowhere
+
+
+def test_backward_belongs_to_the_module_of_its_forward() -> None:
+    first, second = nn.Linear(H, W, device="meta"), nn.Linear(W, H, device="meta")
+    x = tensor(T, H, dtype=torch.float32)
+    ledger = count(lambda: second(first(x).relu()), {first: "first", second: "second"})
+    products = [(e.part, e.backward) for e in ledger.entries if e.name in ("mm", "addmm")]
+    assert sorted(products) == sorted([(p, b) for p in ("first", "second") for b in (False, True, True)])
+    assert {e.part for e in ledger.entries if "relu" in e.name or "threshold" in e.name} == {"other"}
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_way_through_the_mixture_runs_on_meta(others: int) -> None:
+    x, indices, weights = tensor(T, H), tensor(T, K, dtype=torch.int64), tensor(T, K, dtype=torch.float32)
+    more = [tensor(T, H) for _ in range(others)]
+    order, inverse = expert_order(indices)
+    ledger = count(lambda: combine(gather_rows(x, order, inverse, K), order, inverse, weights, *more))
+    assert ledger.total("launches") > 5 and ledger.total("flops") == 0

@@ -1,0 +1,154 @@
+"""What the next start makes of a run's folder: which checkpoint it takes, and what it refuses."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps
+
+from data.files import hash_file
+from launch.checkpoint import manifest
+from launch.checkpoint.choose import ResumeFrom, StartFresh
+
+
+@pytest.mark.parametrize("pointer", [None, "", "\n", "step_", "garbage\x00", "step_9", "../../etc", b"\xff\xfe\x00"])
+def test_a_bad_pointer_falls_back_to_the_newest_whole_one(run, pointer):
+    latest = run / "checkpoints/latest"
+    latest.unlink()
+    if pointer is not None:
+        latest.write_bytes(pointer if isinstance(pointer, bytes) else pointer.encode())
+    assert manager(run).choose("auto").path.name == "step_3"
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "buffers.pt", "rng_00000.pt", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_newest_falls_back_to_the_one_before_and_names_the_file(run, name, damage):
+    path = run / "checkpoints/step_3" / name
+    hurt(path, damage)
+    choice = manager(run).choose("auto")
+    assert choice.path.name == "step_2"
+    assert f"passed over {path}" in choice.message
+    with pytest.raises(ValueError, match=name):  # asked for by name there is no other to take
+        manager(run).choose(str(path.parent))
+
+
+def hurt(path: Path, damage: str) -> None:
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        return path.unlink()
+    data[len(data) // 3] ^= 16
+    path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+
+
+def test_folders_of_which_none_is_whole_are_refused_never_a_silent_step_0(run):
+    for step in (1, 2, 3):
+        hurt(run / f"checkpoints/step_{step}/state.json", "flip")
+    with pytest.raises(ValueError, match="no whole checkpoint") as caught:
+        manager(run).choose("auto")
+    assert all(f"step_{step}/state.json" in str(caught.value) for step in (1, 2, 3))
+    for step in (1, 2, 3):
+        shutil.rmtree(run / f"checkpoints/step_{step}")
+    with pytest.raises(ValueError, match="'step_3', which is gone"):
+        manager(run).choose("auto")
+
+
+def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
+    for resume in ("auto", "never"):
+        choice = manager(tmp_path).choose(resume)
+        assert isinstance(choice, StartFresh)
+        assert choice.message == "starting at step 0"
+    assert manager(tmp_path).newest() is None
+    assert not list(tmp_path.iterdir()), "looking changes nothing"
+
+
+def test_never_does_not_mix_two_runs(run):
+    with pytest.raises(ValueError, match="holds step_3"):
+        manager(run).choose("never")
+
+
+def test_a_path_may_be_a_checkpoint_a_run_or_a_name(run, tmp_path):
+    elsewhere = tmp_path / "another"
+    assert manager(run).choose("step_1").path.name == "step_1"
+    for path, name in ((run / "checkpoints/step_2", "step_2"), (run, "step_3"), (run / "checkpoints", "step_3")):
+        assert manager(run).choose(str(path)).path.name == name
+        assert manager(elsewhere).choose(str(path)).path.name == name
+    with pytest.raises(ValueError, match="no checkpoint there"):
+        manager(run).choose(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": "xyz"}, 'data: "abc" -> "xyz"'),
+        ({"model": {"hidden_size": 8, "rope_parameters": {"factor": 4.0}}}, "model.rope_parameters.factor: 2.0 -> 4.0"),
+        ({"sequence_length": 32}, "sequence_length: 16 -> 32"),
+    ],
+)
+def test_another_model_or_data_is_refused_with_the_difference(run, change, words):
+    with pytest.raises(ValueError, match="belongs to another run") as caught:
+        manager(run, **change).choose("auto")
+    assert words in str(caught.value)
+
+
+def test_what_says_nothing_about_the_weights_may_differ(run):
+    model = {"hidden_size": 8, "rope_parameters": {"factor": 2.0}, "transformers_version": "9.9.9", "use_cache": False}
+    assert isinstance(manager(run, model=model).choose("auto"), ResumeFrom)
+
+
+def test_another_layout_asks_for_a_conversion(run):
+    choice = manager(run, ep_size=4, world_size=8).choose("auto")
+    assert choice.conversions == ("ep_size: 1 -> 4", "world_size: 1 -> 8")
+    assert choice.deepspeed_config({"checkpoint": {"tag_validation": "Ignore"}, "a": 1}) == {
+        "checkpoint": {"tag_validation": "Ignore", "load_universal": True},
+        "a": 1,
+    }
+    assert manager(run).choose("auto").deepspeed_config({"a": 1}) == {"a": 1}
+
+
+def test_what_cannot_be_converted_is_refused_with_the_reason(run, tmp_path):
+    with pytest.raises(ValueError, match="ZeRO 0 converts in float32 only"):
+        manager(run, zero_stage=0, dtype="bfloat16").choose("auto")
+    engine = StubEngine()
+    engine.optimizer = torch.optim.SGD(engine.module.parameters(), momentum=0.9)
+    engine.optimizer.step()
+    manager(tmp_path / "sgd").save(engine, state(1))
+    with pytest.raises(ValueError, match=r"momentum_buffer.*only Adam's moments convert"):
+        manager(tmp_path / "sgd", ep_size=2).choose("auto")
+    assert isinstance(manager(tmp_path / "sgd").choose("auto"), ResumeFrom)
+
+
+def test_a_newer_format_is_refused_not_passed_over(run):
+    folder = run / "checkpoints/step_3"
+    body = json.loads((folder / "state.json").read_text())
+    files = manifest.read_manifest(folder)["files"]
+    record = manifest.write_durably(folder / "state.json", manifest.to_json({**body, "format": 2}))
+    manifest.write_manifest(folder, {**files, "state.json": record})
+    with pytest.raises(ValueError, match="format 2, made by a newer version"):
+        manager(run).choose("auto")
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_taken_and_stays(run, monkeypatch):
+    """EIO once while it is hashed: it was passed over, and then replaced, days of training with it."""
+    monkeypatch.setattr(manifest, "RETRY_AFTER", (0.0,))
+    before = (run / "checkpoints/step_3").stat().st_ino
+    hits = []
+
+    def failing(path: Path, algorithm: str) -> str:
+        hits.append(path)
+        if len(hits) <= failures:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return hash_file(path, algorithm)
+
+    monkeypatch.setattr(manifest, "hash_file", failing)
+    failures = 1
+    choice = manager(run).choose("auto")
+    assert choice.path.name == "step_3" and "passed over" not in choice.message and len(hits) > 1
+    hits.clear()
+    failures = 1000
+    with pytest.raises(ValueError, match=r"step_3.*cannot be read") as caught:
+        manager(run).choose("auto")
+    assert "damaged" not in str(caught.value)
+    assert (run / "checkpoints/step_3").stat().st_ino == before and steps(run) == [1, 2, 3]

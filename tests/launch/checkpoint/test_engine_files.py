@@ -1,0 +1,71 @@
+"""What one rank writes: hashed on the way, copied first where it is written later, the first error kept instead of raised."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.checkpoint import manifest
+from launch.checkpoint.engine_files import CheckpointFiles, going_through, host_copy
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_file_holds_the_state_of_when_it_was_saved(tmp_path: Path, later: bool) -> None:
+    files = CheckpointFiles(tmp_path, name="step_1", later=later)
+    weight = torch.arange(4.0)
+    files.save({"w": weight, "view": weight[:2]}, str(tmp_path / "." / "x.pt"))
+    files.write("note", b"text")
+    weight.fill_(-1)  # training goes on
+    records = files.flush()
+    assert set(records) == {"x.pt", "note"}
+    manifest.check_files(tmp_path, records, records)
+    assert files.load(str(tmp_path / "x.pt"))["w"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_copy_shares_nothing_and_is_compact() -> None:
+    weight = torch.arange(10.0)
+    state = {"view": weight[2:4], "list": [weight], "tuple": (weight, 3), "flag": True}
+    copied = host_copy(state)
+    weight.zero_()
+    assert copied["view"].tolist() == [2, 3] and copied["view"].untyped_storage().nbytes() == 8
+    assert copied["list"][0][9] == 9 and isinstance(copied["tuple"], tuple) and copied["flag"] is True
+
+
+def test_the_first_error_is_kept_for_the_end(tmp_path: Path) -> None:
+    """Nothing may be raised between DeepSpeed's barriers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    files = CheckpointFiles(tmp_path, name="step_1")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        files.save({"w": torch.zeros(10_000)}, str(tmp_path / "x.pt"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    files.save({"w": torch.zeros(1)}, str(tmp_path / "y.pt"))
+    assert not (tmp_path / "y.pt").exists(), "what comes after it is in vain"
+    with pytest.raises(ValueError, match=r"writing step_1 failed: .*File too large"):
+        files.flush()
+
+
+def test_the_engine_writes_through_us_and_nothing_beside(tmp_path: Path) -> None:
+    """DeepSpeed copies a script past its checkpoint engine, where a full disk would end rank 0 between barriers."""
+
+    class Engine:
+        checkpoint_engine: Any = "theirs"
+
+        def _copy_recovery_script(self, save_path: str) -> None:
+            raise OSError(28, "No space left on device")
+
+    engine, files = Engine(), CheckpointFiles(tmp_path, name="step_1")
+    with going_through(files, engine):
+        assert engine.checkpoint_engine is files
+        engine._copy_recovery_script(str(tmp_path))
+    assert engine.checkpoint_engine == "theirs"
+    with pytest.raises(OSError, match="No space"):
+        engine._copy_recovery_script(str(tmp_path))

@@ -1,0 +1,49 @@
+"""Names in `checkpoints/`: what is a checkpoint, what the pointers mean, which one comes first, which may go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
+
+
+def folder_with(path: Path, *steps: int, latest: str | None = None) -> CheckpointFolder:
+    for step in steps:
+        (path / f"step_{step}").mkdir()
+    folder = CheckpointFolder(path)
+    if latest is not None:
+        folder.point(LATEST, latest)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("step_0", 0), ("step_42", 42), ("step_", None), ("step_1.universal", None), (".step_1", None), ("a", None)]
+)
+def test_only_a_step_is_a_step(name: str, step: int | None) -> None:
+    assert step_of(name) == step
+
+
+def test_other_things_are_no_checkpoints(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 1, 20)
+    (tmp_path / "step_3").write_text("a file")
+    (tmp_path / "step_4.universal").mkdir()
+    assert sorted(folder.steps()) == [1, 20]
+    assert CheckpointFolder(tmp_path / "none").steps() == {}
+
+
+def test_the_order_begins_at_what_latest_names_and_ends_beyond_it(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 1, 2, 9, 10, latest="step_2")
+    assert [path.name for path in folder.newest_first()] == ["step_2", "step_1", "step_10", "step_9"]
+    folder.point(LATEST, "step_77")
+    assert [path.name for path in folder.newest_first()] == ["step_10", "step_9", "step_2", "step_1"]
+
+
+def test_what_may_go(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 1, 2, 3, 4, 5, 6, latest="step_5")
+    folder.point(BEST, "step_1")
+    (tmp_path / "step_5.universal").mkdir()
+    gone = [path.name for path in folder.expendable(keep_last=1, keep_every=3)]
+    assert gone == ["step_4", "step_2", "step_5.universal"]  # 1 is the best, 3 a multiple, 5 the newest, 6 beyond it
+    assert [path.name for path in folder.expendable(keep_last=0, keep_every=0)] == ["step_5.universal"]

@@ -1,0 +1,141 @@
+"""What is saved, what is kept of it, and what a full disk or a kill in the middle of a save leaves. One process and a stub engine;
+the faults that need real ranks are in `test_ranks.py`."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from killed_at import in_child
+from stub_engine import StubEngine, manager, state, steps, whole
+
+from launch.checkpoint import publish
+from launch.checkpoint.manager import CheckpointManager
+
+
+def test_state_and_engine_come_back(run):
+    engine, checkpoints = StubEngine(seed=50), manager(run)
+    checkpoints.save(engine, state(7, guard=[0.1, 1e-300, 3], wandb_id="x"))
+    drawn = [torch.rand(3), random.random(), np.random.rand(), random.gauss(0, 1), np.random.standard_normal()]
+    other = StubEngine(seed=51)
+    loaded = checkpoints.load(other, manager(run).choose("auto"))
+    assert loaded == state(7, guard=[0.1, 1e-300, 3], wandb_id="x")
+    again = [torch.rand(3), random.random(), np.random.rand(), random.gauss(0, 1), np.random.standard_normal()]
+    assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
+    for name, value in engine.module.state_dict().items():
+        assert torch.equal(value, other.module.state_dict()[name]), name
+    assert other.module[1].num_batches_tracked == 51  # it is saved as it was, and an int64 buffer stays one
+
+
+def test_retention(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2, 3, 4, 5, 6, 7):
+        manager(run, keep_last=2, keep_every=3).save(StubEngine(), state(step), is_best=step == 2)
+    assert steps(run) == [2, 3, 6, 7]  # 2 is the best, 3 and 6 are multiples, 6 and 7 the newest
+    assert (run / "checkpoints/latest").read_text() == "step_7"
+    assert (run / "checkpoints/best").read_text() == "step_2"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_file()) == ["best", "latest"]
+
+
+def test_going_on_from_an_older_one_neither_counts_nor_deletes_what_lies_beyond(run):
+    checkpoints = manager(run, keep_last=1)
+    (run / "checkpoints/latest").write_text("step_1")
+    choice = checkpoints.choose("auto")
+    assert choice.state.step == 1
+    shutil.rmtree(run / "checkpoints/step_2")
+    checkpoints.save(StubEngine(), state(2))
+    assert steps(run) == [2, 3]
+    assert manager(run).choose("auto").state.step == 2
+
+
+def test_saving_a_step_again_replaces_it(run):
+    manager(run).save(StubEngine(seed=77), state(3, again=True))
+    assert manager(run).choose("auto").state.extra == {"again": True}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step_1", "step_2", "step_3"]
+
+
+# ---------------------------------------------------------------------- a full disk
+
+
+def test_too_little_space_is_seen_before_anything_is_written(run, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(ValueError, match=r"step_4 needs .* GB free; make room"):
+        manager(run).save(StubEngine(), state(4))
+    assert steps(run) == [1, 2, 3]
+    assert not publish.leftovers(run / "checkpoints")
+
+
+@pytest.mark.parametrize("limit", [1, 500, 1500, 2500, 4000])
+def test_a_disk_that_fills_up_while_writing_leaves_the_old_ones(run, limit):
+    """By RLIMIT_FSIZE: a write beyond so many bytes of a file fails, as it does without space."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    checkpoints = manager(run, keep_last=1)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises((ValueError, OSError)):
+            checkpoints.save(StubEngine(), state(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert steps(run) == [1, 2, 3]
+    assert all(whole(run / f"checkpoints/step_{step}") for step in (1, 2, 3))
+    assert manager(run).choose("auto").path.name == "step_3"
+    checkpoints.save(StubEngine(), state(4))  # once there is room again
+    assert steps(run) == [4]
+    assert not publish.leftovers(run / "checkpoints")
+
+
+# ---------------------------------------------------------------------- SIGKILL at every file operation of a save
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A folder in memory where there is one: hundreds of fsyncs of a busy disk take minutes, and the order is what counts."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+def save_in_child(run: Path, step: int, moment: int, **options) -> int | None:
+    """The signal that ended the child, or None where it finished."""
+    checkpoints = CheckpointManager(run, keep_every=0, identity=manager(run).identity, **options)
+    return in_child(run, moment, lambda: checkpoints.save(StubEngine(seed=step), state(step), is_best=True))
+
+
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("step", "exchange"), [(4, True), (3, True), (3, False)], ids=["new", "again", "again-two-renames"])
+def test_a_kill_at_any_moment_of_a_save_loses_nothing(three, memory, monkeypatch, step, exchange, stride):
+    """A new step with an old one going away, and a step saved again: after every kill the newest is whole and found."""
+    if not exchange:
+        monkeypatch.setattr(publish, "exchange", lambda *_: False)
+    outcomes = []
+    for moment in range(step % stride, 400, stride):
+        run = memory / f"run{moment}"
+        shutil.copytree(three, run)
+        killed = save_in_child(run, step, moment, keep_last=2)
+        named = (run / "checkpoints/latest").read_text()
+        if exchange or (run / "checkpoints" / named).exists():
+            assert whole(run / "checkpoints" / named), f"after a kill at {moment} latest names {named}, which is not whole"
+        choice = manager(run).choose("auto")
+        assert choice.state.step >= 3 and "passed over" not in choice.message, (moment, choice.message)
+        outcomes.append((choice.state.step, choice.state == state(choice.state.step)))
+        manager(run, keep_last=2).save(StubEngine(), state(5))
+        assert not publish.leftovers(run / "checkpoints")
+        assert len(steps(run)) <= 3
+        shutil.rmtree(run)
+        if killed is None:
+            break
+        assert killed == signal.SIGKILL
+    print(f"{moment} kills")
+    assert killed is None and moment > 50, f"{moment} kills struck; the last save was to finish"
+    assert {step for step, _ in outcomes} == {3, step}

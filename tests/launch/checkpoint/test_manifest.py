@@ -1,0 +1,145 @@
+"""Checksums and manifests: what a file or folder may have suffered, and that it is seen."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.files import hash_file
+from launch.checkpoint import manifest
+from launch.checkpoint.manifest import DamagedError
+
+
+def complete(folder: Path, **contents: bytes) -> Path:
+    folder.mkdir()
+    files = {name: manifest.write_durably(folder / name, data) for name, data in contents.items()}
+    manifest.write_manifest(folder, files, made_from="a test")
+    return folder
+
+
+def verify(folder: Path) -> None:
+    files = manifest.read_manifest(folder)["files"]
+    manifest.check_files(folder, files, files)
+
+
+def test_a_complete_folder_verifies(tmp_path):
+    folder = complete(tmp_path / "step_1", weights=os.urandom(9_000_000), empty=b"")
+    verify(folder)
+    assert manifest.read_manifest(folder)["made_from"] == "a test"
+
+
+@pytest.mark.parametrize("name", ["weights", "state", manifest.MANIFEST])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty"])
+def test_every_damage_is_seen_and_the_file_is_named(tmp_path, name, damage):
+    folder = complete(tmp_path / "step_1", weights=os.urandom(5_000_000), state=b'{"step": 1}')
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes({"flip": bytes(data), "truncate": bytes(data[:-1]), "empty": b""}[damage])
+    with pytest.raises(DamagedError, match=name):
+        verify(folder)
+
+
+def test_every_single_flipped_bit_of_the_manifest_is_seen(tmp_path):
+    folder = complete(tmp_path / "step_1", state=b"{}")
+    path = folder / manifest.MANIFEST
+    whole = path.read_bytes()
+    unseen = []
+    for position in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
+            try:
+                verify(folder)
+            except DamagedError:
+                continue
+            unseen.append((position, bit))
+    # White space means nothing in JSON: a flip that turns a blank into another blank changes nothing.
+    assert all(chr(whole[position]) in " \n" for position, _ in unseen)
+
+
+def test_a_newer_format_is_refused_not_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "MANIFEST_FORMAT", 2)
+    folder = complete(tmp_path / "step_1", state=b"{}")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="newer version") as caught:
+        manifest.read_manifest(folder)
+    assert not isinstance(caught.value, DamagedError)
+
+
+def test_the_checksum_is_of_what_was_meant_to_be_written(tmp_path):
+    tensors = {"a": torch.randn(1000), "b": torch.arange(7)}
+    file = manifest.HashingFile(tmp_path / "x.pt")
+    torch.save(tensors, file)
+    record = file.close()
+    assert record == {"bytes": (tmp_path / "x.pt").stat().st_size, "xxh3_128": hash_file(tmp_path / "x.pt", "xxh3_128")}
+    assert record == manifest.record_file(tmp_path / "x.pt")
+    assert torch.equal(torch.load(tmp_path / "x.pt")["a"], tensors["a"])
+
+
+def test_shares_cover_every_file_once_and_spread_the_bytes():
+    files = {f"f{i}": {"bytes": 10 + i % 7} for i in range(50)}
+    shares = [manifest.share(files, rank, 4) for rank in range(4)]
+    assert sorted(name for share in shares for name in share) == sorted(files)
+    loads = [sum(files[name]["bytes"] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= 16
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "/dev/zero", ""])
+def test_a_manifest_names_only_files_of_its_folder(tmp_path, name):
+    (tmp_path / "outside").write_bytes(b"x")
+    folder = complete(tmp_path / "step_1", state=b"{}")
+    (folder / "a").mkdir()
+    record = manifest.FileRecord(bytes=1, xxh3_128=hash_file(tmp_path / "outside", "xxh3_128"))
+    manifest.write_manifest(folder, {**manifest.read_manifest(folder)["files"], name: record})
+    with pytest.raises(DamagedError, match="which is not a file of this folder"):
+        verify(folder)
+
+
+def test_a_name_that_is_no_regular_file_is_damage(tmp_path):
+    folder = complete(tmp_path / "step_1", state=b"{}", endless=b"")
+    (folder / "endless").unlink()
+    (folder / "endless").symlink_to("/dev/zero")  # as long as an empty file, and without an end when read
+    with pytest.raises(DamagedError, match="is no regular file"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("files", [[], None, {"state": 3}, {"state": {"bytes": "2", "xxh3_128": "x"}}])
+def test_a_manifest_without_sense_is_damage(tmp_path, files):
+    folder = complete(tmp_path / "step_1", state=b"{}")
+    body = {"format": 1, "files": files}
+    body["checksum"] = manifest._checksum(body)
+    (folder / manifest.MANIFEST).write_bytes(manifest.to_json(body))
+    with pytest.raises(DamagedError, match="does not list its files"):
+        manifest.read_manifest(folder)
+
+
+class Failing:
+    """`hash_file` on a disk that fails its first reads."""
+
+    def __init__(self, failures: int, number: int) -> None:
+        self.failures, self.number, self.hits = failures, number, 0
+
+    def __call__(self, path: Path, algorithm: str) -> str:
+        self.hits += 1
+        if self.hits <= self.failures:
+            raise OSError(self.number, os.strerror(self.number), str(path))
+        return hash_file(path, algorithm)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_read_that_fails_is_tried_again_and_then_refused_but_no_damage(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(manifest, "RETRY_AFTER", (0.0, 0.0))
+    folder = complete(tmp_path / "step_1", state=b"{}")
+    once, always = Failing(1, number), Failing(100, number)
+    monkeypatch.setattr(manifest, "hash_file", once)
+    verify(folder)
+    assert once.hits == 2, "the fault was to strike"
+    monkeypatch.setattr(manifest, "hash_file", always)
+    with pytest.raises(manifest.UnreadableError, match=r"step_1/state cannot be read .*also when tried again"):
+        manifest.first_damage(folder, manifest.read_manifest(folder)["files"], ["state"])
+    assert always.hits == 3

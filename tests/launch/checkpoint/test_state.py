@@ -1,0 +1,47 @@
+"""`state.json`: what was saved comes back, and what makes no sense is refused although its checksum is right."""
+
+import json
+
+import pytest
+from stub_engine import manager, replace_file, state
+
+from launch.checkpoint.manifest import to_json
+from launch.checkpoint.state import STATE, read_state
+
+NONSENSE = [
+    ({"step": "3; x"}, 'step must be a whole number from 0 up, not "3; x"'),
+    ({"step": 2}, "step is 2 in a folder named step_3"),
+    ({"step": True}, "step must be a whole number"),
+    ({"samples": -16}, "samples must be a whole number from 0 up, not -16"),
+    ({"tokens": 1.5}, "tokens must be a whole number"),
+    ({"best_loss": "low"}, "best_loss must be a number or null"),
+    ({"extra": [1]}, "extra must be an object"),
+    ({"identity": None}, "identity must be an object, not null"),
+    ({"optimizer": {"lr": float("nan"), "state": []}}, "optimizer.lr must be a finite number"),
+    ({"optimizer": {"lr": 0.1, "state": "exp_avg"}}, "optimizer.state must be a list of names"),
+    ({"optimizer": {"lr": 0.1, "state": [], "parameters": [1]}}, "optimizer.parameters must be a list of names"),
+    ({"optimizer": {}}, "optimizer.lr must be a finite number, not null"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), NONSENSE, ids=[sentence for _, sentence in NONSENSE])
+def test_nonsense_with_right_sums_is_refused_never_passed_over(run, change, sentence):
+    folder = run / "checkpoints/step_3"
+    replace_file(folder, STATE, to_json({**json.loads((folder / STATE).read_bytes()), **change}))
+    with pytest.raises(ValueError, match=r"step_3/state\.json") as caught:
+        manager(run).choose("auto")
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"not JSON", b"", b"[" * 100_000])
+def test_what_is_no_object_is_refused(run, text):
+    replace_file(run / "checkpoints/step_3", STATE, text)
+    with pytest.raises(ValueError, match=r"step_3/state\.json"):
+        manager(run).choose("auto")
+
+
+def test_a_best_loss_that_an_older_version_saved_as_nan_counts_as_none(run):
+    folder = run / "checkpoints/step_3"
+    assert read_state(folder).training == state(3)
+    replace_file(folder, STATE, to_json({**json.loads((folder / STATE).read_bytes()), "best_loss": float("nan")}))
+    assert read_state(folder).training.best_loss is None

@@ -1,0 +1,107 @@
+"""Another number of ranks, EP size, ZeRO stage or dtype: the run converts by itself and goes on from the same state."""
+
+import pytest
+import torch
+from training_process import launch_ranks
+
+from launch.checkpoint.universal import give_own_steps
+
+QUICK = [  # (ranks, source, ZeRO stage, dtype, EP size); sources are of two ranks with EP 2
+    (1, "zero2-bfloat16", 2, "bfloat16", 1),
+    (2, "zero2-float32", 2, "float32", 1),
+    (2, "zero1-bfloat16", 2, "bfloat16", 2),
+    (2, "zero0-float32", 2, "float32", 2),
+    (2, "zero2-float32", 0, "float32", 1),
+    (4, "zero2-float32", 2, "float32", 4),
+]
+SLOW = [
+    (1, "zero0-float32", 0, "float32", 1),
+    (1, "zero3-bfloat16", 2, "bfloat16", 1),
+    (2, "zero2-bfloat16", 1, "bfloat16", 2),
+    (2, "zero2-float32", 2, "bfloat16", 2),
+    (2, "zero2-bfloat16", 2, "float32", 1),
+    (2, "zero3-float32", 2, "float32", 2),
+    (2, "zero3-float32", 0, "float32", 1),
+    (2, "zero3-bfloat16", 3, "bfloat16", 1),
+    (2, "zero2-float32", 3, "float32", 2),
+    (2, "zero0-float32", 3, "float32", 2),
+    (4, "zero2-float32", 2, "float32", 2),
+    (4, "zero1-bfloat16", 1, "bfloat16", 4),
+]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_state_counts_its_own_steps_where_the_kernel_reads_them(fused):
+    """A fused kernel on a GPU (here: the meta device) reads the count there; the others read it on the host."""
+    weights = [torch.nn.Parameter(torch.empty(3, device="meta")) for _ in range(3)]
+    optimizer = torch.optim.AdamW(weights)
+    optimizer.param_groups[0]["fused"] = fused
+    shared = torch.tensor(5.0)
+    for weight in weights:
+        optimizer.state[weight] = {"step": shared, "exp_avg": torch.empty_like(weight)}
+    give_own_steps(optimizer)
+    steps = [optimizer.state[weight]["step"] for weight in weights]
+    assert {step.device.type for step in steps} == {"meta" if fused else "cpu"}
+    assert all(step.dtype == torch.float32 and step.shape == () for step in steps)
+    assert len({id(step) for step in steps}) == 3
+    if not fused:
+        steps[0] += 1
+        assert [float(step) for step in steps] == [6.0, 5.0, 5.0]
+
+
+def test_an_optimizer_of_deepspeed_counts_with_an_int():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)  # stands for DeepSpeedCPUAdam, which is no torch.optim.Adam either
+    optimizer.state[weight] = {"step": torch.tensor(7.0)}
+    give_own_steps(optimizer)
+    assert optimizer.state[weight]["step"] == 7 and isinstance(optimizer.state[weight]["step"], int)
+
+
+def convert_all(folder, cases):
+    kinds = sorted({(int(source[4]), source[6:]) for _, source, *_ in cases})
+    sources = launch_ranks(2, "make", folder=folder, kinds=kinds, ep=2)
+    found = {}
+    for ranks in sorted({case[0] for case in cases}):
+        taken = launch_ranks(ranks, "take", folder=folder, cases=[case[1:] for case in cases if case[0] == ranks])
+        found.update({(ranks, name): result for name, result in taken.items()})
+    return sources, found
+
+
+def check_all(sources, found, cases):
+    assert len(found) == len(cases)
+    for (ranks, name), result in found.items():
+        source, _, target = name.partition("-to-")
+        was = sources[source]
+        # The fp32 masters and both moments of every parameter, every expert: to the bit. So are bias, counters and rate.
+        assert result["state"] == was["state"], (ranks, name)
+        assert any(value for layer in was["bias"] for value in layer)
+        for key in ("bias", "counters", "position", "lr"):
+            assert result[key] == was[key], (ranks, name, key)
+        # Adam's bias correction goes by its own count of steps, one for every state.
+        assert result["adam_steps"] == was["adam_steps"] == [3.0], (ranks, name)
+        assert result["adam_steps_after_one"] == [4.0], (ranks, name)
+        assert "converted from another layout" in result["message"]
+        # The same masters, another order of summation or another rounding to bf16.
+        same_dtype = source.split("-")[1] in target
+        assert result["first_loss"] == pytest.approx(was["first_loss"], rel=1e-6 if same_dtype else 1e-4), (ranks, name)
+        if "float32" in target and same_dtype and "zero0" not in name:  # DeepSpeed clips otherwise without ZeRO
+            assert result["next_losses"] == pytest.approx(was["next_losses"], rel=1e-5), (ranks, name)
+        assert result["converted"] == ["latest", "step_3", "step_3.universal"]
+        assert result["after_save"] == ["latest", "step_3", "step_4"], "the next save makes the conversion useless"
+        trained, resumed, conversions = result["second"]
+        assert resumed == trained and conversions == [], "what was saved after a conversion resumes plainly, to the bit"
+        assert result["rolled_back"] == trained, "an engine that started from a conversion loads a plain checkpoint"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return convert_all(tmp_path_factory.mktemp("runs"), QUICK)
+
+
+def test_conversions_keep_the_state(quick):
+    check_all(*quick, QUICK)
+
+
+@pytest.mark.slow
+def test_every_other_conversion_keeps_the_state(tmp_path):
+    check_all(*convert_all(tmp_path, SLOW), SLOW)

@@ -1,0 +1,86 @@
+"""Nothing is run out of a file: not of ours, not by DeepSpeed's own loads, not in the converter's process."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from stub_engine import MODEL, Payload, StubEngine, manager, replace_file
+from support import ROOT
+
+from launch.checkpoint import universal
+from launch.checkpoint.converter import run_converter
+from launch.checkpoint.unpickle import FORCE, FORCE_NOT, load_file, no_code_from_files
+
+#: A real checkpoint of two ranks, ZeRO-2, EP 2.
+REAL = ROOT / "tests" / "fixtures" / "before_the_move" / "run" / "checkpoints" / "step_6"
+KINDS = [
+    "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    "mp_rank_00_model_states.pt",
+    "layer_0_expert_1_mp_rank_00_model_states.pt",
+    "buffers.pt",
+]
+
+
+@pytest.fixture
+def real(tmp_path):
+    shutil.copytree(REAL, tmp_path / "checkpoints" / "step_6")
+    return tmp_path / "checkpoints" / "step_6"
+
+
+def hide_a_payload(checkpoint: Path, name: str, marker: Path) -> None:
+    """In a file that is otherwise as it was; and the payload does strike where nothing holds it back."""
+    content = torch.load(checkpoint / name, map_location="cpu", weights_only=False)
+    replace_file(checkpoint, name, {**content, "x": Payload(marker)})
+    torch.load(checkpoint / name, map_location="cpu", weights_only=False)
+    assert marker.is_dir(), "the payload was to strike here"
+    marker.rmdir()
+
+
+@pytest.mark.parametrize("name", [MODEL, "buffers.pt", "rng_00000.pt"])
+def test_code_is_not_run_by_a_plain_load(run, name):
+    folder, marker = run / "checkpoints/step_3", run / "struck"
+    hide_a_payload(folder, name, marker)
+    checkpoints = manager(run)
+    with pytest.raises(ValueError, match=f"{name}.*holds something other than tensors"):
+        checkpoints.load(StubEngine(), checkpoints.choose("auto"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_code_is_refused_before_a_conversion_starts(real, tmp_path, name):
+    hide_a_payload(real, name, tmp_path / "struck")
+    with pytest.raises(ValueError, match=f"{name}.*holds something other than tensors"):
+        universal.convert(real, real.with_name("step_6.universal"))
+    assert not (tmp_path / "struck").exists()
+    assert [p.name for p in real.parent.iterdir()] == ["step_6"]
+
+
+def test_the_converter_itself_runs_nothing(real, tmp_path):
+    """As if the file had been changed after it was checked."""
+    hide_a_payload(real, KINDS[0], tmp_path / "struck")
+    with pytest.raises(ValueError, match="could not be converted"):
+        run_converter(real, tmp_path / "out", lambda _: None)
+    assert not (tmp_path / "struck").exists()
+
+
+def test_loads_that_ask_for_everything_are_restricted_while_ours_last(tmp_path, monkeypatch):
+    """As DeepSpeed's loaders of a conversion ask, some thirty of them; somebody may also have planted the conversion."""
+    monkeypatch.setenv(FORCE_NOT, "1")  # a user's own setting, with which torch would refuse to load anything here
+    path, marker = tmp_path / "x.pt", tmp_path / "struck"
+    torch.save({"x": Payload(marker)}, path)
+    with no_code_from_files(), pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(path, weights_only=False)
+    assert not marker.exists()
+    assert (os.environ.get(FORCE), os.environ.get(FORCE_NOT)) == (None, "1"), "the environment is as it was"
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the payload was to strike outside"
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle at all", b"\x80\x02." * 9])
+def test_what_is_no_such_file_is_a_sentence(tmp_path, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pt cannot be read"):
+        load_file(path)

@@ -1,0 +1,48 @@
+"""What goes into the engine: the model's configuration, its parameter groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.engine import build
+from model import MoEGPTConfig, MoEGPTForCausalLM
+
+
+def small_model(**changes: object) -> MoEGPTForCausalLM:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16, "vocab_size": 64, "qk_norm": True}
+    return MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", **{**sizes, **changes}))
+
+
+def test_only_matrices_decay() -> None:
+    model = small_model()
+    groups = build.parameter_groups(model, 0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert decayed | kept == set(names.values()) and not decayed & kept
+    assert kept == {name for name in names.values() if "norm" in name or name.endswith("sinks")}
+    assert any(name.endswith("sinks") for name in kept) and any("q_norm" in name for name in kept)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(999)  # whatever was drawn before
+        torch.rand(seed + 3)
+        model = build.build_model(small_model().config, seed=seed, attn_implementation="sdpa")
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_a_config_file_or_a_preset(tmp_path: Path) -> None:
+    small_model(hidden_size=64).config.save_pretrained(tmp_path)
+    assert build.load_model_config(str(tmp_path / "config.json")).hidden_size == 64
+    assert build.load_model_config("800m").hidden_size == 1536
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        build.load_model_config(str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="the presets are tiny, 60m, 800m, 4b"):
+        build.load_model_config("7b")

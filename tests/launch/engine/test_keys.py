@@ -1,0 +1,120 @@
+"""Every key of the DeepSpeed JSON that nobody reads is refused, at every depth, with the nearest right name."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.cli import UserError
+from launch.engine.keys import check_keys
+from launch.engine.strategy import CONFIG_FOLDER, read_config, resolve_config
+
+BASE = read_config(CONFIG_FOLDER / "ep8_zero2.json")
+PATH = Path("some.json")
+
+
+def check(config: dict[str, Any]) -> None:
+    check_keys(resolve_config(config, PATH, world_size=8, num_experts=8, max_steps=100), PATH)
+
+
+def changed(dotted: str, value: Any = None, *, renamed: str = "") -> dict[str, Any]:
+    """The base with a value set, or a key renamed."""
+    config = copy.deepcopy(BASE)
+    *outer, key = dotted.split(".")
+    section = config
+    for name in outer:
+        section = section[name]
+    if renamed:
+        section[renamed] = section.pop(key)
+    else:
+        section[key] = value
+    return config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.json")), ids=lambda p: p.name)
+def test_every_strategy_of_ours_passes(path: Path) -> None:
+    check(read_config(path))
+
+
+MISSPELT = [
+    ("gradient_clipping", "gradient_cliping"),
+    ("scheduler", "shceduler"),
+    ("train_batch_size", "train_batch_sise"),
+    ("data_types", "data_type"),
+    ("bf16", "bf_16"),
+    ("zero_optimization", "zero_optimisation"),
+    ("activation_checkpointing.mode", "mod"),
+    ("activation_checkpointing.cpu_checkpointing", "cpu_checkpoint"),
+    ("expert_parallel.autoep_size", "autoep_sise"),
+    ("optimizer.params", "parms"),
+    ("optimizer.params.weight_decay", "weight_decy"),
+    ("optimizer.params.fused", "fuse"),
+    ("scheduler.params.cos_min_ratio", "cos_min_ration"),
+    ("scheduler.params.warmup_num_steps", "warmup_steps"),
+    ("data_types.grad_accum_dtype", "grad_acum_dtype"),
+    ("bf16.enabled", "enable"),
+    ("zero_optimization.stage", "stge"),
+    ("zero_optimization.reduce_bucket_size", "reduce_bucketsize"),
+]
+
+
+@pytest.mark.parametrize("right, wrong", MISSPELT)
+def test_a_misspelt_key_is_refused_with_the_right_one(right: str, wrong: str) -> None:
+    whole = ".".join([*right.split(".")[:-1], wrong])
+    with pytest.raises(UserError) as caught:
+        check(changed(right, renamed=wrong))
+    said = str(caught.value)
+    assert said.startswith(f'some.json: unknown key "{whole}"') and said.endswith(f'did you mean "{right.split(".")[-1]}"?')
+
+
+@pytest.mark.parametrize(
+    "section, value, wanted",
+    [
+        ("zero_optimization.offload_optimizer", {"devise": "cpu"}, 'unknown key "zero_optimization.offload_optimizer.devise"'),
+        ("checkpoint", {"tag_validatoin": "Warn"}, 'did you mean "tag_validation"?'),
+        ("flops_profiler", {"enabled": False, "profil_step": 1}, 'did you mean "profile_step"?'),
+        ("aio", {"blok_size": 1}, 'did you mean "block_size"?'),
+        ("fp16", {"enabled": False, "los_scale": 1}, 'did you mean "loss_scale"?'),
+        ("tensorboard", {"enabld": True}, 'did you mean "enabled"?'),
+        ("compile", {"enabled": True}, 'unknown key "compile.enabled"'),
+        ("wandb", {"api_key": "hunter2"}, 'unknown key "wandb.api_key"'),
+        ("qqq", 1, 'unknown key "qqq", which neither DeepSpeed nor this system reads'),
+        ("zero_optimization.overlap_comm", "maybe", "zero_optimization.overlap_comm: Input should be a valid boolean"),
+        ("zero_optimization.offload_optimizer", {"device": "gpu"}, "Input should be 'none', 'cpu' or 'nvme'"),
+        ("optimizer.type", "AdamWW", 'optimizer.type "AdamWW" is none of DeepSpeed\'s or torch.optim\'s; did you mean "adamw"?'),
+        ("scheduler.type", "WarmupCosinLR", 'did you mean "WarmupCosineLR"?'),
+        ("optimizer", {"params": {}}, '"optimizer" must name a type'),
+        ("elasticity", {"enabled": False}, "Elastic training has been removed"),
+    ],
+)
+def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(changed(section, value))
+    said = str(caught.value)
+    assert said.startswith("some.json: ") and wanted in said and "hunter2" not in said
+
+
+@pytest.mark.parametrize(
+    "section, value",
+    [
+        ("zero_force_ds_cpu_optimizer", False),
+        ("zero_allow_untested_optimizer", True),
+        ("wall_clock_breakdown", True),
+        ("prescale_gradients", False),
+        ("zero_optimization.offload_optimizer", {"device": "cpu", "pin_memory": True}),
+        ("zero_optimization.round_robin_gradients", True),
+        ("flops_profiler", {"enabled": True, "profile_step": 5}),
+        ("comms_logger", {"enabled": False, "verbose": True}),
+        ("checkpoint", {"tag_validation": "Warn"}),
+        ("optimizer", {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}),
+        ("optimizer", {"type": "Lion", "params": {"lr": 0.1, "betas": [0.9, 0.99]}}),
+        ("optimizer", {"type": "Adam", "params": {"lr": 0.1, "adam_w_mode": True, "bias_correction": True}}),
+        ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}),
+        ("scheduler", {"type": "StepLR", "params": {"step_size": 10}}),
+    ],
+)
+def test_what_deepspeed_reads_is_not_refused(section: str, value: Any) -> None:
+    check(changed(section, value))

@@ -1,0 +1,54 @@
+"""Our MoE layer equals stock AutoEP's in fp32, outputs and gradients, on two ranks with EP 1 and EP 2."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from nursery import Nursery
+
+#: Relative, of outputs and gradients: both sum the same products, in fp32, in another order.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def ranks(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("moe_layer")
+    running = nursery.start(2, "tests/launch/engine/moe_layer_worker.py", folder / "out.json", log=folder / "log")
+    assert running.wait(180) == [0, 0], running.text()[-4000:]
+    results = json.loads((folder / "out.json").read_text())
+    for result in results:
+        assert "error" not in result, result["error"]
+    return results
+
+
+def test_outputs_and_gradients_equal_stock_autoep(ranks: list[dict]) -> None:
+    wrong = {}
+    for result in ranks:
+        assert {(case["experts"], case["ep"]) for case in result["cases"]} == {(8, 1), (8, 2), (2, 1), (2, 2)}
+        for case in result["cases"]:
+            bad = {name: value for name, value in case["difference"].items() if value > TOLERANCE}
+            if bad:
+                wrong[f"experts {case['experts']}, ep {case['ep']}, {case['routing']}"] = bad
+    assert not wrong, json.dumps(wrong, indent=1)
+
+
+def test_the_cases_are_what_they_say(ranks: list[dict]) -> None:
+    """Every gradient is there where rows went; experts were empty; a rank got no row."""
+    for result in ranks:
+        for case in result["cases"]:
+            load = case["load"]
+            assert sum(load) == 96 * case["top_k"]
+            if case["routing"] == "spread":
+                assert all(load) and all(norm > 1e-3 for norm in case["norms"].values()), case
+            if case["routing"] == "one expert":
+                assert load[-1] == 96
+            if case["routing"] == "empty":
+                assert not any(load[: case["experts"] // 2])
+    lonely = [case for case in ranks[0]["cases"] if case["ep"] == 2 and case["routing"] == "empty"]
+    assert lonely and all(case["norms"]["experts.w1"] == 0 == case["norms"]["experts.w2"] for case in lonely)
+
+
+@pytest.mark.parametrize("what", ["dropout_equals_plain", "dropped", "replayed", "would_differ"])
+def test_dropout_and_replay(ranks: list[dict], what: str) -> None:
+    assert all(result[what] for result in ranks)

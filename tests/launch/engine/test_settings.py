@@ -1,0 +1,107 @@
+"""What the JSON says holds after a load, whatever the checkpoint holds; unchanged, nothing changes."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.lr_schedules import WarmupCosineLR
+
+from launch.engine.settings import EngineSettings
+
+
+def engine(
+    lr: float = 0.01, decay: float = 0.1, clip: float = 1.0, total: int = 40, scaler: Any = None, schedule: Any = None
+) -> Any:
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    groups = [{"params": weights[:1], "weight_decay": decay}, {"params": weights[1:], "weight_decay": 0.0}]
+    optimizer: Any = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    optimizer.clip_grad, optimizer.loss_scaler = clip, scaler or LossScaler(1.0)
+    made = schedule(optimizer) if schedule else WarmupCosineLR(optimizer, total, warmup_num_steps=4, warmup_type="linear")
+    return SimpleNamespace(optimizer=optimizer, lr_scheduler=made)
+
+
+def train(of: Any, steps: int) -> None:
+    for _ in range(steps):
+        for group in of.optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad = torch.ones_like(weight)
+        of.optimizer.step()
+        of.lr_scheduler.step()
+
+
+def load(into: Any, saved: Any) -> None:
+    """As DeepSpeed does: groups, clipping, loss scaler and the schedule's count are the checkpoint's."""
+    into.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
+    into.optimizer.clip_grad = saved.optimizer.clip_grad
+    into.optimizer.loss_scaler = copy.deepcopy(saved.optimizer.loss_scaler)
+    into.lr_scheduler.load_state_dict(saved.lr_scheduler.state_dict())
+
+
+def groups(of: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "params"} for group in of.optimizer.param_groups]
+
+
+def test_an_unchanged_json_changes_nothing() -> None:
+    saved, resumed = engine(), engine()
+    train(saved, 9)
+    settings = EngineSettings(resumed)
+    load(resumed, saved)
+    loaded = groups(resumed)
+    settings.apply()
+    assert groups(resumed) == loaded == groups(saved)
+    train(saved, 5)
+    train(resumed, 5)
+    assert groups(resumed) == groups(saved)
+
+
+def test_changed_values_hold_from_the_first_step_on() -> None:
+    saved, resumed, whole = engine(), engine(lr=0.1, decay=0.5, clip=0.25, total=80), engine(lr=0.1, decay=0.5, total=80)
+    train(saved, 9)
+    train(whole, 9)  # where the new schedule would be by itself
+    settings = EngineSettings(resumed)
+    load(resumed, saved)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.1 and resumed.optimizer.clip_grad == 1.0
+    settings.apply()
+    assert [group["lr"] for group in groups(resumed)] == [group["lr"] for group in groups(whole)]
+    assert [group["weight_decay"] for group in groups(resumed)] == [0.5, 0.0]
+    assert resumed.optimizer.clip_grad == 0.25
+    assert resumed.lr_scheduler.last_batch_iteration == saved.lr_scheduler.last_batch_iteration
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.9])
+def test_a_schedule_of_torch_s(gamma: float) -> None:
+    def schedule(rate: float) -> Any:
+        return lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, rate)
+
+    saved, resumed = engine(schedule=schedule(0.5)), engine(lr=0.2, schedule=schedule(gamma))
+    train(saved, 3)
+    settings = EngineSettings(resumed)
+    load(resumed, saved)
+    settings.apply()
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * gamma**3)
+    train(resumed, 1)
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * gamma**4)
+
+
+def test_loss_scaling() -> None:
+    """A dynamic scale goes on with the new settings; a static one is the JSON's."""
+    old = DynamicLossScaler(2.0**16, 1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
+    new = copy.deepcopy(old)
+    new.scale_window = 50
+    saved, resumed = engine(scaler=old), engine(scaler=new)
+    old.cur_scale, old.cur_iter = 512.0, 77
+    settings = EngineSettings(resumed)
+    load(resumed, saved)
+    settings.apply()
+    found = resumed.optimizer.loss_scaler
+    assert (found.cur_scale, found.cur_iter, found.scale_window) == (512.0, 77, 50)
+    static = engine(scaler=LossScaler(128.0))
+    settings = EngineSettings(static)
+    load(static, saved)
+    settings.apply()
+    assert static.optimizer.loss_scaler.cur_scale == 128.0

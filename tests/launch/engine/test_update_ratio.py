@@ -1,0 +1,52 @@
+"""Size of the update over the size of the weights, against norms over a group's joined parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from launch.engine import update_ratio
+from launch.engine.update_ratio import UpdateRatio, fp32_weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "s"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def engine(names: list[str], parts: list[torch.Tensor]) -> Any:
+    optimizer = object.__new__(DeepSpeedZeroOptimizer)
+    optimizer.optimizer = SimpleNamespace(param_groups=[{"name": name} for name in names])
+    optimizer.single_partition_of_fp32_groups = parts
+    return SimpleNamespace(optimizer=optimizer, device=torch.device("cpu"))
+
+
+def test_ratios_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update_ratio, "CHUNK", 7)  # parts are longer than a chunk
+    torch.manual_seed(0)
+    parts = [torch.randn(50), torch.randn(20), torch.randn(30), torch.zeros(4)]
+    fake = engine(["decay", "no_decay", "decay", "empty"], parts)
+    before = [part.clone() for part in parts]
+    ratio = UpdateRatio(fake)
+    updates = [torch.randn_like(part) * 1e-3 for part in parts]
+    for part, update in zip(parts, updates, strict=True):
+        part.add_(update)  # in place, as an optimizer does: what was kept must be a copy
+    found = ratio.measure()
+    for name, numbers in (("decay", (0, 2)), ("no_decay", (1,))):
+        moved, size = (torch.cat([tensors[i] for i in numbers]).norm() for tensors in (updates, before))
+        assert found[name] == pytest.approx(float(moved / size), rel=1e-4)
+    assert set(found) == {"decay", "no_decay"}
+
+
+def test_without_zero_there_is_nothing_to_say() -> None:
+    fake: Any = SimpleNamespace(optimizer=object(), device=torch.device("cpu"))
+    assert fp32_weights(fake) == {} and UpdateRatio(fake).measure() == {}

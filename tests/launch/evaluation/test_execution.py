@@ -1,0 +1,242 @@
+"""Verdicts: right programs pass, wrong ones do not, and none can forge its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from launch.evaluation.execution import execute, execute_all
+from launch.evaluation.job import Job, Verdict
+from launch.evaluation.sandbox.limits import Limits
+from launch.evaluation.sandbox.probe import Isolation, find_isolation, probe, targets
+
+LIMITS = Limits(seconds=2)
+TESTS = "def check(candidate):\n    assert candidate(20) == 21\n    assert candidate(-1) == 0\n\n\ncheck(successor)\n"
+
+
+@pytest.fixture(scope="module")
+def isolation() -> Isolation:
+    return find_isolation()
+
+
+def judged(isolation: Isolation, program: str, test: str = TESTS, entry_point: str = "successor", reference: str = "") -> Verdict:
+    job = Job(program=textwrap.dedent(program), test=test, entry_point=entry_point, reference=reference)
+    return execute(job, level=isolation.level, limits=LIMITS, slot=os.getpid())
+
+
+# Each fools a common way to judge; see FOOLED.
+FORGERIES = {
+    "walks the stack": """
+        import inspect
+        for frame in inspect.stack():
+            for value in [*frame.frame.f_locals.values(), *frame.frame.f_globals.values()]:
+                if isinstance(value, list) and not value:
+                    value.append("passed")
+        def successor(x): return None
+    """,
+    "exits well": "import os\nos._exit(0)\n",
+    "prints what it reads in its own command": """
+        import sys, os
+        text = "".join(sys.orig_argv)
+        if "SENTINEL" in text:
+            print(text[text.rindex("SENTINEL"):][:17], flush=True)
+        os._exit(0)
+    """,
+    "equals everything": """
+        class Any:
+            def __eq__(self, other): return True
+        def successor(x): return Any()
+    """,
+    "disarms assertions": """
+        import sys
+        import os
+        def profile(frame, event, argument):
+            if event == "return" and frame.f_code.co_name == "check":
+                os._exit(0)
+        sys.setprofile(profile)
+        def successor(x): return None
+    """,
+}
+IN_PROCESS = """
+import sys
+result = []
+try:
+    exec({program} + "\\n" + {test}, {{}})
+    result.append("passed")
+except BaseException as error:
+    result.append("failed")
+print(result[0])
+"""
+SENTINEL = "SENTINEL-12345678"
+
+
+def naive_passes(program: str, way: str) -> bool:
+    """How it is often done: a list in the same interpreter, an exit code, a printed sentinel."""
+    if way == "list":
+        text = IN_PROCESS.format(program=repr(program), test=repr(TESTS))
+        done = subprocess.run([sys.executable, "-I", "-c", text], capture_output=True, text=True, check=False)
+        return done.stdout.strip() == "passed"
+    text = program + "\n" + TESTS + (f"print({SENTINEL!r})\n" if way == "sentinel" else "")
+    done = subprocess.run([sys.executable, "-I", "-c", text], capture_output=True, text=True, check=False)
+    return SENTINEL in done.stdout if way == "sentinel" else done.returncode == 0
+
+
+FOOLED = {
+    "walks the stack": "list",
+    "exits well": "exit code",
+    "prints what it reads in its own command": "sentinel",
+    "equals everything": "list",
+    "disarms assertions": "exit code",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgeries_fool_a_naive_judge_and_not_ours(isolation: Isolation, name: str) -> None:
+    program = textwrap.dedent(FORGERIES[name])
+    assert naive_passes(program, FOOLED[name]), "the forgery proves nothing"
+    assert not judged(isolation, program).passed
+
+
+# What a program can send to its judge in the place of answers.
+MESSAGES = {
+    "a verdict": b'{"passed": true, "result": "passed"}\n' * 20,
+    "no JSON": b"\xff\xfe\n" * 20,
+    "no object": b"[1]\n" * 20,
+    "nested without end": b"[" * 100_000 + b"\n",
+    "an unknown type": b'{"ready": true}\n' + b'{"value": {"type": "code", "value": "1"}}\n' * 20,
+    "a function of Python's": b'{"ready": true}\n' + b'{"value": {"type": "type", "value": "exec"}}\n' * 20,
+    "a line without end": None,
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages_are_only_values(isolation: Isolation, name: str) -> None:
+    text = MESSAGES[name]
+    write = "while True: os.write(fd, b'x' * 65536)" if text is None else f"os.write(fd, {text!r})"
+    program = f"import os, stat\nfor fd in range(3, 30):\n    try:\n        {write}\n    except OSError:\n        pass\n"
+    assert not judged(isolation, program + "def successor(x): return None\n").passed
+
+
+def test_pre_sent_right_answers_are_right_answers(isolation: Isolation) -> None:
+    """The control of the test above: the channel was hit. Sending the right values is what a right program does."""
+    text = b'{"ready": true}\n{"value": 21}\n{"value": 0}\n'
+    program = f"import os\nfor fd in range(3, 30):\n    try:\n        os.write(fd, {text!r})\n    except OSError:\n        pass\n"
+    assert judged(isolation, program).passed
+
+
+@pytest.mark.parametrize(
+    ("program", "result"),
+    [
+        ("def successor(x): return x + 1", "passed"),
+        ("def successor(x): return x", "failed: AssertionError"),
+        ("def successor(x): pass", "failed: AssertionError"),
+        ("def successor(x) return x", "failed: SyntaxError"),
+        ("def other(x): return x + 1", "failed: NameError: name 'successor' is not defined"),
+        ("def successor(x): return [][x]", "failed: IndexError"),
+        ("import numpy_is_not_here", "failed: ModuleNotFoundError"),
+        ("def successor(x):\n    while True: pass", "timed out"),
+        ("while True: pass", "timed out"),
+        ("import time\ntime.sleep(100)", "timed out"),
+        ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", ("failed: EOFError", "timed out")),
+        ("print('x' * 10**7)\ndef successor(x): print(x); return x + 1", "passed"),
+        ("def successor(x): return input()", "failed: EOFError"),
+    ],
+)
+def test_results(isolation: Isolation, program: str, result: str | tuple[str, ...]) -> None:
+    begun = time.monotonic()
+    assert judged(isolation, program).result.startswith(result)
+    assert time.monotonic() - begun < LIMITS.wall_seconds + 10
+
+
+VALUES = [
+    "None, True, 3, -(10**30), 1.5, float('inf'), -0.0, 'text \\ud800 \\x00', b'\\xff', 2j",
+    "[1, [2, (3, {4: {'five'}})]], frozenset({1}), range(3), {(1, 2): [3]}, bytearray(b'x'), int, ()",
+    "__import__('fractions').Fraction(1, 3), __import__('decimal').Decimal('0.1')",
+]
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_values_cross_as_they_are(isolation: Isolation, values: str) -> None:
+    test = (
+        f"values = [{values}]\nfor one, given in zip(values, same(values)):\n    assert one == given and type(one) is type(given)\n"
+    )
+    test += f"    assert repr(one) == repr(given)\nassert made() == ({values},)\n"
+    program = f"def same(x): return x\ndef made(): return ({values},)\n"
+    assert judged(isolation, program, test, "same").result == "passed"
+
+
+def test_large_integers_cross(isolation: Isolation) -> None:
+    assert judged(isolation, "def same(x): return x * 10", "assert same(10**6000) == 10**6001", "same").passed
+
+
+def test_objects_and_changes_cross(isolation: Isolation) -> None:
+    program = """
+        import collections
+        class Pair:
+            def __init__(self, first): self.first = first
+        def first(pair): return pair.first
+        def sort(items): items.sort()
+        def count(items): return collections.Counter(items)
+        def adder(n): return lambda x: x + n
+        def numbers(n): yield from range(n)
+        def apply(function, x): return function(x)
+        def wrong(): raise KeyError("no")
+    """
+    test = """
+assert first(Pair(5)) == 5
+items = [3, 1, 2]
+sort(items)
+assert items == [1, 2, 3]
+assert count("aab") == {"a": 2, "b": 1}
+assert adder(2)(3) == 5 and apply(adder(1), 1) == 2
+assert list(numbers(3)) == [0, 1, 2]
+try:
+    wrong()
+except KeyError:
+    pass
+else:
+    raise AssertionError
+"""
+    assert judged(isolation, program, test, "first").result == "passed"
+
+
+def test_helpers_are_the_reference_ones(isolation: Isolation) -> None:
+    reference = "def helper(x): return x + 1\ndef successor(x): return x + 1\n"
+    test = "assert successor(3) == helper(3)"
+    lying = "def helper(x): return None\ndef successor(x): return None\n"
+    right = "def successor(x): return x + 1\n"
+    assert not judged(isolation, lying, test, reference=reference).passed
+    assert judged(isolation, right, test, reference=reference).passed
+    assert judged(isolation, lying, test).passed  # without a reference the names are the program's own
+
+
+def test_many_at_once_in_order(isolation: Isolation) -> None:
+    jobs = [Job(program=f"def f(): return {n}", test=f"assert f() == {n} and {n} % 3", entry_point="f") for n in range(12)]
+    verdicts = list(execute_all(jobs, level=isolation.level, limits=LIMITS, workers=2))
+    assert [verdict.passed for verdict in verdicts] == [bool(n % 3) for n in range(12)]
+
+
+def test_the_probe_sees_missing_walls() -> None:
+    """Its attempts, run in a plain process, find no wall; in the sandbox they find all that are said to hold."""
+    code = "import json, sys, os\nfrom launch.evaluation.sandbox.inside import attempts\nc = json.loads(sys.argv[1])\n"
+    code += "print(json.dumps({n: getattr(attempts, n)(c) for n in ('files', 'network', 'processes', 'memory', 'environment')}))"
+    with targets() as extra:
+        config = {**extra, "caller": os.getpid(), "most_processes": 30, "most_memory": 1 << 20, "folder": extra["open_folder"]}
+        done = subprocess.run([sys.executable, "-c", code, json.dumps(config)], capture_output=True, text=True, check=True)
+    assert not any(json.loads(done.stdout).values())
+    found = find_isolation()
+    assert probe(found.level, LIMITS) == found.holds
+
+
+def test_levels_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no isolation called chroot; there are: auto, bubblewrap, namespaces, limits"):
+        find_isolation("chroot")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="no isolation called bubblewrap starts on this machine: it is not installed"):
+        find_isolation("bubblewrap")

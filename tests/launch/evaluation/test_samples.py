@@ -1,0 +1,136 @@
+"""Samples: batches equal single prompts, stop strings end them, an interrupted generation goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.cli import UserError
+from launch.evaluation.generation import Sampling, check_infilling, complete, generate_samples, prompt_ids
+from launch.evaluation.problems import Problem, read_problems
+from launch.evaluation.samples import SampleFile, read_samples
+
+GREEDY = Sampling(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=24, batch_size=4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def loaded(exported: Path) -> tuple[Any, Any]:
+    from launch.exported import load_exported
+
+    return load_exported(exported, device="cpu", attn_implementation="sdpa")
+
+
+@pytest.fixture(scope="module")
+def problems(problem_files: dict[str, Path]) -> list[Problem]:
+    return [replace(problem, stops=()) for problem in read_problems("humaneval", problem_files["humaneval"]).values()]
+
+
+def test_left_padded_batches_equal_single_prompts(loaded: tuple, problems: list[Problem]) -> None:
+    model, tokenizer = loaded
+    assert len({len(prompt_ids(tokenizer, problem)) for problem in problems}) == len(problems)  # so there is padding
+    together = complete(model, tokenizer, problems, GREEDY)
+    assert together == [complete(model, tokenizer, [problem], GREEDY)[0] for problem in problems]
+    assert all(together) and len(set(together)) > 1
+
+
+def test_completions_end_before_their_stop_string(loaded: tuple, problems: list[Problem]) -> None:
+    model, tokenizer = loaded
+    whole = complete(model, tokenizer, problems, GREEDY)
+    stops = [text[len(text) // 2 :][:3] for text in whole]
+    stopped = [replace(problem, stops=(stop,), ending="!") for problem, stop in zip(problems, stops, strict=True)]
+    found = complete(model, tokenizer, stopped, GREEDY)
+    assert found == [text[: text.index(stop)] + "!" for text, stop in zip(whole, stops, strict=True)]
+    assert all(len(short) < len(text) for short, text in zip(found, whole, strict=True))
+
+
+def test_prompts_that_fill_the_context(loaded: tuple, problems: list[Problem]) -> None:
+    model, tokenizer = loaded
+    long = replace(problems[0], prompt="x = 1\n" * model.config.max_position_embeddings)
+    found = complete(model, tokenizer, [long, problems[1]], GREEDY)
+    assert found == ["", complete(model, tokenizer, [problems[1]], GREEDY)[0]]
+
+
+def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems: list[Problem], tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    sampling = Sampling(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=6, batch_size=2, seed=5)
+    settings = {"total": 9, "temperature": 1.0}
+    whole = SampleFile(tmp_path / "whole.jsonl", settings)
+    generate_samples(model, tokenizer, problems, sampling, whole)
+    lines = whole.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 9 and len(set(lines)) == 9
+
+    class Killed(Exception):
+        pass
+
+    class Dies(SampleFile):
+        def append(self, samples: Any) -> None:
+            if self.path.exists() and self.path.read_bytes().count(b"\n") >= 4:
+                with open(self.path, "ab") as file:
+                    file.write(lines[4] + lines[5][:10])  # a batch that was being written
+                raise Killed
+            super().append(samples)
+
+    with pytest.raises(Killed):
+        generate_samples(model, tokenizer, problems, sampling, Dies(tmp_path / "part.jsonl", settings))
+    part = SampleFile(tmp_path / "part.jsonl", settings)
+    assert part.path.read_bytes() == b"".join(lines[:5]) + lines[5][:10]
+    generate_samples(model, tokenizer, problems, sampling, part)
+    assert part.path.read_bytes() == whole.path.read_bytes()
+    generate_samples(model, tokenizer, problems, sampling, part)  # nothing is left to do, the odd last batch included
+    assert part.path.read_bytes() == whole.path.read_bytes()
+    with pytest.raises(UserError, match=r"part.jsonl has samples with another temperature \(1.0, now 0.5\)"):
+        SampleFile(part.path, {**settings, "temperature": 0.5}).begin(2)
+
+
+def test_infilling_needs_its_tokens(loaded: tuple, problem_files: dict[str, Path]) -> None:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    _, tokenizer = loaded
+    problems = list(read_problems("infilling", problem_files["infilling"]).values())
+    names = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
+    knows = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    knows.add_special_tokens({"additional_special_tokens": names})
+    check_infilling(knows, problems)
+    prefix, middle, suffix = knows.convert_tokens_to_ids(names)
+    parts = [knows(text, add_special_tokens=False).input_ids for text in (problems[1].prompt, problems[1].suffix)]
+    assert prompt_ids(knows, problems[1]) == [prefix, *parts[0], suffix, *parts[1], middle]
+    plain = json.loads(tokenizer.backend_tokenizer.to_str())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<fim")]
+    if any(name in plain["model"]["vocab"] for name in names):
+        plain["model"]["vocab"] = {t: i for t, i in plain["model"]["vocab"].items() if t not in names}
+    lacks = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)))
+    with pytest.raises(UserError, match="its tokenizer has no <fim_prefix>"):
+        check_infilling(lacks, problems)
+
+
+def test_sampling_that_makes_no_sense_is_refused() -> None:
+    for change, sentence in (
+        ({"samples": 0}, "--samples must be at least 1"),
+        ({"samples": 2}, "--temperature 0 makes 2 equal samples"),
+        ({"temperature": -1.0}, "--temperature must be 0 or more"),
+        ({"top_p": 0.0}, "--top_p must be above 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            replace(GREEDY, **change)
+
+
+BROKEN = [
+    ('{"task_id": "Own/0", "completion": 3}\n', "line 1: a sample has a task_id and a completion"),
+    ('{"task_id": "Own/9", "completion": ""}\n', "line 1: Own/9 is none of the 3 problems"),
+    ('{"task_id": "Own/0", "completion": ""}\n', "has no sample of 2 of 3 problems, Own/1 the first of them"),
+    ("nothing\n", "line 1: no JSON"),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), BROKEN)
+def test_samples_that_are_none_are_named(text: str, sentence: str, problem_files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_samples(path, read_problems("humaneval", problem_files["humaneval"]))
+    assert sentence in str(error.value)

@@ -1,0 +1,153 @@
+"""The two files that a moe_gpt folder carries: small, by transformers' rules, and the same function as the training model."""
+
+import ast
+import inspect
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from launch.exporting.formats import AUTO_MAP, CODE, build, exported_config
+from launch.exporting.hub import configuration_moe_gpt, modeling_moe_gpt
+from launch.exporting.hub.modeling_moe_gpt import MoEGPTAttention
+from model import MoEGPTConfig, MoEGPTForCausalLM
+
+HUB = Path(configuration_moe_gpt.__file__).parent
+
+
+def trained(**overrides: Any) -> MoEGPTForCausalLM:
+    fields = {"vocab_size": 97, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "n_routed_experts": 12}
+    model = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", **{**fields, "initializer_range": 0.2, **overrides})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(std=2.0)
+            elif "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        for layer in model.model.layers:
+            layer.mlp.gate.e_score_correction_bias.normal_(std=0.1)
+    return model
+
+
+def exported(model: MoEGPTForCausalLM, dtype: str = "float32") -> Any:
+    return build(exported_config(model.config, "moe_gpt"), model.state_dict().items(), dtype)
+
+
+CASES = [
+    {},
+    {"scoring_func": "softmax"},
+    {"attention_sinks": False},
+    {"qk_norm": False, "head_dim": 32},
+    {"tie_word_embeddings": True, "routed_scaling_factor": 2.5, "norm_topk_prob": False},
+    {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "num_experts_per_tok": 3},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_logits_are_the_training_models(case: dict[str, Any]) -> None:
+    """Prompt, left padding, and one token after another from a cache."""
+    torch.manual_seed(0)
+    model = trained(**case)
+    hub, ids = exported(model), torch.randint(0, 97, (2, 40))
+    expected = model(ids).logits
+    torch.testing.assert_close(hub(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    padding = torch.ones(2, 40, dtype=torch.long)
+    padding[0, :9] = 0
+    positions = (padding.cumsum(1) - 1).clamp(min=0)
+    padded = model(ids, attention_mask=padding, position_ids=positions).logits[:, 9:]
+    theirs = hub(ids, attention_mask=padding, position_ids=positions).logits[:, 9:]
+    torch.testing.assert_close(theirs, padded, rtol=1e-4, atol=1e-4)
+    cache = DynamicCache()
+    parts = [hub(ids[:, i : i + 1], past_key_values=cache).logits for i in range(12)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected[:, :12], rtol=1e-4, atol=1e-4)
+
+
+def test_sinks_and_bias_matter_here() -> None:
+    torch.manual_seed(0)
+    model = trained()
+    hub, ids = exported(model), torch.randint(0, 97, (2, 40))
+    expected = hub(ids).logits
+    with torch.no_grad():
+        hub.model.layers[0].self_attn.sinks.fill_(-100.0)
+    assert (hub(ids).logits - expected).abs().max() > 0.01
+    hub = exported(model)
+    hub.model.layers[0].mlp.gate.e_score_correction_bias.zero_()
+    assert (hub(ids).logits - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_it_generates_the_training_models_tokens(cache: str) -> None:
+    torch.manual_seed(0)
+    model, ids = trained(), torch.randint(1, 97, (2, 9))
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[1, :4] = 0
+    options = {"attention_mask": padding, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert torch.equal(exported(model).generate(ids, **options, cache_implementation=cache), expected)
+
+
+def test_the_bias_stays_fp32_in_a_bf16_folder(tmp_path: Path) -> None:
+    hub = exported(trained(), "bfloat16")
+    hub.save_pretrained(tmp_path)
+    read = modeling_moe_gpt.MoEGPTForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    gate = read.model.layers[0].mlp.gate
+    assert gate.e_score_correction_bias.dtype == torch.float32 and gate.weight.dtype == torch.bfloat16
+    assert torch.equal(gate.e_score_correction_bias, hub.model.layers[0].mlp.gate.e_score_correction_bias)
+
+
+def test_attention_without_sinks_is_refused_rather_than_used() -> None:
+    """transformers' sdpa and flash-attn 2 would drop them without a word."""
+    assert exported(trained()).config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        exported(trained()).set_attn_implementation("sdpa")
+
+
+def test_the_code_is_small_and_imports_nothing_of_this_repository() -> None:
+    lines = 0
+    for name in CODE:
+        source = (HUB / name).read_text(encoding="utf-8")
+        lines += len(source.splitlines())
+        for node in ast.walk(ast.parse(source)):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = ["." * node.level + (node.module or "")]
+            assert all(m.split(".")[0] in ("typing", "collections", "torch", "transformers", "") for m in modules), modules
+            assert not isinstance(node, ast.ImportFrom) or node.level < 2
+    assert lines < 200
+
+
+def test_vllm_can_read_the_attention() -> None:
+    """What vLLM's backend looks for in the source: one interface from ALL_ATTENTION_FUNCTIONS, called once, `s_aux=self.sinks`."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(MoEGPTAttention.forward)))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    interfaces = [n for n in calls if isinstance(n.func, ast.Attribute) and n.func.attr == "get_interface"]
+    (used,) = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "attention_interface"]
+    keywords = {k.arg: ast.unparse(k.value) for k in used.keywords}
+    assert len(interfaces) == 1 and keywords["s_aux"] == "self.sinks" and keywords["scaling"] == "self.scaling"
+
+
+def test_configurations_agree_both_ways(tmp_path: Path) -> None:
+    """The folder's config.json read by the training configuration is the one that it was made from."""
+    config = MoEGPTConfig.preset("tiny", scoring_func="softmax", router_bias_rate=0.02, expert_dropout=0.1)
+    hub = exported_config(config, "moe_gpt")
+    hub.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    read = MoEGPTConfig.from_pretrained(tmp_path)
+    for name, value in config.to_dict().items():
+        if name not in ("rope_parameters", "_name_or_path", "dtype", "architectures"):
+            assert getattr(read, name) == value, name
+    assert {**read.rope_parameters, "partial_rotary_factor": None} == {**config.rope_parameters, "partial_rotary_factor": None}
+    assert hub.base_model_tp_plan["layers.*.self_attn.sinks"] == "colwise"
+
+
+def test_every_tensor_parallel_rule_names_a_module() -> None:
+    """A plan that matches nothing shards nothing, silently."""
+    names = {name.replace(".0.", ".*.").replace(".1.", ".*.") for name, _ in exported(trained()).model.named_modules()}
+    names |= {name.replace(".0.", ".*.").replace(".1.", ".*.") for name, _ in exported(trained()).model.named_parameters()}
+    unused = {"layers.*.mlp.gate_proj", "layers.*.mlp.up_proj", "layers.*.mlp.down_proj"}  # Glm4Moe's dense layers
+    plan = set(exported_config(trained().config, "moe_gpt").base_model_tp_plan)
+    assert plan - names <= unused

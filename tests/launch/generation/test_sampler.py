@@ -1,0 +1,136 @@
+"""Batches give what single prompts give; every setting reaches transformers; limits are refused by name."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from data.cli import UserError
+from launch.generation.sampler import Sampling, complete, left_padded
+from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.cache import GrowingCache
+
+
+@pytest.fixture(scope="module")
+def words() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0")))
+
+
+@pytest.fixture(scope="module")
+def model() -> MoEGPTForCausalLM:
+    torch.manual_seed(3)
+    fields: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}
+    return MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", **fields, eos_token_id=5, attn_implementation="sdpa")).eval()
+
+
+PROMPTS = [[11, 12, 13], [40, 41, 42, 43, 44, 45, 46], [7]]
+
+
+def test_a_batch_is_its_prompts(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    sampling = Sampling(max_new_tokens=20, temperature=0)
+    together, _ = complete(model, words, PROMPTS, sampling)
+    alone = [complete(model, words, [ids], sampling)[0][0] for ids in PROMPTS]
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [one.prompt for one in together] == [0, 1, 2]
+    assert len({one.text for one in together}) == 3
+
+
+def test_greedy_is_the_likeliest_token_each_time(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    ids = list(PROMPTS[1])
+    for _ in range(8):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    ((one,), _) = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=8, temperature=0))
+    expected = ids[7:]
+    end = expected.index(5) if 5 in expected else 8
+    assert one.text.split() == [f"w{i}" for i in expected[:end]]
+
+
+def test_sequences_differ_and_the_seed_repeats_them(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    sampling = Sampling(max_new_tokens=10, temperature=1.0, top_p=1.0, num_return_sequences=3, seed=7)
+    first, second = (complete(model, words, PROMPTS, sampling)[0] for _ in range(2))
+    assert [one.text for one in first] == [one.text for one in second] and [one.prompt for one in first] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]
+    assert len({one.text for one in first[:3]}) > 1
+
+
+def test_min_p_and_top_k_leave_out_the_unlikely(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    """With limits that leave one token, drawing is greedy."""
+    greedy = complete(model, words, PROMPTS, Sampling(max_new_tokens=12, temperature=0))[0]
+    for limit in ({"min_p": 1.0}, {"top_k": 1}, {"top_p": 1e-9}):
+        drawn = complete(model, words, PROMPTS, Sampling(max_new_tokens=12, **{"temperature": 1.0, "top_p": 1.0, **limit}))[0]
+        assert [one.text for one in drawn] == [one.text for one in greedy], limit
+    free = complete(model, words, PROMPTS, Sampling(max_new_tokens=12, temperature=1.0, top_p=1.0))[0]
+    assert [one.text for one in free] != [one.text for one in greedy]
+
+
+def test_a_repetition_penalty_stops_repeating(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    penalised = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=12, temperature=0, repetition_penalty=1e6))[0][0]
+    made = penalised.text.split()
+    assert len(set(made)) == len(made) and not set(made) & {f"w{i}" for i in PROMPTS[1]}
+
+
+def test_reasons_to_end(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    ((whole,), _) = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=6, temperature=0))
+    assert whole.finish == "length" and whole.tokens == 6
+    third = whole.text.split()[2]
+    ((stopped,), _) = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=6, temperature=0, stop=(third,)))
+    assert stopped.finish == "stop" and whole.text.startswith(stopped.text) and third not in stopped.text
+    model.config.eos_token_id = [int(third[1:]), 96]
+    ((ended,), _) = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=6, temperature=0))
+    model.config.eos_token_id = 5
+    assert ended.finish == "eos" and ended.tokens == whole.text.split().index(third) + 1
+
+
+def test_padding_stands_on_the_left() -> None:
+    ids, mask = left_padded([[1, 2], [3, 4, 5]], 3, pad=9)
+    assert ids.tolist() == [[9, 1, 2], [3, 4, 5]] and mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"num_return_sequences": 0},
+    ],
+    ids=str,
+)
+def test_limits_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UserError, match=f"--{name} must be"):
+        Sampling(**wrong)
+
+
+def test_equal_sequences_are_not_made_many_times() -> None:
+    with pytest.raises(UserError, match="needs --temperature above 0"):
+        Sampling(temperature=0, num_return_sequences=2)
+
+
+def test_too_long_a_prompt(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="beyond the model's 1024 positions"):
+        complete(model, words, [[1] * 1000], Sampling(max_new_tokens=25))
+
+
+def test_the_cache_is_used(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[GrowingCache] = []
+    init = GrowingCache.__init__
+    monkeypatch.setattr(GrowingCache, "__init__", lambda self: (made.append(self), init(self))[1])
+    complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=9, temperature=0))
+    assert len(made) == 1 and made[0].get_seq_length() >= 7

@@ -1,0 +1,62 @@
+"""The data of devices.json, and that it agrees with what training uses for MFU."""
+
+from __future__ import annotations
+
+import pytest
+
+from data.cli import UserError
+from launch.planning.devices import EFFICIENCIES, device_of, find_device, load_devices
+
+ASKED_FOR = ("a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "mi300x", "l40s", "rtx-4090", "rtx-5090")
+
+
+def test_every_card_that_was_asked_for_with_its_source() -> None:
+    devices = load_devices()
+    assert set(ASKED_FOR) <= set(devices)
+    for device in devices.values():
+        assert device.source and device.names and device.generation in EFFICIENCIES
+        assert min(device.bf16_tflops, device.memory_gib, device.memory_gbs, device.link_gbs, device.network_gbits) > 0
+    # Facts that a slip of a factor of two (sparsity, both directions) would break.
+    assert devices["h100-80gb"].bf16_tflops / devices["a100-80gb"].bf16_tflops == pytest.approx(3.17, abs=0.01)
+    assert devices["h200"].memory_gbs > devices["h100-80gb"].memory_gbs > devices["a100-80gb"].memory_gbs
+    assert 2 * devices["a100-80gb"].link_gbs == 600 and 2 * devices["h200"].link_gbs == 900
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_the_drivers_names(driver_name: str, name: str) -> None:
+    found = device_of(driver_name)
+    assert found is not None and found.name == name
+    assert find_device(driver_name) == find_device(name.upper().replace("-", "_")) == found
+
+
+def test_training_takes_its_mfu_over_the_same_peak() -> None:
+    """`launch/engine/hardware.py` knows more cards, by PyTorch's names; where both know one they must agree."""
+    from launch.engine.hardware import peak_bf16_flops
+
+    both = 0
+    for device in load_devices().values():
+        for name in device.names:
+            peak = peak_bf16_flops(f"NVIDIA {name}")
+            both += peak is not None
+            assert peak is None or device.peak == pytest.approx(peak, rel=0.001), name
+    assert both >= 7
+
+
+def test_an_unknown_card_is_refused_with_the_known_ones() -> None:
+    assert device_of("NVIDIA GeForce GTX 1080") is None
+    with pytest.raises(UserError, match="--gpu v100 is not known; known are a100-40gb, a100-80gb, h100-80gb"):
+        find_device("v100")

@@ -1,0 +1,165 @@
+"""The plan's memory and traffic against what a real DeepSpeed engine holds and sends on a CPU, within 10 %."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ROOT, deepspeed_command
+
+from launch.engine import strategy
+from launch.planning.activations import kept_activations
+from launch.planning.communication import groups, traffic
+from launch.planning.devices import find_device
+from launch.planning.job import Job, job_from
+from launch.planning.memory import plan_memory, remaining_gradients
+from model.sizes import PRESETS_FOLDER, ModelSizes
+
+TOLERANCE = 0.10  # of what is measured
+#: Small buckets, so that they do not outweigh the model.
+BUCKET = 1_000_000
+
+
+def preset(name: str, **changes: Any) -> dict[str, Any]:
+    return {**json.loads((PRESETS_FOLDER / f"{name}.json").read_text()), **changes}
+
+
+MODELS = {
+    "tiny": preset("tiny"),
+    "60m": preset("60m"),
+    # All of 800m's widths; 24 layers with their state are more than a shared CPU has.
+    "800m, 2 layers": preset("800m", num_hidden_layers=2, vocab_size=8192),
+}
+
+
+def case(
+    model: str, *, stage: int, ranks: int, experts: int = 1, dtype: str = "bf16", mode: str = "none", **more: Any
+) -> dict[str, Any]:
+    config = strategy.read_config(strategy.CONFIG_FOLDER / "cpu_ep2_zero2.json")
+    config.update(train_batch_size="auto", train_micro_batch_size_per_gpu=more.get("micro_batch", 2))
+    config["gradient_accumulation_steps"] = more.get("accumulation", 1)
+    config["zero_optimization"].update(stage=stage, reduce_bucket_size=BUCKET, overlap_comm=more.get("overlap", False))
+    if stage == 3:
+        config["zero_optimization"].pop("allgather_bucket_size")
+        config["zero_optimization"].pop("reduce_scatter")
+    config["expert_parallel"]["autoep_size"] = experts
+    config["activation_checkpointing"]["mode"] = mode
+    config["bf16"]["enabled"] = dtype == "bf16"
+    return {"model": MODELS[model], "deepspeed": config, "sequence_length": more.get("length", 256), "ranks": ranks}
+
+
+def planned(one: dict[str, Any]) -> Job:
+    """By the way that `launch/plan.py` goes."""
+    sizes = ModelSizes.of(one["model"])
+    resolved = strategy.resolve_config(
+        one["deepspeed"], Path("case.json"), world_size=one["ranks"], num_experts=sizes.n_routed_experts, max_steps=100
+    )
+    return job_from(sizes, resolved, ranks=one["ranks"], ranks_per_node=one["ranks"], sequence_length=one["sequence_length"])
+
+
+def measured(cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [*deepspeed_command(cases[0]["ranks"]), "tests/launch/planning/engine_memory_worker.py"]
+    command += [str(folder / "cases.json"), str(folder / "results.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((folder / "results.json").read_text())
+    for one, result in zip(cases, results, strict=True):
+        assert "error" not in result, (one, result)
+    return results
+
+
+def compare(cases: list[dict[str, Any]], folder: Path) -> list[str]:
+    """What is off by more than `TOLERANCE`, in words; empty where nothing is."""
+    off = []
+    for one, found in zip(cases, measured(cases, folder), strict=True):
+        for name, (plan, real) in pairs(planned(one), found).items():
+            line = f"{describe(one)}: {name} planned {plan / 1e6:.2f} MB, measured {real / 1e6:.2f} MB, {plan / real - 1:+.1%}"
+            print(line)
+            if plan != pytest.approx(real, rel=TOLERANCE):
+                off.append(line)
+    return off
+
+
+def pairs(job: Job, found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """(planned, measured) by part."""
+    memory, kept = plan_memory(job, on_gpu=False), kept_activations(job, fused_norms=False)
+    both = {
+        "weights": (memory.weights, found["weights"]),
+        "optimizer": (memory.optimizer, found["optimizer"]),
+        "peak": (memory.live, found["most"]),
+    }
+    if job.zero_stage < 3:  # there the forward holds gathered weights as well, and buckets lie between steps
+        both["activations"] = (kept.held + kept.loss_kept, found["activations"])
+        both["states and gradients"] = (memory.weights + memory.optimizer + remaining_gradients(job), found["before_step"])
+    both.update(sent(job, found["traffic"]))
+    return both
+
+
+def sent(job: Job, counted: dict[str, int]) -> dict[str, tuple[float, float]]:
+    """(planned, counted) bytes of the collectives that one rank takes part in."""
+    planned = {one.kind: one.bytes for one in traffic(job, find_device("h200"))}
+    both = {}
+    if job.expert_ranks > 1:  # what is counted has the rows that stay here
+        leave = (job.expert_ranks - 1) / job.expert_ranks
+        both["expert rows"] = (planned["expert rows"], counted["all_to_all_single"] * leave)
+    if job.zero_stage < 3 and job.ranks > 1:  # a ring of N sends 2 (N - 1) / N of what is reduced
+        reduced = planned["dense gradients"] / (2 * (job.ranks - 1) / job.ranks)
+        if "expert gradients" in planned:
+            copies = job.ranks / job.expert_ranks
+            reduced += planned["expert gradients"] / (2 * (copies - 1) / copies)
+        else:  # reduced by each rank with itself
+            reduced += job.expert_parameters * job.weight_bytes * (job.accumulation if job.zero_stage == 2 else 1)
+        both["gradients reduced"] = (reduced, counted["all_reduce"])
+    return both
+
+
+def describe(one: dict[str, Any]) -> str:
+    config, model = one["deepspeed"], next(name for name, fields in MODELS.items() if fields == one["model"])
+    zero = config["zero_optimization"]
+    return (
+        f"{model}, {one['ranks']} ranks, EP {config['expert_parallel']['autoep_size']}, ZeRO {zero['stage']}, "
+        f"{'bf16' if config['bf16']['enabled'] else 'fp32'}, {config['activation_checkpointing']['mode']}, "
+        f"{config['train_micro_batch_size_per_gpu']} x {config['gradient_accumulation_steps']}"
+    )
+
+
+def test_one_rank(tmp_path: Path) -> None:
+    cases = [case("tiny", stage=2, ranks=1, mode=mode) for mode in ("none", "selective", "full")]
+    cases.append(case("tiny", stage=3, ranks=1, dtype="fp32", accumulation=2))
+    assert not compare(cases, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    cases = [
+        case("tiny", stage=1, ranks=2, experts=2, accumulation=2),
+        case("tiny", stage=2, ranks=2, experts=2, dtype="fp32", mode="full"),
+        case("tiny", stage=3, ranks=2, experts=2),
+    ]
+    assert not compare(cases, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_every_layout(model: str, ranks: int, tmp_path: Path) -> None:
+    """Stages x precisions x recomputation x EP."""
+    expert_ranks = [1] if ranks == 1 else [1, 2]
+    layouts = itertools.product((1, 2, 3), ("bf16", "fp32"), ("none", "selective", "full"), expert_ranks)
+    cases = [
+        case(model, stage=stage, ranks=ranks, experts=experts, dtype=dtype, mode=mode, micro_batch=2 if model == "tiny" else 1)
+        for stage, dtype, mode, experts in layouts
+    ]
+    assert not compare(cases, tmp_path)
+
+
+def test_expert_parallel_rank_holds_its_share_of_the_experts() -> None:
+    whole, half = planned(case("tiny", stage=2, ranks=2)), planned(case("tiny", stage=2, ranks=2, experts=2))
+    experts = 4 * 8 * 3 * 256 * 128  # layers x experts x matrices of tiny
+    assert whole.local_parameters - half.local_parameters == experts // 2
+    assert [group.size for group in groups(half)] == [2, 1, 2]

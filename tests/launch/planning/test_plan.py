@@ -1,0 +1,228 @@
+"""`launch/plan.py` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, metrics
+
+from launch.planning.expectation import duration_line, job_of_run
+from launch.planning.memory import plan_memory
+from model.sizes import PRESETS_FOLDER
+
+USUAL = ("--model", "800m", "--gpu", "a100-80gb", "--num_gpus", 8, "--deepspeed_config", "ds_configs/ep8_zero2.json")
+
+
+def plan(*flags: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/plan.py", *(str(flag) for flag in flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def answer(*flags: object) -> dict:
+    done = plan(*flags, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_usual_question() -> None:
+    found = answer(*USUAL, "--tokens", "131e9", "--price", "1.8")
+    assert found["parameters"]["total"] == pytest.approx(812e6, rel=0.001)
+    assert found["parameters"]["active"] == pytest.approx(472e6, rel=0.001)
+    parts = dict(found["memory_gb"])
+    total, host = parts.pop("total"), parts.pop("host")
+    worst = parts.pop("worst")
+    assert sum(parts.values()) == pytest.approx(total, abs=0.01) and host == 0 and worst > 0
+    # 206 M dense and 75 M expert parameters on a rank: in bf16; state of 1/8 of the dense ones and of all 75 M, 12 bytes each.
+    assert parts["weights"] == pytest.approx(0.56, abs=0.3) and parts["optimizer"] == pytest.approx(1.22, abs=0.01)
+    assert found["fits"] is True and total < found["device_memory_gb"]
+    speed = found["tokens_per_second"]
+    assert found["days"] == pytest.approx(131e9 / speed / 86_400)
+    assert found["cost"] == pytest.approx(131e9 / speed / 3600 * 8 * 1.8)
+    assert found["mfu"] == pytest.approx(speed * found["flops_per_token"] / (8 * 312e12))
+    assert 0.2 < found["mfu"] < 0.6
+    assert sum(found["limits"].values()) == pytest.approx(1, abs=0.001)
+
+
+def test_in_words() -> None:
+    done = plan(*USUAL, "--tokens", "131e9", "--curve")
+    assert done.returncode == 0 and not done.stderr
+    for said in (
+        "812 M parameters, 472 M active",
+        "fits: ",
+        "tokens/s, MFU",
+        "days",
+        "NVLink 3",
+        "fastest layouts that fit",
+        "512",
+    ):
+        assert said in done.stdout
+    assert "assumptions" in done.stdout
+
+
+def test_answers_at_once_and_without_torch() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert plan(*USUAL).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 2.0  # 0.2 s of CPU time here; torch and transformers alone take 3
+    code = "import sys, launch.planning.answer; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpu", "v100"], "--gpu v100 is not known; known are a100-40gb"),
+        ([], "--gpu is missing, such as --gpu a100-80gb"),
+        (["--gpu", "h200", "--model", "7b"], "--model 7b is neither a preset (4b, 60m, 800m, tiny) nor a config.json"),
+        (["--gpu", "h200", "--deepspeed_config", "none.json"], "--deepspeed_config none.json is not a file"),
+        (["--gpu", "h200", "--num_gpus", 0], "--num_gpus must be at least 1, not 0"),
+        (["--gpu", "h200", "--num_gpus", "many"], "argument --num_gpus: invalid int value: 'many'"),
+        (["--gpu", "h200", "--num_nodes", -1], "--num_nodes must be at least 1, not -1"),
+        (
+            ["--gpu", "h200", "--num_gpus", 4, "--deepspeed_config", "ds_configs/ep8_zero2.json"],
+            "autoep_size 8 does not divide the 4 ranks",
+        ),
+        (["--gpu", "h200", "--sequence_length", 4096], "--sequence_length 4096 is beyond the 2048 positions of 800m"),
+        (["--gpu", "h200", "--tokens", "nan"], "--tokens must be at least 1"),
+        (["--gpu", "h200", "--price", -1], "--price must be 0 or more"),
+        (["--gpu", "h200", "--write", "README.md"], "--write README.md exists; name a new file"),
+        (["--gpu", "h200", "--write", "no/such/folder.json"], "--write no/such/folder.json: there is no folder no/such"),
+    ],
+)
+def test_a_mistake_is_one_sentence(flags: list, said: str) -> None:
+    done = plan(*flags)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_model_that_fits_nowhere(tmp_path: Path) -> None:
+    """Four times as deep as 4b, on one small card."""
+    deep = json.loads((PRESETS_FOLDER / "4b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**deep, "num_hidden_layers": 96}))
+    flags = ["--model", tmp_path, "--gpu", "rtx-4090", "--num_gpus", 1]
+    done = plan(*flags)
+    assert done.returncode == 0 and "does not fit: " in done.stdout and "no layout of this job fits" in done.stdout
+    done = plan(*flags, "--write", tmp_path / "none.json")
+    assert done.returncode == 2 and "no layout fits" in done.stderr and not (tmp_path / "none.json").exists()
+
+
+def test_a_written_json_trains(small_shards: Path, small_model: Path, run_train, tmp_path: Path) -> None:
+    """The fastest layout for two cards, trained on two CPU ranks."""
+    written = tmp_path / "planned.json"
+    base = tmp_path / "base.json"
+    given = json.loads((ROOT / "ds_configs/cpu_ep2_zero2.json").read_text())
+    base.write_text(json.dumps({**given, "train_batch_size": 8}))
+    flags = ["--model", small_model, "--gpu", "rtx-4090", "--num_gpus", 2, "--sequence_length", 64]
+    found = answer(*flags, "--deepspeed_config", base, "--write", written)
+    assert found["written"] == str(written)
+    run = tmp_path / "run"
+    flags = ["--data", small_shards, "--model", small_model, "--output", run, "--sequence_length", 64, "--max_steps", 3]
+    flags += ["--eval_interval", 0, "--log_interval", 1, "--wandb", "disabled", "--deepspeed_config", written]
+    done = run_train(2, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [row for row in metrics(run) if "loss" in row]
+    assert rows[-1]["step"] == 3 and rows[-1]["tokens"] == 3 * 8 * 64
+    fastest = found["alternatives"][0]
+    held = json.loads((run / "config.json").read_text())["deepspeed"]
+    assert held["train_micro_batch_size_per_gpu"] == fastest["micro_batch"]
+    assert held["expert_parallel"]["autoep_size"] == fastest["expert_ranks"]
+    assert held["zero_optimization"]["stage"] == fastest["zero_stage"]
+
+
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    with subprocess.Popen(
+        [sys.executable, "launch/plan.py", *map(str, USUAL), "--curve"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """What a run of `800m` on eight GPUs leaves behind, cut short while it logged."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = json.loads((ROOT / "ds_configs/ep8_zero2.json").read_text())
+    config.update(gradient_accumulation_steps=4)
+    held = {
+        "model": json.loads((PRESETS_FOLDER / "800m.json").read_text()),
+        "deepspeed": config,
+        "sequence_length": 2048,
+        "world_size": 8,
+        "arguments": {"max_steps": 1000, "activation_checkpointing": None},
+    }
+    (folder / "config.json").write_text(json.dumps(held))
+    tokens = 256 * 2048
+    rows = [{"step": n, "tokens": n * tokens, "tokens_per_second": 200_000.0 if n > 10 else 1.0} for n in range(1, 101)]
+    lines = [json.dumps(row) for row in [*rows, {"step": 100, "val_loss": 3.0}]]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 101, "tok')
+    return folder
+
+
+def test_the_rest_of_a_run(run_folder: Path) -> None:
+    found = answer("--from", run_folder, "--gpu", "a100-80gb", "--price", 2)
+    assert found["done"] == {"steps": 100, "tokens": 100 * 256 * 2048}
+    assert found["left"]["steps"] == 900 and found["tokens_per_second"] == 200_000  # the slow first steps are not the speed
+    assert found["days"] == pytest.approx(900 * 256 * 2048 / 200_000 / 86_400)
+    assert found["cost"] == pytest.approx(found["days"] * 24 * 8 * 2)
+    planned = answer(*USUAL)
+    assert found["planned_tokens_per_second"] == pytest.approx(planned["tokens_per_second"])
+    assert found["memory_gb"] == planned["memory_gb"]
+    done = plan("--from", run_folder)
+    assert done.returncode == 0 and "900 steps, 39 minutes" in done.stdout
+
+
+def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "there is no config.json, so no run" in plan("--from", tmp_path / "empty").stderr
+    (run_folder / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl has no logged step yet" in plan("--from", run_folder).stderr
+    (run_folder / "config.json").write_text("{}")
+    done = plan("--from", run_folder)
+    assert done.returncode == 2 and "config.json has no 'model'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_training_says_what_to_expect(small_shards: Path, small_model: Path, run_train, tmp_path: Path) -> None:
+    """The plan's memory beside what the process grew by, and at the end the next command."""
+    flags = ["--data", small_shards, "--model", small_model, "--output", tmp_path / "run", "--sequence_length", 64]
+    flags += ["--max_steps", 2, "--eval_interval", 0, "--log_interval", 1, "--wandb", "disabled"]
+    done = run_train(1, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = re.search(r"memory of a rank: ([\d.]+) GB of tensors by the plan, the process grew by (-?[\d.]+) GB", done.stderr)
+    assert said, done.stderr  # this model is so small that freed memory can hold it: growth may round to nothing
+    job = job_of_run(json.loads((tmp_path / "run/config.json").read_text()), ranks_per_node=1)
+    assert float(said[1]) == pytest.approx(plan_memory(job, on_gpu=False).live / 1e9, abs=0.006)
+    assert f"next: python launch/export.py --checkpoint {tmp_path / 'run'}" in done.stderr
+    assert "steps should take about" not in done.stderr  # of a CPU nobody has a data sheet
+
+
+def test_the_expected_time_of_a_known_card(run_folder: Path) -> None:
+    config = json.loads((run_folder / "config.json").read_text())
+    job = job_of_run(config, ranks_per_node=8)
+    line = duration_line(job, "NVIDIA A100-SXM4-80GB", 249_863)
+    days = answer(*USUAL, "--tokens", 249_863 * 256 * 2048)["days"]
+    assert line is not None and f"249,863 steps should take about {days:.1f} days" in line and "for a100-80gb" in line
+    assert duration_line(job, "NVIDIA GeForce GTX 1080", 10) is None and duration_line(job, None, 10) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_gpus_peak(mode: str, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`800m` cut to 6 layers on one GPU: what training itself prints as planned and as allocated, within 10 %."""
+    model = {**json.loads((PRESETS_FOLDER / "800m.json").read_text()), "num_hidden_layers": 6, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "moe_gpt", **model}))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    command = [sys.executable, "launch/train.py", "--data", small_shards, "--model", tmp_path / "config.json", "--max_steps", 2]
+    command += ["--output", tmp_path / "run", "--eval_interval", 0, "--wandb", "disabled", "--activation_checkpointing", mode]
+    command += ["--deepspeed_config", ROOT / "ds_configs/ep1_zero2.json"]
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = re.search(r"([\d.]+) GB of tensors by the plan, allocated at most ([\d.]+) GB", done.stderr)
+    assert said and float(said[1]) == pytest.approx(float(said[2]), rel=0.1), done.stderr

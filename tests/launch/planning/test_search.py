@@ -1,0 +1,87 @@
+"""Layouts that the search proposes: they fit, keep the batch, and come back from the JSON that is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from launch.engine import strategy
+from launch.planning.devices import find_device
+from launch.planning.job import Job, job_from
+from launch.planning.scale import COUNTS, curve
+from launch.planning.search import as_deepspeed, candidate, changes, least_change, search, variants
+from model.sizes import load_sizes
+
+
+def planned(model: str, file: str, *, gpus: int = 8, nodes: int = 1, length: int = 2048) -> Job:
+    sizes, path = load_sizes(model), strategy.CONFIG_FOLDER / file
+    resolved = strategy.resolve_config(
+        strategy.read_config(path), path, world_size=gpus * nodes, num_experts=sizes.n_routed_experts, max_steps=10
+    )
+    return job_from(sizes, resolved, ranks=gpus * nodes, ranks_per_node=gpus, sequence_length=length)
+
+
+@pytest.mark.parametrize("gpu", ["a100-40gb", "rtx-4090", "h200"])
+def test_what_is_proposed_fits_and_nothing_that_fits_is_faster(gpu: str) -> None:
+    job, device = planned("800m", "ep8_zero2.json"), find_device(gpu)
+    found = search(job, device)
+    assert found and all(one.fits_at_worst and one.job.global_batch == job.global_batch for one in found)
+    all_that_fit = [c for c in (candidate(v, device) for v in variants(job)) if c.fits_at_worst]
+    fastest = max(c.tokens_per_second for c in all_that_fit)
+    assert found[0].tokens_per_second == pytest.approx(fastest, rel=0.02)  # as fast within 1 %: the lower ZeRO stage
+    assert len({(c.job.expert_ranks, c.job.zero_stage, c.job.offload_optimizer) for c in found}) == len(found)
+
+
+def test_what_does_not_fit_is_helped_by_another_layout() -> None:
+    """The 4b preset's state and activations at micro-batch 8 are beyond 40 GB; smaller micro-batches are not."""
+    job, device = planned("4b", "ep8_zero2.json"), find_device("a100-40gb")
+    assert not candidate(job, device).fits
+    assert search(job, device)
+
+
+def test_the_least_change_that_helps() -> None:
+    """Nothing that fits differs in fewer keys."""
+    job, device = planned("4b", "ep8_zero2.json"), find_device("a100-40gb")
+    found = least_change(job, device)
+    assert found is not None and found.fits_at_worst
+    fewest = min(len(changes(job, v)) for v in variants(job) if candidate(v, device).fits_at_worst)
+    assert len(changes(job, found.job)) == fewest == 1
+    assert changes(job, job) == {} and least_change(job, find_device("b200")).job == job  # type: ignore[union-attr]
+
+
+def test_nothing_fits_a_model_that_is_too_large() -> None:
+    job = planned("4b", "ep1_zero2.json", gpus=1)
+    assert all(one.job.offload_optimizer for one in search(job, find_device("rtx-4090")))  # 61 GB of state leave the card
+    deep = dataclasses.replace(job, sizes=dataclasses.replace(job.sizes, num_hidden_layers=96))
+    assert not search(deep, find_device("rtx-4090"))
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in strategy.CONFIG_FOLDER.glob("*.json")))
+def test_a_written_json_is_read_back_as_the_same_layout(file: str) -> None:
+    base = strategy.read_config(strategy.CONFIG_FOLDER / file)
+    job = planned("tiny", file, length=512)
+    seen = 0
+    for variant in variants(job):
+        config = as_deepspeed(candidate(variant, find_device("h200")), base)
+        resolved = strategy.resolve_config(config, Path(file), world_size=8, num_experts=8, max_steps=10)
+        again = job_from(job.sizes, resolved, ranks=8, ranks_per_node=8, sequence_length=512)
+        layout = ("expert_ranks", "zero_stage", "offload_optimizer", "micro_batch", "accumulation", "recompute", "global_batch")
+        assert [getattr(again, name) for name in layout] == [getattr(variant, name) for name in layout]
+        seen += 1
+    assert seen >= 4 * 4 * 3  # EP sizes x stages x recomputation
+    assert base == strategy.read_config(strategy.CONFIG_FOLDER / file)  # not changed on the way
+
+
+def test_the_curve_keeps_the_batch_and_says_what_breaks() -> None:
+    points = curve(planned("800m", "ep8_zero2.json"), find_device("a100-80gb"))
+    assert [point.gpus for point in points] == list(COUNTS)
+    speeds = [point.found.tokens_per_second for point in points]
+    assert speeds == sorted(speeds)
+    for point in points:
+        assert point.found.job.expert_ranks <= min(8, point.gpus)
+        assert point.found.job.global_batch == max(256, point.gpus)
+    assert points[-1].breaks.startswith("batch: needs 512 sequences")
+    tight = curve(planned("4b", "ep8_zero2.json"), find_device("rtx-4090"))
+    assert tight[0].breaks.startswith("memory: ")

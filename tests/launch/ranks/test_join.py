@@ -1,0 +1,44 @@
+"""How a rank learns who it is, whatever started it."""
+
+from __future__ import annotations
+
+import pytest
+
+from data.cli import UserError
+from launch.ranks.join import device_index, set_environment
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "x")  # so that what the function sets is taken back as well
+        monkeypatch.delenv(name)
+
+
+def test_a_plain_start_is_one_rank() -> None:
+    assert set_environment() == (0, 1)
+
+
+def test_slurm_s_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_NTASKS", "16"), ("SLURM_PROCID", "9"), ("SLURM_LOCALID", "1"), ("MASTER_ADDR", "node1")):
+        monkeypatch.setenv(name, value)
+    assert set_environment() == (9, 16)
+
+
+def test_slurm_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_NTASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"MASTER_ADDR must be set; launch/templates/slurm\.sh"):
+        set_environment()
+
+
+@pytest.mark.parametrize("local, visible, device", [(0, 1, 0), (5, 1, 0), (0, 8, 0), (7, 8, 7)])
+def test_the_gpu_of_a_rank(local: int, visible: int, device: int) -> None:
+    assert device_index(local, visible) == device
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match="local rank 4 has no GPU of its own: 4 are visible"):
+        device_index(4, 4)

@@ -1,0 +1,96 @@
+"""The watchdog's parts in one process: its clock, its last words, and the end that must come whatever hangs (the whole of it is in
+tests/faults)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from support import ROOT
+
+from launch.ranks.watchdog import AwakeClock, stacks
+
+END = """
+import os, sys, time
+from launch.ranks import watchdog
+from launch.ranks.heartbeat import Hang
+watchdog.LAST_RESORT_SECONDS = 1.0
+dog = watchdog.Watchdog(stall=5)
+{prepare}
+dog._end(Hang(cause="nothing moves", suspect=0))
+"""
+
+
+def end(prepare: str, **options: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", END.format(prepare=prepare)], cwd=ROOT, **options)  # type: ignore[call-overload]
+
+
+def test_a_store_that_is_stuck_does_not_keep_a_rank_alive() -> None:
+    process = end('dog._store = type("Stuck", (), {"write": lambda *_: time.sleep(60)})()', stderr=subprocess.PIPE)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 17
+    assert b"error: nothing moves. This is rank 0 at step 0" in said and b"Thread 0x" in said
+
+
+def test_a_standard_error_that_is_stuck_does_not_keep_a_rank_alive() -> None:
+    """A terminal on hold: nobody reads the pipe, and it is full."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while os.write(writer, bytes(4096)):
+            pass
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    process = end("", stderr=writer)
+    assert process.wait(60) == 17
+    os.close(reader)
+    os.close(writer)
+
+
+def test_an_interpreter_that_is_stuck_does_not_keep_a_rank_alive() -> None:
+    """A library holds the interpreter's lock for ever: no thread of ours runs again, the kernel's alarm does."""
+    hold = "import ctypes; ctypes.PyDLL(None).sleep(600)"
+    process = end(f'dog._store = type("Stuck", (), {{"write": lambda *_: exec("{hold}")}})()', stderr=subprocess.DEVNULL)
+    assert process.wait(60) == -signal.SIGALRM
+
+
+def test_time_asleep_does_not_count() -> None:
+    """A process that is stopped for a while, and the same while spent awake."""
+    program = """
+import threading, time
+from launch.ranks import watchdog
+watchdog.ASLEEP_SECONDS = 0.5
+clock, event = watchdog.AwakeClock(), threading.Event()
+began, wall = clock(), time.monotonic()
+print("ready", flush=True)
+while clock() - began < 1.5:
+    clock.wait(event, 0.1)
+print(time.monotonic() - wall, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate(timeout=30)
+    assert float(out) > 5.0  # 1.5 s awake and 4 s asleep
+
+
+def test_the_clock_s_wait_hears_the_event() -> None:
+    event = threading.Event()
+    event.set()
+    assert AwakeClock().wait(event, 10)
+
+
+def test_stacks_name_the_threads_and_where_they_are() -> None:
+    leave = threading.Event()
+    thread = threading.Thread(target=leave.wait, name="waiting one", daemon=True)
+    thread.start()
+    said = stacks()
+    leave.set()
+    assert "(waiting one), innermost call first" in said and "threading.py" in said
+    assert "test_watchdog.py" in said.split("MainThread")[1]

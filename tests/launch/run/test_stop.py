@@ -1,0 +1,107 @@
+"""Stopping: what a signal does, to a real process (the training around it is in tests/faults/test_signals.py)."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support import ROOT
+
+PROGRAM = """
+import time
+from launch.run.stop import StopRequest
+from data.cli import drain
+stop = StopRequest().install()
+print("ready", flush=True)
+while not stop.requested():
+    time.sleep(0.01)
+print("asked by", stop.reason, flush=True)
+{then}
+drain()
+"""
+WAIT = "time.sleep(30)"
+
+
+def start(then: str = "") -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(then=then)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_first_signal_asks(number: int) -> None:
+    process = start()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, f"asked by {signal.Signals(number).name}\n")
+    assert err == f"{signal.Signals(number).name}: saving after this step; once more stops at once\n"
+
+
+def test_a_terminal_that_goes_away_asks_nothing() -> None:
+    process = start()
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "asked by SIGTERM\n" and process.returncode == 0
+
+
+def test_the_second_signal_stops_at_once() -> None:
+    process = start(WAIT)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout and process.stdout.readline() == "asked by SIGTERM\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_the_second_signal_stops_a_process_that_waits_in_a_collective() -> None:
+    """Deep in C++, where Python runs no handler: a store's `get` of a key that never comes."""
+    process = start("import torch.distributed as d; print('waits', flush=True); d.HashStore().get('never')")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout and process.stdout.readline() == "asked by SIGTERM\n"
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_one_ctrl_c_arrives_as_two_signals_and_is_one_request() -> None:
+    """The terminal's SIGINT, and the SIGTERM of the DeepSpeed launcher that was interrupted as well."""
+    process = start(WAIT)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout and process.stdout.readline() == "asked by SIGINT\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGINT
+
+
+def test_a_late_signal_after_all_is_saved_changes_nothing() -> None:
+    process = start("stop.disarm(); print('saved', flush=True); time.sleep(1)")
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout and process.stdout.readline() == "asked by SIGUSR1\n"
+    assert process.stdout.readline() == "saved\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+
+
+def test_the_clock_asks() -> None:
+    from launch.run.stop import StopRequest
+
+    stop = StopRequest()
+    stop.after(0)
+    assert not stop.requested()
+    stop.after(0.2 / 3600)
+    assert not stop.requested()
+    time.sleep(0.25)
+    assert stop.requested() and stop.reason == "--max_hours"

@@ -1,0 +1,180 @@
+"""Reading an exported folder, or a stock one: damage is named, weights arrive bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import Glm4MoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from data.cli import UserError
+from launch.checkpoint import manifest
+from launch.exported import check_arithmetic, check_weights, load_exported
+from launch.exporting.formats import build, exported_config
+from launch.run.initial_weights import load_weights
+from model import MoEGPTConfig, MoEGPTForCausalLM
+
+
+def trained(**overrides: Any) -> MoEGPTForCausalLM:
+    fields = {"vocab_size": 97, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "n_routed_experts": 12}
+    model = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", **{**fields, **overrides})).eval()
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias.normal_(std=0.1)
+    return model
+
+
+def written(folder: Path, model: MoEGPTForCausalLM, format: str, dtype: str = "float32", shard: str = "5GB") -> PreTrainedModel:
+    made = build(exported_config(model.config, format), model.state_dict().items(), dtype)
+    made.save_pretrained(folder, max_shard_size=shard)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    manifest.write_manifest(folder, manifest.record_all(folder), kind="export", step=1)
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", ["moe_gpt", "glm4_moe"])
+def test_the_training_model_is_what_is_loaded(format: str, dtype: str, tmp_path: Path) -> None:
+    """With its kernels, for a stock Glm4Moe folder as well; the weights to the bit."""
+    model = trained(attention_sinks=format == "moe_gpt")
+    made = written(tmp_path / "hf", model, format, dtype)
+    read, tokenizer = load_exported(tmp_path / "hf", device="cpu", attn_implementation="flash")
+    assert isinstance(read, MoEGPTForCausalLM) and read.config._attn_implementation == "flash" and not read.training
+    assert len(tokenizer) == 97 and read.dtype == getattr(torch, dtype)
+    theirs = made.state_dict()
+    assert theirs.keys() == read.state_dict().keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in read.state_dict().items())
+    ids = torch.randint(0, 97, (2, 20))
+    if dtype == "float32":
+        torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_from_before_still_loads(tmp_path: Path) -> None:
+    """Those carried the training model's own files and its own names of fields."""
+    model = trained()
+    MoEGPTConfig.register_for_auto_class()
+    MoEGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        MoEGPTConfig._auto_class = MoEGPTForCausalLM._auto_class = None
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert "qk_norm" in fields and fields["auto_map"]["AutoModelForCausalLM"] == "modeling.MoEGPTForCausalLM"
+    read, _ = load_exported(tmp_path, device="cpu")
+    assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "gone", "header", "tokenizer"])
+def test_a_damaged_file_is_refused_by_its_name(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    written(folder, trained(), "moe_gpt", shard="40KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    path = folder / "tokenizer.json" if damage == "tokenizer" else shards[1]
+    content = bytearray(path.read_bytes())
+    if damage == "short":
+        path.write_bytes(content[:-7])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        content[3 if damage == "header" else len(content) // 2] ^= 4
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=path.name):
+        load_exported(folder, device="cpu")
+    if damage in ("short", "header"):  # a folder of somebody else has no manifest
+        (folder / manifest.MANIFEST).unlink()
+        with pytest.raises(UserError, match=f"{path.name} is damaged"):
+            load_exported(folder, device="cpu")
+
+
+def test_what_a_user_may_edit_is_not_checked(tmp_path: Path) -> None:
+    written(tmp_path, trained(), "moe_gpt")
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "generation_config.json").write_text("{}")
+    check_weights(tmp_path)
+    load_exported(tmp_path, device="cpu")
+
+
+def test_a_missing_weight_is_not_made_up(tmp_path: Path) -> None:
+    """transformers would start it at random, with a warning."""
+    written(tmp_path, trained(attention_sinks=False), "moe_gpt")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "attention_sinks": True}))
+    with pytest.raises(UserError, match=r"self_attn\.sinks is missing"):
+        load_exported(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("format", ["moe_gpt", "glm4_moe"])
+def test_training_begins_from_a_folder_to_the_bit(format: str, tmp_path: Path) -> None:
+    """Export, begin from it, export again: the same bytes of weights, from a stock folder as well."""
+    model = trained(attention_sinks=format == "moe_gpt")
+    written(tmp_path / "one", model, format)
+    begun = MoEGPTForCausalLM(model.config)
+    load_weights(begun, tmp_path / "one")
+    assert all(torch.equal(value, begun.state_dict()[name]) for name, value in model.state_dict().items())
+    written(tmp_path / "two", begun, format)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def test_a_stock_folder_made_by_transformers_alone(tmp_path: Path) -> None:
+    config = MoEGPTConfig.preset("tiny", vocab_size=97, hidden_size=64, num_hidden_layers=2, attention_sinks=False)
+    theirs = Glm4MoeForCausalLM(exported_config(config, "glm4_moe")).eval()  # type: ignore[arg-type]
+    theirs.save_pretrained(tmp_path)
+    model = MoEGPTForCausalLM(config).eval()
+    load_weights(model, tmp_path)
+    ids = torch.randint(0, 97, (2, 20))
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor is 1.0 there and 2.5 in this run"),
+        ({"num_experts_per_tok": 3}, "num_experts_per_tok is 2 there"),
+        ({"attention_sinks": True}, "attention_sinks is False there and True in this run"),
+    ],
+)
+def test_another_arithmetic_is_refused(fields: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    """The weights would fit, and mean something else."""
+    model = trained(attention_sinks=False)
+    written(tmp_path, model, "glm4_moe")
+    wanted = MoEGPTConfig(**{**model.config.to_dict(), **fields})
+    with pytest.raises(UserError, match=sentence):
+        check_arithmetic(tmp_path, wanted)
+
+
+def test_a_longer_context_may_begin_from_a_shorter_one(tmp_path: Path) -> None:
+    model = trained()
+    written(tmp_path, model, "moe_gpt")
+    check_arithmetic(tmp_path, model.config.with_rope_factor(8))
+
+
+def test_other_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        load_exported(tmp_path, device="cpu")
+    written(tmp_path / "hf", trained(), "moe_gpt")
+    for text, sentence in (("{", "config.json"), ('{"model_type": "brontosaurus"}', "brontosaurus")):
+        (tmp_path / "hf/config.json").write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            load_exported(tmp_path / "hf", device="cpu")
+    shutil.rmtree(tmp_path / "hf")
+
+
+def test_a_stock_configuration_is_a_model_to_train(tmp_path: Path) -> None:
+    """`--model stock/config.json --init_from stock/`; what this model cannot be is refused with the file's name."""
+    from launch.engine.build import load_model_config
+
+    config = MoEGPTConfig.preset("tiny", attention_sinks=False, routed_scaling_factor=2.5)
+    stock = exported_config(config, "glm4_moe")
+    stock.save_pretrained(tmp_path)
+    read = load_model_config(str(tmp_path / "config.json"))
+    assert not read.attention_sinks and read.routed_scaling_factor == 2.5 and read.rope_parameters == config.rope_parameters
+    stock.attention_bias = True  # type: ignore[attr-defined]
+    stock.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: attention_bias"):
+        load_model_config(str(tmp_path / "config.json"))

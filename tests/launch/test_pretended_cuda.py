@@ -1,0 +1,210 @@
+"""The lines that only a GPU runs, run without one: accelerator, device count and random states pretended; and the list of them.
+
+What this cannot show: kernels, streams and NCCL. `make gpu` runs those on one GPU; NCCL between several ranks nothing here
+can prove.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from support import ROOT
+
+from launch.checkpoint.random_state import random_state, set_random_state
+from launch.cli import make_quiet
+from launch.engine.build import build_model
+from launch.ranks import heartbeat, join
+from launch.run import resolve
+from launch.run.arguments import parse_arguments
+from model import MoEGPTConfig
+from model.layers import to_device
+
+OLD = ROOT / "tests" / "fixtures" / "before_the_move"
+
+
+class Cuda:
+    """What was asked of torch.cuda."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, accelerator: str, gpus: int) -> None:
+        self.device: int | None = None
+        self.state = torch.arange(16, dtype=torch.uint8)
+        monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: accelerator)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", self.set_device)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: self.state.clone())
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set_rng_state)
+
+    def set_device(self, device: int) -> None:
+        self.device = device
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.state = state
+
+
+@pytest.fixture
+def joining(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`join.start` up to the process group, which is not made; what it is asked for."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **options: asked.update(options))
+    monkeypatch.setattr(join, "wait_for_builds", lambda _: None)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "x")  # so that it is put back
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    return asked
+
+
+def test_ranks_on_gpus_take_theirs_and_outlive_a_peer_long_enough_to_name_it(
+    joining: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Cuda(monkeypatch, accelerator="cuda", gpus=4)
+    join.start(timeout=60)
+    assert cuda.device == 1 and joining["rank"] == 1
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "2"  # CleanUpOnly in ProcessGroupNCCL.hpp
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    join.start(timeout=60)
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3", "the user's own setting stays"
+
+
+def test_a_launcher_that_shows_each_rank_one_gpu(joining: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's --gpus-per-task=1; DeepSpeed takes its device by LOCAL_RANK."""
+    cuda = Cuda(monkeypatch, accelerator="cuda", gpus=1)
+    join.start(timeout=60)
+    assert cuda.device == 0 and os.environ["LOCAL_RANK"] == "0"
+
+
+def test_ranks_on_cpus_leave_a_gpu_of_the_machine_alone(joining: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make quickstart` with two ranks on a machine with one GPU: the second died of its device's number."""
+    cuda = Cuda(monkeypatch, accelerator="cpu", gpus=1)
+    join.start(timeout=60)
+    assert cuda.device is None and joining["rank"] == 1
+    assert "cuda" not in random_state()
+
+
+@pytest.mark.parametrize(("accelerator", "name"), [("cpu", "cpu_ep1_zero2.json"), ("cuda", "ep1_zero2.json")])
+def test_the_default_strategy_is_the_accelerators(accelerator: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Cuda(monkeypatch, accelerator=accelerator, gpus=8)
+    read: list[Path] = []
+    read_config = resolve.strategy.read_config
+    monkeypatch.setattr(resolve.strategy, "read_config", lambda path: read.append(path) or read_config(path))
+    flags = {"data": OLD / "tokens", "model": OLD / "model.json", "output": "unused", "sequence_length": 32, "max_steps": 5}
+    arguments = parse_arguments([text for flag, value in flags.items() for text in (f"--{flag}", str(value))])
+    run = resolve.resolve_run(arguments, world_size=1)
+    assert [path.name for path in read] == [name] and run.gpus == (8 if accelerator == "cuda" else 0)
+
+
+def test_the_gpus_random_state_is_saved_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch, accelerator="cuda", gpus=1)
+    state = random_state()
+    before, cuda.state = cuda.state, torch.zeros(16, dtype=torch.uint8)
+    set_random_state(state)
+    assert torch.equal(cuda.state, before)
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cpu")
+    cuda.state = torch.zeros(16, dtype=torch.uint8)
+    set_random_state(state)  # resumed on a CPU
+    assert not cuda.state.any()
+
+
+def test_the_model_is_made_on_the_accelerators_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the host first: eight ranks with a copy of `4b` each would take 140 GB there."""
+    monkeypatch.setattr(get_accelerator(), "current_device_name", lambda *_: "meta")
+    model = build_model(MoEGPTConfig.preset("tiny"), seed=1, attn_implementation="sdpa")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_deepspeed_is_told_of_the_cpu_only_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")
+    Cuda(monkeypatch, accelerator="cuda", gpus=1)
+    make_quiet()
+    assert "DS_ACCELERATOR" not in os.environ
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    make_quiet()
+    assert os.environ.pop("DS_ACCELERATOR") == "cpu"
+
+
+def test_to_a_gpu_a_tensor_goes_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Host:
+        device = torch.device("cpu")
+
+        def is_pinned(self) -> bool:
+            return "pinned" in done
+
+        def pin_memory(self) -> Host:
+            done.append("pinned")
+            return self
+
+        def to(self, device: torch.device, *, non_blocking: bool) -> Host:
+            done.append(f"{device} {non_blocking}")
+            return self
+
+    to_device(Host(), torch.device("cuda", 1))  # type: ignore[arg-type]
+    assert done == ["pinned", "cuda:1 True"]
+    to_device(Host(), torch.device("cuda", 1))  # type: ignore[arg-type]
+    assert done[2:] == ["cuda:1 True"], "what the loader has pinned is not copied once more"
+
+
+def test_nccl_out_of_memory_is_the_ranks_own_trouble() -> None:
+    own = torch.distributed.DistBackendError("NCCL error: ncclUnhandledCudaError, Cuda failure 2 'out of memory'")
+    assert not heartbeat.is_second_hand(own)
+    assert heartbeat.is_second_hand(torch.distributed.DistBackendError("NCCL error: remote process exited"))
+
+
+# ---------------------------------------------------------------------- the list
+
+HERE, GPU = "tests/launch/test_pretended_cuda.py", "make gpu"
+#: Every function with a line for CUDA in it, and what runs that line.
+RUN_BY = {
+    "launch/checkpoint/random_state.py:on_gpu": HERE,
+    "launch/checkpoint/random_state.py:random_state": HERE,
+    "launch/checkpoint/random_state.py:set_random_state": HERE,
+    "launch/cli.py:make_quiet": HERE,
+    "launch/engine/exchange.py:Exchange._copy_to_host": GPU,
+    "launch/engine/hardware.py:peak_flops": "tests/launch/engine/test_hardware.py",
+    "launch/exported.py:default_device": GPU,
+    "launch/ranks/join.py:start": HERE,
+    "launch/run/batches.py:BatchLoader.__init__": "tests/launch/run/test_batches.py",
+    "launch/run/progress.py:memory_bytes": GPU,
+    "launch/run/resolve.py:resolve_run": HERE,
+    "launch/run/session.py:say_what_to_expect": GPU,
+    "launch/run/toolchain.py:check_toolchain": "tests/launch/run/test_toolchain.py",
+    "model/flash.py:kernel_preference": "tests/model/test_flash.py",
+    "model/flash.py:pick_kernel": GPU,
+    "model/layers.py:to_device": HERE,
+}
+
+
+def functions_with_cuda(path: Path) -> set[str]:
+    """Those that name torch.cuda or compare a device with "cuda"."""
+    found = set()
+
+    def walk(node: ast.AST, name: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = name
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                inner = f"{name}.{child.name}" if name else child.name
+            text = isinstance(child, ast.Constant) and child.value == "cuda"
+            if text or (isinstance(child, ast.Attribute) and ast.unparse(child) == "torch.cuda"):
+                found.add(f"{path.relative_to(ROOT)}:{inner}")
+            walk(child, inner)
+
+    walk(ast.parse(path.read_text()), "")
+    return found
+
+
+def test_every_line_for_cuda_is_run_by_something() -> None:
+    """The benchmarks are what `make gpu` runs, so they are not in the list."""
+    paths = [path for folder in ("model", "data", "launch") for path in (ROOT / folder).rglob("*.py")]
+    found = {name for path in paths if "benchmarks" not in path.parts for name in functions_with_cuda(path)}
+    asked_of_the_accelerator = {"launch/run/batches.py:BatchLoader.__init__"}  # by `!= "cpu"`
+    assert found == RUN_BY.keys() - asked_of_the_accelerator
+    assert all((ROOT / proof).is_file() for proof in RUN_BY.values() if proof != GPU)

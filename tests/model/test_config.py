@@ -1,0 +1,85 @@
+"""Presets, aliases, refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import MoEGPTConfig
+
+# What the README says: total and active parameters, as written there.
+
+
+def test_aliases_of_the_first_description() -> None:
+    config = MoEGPTConfig(hidden_dim=128, num_attn_heads=4, num_key_value_heads=2, num_experts=4, context_length=512)
+    assert (config.hidden_size, config.num_attention_heads, config.head_dim) == (128, 4, 32)
+    assert (config.n_routed_experts, config.max_position_embeddings) == (4, 512)
+    assert config.hidden_dim == 128 and config.num_local_experts == 4
+    assert config.rope_parameters["original_max_position_embeddings"] == 512
+    assert MoEGPTConfig.preset("tiny", num_experts=4, n_group=2, topk_group=1).n_routed_experts == 4
+
+
+def test_it_survives_json(tmp_path: Path) -> None:
+    config = MoEGPTConfig.preset("tiny", qk_norm=True, z_loss_weight=1e-4, eos_token_id=3)
+    config.save_pretrained(tmp_path)
+    loaded = MoEGPTConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "moe_gpt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, got 0"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers must be a whole number"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"n_group": 3}, "must divide n_routed_experts"),
+        ({"n_group": 8, "topk_group": 4}, "groups of 2 or more"),
+        ({"topk_group": 5}, "must not exceed n_group"),
+        ({"num_experts_per_tok": 5}, "must not exceed the 4 experts in the 2 chosen of 4 groups"),
+        ({"scoring_func": "relu"}, "scoring_func must be one of sigmoid, softmax, got 'relu'"),
+        ({"expert_dropout": 1.0}, "expert_dropout must be at least 0 and below 1"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_type must be one of default, yarn"),
+        ({"rope_parameters": {"factor": 0.5}}, "factor must be at least 1"),
+        ({"head_dim": 33}, "head_dim must be even"),
+        ({"hiden_size": 5}, "unknown model configuration field 'hiden_size'"),
+    ],
+)
+def test_wrong_values_are_named(fields: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        MoEGPTConfig.preset("tiny", **fields)
+
+
+def test_unknown_preset_names_the_presets() -> None:
+    with pytest.raises(ValueError, match="unknown preset '3b'; the presets are tiny, 60m, 800m, 4b"):
+        MoEGPTConfig.preset("3b")
+
+
+def test_rope_factor() -> None:
+    config = MoEGPTConfig.preset("800m")
+    longer = config.with_rope_factor(4)
+    assert longer.max_position_embeddings == 8192 and config.max_position_embeddings == 2048
+    assert longer.rope_parameters["factor"] == 4.0
+    assert longer.rope_parameters["original_max_position_embeddings"] == 2048
+    assert longer.with_rope_factor(4).to_dict() == longer.to_dict()
+    assert longer.with_rope_factor(1).rope_parameters == config.rope_parameters
+    assert MoEGPTConfig.preset("tiny").with_rope_factor(4).max_position_embeddings == 2048
+    with pytest.raises(ValueError, match="at least 1"):
+        config.with_rope_factor(0.5)
+
+
+def test_importing_touches_nothing() -> None:
+    """Every module imports in a fresh interpreter without opening a socket or initialising CUDA."""
+    code = (
+        "import importlib, pkgutil, socket, torch, transformers\n"
+        "def refuse(*args): raise AssertionError('a module opens a connection')\n"
+        "socket.socket.connect = refuse\n"
+        "import model\n"
+        "names = [m.name for m in pkgutil.iter_modules(model.__path__, 'model.')]\n"
+        "[importlib.import_module(name) for name in names]\n"
+        "assert len(names) > 8 and not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])

@@ -1,0 +1,69 @@
+"""What the attention mask makes of positions, padding and masks that a caller gives."""
+
+import pytest
+import torch
+
+from model.mask import AttentionMask, causal_mask
+from tests import reference
+
+CPU = torch.device("cpu")
+LOWEST = torch.finfo(torch.float32).min
+
+
+def test_what_needs_no_mask_is_plain_causal() -> None:
+    assert causal_mask((2, 8), 0, CPU).plain_causal
+    assert causal_mask((2, 8), 0, CPU, attention_mask=torch.ones(2, 8)).plain_causal
+    assert causal_mask((2, 8), 0, CPU, position_ids=torch.arange(8)[None]).plain_causal
+    assert causal_mask((2, 1), 7, CPU).plain_causal
+    assert not causal_mask((2, 3), 5, CPU).plain_causal
+
+
+def test_documents_are_read_off_the_positions() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
+    packed = causal_mask((2, 8), 0, CPU, position_ids=positions)
+    assert packed.varlen and packed.seqlens == (3, 5, 6, 2) and packed.max_seqlen == 6
+    assert packed.cu_seqlens is not None and packed.cu_seqlens.tolist() == [0, 3, 8, 14, 16]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert torch.equal(packed.allowed_B1SL[:, 0], reference.allowed_pairs(positions))
+
+
+def test_one_row_of_positions_serves_the_batch() -> None:
+    packed = causal_mask((2, 8), 0, CPU, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+    assert packed.seqlens == (3, 5, 3, 5)
+
+
+def test_a_query_that_may_see_nothing_sees_itself() -> None:
+    padding = torch.zeros(1, 4, dtype=torch.bool)
+    padded = AttentionMask(queries=4, keys=4, device=CPU, padding_BL=padding)
+    assert torch.equal(padded.allowed_B1SL[0, 0], torch.eye(4, dtype=torch.bool))
+    given = AttentionMask(queries=4, keys=4, device=CPU, given_B1SL=padding[:, None, None].expand(1, 1, 4, 4))
+    assert torch.equal(given.allowed_B1SL[0, 0], torch.eye(4, dtype=torch.bool))
+
+
+def test_a_mask_of_four_dimensions_is_the_callers_word() -> None:
+    """As bools or as what transformers adds to the scores; a static cache's free slots are cut off."""
+    allowed = torch.rand(2, 1, 3, 9, generator=torch.Generator().manual_seed(0)) < 0.6
+    allowed[0, 0, 1] = False
+    expected = allowed[..., :5].clone()
+    expected[0, 0, 1, 3] = True  # the second of the last three of five positions
+    added = torch.where(allowed, 0.0, LOWEST)
+    for mask in (allowed, added, torch.where(allowed, 0.0, -torch.inf)):
+        made = causal_mask((2, 3), 2, CPU, attention_mask=mask)
+        assert not made.plain_causal and not made.varlen
+        assert torch.equal(made.allowed_B1SL, expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [
+        (torch.ones(2, 4), "attention_mask must be"),  # fewer keys than positions
+        (torch.ones(2, 1, 8), "attention_mask must be"),
+        (torch.ones(2, 1, 4, 8), "4-D attention_mask must be"),
+        (torch.ones(2, 4, 8, 8), "4-D attention_mask must be"),
+        (torch.full((2, 1, 8, 8), -1.5), "adds no bias"),
+        (torch.ones(2, 1, 8, 8, dtype=torch.long), "must be bool"),
+    ],
+)
+def test_other_masks_are_refused(mask: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        causal_mask((2, 8), 0, CPU, attention_mask=mask)

@@ -1,0 +1,81 @@
+"""`ModelSizes` against `MoEGPTConfig`, which it stands in for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from model import MoEGPTConfig
+from model.accounting import count_parameters, training_flops_per_token
+from model.config import PRESETS
+from model.sizes import ALIASES, ModelSizes, load_sizes
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_read_alike(preset: str) -> None:
+    config, sizes = MoEGPTConfig.preset(preset), load_sizes(preset)
+    assert {f.name: getattr(sizes, f.name) for f in fields(sizes)} == {f.name: getattr(config, f.name) for f in fields(sizes)}
+    assert count_parameters(sizes) == count_parameters(config)
+    assert training_flops_per_token(sizes, 512) == training_flops_per_token(config, 512)
+
+
+def test_defaults_aliases_and_a_saved_config(tmp_path: Path) -> None:
+    given = {"hidden_dim": 96, "num_attn_heads": 6, "num_experts": 4, "context_length": 128, "use_qk_norm": False}
+    config = MoEGPTConfig(**given, num_key_value_heads=3, tie_word_embeddings=True, attention_sinks=False)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "aliases.json").write_text(
+        json.dumps({**given, "num_key_value_heads": 3, "tie_word_embeddings": True, "attention_sinks": False, "head_dim": None})
+    )
+    for path in (tmp_path, tmp_path / "config.json", tmp_path / "aliases.json"):
+        sizes = load_sizes(str(path))
+        assert sizes.head_dim == 16 and sizes.n_routed_experts == 4
+        assert all(getattr(sizes, f.name) == getattr(config, f.name) for f in fields(sizes))
+    assert {k: v for k, v in MoEGPTConfig.attribute_map.items() if k != v} == ALIASES
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    """Counted on the modules, with the fields that change the count turned."""
+    import torch
+
+    from model import MoEGPTForCausalLM
+
+    fields_ = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    for changed in ({}, {"tie_word_embeddings": True}, {"qk_norm": False, "attention_sinks": False}, {"head_dim": 16}):
+        given = {**fields_, "moe_intermediate_size": 24, "n_shared_experts": 2, **changed}
+        with torch.device("meta"):
+            model = MoEGPTForCausalLM(MoEGPTConfig(**given))
+        assert count_parameters(ModelSizes.of(given)).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"hidden_size": 0}', "hidden_size must be a whole number of at least 1, got 0"),
+        ('{"hidden_size": "wide"}', "hidden_size must be a whole number of at least 1, got 'wide'"),
+        ('{"qk_norm": 1}', "qk_norm must be true or false, got 1"),
+        ('{"num_experts_per_tok": 9}', "num_experts_per_tok (9) must not exceed n_routed_experts (8)"),
+        ("[1]", "the top level must be an object"),
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_mistakes_name_the_file_and_the_field(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json") as refused:
+        load_sizes(str(tmp_path / "config.json"))
+    assert said in str(refused.value)
+
+
+def test_a_preset_that_is_not_there() -> None:
+    with pytest.raises(FileNotFoundError, match=r"--model 7b is neither a preset \(4b, 60m, 800m, tiny\) nor a config.json"):
+        load_sizes("7b")
+
+
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    code = "import sys, model.sizes, model.accounting; sys.exit(any(n in sys.modules for n in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
