@@ -124,7 +124,8 @@ def within(seconds: float, what: str) -> Iterator[None]:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         print(
             f"error: rank {os.environ['RANK']} has waited {seconds:.0f} s for {what} (rank 0 is to be at {place}); look for the "
-            "one that has died or was never started",
+            "one that has died or was never started, and between hosts at a firewall or the wrong network device "
+            "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
             file=sys.stderr,
             flush=True,
         )
