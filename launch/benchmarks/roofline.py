@@ -21,6 +21,7 @@ from launch.benchmarks.counting import Count, Entry, Ledger
 from launch.benchmarks.measure import print_table
 from launch.engine.build import load_model_config
 from launch.planning.devices import Device, find_device
+from launch.profiling.parts import parts_of
 from model import MoEGPTConfig
 from model.accounting import count_parameters, training_flops_per_token
 
@@ -70,33 +71,11 @@ def count_micro_step(make: Any, config: MoEGPTConfig, layers: int, shape: tuple[
     is_ours = type(model).__name__ == "MoEGPTForCausalLM"
     batch = {"shift_labels": ids, "num_items_in_batch": torch.empty((), device="meta")} if is_ours else {"labels": ids}
     rows = ids.numel() * config.num_experts_per_tok
-    with counted.as_on_cuda(rows), Count(parts_of(model)) as count:
+    with counted.as_on_cuda(rows), Count(parts_of(model, "dispatch and combine")) as count:
         loss = model(input_ids=ids, **batch).loss
         count.end_forward()
         loss.backward()
     return count.ledger
-
-
-def parts_of(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
-    """What a module's operations are counted under; the innermost counts."""
-    endings = {
-        "self_attn": "attention",
-        "input_layernorm": "norms",
-        "post_attention_layernorm": "norms",
-        "mlp": "dispatch and combine",
-        "mlp.router": "router",
-        "mlp.gate": "router",
-        "mlp.experts": "experts",
-        "mlp.shared_experts": "shared expert",
-        "mlp.shared_experts.gate_proj": "shared expert",
-        "mlp.shared_experts.up_proj": "shared expert",
-        "mlp.shared_experts.down_proj": "shared expert",
-    }
-    parts = {module: endings[tail] for name, module in model.named_modules() if (tail := ".".join(name.split(".")[3:])) in endings}
-    for name, module in model.named_modules():
-        if name == "lm_head":
-            parts[module] = "loss"
-    return parts
 
 
 @dataclass(frozen=True)

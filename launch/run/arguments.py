@@ -62,12 +62,22 @@ class TrainArguments:
     stall_timeout: float
     verify: bool
     stop_after: int
+    profile: int
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "sequence_length", "log_interval", "eval_batches", "save_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("eval_interval", "keep_last", "keep_every", "patience", "spike_window", "spike_rollback", "health_interval"):
+        for name in (
+            "eval_interval",
+            "keep_last",
+            "keep_every",
+            "patience",
+            "spike_window",
+            "spike_rollback",
+            "health_interval",
+            "profile",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}")
         if self.eval_tasks and not self.eval_interval:
@@ -155,6 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument("--health_interval", type=int, default=100, metavar="N", help="steps between two expert-load maps; 0: never")
     out.add_argument("--wandb", default="offline", choices=("online", "offline", "disabled"), help="Weights & Biases")
     out.add_argument("--wandb_project", default="moe-code-gpt", metavar="NAME", help="project of the W&B run")
+    out.add_argument("--profile", type=int, default=0, metavar="N", help="trace N early steps; where they go, in RUN/profile/")
     out.add_argument("--stall_timeout", type=float, default=1800.0, metavar="S", help="seconds without a step before all ranks end")
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
     return p

@@ -25,6 +25,7 @@ from launch.engine.settings import EngineSettings
 from launch.engine.step_hook import StepHook
 from launch.engine.strategy import Strategy
 from launch.planning.expectation import duration_line, job_of_run, memory_line
+from launch.profiling.ranges import STEP
 from launch.ranks.control_group import ControlGroup
 from launch.ranks.join import JOIN_SECONDS, start, within
 from launch.ranks.watchdog import Watchdog
@@ -34,6 +35,7 @@ from launch.run.arguments import TrainArguments
 from launch.run.health import Health
 from launch.run.initial_weights import load_weights
 from launch.run.metrics import Monitor
+from launch.run.profile import StepProfile
 from launch.run.progress import memory_bytes
 from launch.run.resolve import ResolvedRun
 from launch.run.saving import Saving
@@ -225,6 +227,8 @@ class Session:
         """All ranks have saved before any stops listening: only then is a late signal of the launcher without meaning."""
         folder = self.arguments.output
         trainer.monitor.say(f"{outcome} at step {trainer.position.step}; everything lies in {folder}")
+        if trainer.profile is not None and trainer.profile.written:
+            trainer.monitor.say(f"where a step's time goes: {trainer.profile.folder}/table.txt")
         trainer.monitor.say(f"next: python launch/export.py --checkpoint {folder} --output {folder}-hf")
         clean = trainer.monitor.close()
         self.watchdog.at(trainer.position.step, "waiting for the other ranks to finish")
@@ -268,7 +272,7 @@ def make_trainer(
     monitor = Monitor(arguments.output, enabled=dist.get_rank() == 0, last_step=last_step)
     held_out = run.validation_data
     clip = Strategy.of(run.deepspeed).gradient_clipping
-    return Trainer(
+    trainer = Trainer(
         arguments=arguments,
         engine=engine,
         step_hook=StepHook(engine, clip=clip),
@@ -286,6 +290,22 @@ def make_trainer(
         flops_per_token=training_flops_per_token(run.model, arguments.sequence_length),
         peak_flops=peak_flops(),
     )
+    if arguments.profile:
+        trainer.profile = make_profile(trainer)
+    return trainer
+
+
+def make_profile(trainer: Trainer) -> StepProfile:
+    """What of a step is no module of the model is named here."""
+    methods = [
+        (trainer, "next_batches", "data"),
+        (trainer, "reduce_loss_and_flags", "communication"),
+        (trainer.balancer, "step", "router"),
+        (trainer.step_hook, "step", "optimizer"),
+        (trainer.engine, "backward", "gradients"),
+        (trainer, "train_step", STEP),
+    ]
+    return StepProfile(trainer.arguments.output, trainer.arguments.profile, trainer.engine.module, methods, trainer.monitor)
 
 
 def make_validation(arguments: TrainArguments, data: PackedDataset, engine: DeepSpeedEngine, watchdog: Watchdog) -> Validation:

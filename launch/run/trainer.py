@@ -28,6 +28,7 @@ from launch.run.arguments import TrainArguments
 from launch.run.batches import BatchLoader, StepBatches
 from launch.run.health import Health
 from launch.run.metrics import Monitor
+from launch.run.profile import StepProfile
 from launch.run.progress import gigabytes, memory_bytes, short
 from launch.run.saving import Saving
 from launch.run.spikes import SpikeDetector
@@ -71,6 +72,7 @@ class Trainer:
     last_step: int
     flops_per_token: float
     peak_flops: float | None
+    profile: StepProfile | None = None
     position: Position = field(default_factory=Position)
     outcome: str = ""
 
@@ -99,8 +101,10 @@ class Trainer:
         while self.position.step < self.last_step and not self.outcome:
             self._timer.start()
             metrics = self.train_step()
-            self._timer.stop()
+            seconds = self._timer.stop()
             step = self.position.step
+            if self.profile is not None:
+                self.profile.after_step(seconds)
             if self.is_logged(step) or "skipped" in metrics:
                 self.log(metrics)
             self.show_progress(metrics)
@@ -108,6 +112,8 @@ class Trainer:
                 self.validate()
             if step % args.save_interval == 0:
                 self.save()
+        if self.profile is not None:
+            self.profile.close()
         self.watchdog.at(self.position.step, "saving")
         self.loader.close()
         self.saving.finish(self.state())
@@ -320,9 +326,12 @@ class StepTimer:
     def start(self) -> None:
         self._started = self._clock()
 
-    def stop(self) -> None:
-        self._seconds += self._clock() - self._started
+    def stop(self) -> float:
+        """Seconds of this step."""
+        seconds = self._clock() - self._started
+        self._seconds += seconds
         self._steps += 1
+        return seconds
 
     def take(self) -> tuple[float, int]:
         taken = self._seconds, self._steps
