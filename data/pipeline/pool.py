@@ -7,14 +7,17 @@ job with a sentence; a job that dies (SIGKILL) takes its workers with it.
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from data.cli import ONE_THREAD, UserError, drain
@@ -54,27 +57,48 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
     if method == "fork":
         start_worker(options)
     context = multiprocessing.get_context(method)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(options,))
-    with _without_interrupts():
-        for _ in range(workers):
-            pool.submit(os.getpid)  # starts one process, as long as none is idle
+    with _in_a_file(options) as path:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(path,))
+        with _without_interrupts(), _killed_workers_named():
+            for _ in range(workers):
+                pool.submit(os.getpid)  # starts one process, as long as none is idle
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _in_a_file(options: WorkOptions) -> Iterator[str]:
+    """Not through the pipe that starts a process: a tokenizer does not fit into it, and the parent would wait for ever for a
+    process that was killed before it had read it."""
+    descriptor, path = tempfile.mkstemp(prefix="moe_preprocess_")
     try:
-        yield pool
+        with open(descriptor, "wb") as file:
+            pickle.dump(options, file)
+        yield path
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        os.unlink(path)
 
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes started in here leave Ctrl-C to their parent from their first moment on: they inherit that it is ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes started in here leave Ctrl-C to their parent from their first moment on: they inherit that it is blocked.
+
+    Here one that comes meanwhile, to whichever thread, is raised at the end.
+    """
+    came: list[int] = []
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main_thread else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main_thread:
+            signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _threads() -> int:
@@ -85,11 +109,11 @@ def _threads() -> int:
         return 0
 
 
-def _start_process(options: WorkOptions) -> None:
+def _start_process(path: str) -> None:
     """In each worker: die with the parent, load the tokenizer once unless it came with the fork."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     if _worker is None:
-        start_worker(options)
+        start_worker(pickle.loads(Path(path).read_bytes()))
 
 
 def start_worker(options: WorkOptions) -> None:
@@ -125,13 +149,19 @@ def _run(worker: Worker, block: Block) -> Result:
 def in_order(blocks: Iterable[Block], pool: Executor, workers: int) -> Iterator[Result]:
     """The results of all blocks, in the order of the blocks."""
     pending: deque[Any] = deque()
-    try:
+    with _killed_workers_named():
         for block in read_ahead(blocks, workers):
             pending.append(pool.submit(run_block, block))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+@contextmanager
+def _killed_workers_named() -> Iterator[None]:
+    try:
+        yield
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, most likely for want of memory; run the same command again with fewer --workers, "

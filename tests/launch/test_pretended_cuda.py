@@ -123,6 +123,10 @@ def test_the_model_is_made_on_the_accelerators_device(monkeypatch: pytest.Monkey
 def test_deepspeed_is_told_of_the_cpu_only_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR")
     Cuda(monkeypatch, accelerator="cuda", gpus=1)
+    # What silences this process would silence the tests that follow, pytest's own log handlers included.
+    monkeypatch.setattr("logging.disable", lambda *_: None)
+    monkeypatch.setattr("warnings.filterwarnings", lambda *_: None)
+    monkeypatch.setattr("deepspeed.utils.logging.set_log_level_from_string", lambda *_: None)
     make_quiet()
     assert "DS_ACCELERATOR" not in os.environ
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 from data_helpers import command, contents, environment, run
+
+from data.cli import UserError
+from data.pipeline import pool
+from data.pipeline.worker import WorkOptions
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -61,3 +67,39 @@ def test_running_out_of_memory_is_a_sentence(workers: int, tmp_path: Path, corpu
     line = command("--input", corpus, "--tokenizer", tokenizer_file, "--output", tmp_path / "out", "--workers", workers)
     done = subprocess.run([line[0], "-c", script, *line[2:]], capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 2 and "not enough memory for a block of" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_workers_start_is_kept() -> None:
+    inside = False
+    with pytest.raises(KeyboardInterrupt), pool._without_interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        inside = True
+    assert inside
+
+
+def test_a_worker_killed_before_the_first_block_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies in its start breaks the pool before anything is submitted to it."""
+
+    class Broken:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def submit(self, *_: object) -> None:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(pool, "start_worker", lambda options: None)
+    with pytest.raises(UserError, match="a worker process was killed"), pool._processes(2, None):  # type: ignore[arg-type]
+        raise AssertionError("it has not started")
+
+
+def test_what_starts_a_worker_fits_into_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer does not: the job would wait for ever for a process that was killed before it had read it."""
+    options = WorkOptions(tokenizer_json="x" * 1_000_000, eos_token_id=0, dtype="uint16")
+    with pool._in_a_file(options) as path:
+        assert len(pickle.dumps(path)) < 4096
+        started: list[WorkOptions] = []
+        monkeypatch.setattr(pool, "_worker", None)
+        monkeypatch.setattr(pool, "start_worker", started.append)
+        pool._start_process(path)
+    assert started == [options] and not Path(path).exists()
