@@ -20,8 +20,8 @@ from deepspeed.moe import ep_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from launch.benchmarks.contestants import peer_model
 from launch.benchmarks.counting import declare, declare_host_wait, uncounted
-from launch.benchmarks.step import peer_model
 from launch.engine import expert_parallel
 from launch.engine.exchange import Exchange
 from launch.ranks import join

@@ -1,138 +1,171 @@
-"""A whole training step under DeepSpeed: ours beside transformers' Glm4Moe under stock AutoEP, the same sizes and JSON.
+"""A whole training step: ours beside Glm4Moe under stock AutoEP, with and without its knobs, and both without DeepSpeed.
 
-python launch/benchmark.py step --model 800m --deepspeed_config ds_configs/ep1_zero2.json
+python launch/benchmark.py step --model 800m --layers 4 --deepspeed_config ds_configs/ep1_zero2.json
 deepspeed --num_gpus 8 launch/benchmark.py step --model 800m --deepspeed_config ds_configs/ep8_zero2.json
 
-The peer has no sinks, its router multiplies in bf16, and its loss holds full logits: what one would train without this
-project.
+Same sizes, tokens, optimizer, recomputation. All are alive at once and take turns step by step, so that a machine that is busy
+is busy for all of them; a ratio is the median of what pairs of such steps give.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "n_routed_experts", "num_experts_per_tok"),
-    *("n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
-)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from launch.benchmarks.contestants import Contestant
+
+PHASES = ("forward", "backward", "optimizer")
+COLUMNS = (*(f"{phase}_ms" for phase in PHASES), "total_ms", "tokens_per_second_per_rank", "ratio", "ratio_without_optimizer")
+UNTIMED = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="a preset or a config.json")
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/cpu_ep1_zero2.json"))
+    parser.add_argument("--layers", type=int, help="cut the model to so many")
+    parser.add_argument("--vocabulary", type=int, help="of another size than the model's")
+    parser.add_argument("--deepspeed_config", type=Path, help="default: that of launch/train.py for these ranks")
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--micro_batch", type=int, default=8, help="sequences of a rank; one micro-batch a step")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a round, after two that are not")
-    parser.add_argument("--rounds", type=int, default=3, help="ours and the peer in turn, so that drift meets both")
-    parser.add_argument("--attn_implementation", choices=("flash", "sdpa", "eager"), default="flash")
+    parser.add_argument("--micro_batch", type=int, default=8, help="sequences of a rank")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each, after two that are not")
+    parser.add_argument("--attn_implementation", choices=("flash", "sdpa", "eager"), default="flash", help="ours; peers take sdpa")
+    modes = ("none", "selective", "full")
+    parser.add_argument("--activation_checkpointing", choices=modes, help="of all; default: the JSON's mode")
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="some of those in the table, beside ours")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
 
-def peer_model(config: Any, device: str | None = None) -> Any:
-    """Glm4Moe of the same sizes: the same parameters but for the sinks. On this rank's device, or on another."""
-    import torch
-    from deepspeed.accelerator import get_accelerator
-    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-
-    sizes = {name: getattr(config, name) for name in SIZES}
-    theirs = Glm4MoeConfig(
-        **sizes,
-        first_k_dense_replace=0,
-        use_qk_norm=config.qk_norm,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
-    )
-    theirs._attn_implementation = "sdpa"
-    theirs.scoring_func = config.scoring_func  # AutoEP reads it
-    with torch.device(device or get_accelerator().current_device_name()):
-        return Glm4MoeForCausalLM(theirs)
-
-
-def make_engine(arguments: argparse.Namespace, ours: bool) -> Any:
-    import deepspeed
-    import torch.distributed as dist
-
-    from launch.engine import strategy
-    from launch.engine.build import build_engine, build_model, load_model_config, parameter_groups
-
-    config = load_model_config(arguments.model)
-    path, ranks = arguments.deepspeed_config, dist.get_world_size()
-    settings = strategy.read_config(path)
-    settings.update(train_micro_batch_size_per_gpu=arguments.micro_batch, train_batch_size=arguments.micro_batch * ranks)
-    settings["gradient_accumulation_steps"] = 1
-    settings = strategy.resolve_config(settings, path, world_size=ranks, num_experts=config.n_routed_experts, max_steps=1000)
-    if ours:
-        return build_engine(build_model(config, seed=0, attn_implementation=arguments.attn_implementation), settings)
-    settings["activation_checkpointing"].pop("mode", None)  # in stock DeepSpeed the section does nothing
-    model = peer_model(config)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, 0.01), config=settings)
-    return engine
-
-
-def round_of(arguments: argparse.Namespace, ours: bool) -> dict[str, float]:
-    """Median seconds of a step and peak memory, of a fresh engine."""
-    import torch
-    import torch.distributed as dist
-
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    engine = make_engine(arguments, ours)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    tokens = torch.randint(0, 4096, (arguments.micro_batch, arguments.sequence_length + 1), generator=generator)
-    inputs, targets = tokens[:, :-1].contiguous().to(engine.device), tokens[:, 1:].contiguous().to(engine.device)
-    # transformers names shifted targets the same, but computes them beside `labels`
-    batch = {"input_ids": inputs, "shift_labels": targets} if ours else {"input_ids": inputs, "labels": inputs}
-    seconds = []
-    for _ in range(arguments.steps + 2):
-        dist.barrier()
-        began = time.perf_counter()
-        engine.backward(engine(**batch).loss)
-        engine.step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
-    engine.destroy()
-    del engine
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-    return {"seconds": statistics.median(seconds[2:]), "peak_gb": peak}
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`{"contestants": {name: {"forward_ms", ..., "total_ms", "tokens_per_second_per_rank", "ratio", ...}}}` on every rank."""
     import torch.distributed as dist
 
-    from launch.engine.build import load_model_config
-    from launch.engine.hardware import peak_flops
+    from launch.benchmarks.contestants import OURS, Stage
+    from launch.benchmarks.measure import print_table
     from launch.ranks import join
-    from model.accounting import training_flops_per_token
 
     join.set_environment()
     join.start(timeout=600)
-    found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-    for _ in range(arguments.rounds):
-        for ours in (True, False):
-            found[ours].append(round_of(arguments, ours))
-    tokens = arguments.micro_batch * arguments.sequence_length
-    flops, peak = training_flops_per_token(load_model_config(arguments.model), arguments.sequence_length), peak_flops()
-    result: dict[str, Any] = {"model": arguments.model, "ranks": dist.get_world_size()}
-    for name, ours in (("ours", True), ("stock AutoEP", False)):
-        seconds = statistics.median(row["seconds"] for row in found[ours])
-        row = {"tokens_per_second_per_rank": tokens / seconds, "peak_gb": max(row["peak_gb"] for row in found[ours])}
-        if peak:
-            row["mfu"] = tokens / seconds * flops / peak
-        result[name] = row
-    ratios = [peer["seconds"] / own["seconds"] for own, peer in zip(found[True], found[False], strict=True)]
-    result["speed_ratio"] = statistics.median(ratios)
+    names = chosen(arguments.contestants, dist.get_world_size())
+    stage = Stage(arguments)
+    seconds = take_turns(arguments, stage, names)
+    result: dict[str, Any] = {
+        "settings": {k: str(v) for k, v in vars(arguments).items()} | {"json": str(stage.path), "recomputation": stage.mode},
+        "ranks": dist.get_world_size(),
+        "contestants": {name: summary(seconds[name], seconds[OURS], stage, arguments) for name in names},
+    }
     if dist.get_rank() == 0:
-        for name in ("ours", "stock AutoEP"):
-            print(f"{name:>14}: " + "  ".join(f"{k} {v:,.3f}" for k, v in result[name].items()))
-        print(f"{'ratio':>14}: ours is {result['speed_ratio']:.2f} x as fast (median of {arguments.rounds} rounds, {ratios})")
+        rows = [[name, *(result["contestants"][name][column] for column in COLUMNS)] for name in names]
+        print_table(title(arguments, stage.path, stage.mode, dist.get_world_size()), ["", *COLUMNS], rows)
+        print("ratio: how many times as long as ours, median over turns")
     return result
+
+
+def chosen(wanted: Sequence[str] | None, ranks: int) -> list[str]:
+    """The contestants by name, ours first. Raises UserError for one that is not."""
+    from data.cli import UserError
+    from launch.benchmarks.contestants import ALONE, CONTESTANTS, OURS
+
+    here = [name for name in CONTESTANTS if ranks == 1 or name not in ALONE]
+    if wanted is None:
+        return here
+    for name in wanted:
+        if name not in here:
+            on = "one rank" if ranks == 1 else f"{ranks} ranks"
+            raise UserError(f"--contestants {name!r} is none of {', '.join(map(repr, here))}, which is who there is on {on}")
+    return [name for name in here if name == OURS or name in wanted]
+
+
+def take_turns(arguments: argparse.Namespace, stage: Any, names: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """Seconds of each phase of each timed step. The order turns as well: who comes after whom matters to caches."""
+    import torch
+    import torch.distributed as dist
+
+    from launch.benchmarks.contestants import CONTESTANTS
+
+    contestants = [CONTESTANTS[name](stage, name) for name in names]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    shape = (arguments.micro_batch, arguments.sequence_length + 1)
+    device = torch.device(deepspeed_device())
+    tokens = [
+        torch.randint(0, min(4096, stage.config.vocab_size), shape, generator=generator).to(device)
+        for _ in range(arguments.accumulation)
+    ]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(UNTIMED + arguments.steps):
+        for place in range(len(contestants)):
+            contestant = contestants[(place + turn) % len(contestants)]
+            dist.barrier()
+            seconds = timed_step(contestant, tokens, device)
+            if turn >= UNTIMED:
+                found[contestant.name].append(seconds)
+    return found
+
+
+def deepspeed_device() -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().current_device_name())
+
+
+def timed_step(contestant: Contestant, micro_batches: Sequence[Tensor], device: Any) -> dict[str, float]:
+    """One optimizer step; each phase ends when the device has."""
+    from launch.benchmarks.measure import synchronize
+
+    seconds = dict.fromkeys(PHASES, 0.0)
+    synchronize(device)
+    now = time.perf_counter()
+
+    def end(phase: str) -> None:
+        nonlocal now
+        synchronize(device)
+        before, now = now, time.perf_counter()
+        seconds[phase] += now - before
+
+    for number, tokens in enumerate(micro_batches):
+        loss = contestant.forward(tokens)
+        end("forward")
+        contestant.backward(loss, last=number == len(micro_batches) - 1)
+        end("backward")
+    contestant.update()
+    end("optimizer")
+    return seconds
+
+
+def summary(
+    steps: list[dict[str, float]], ours: list[dict[str, float]], stage: Any, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Medians, the paired ratios, and every step."""
+    from launch.engine.hardware import peak_flops
+    from model.accounting import training_flops_per_token
+
+    totals, ours_totals = [sum(step.values()) for step in steps], [sum(step.values()) for step in ours]
+    computing, ours_computing = ([step["forward"] + step["backward"] for step in each] for each in (steps, ours))
+    tokens = arguments.micro_batch * arguments.sequence_length * arguments.accumulation
+    speed = tokens / statistics.median(totals)
+    row: dict[str, Any] = {f"{phase}_ms": 1e3 * statistics.median(step[phase] for step in steps) for phase in PHASES}
+    row.update(total_ms=1e3 * statistics.median(totals), tokens_per_second_per_rank=speed)
+    row.update(ratio=paired(totals, ours_totals), ratio_without_optimizer=paired(computing, ours_computing))
+    if peak := peak_flops():
+        row["mfu"] = speed * training_flops_per_token(stage.config, arguments.sequence_length) / peak
+    row["steps"] = steps
+    return row
+
+
+def paired(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """The median of the turns' ratios."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def title(arguments: argparse.Namespace, path: Path, mode: str, ranks: int) -> str:
+    cut = f" cut to {arguments.layers} layers" if arguments.layers else ""
+    shape = f"{arguments.micro_batch} x {arguments.sequence_length} tokens, {arguments.accumulation} micro-batches"
+    return (
+        f"step of {arguments.model}{cut}, {ranks} ranks, {path.name}, {shape}, recomputation {mode}; medians of {arguments.steps}"
+    )

@@ -229,7 +229,7 @@ STATIONS: dict[str, Callable[[Site], Figures]] = {
     "step": benchmark(
         "step",
         ("--model", "800m", "--sequence_length", 2048, "--deepspeed_config", "ds_configs/ep1_zero2.json"),
-        ("--model", "tiny", "--sequence_length", 64, "--micro_batch", 2, "--steps", 1, "--rounds", 1),
+        ("--model", "tiny", "--sequence_length", 64, "--micro_batch", 2, "--steps", 1),
     ),
 }
 #: What a station needs of those before it.

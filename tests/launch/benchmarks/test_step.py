@@ -1,0 +1,52 @@
+"""The step's benchmark: who takes part, what its table shows, and that what goes without DeepSpeed trains the same."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nursery import Nursery
+
+from data.cli import UserError
+from launch.benchmarks.contestants import ALONE, CONTESTANTS
+from launch.benchmarks.step import COLUMNS, PHASES, chosen
+
+
+@pytest.fixture(scope="module")
+def measured(nursery: Nursery, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("step")
+    command = ["tests/launch/benchmarks/step_worker.py", small_model, folder / "out.json"]
+    ranks = nursery.start(1, *command, log=folder / "log")
+    assert ranks.wait(240) == [0], ranks.text()[-4000:]
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return {**found, "said": ranks.text()}
+
+
+def test_all_take_part_and_the_figures_are_those_of_their_steps(measured: dict[str, Any]) -> None:
+    result = measured["result"]
+    assert list(result["contestants"]) == list(CONTESTANTS) and result["settings"]["recomputation"] == "full"
+    ours = result["contestants"]["ours"]
+    for name, row in result["contestants"].items():
+        assert set(COLUMNS) <= set(row) and len(row["steps"]) == 2 and name in measured["said"]
+        totals = [sum(step[phase] for phase in PHASES) for step in row["steps"]]
+        assert row["total_ms"] == pytest.approx(1e3 * statistics.median(totals))
+        pairs = [total / sum(step.values()) for total, step in zip(totals, ours["steps"], strict=True)]
+        assert row["ratio"] == pytest.approx(statistics.median(pairs))
+        assert all(step[phase] > 0 for step in row["steps"] for phase in PHASES)
+    assert ours["ratio"] == 1
+
+
+def test_without_deepspeed_it_is_the_same_training(measured: dict[str, Any]) -> None:
+    ours, plain = measured["losses"]["ours"], measured["losses"]["ours without DeepSpeed"]
+    assert ours == pytest.approx(plain, abs=4e-3)  # bf16, another order of sums
+    assert ours[0] - ours[-1] > 0.03  # and the weights have moved by more
+
+
+def test_several_ranks_have_no_plain_contestants() -> None:
+    assert set(chosen(None, 2)) == set(CONTESTANTS) - set(ALONE)
+    assert chosen(["stock AutoEP"], 2) == ["ours", "stock AutoEP"]
+    with pytest.raises(UserError, match=r"'ours without DeepSpeed' is none of 'ours', .* on 2 ranks"):
+        chosen(["ours without DeepSpeed"], 2)
