@@ -105,6 +105,14 @@ def flash_attention(
 ATTENTION = {"sdpa": sdpa_attention, "flash": flash_attention}
 
 
+def prepare(implementation: str, x_BSH: Tensor, head_dim: int, mask: AttentionMask) -> None:
+    """What every layer asks for and `torch.compile` cannot trace, before the first layer: the kernel and the mask's tensor."""
+    kernel = pick_kernel(x_BSH.device, x_BSH.dtype, head_dim) if implementation == "flash" else None
+    masks_itself = mask.plain_causal or (kernel is not None and mask.varlen)
+    if implementation == "eager" or not masks_itself:
+        _ = mask.allowed_B1SL
+
+
 class Attention(nn.Module):
     """Causal self-attention of one layer; parameter names are Glm4Moe's, plus `sinks`."""
 

@@ -64,6 +64,9 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors  # asked for once: a checkpoint recomputes for one answer
         gate, up = _halves(saved)
+        if torch.compiler.is_compiling():  # which writes to no halves, and joins them in the same pass
+            dgate, dup = torch.ops.aten.silu_backward(dout * up, gate), F.silu(gate) * dout
+            return (dgate, dup) if len(saved) == 2 else (torch.cat((dgate, dup), dim=-1),)
         gradients = tuple(torch.empty_like(x) for x in saved)  # packed again, so that no pass joins them
         dgate, dup = _halves(gradients)
         torch.mul(F.silu(gate), dout, out=dup)

@@ -279,11 +279,17 @@ def load_kernel(name: str) -> FlashKernel | None:
     return None
 
 
-@lru_cache
+#: What `pick_kernel` has answered: a dict, which `torch.compile` reads where it would trace through `lru_cache`.
+PICKED: dict[tuple[torch.device, torch.dtype, int], FlashKernel | None] = {}
+
+
 def pick_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> FlashKernel | None:
     """The best flash kernel present for such tensors, logged once; None where only `sdpa` is left."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    names = kernel_preference(device.type, dtype, head_dim, capability[0] * 10 + capability[1])
-    kernel = next((found for name in names if (found := load_kernel(name)) is not None), None)
-    logger.info("attention on %s in %s: %s", device, dtype, kernel.name if kernel else "PyTorch's sdpa")
-    return kernel
+    key = device, dtype, head_dim
+    if key not in PICKED:
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        names = kernel_preference(device.type, dtype, head_dim, capability[0] * 10 + capability[1])
+        PICKED[key] = next((found for name in names if (found := load_kernel(name)) is not None), None)
+        kernel = PICKED[key]
+        logger.info("attention on %s in %s: %s", device, dtype, kernel.name if kernel else "PyTorch's sdpa")
+    return PICKED[key]

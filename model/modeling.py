@@ -16,7 +16,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import Attention
+from .attention import Attention, prepare
 from .config import ATTENTION_ALIASES, ATTENTION_IMPLEMENTATIONS, MoEGPTConfig
 from .head import LMHead, head_loss
 from .keywords import check_export, check_keywords
@@ -56,11 +56,18 @@ class Block(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         with_weights: bool = False,
     ) -> Tensor:
+        x_BSH, normed_BSH = self.attend(x_BSH, rope, mask, past_key_values, with_weights)
         with replay:
-            attended_BSH, _ = self.self_attn(self.input_layernorm(x_BSH), rope, mask, past_key_values, with_weights)
-            x_BSH = x_BSH + attended_BSH
-            out_BSH: Tensor = self.mlp(self.post_attention_layernorm(x_BSH), x_BSH)  # which adds x_BSH
+            out_BSH: Tensor = self.mlp(normed_BSH, x_BSH)  # which adds x_BSH
             return out_BSH
+
+    def attend(
+        self, x_BSH: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: Cache | None, with_weights: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`x + attention(norm(x))` and its norm: all of a block up to its experts, which `torch.compile` takes as one graph."""
+        attended_BSH, _ = self.self_attn(self.input_layernorm(x_BSH), rope, mask, cache, with_weights)
+        x_BSH = x_BSH + attended_BSH
+        return x_BSH, self.post_attention_layernorm(x_BSH)
 
 
 class MoEGPTPreTrainedModel(PreTrainedModel):
@@ -140,6 +147,7 @@ class MoEGPTModel(MoEGPTPreTrainedModel):
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         mask = causal_mask((x_BSH.shape[0], x_BSH.shape[1]), past, x_BSH.device, position_ids, attention_mask)
         rope = self.rotary(position_ids, past, x_BSH.shape[1], x_BSH.device)
+        prepare(self.config._attn_implementation, x_BSH, self.config.head_dim, mask)
         with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
         for block in self.layers:
             shared = {"rope": rope, "mask": mask, "past_key_values": past_key_values, "with_weights": with_weights}

@@ -15,6 +15,7 @@ from torch import nn
 
 from data.cli import NotFound, UserError, sentence
 from launch.engine import activation_checkpointing, expert_parallel
+from launch.engine.regions import compile_regions
 from launch.engine.strategy import Strategy
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.glm4_moe import from_glm4_moe
@@ -79,6 +80,8 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, 
     expert_parallel.check_swapped(engine.module, model.config)
     if strategy.zero_stage == 3:
         expert_parallel.register_router_weights(engine.module)
+    if strategy.compiles:
+        compile_regions(engine.module)
     return engine
 
 

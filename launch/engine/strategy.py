@@ -42,6 +42,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "expert_parallel.enabled": (bool,),
     "expert_parallel.autoep_size": (int,),
     "expert_parallel.use_grouped_mm": (bool,),
+    "compile": (dict,),
+    "compile.autoep_non_moe": (bool,),
     "activation_checkpointing": (dict,),
     "activation_checkpointing.mode": (str,),
     "activation_checkpointing.cpu_checkpointing": (bool,),
@@ -71,6 +73,7 @@ class Strategy:
     optimizer: str
     weight_decay: float  # of matrices; vectors have none
     activation_checkpointing: str  # one of CHECKPOINTING_MODES
+    compiles: bool  # each block's attention and norms, see regions.py
     offloads_optimizer: bool  # its state and step are on the host
 
     @classmethod
@@ -88,6 +91,7 @@ class Strategy:
             optimizer=lookup(config, "optimizer.type", ""),
             weight_decay=float(lookup(config, "optimizer.params.weight_decay", 0.0)),
             activation_checkpointing=lookup(config, "activation_checkpointing.mode", "none"),
+            compiles=lookup(config, "compile.autoep_non_moe", False),
             offloads_optimizer=lookup(config, "zero_optimization.offload_optimizer.device", "none") != "none",
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch._C._profiler import _RecordFunctionFast as Range
 
@@ -44,11 +45,12 @@ def _name_module(module: nn.Module, part: str) -> Callable[[], None]:
     open_ranges: list[Range] = []
 
     def enter(*_: Any) -> None:
-        open_ranges.append(Range(PREFIX + part))
-        open_ranges[-1].__enter__()
+        if not torch.compiler.is_compiling():  # a compiled region is a part as a whole
+            open_ranges.append(Range(PREFIX + part))
+            open_ranges[-1].__enter__()
 
     def leave(*_: Any) -> None:
-        if open_ranges:  # none where the hooks came while the module ran
+        if not torch.compiler.is_compiling() and open_ranges:
             open_ranges.pop().__exit__(None, None, None)
 
     # Also where the forward is left by an exception: a recomputation ends that way as soon as it has what it needs.

@@ -53,6 +53,7 @@ class TrainArguments:
     wandb_project: str
     attn_implementation: str
     activation_checkpointing: str | None
+    compile: bool | None
     document_mask: bool
     rope_factor: float | None
     spike_sigma: float
@@ -120,6 +121,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--activation_checkpointing",
         choices=("none", "selective", "full"),
         help="overrides the JSON's activation_checkpointing.mode",
+    )
+    how.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="each block's attention and norms by torch.compile; default: the JSON's compile.autoep_non_moe",
     )
     how.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights, data order and dropout")
     how.add_argument(

@@ -14,6 +14,7 @@ from data.dataset import PackedDataset
 from launch.engine import strategy
 from launch.engine.build import load_model_config
 from launch.engine.keys import check_keys
+from launch.engine.regions import check_compile
 from launch.run.arguments import TrainArguments
 from model import MoEGPTConfig
 
@@ -97,6 +98,9 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
         num_experts=config.n_routed_experts,
         max_steps=arguments.max_steps,
     )
+    if arguments.compile is not None:
+        resolved["compile"] = {**resolved.get("compile", {}), "autoep_non_moe": arguments.compile}
+    check_compile(resolved, path, documents=arguments.document_mask)
     check_keys(resolved, path)
     return ResolvedRun(
         model=config,

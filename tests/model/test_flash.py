@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import flash
 from model.attention import eager_attention, flash_attention, sdpa_attention
-from model.flash import CpuFlash, FlashKernel, FlashOutput, kernel_preference, load_kernel, pick_kernel
+from model.flash import PICKED, CpuFlash, FlashKernel, FlashOutput, kernel_preference, load_kernel, pick_kernel
 from model.mask import AttentionMask, causal_mask
 from model.sinks import attend_with_sinks
 from tests import reference
@@ -22,10 +22,10 @@ from tests import reference
 @pytest.fixture(autouse=True)
 def fresh_caches() -> Iterator[None]:
     load_kernel.cache_clear()
-    pick_kernel.cache_clear()
+    PICKED.clear()
     yield
     load_kernel.cache_clear()
-    pick_kernel.cache_clear()
+    PICKED.clear()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""`torch.compile` of the regions that are one graph each: of every block all that comes before its experts.
+
+`"compile": {"autoep_non_moe": true}` in the DeepSpeed JSON asks for it. DeepSpeed's own `engine.compile` compiles the parents
+of AutoEP's layers, which here are blocks: under activation checkpointing their forward begins with a call that is never
+traced, and nothing at all would be compiled. The region lies inside of that call, has static shapes (the rows that experts
+exchange never come into it), and is compiled once for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.cli import UserError
+from model.modeling import Block
+
+SWITCH = "compile.autoep_non_moe"
+
+
+def compile_regions(model: nn.Module, backend: str = "inductor") -> list[Block]:
+    """Every block's `attend` in one graph; returns the blocks. A region that is not one graph is an error, not a slow run."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        compiled = torch.compile(block.attend, fullgraph=True, dynamic=False, backend=backend)
+        vars(block)["attend"] = _in_training(block, compiled, block.attend)
+    return blocks
+
+
+def _in_training(block: Block, compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """An evaluation watches the sinks from inside of the region, layer by layer: each would be compiled for itself."""
+
+    def attend(*arguments: Any) -> Any:
+        return (compiled if block.training else eager)(*arguments)
+
+    return attend
+
+
+def check_compile(config: dict[str, Any], where: Path, *, documents: bool) -> None:
+    """Of a DeepSpeed JSON. Raises UserError for what cannot be compiled."""
+    section = config.get("compile", {})
+    if section.get("deepcompile"):
+        raise UserError(f"{where}: compile.deepcompile takes the whole model, and AutoEP's layers cannot be traced; use {SWITCH}")
+    if not section.get("autoep_non_moe"):
+        return
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(f"{where}: {SWITCH} needs whole weights, and ZeRO stage 3 gathers them module by module; use stage 1 or 2")
+    if documents:
+        raise UserError(
+            f"{where}: {SWITCH} and --document_mask exclude each other: every batch has documents of other lengths, and would be "
+            "compiled anew; --no-compile leaves it out"
+        )

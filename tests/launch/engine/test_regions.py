@@ -1,0 +1,73 @@
+"""Compiled regions under DeepSpeed: the same training to the bit, one graph for all layers, refusals in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nursery import Nursery
+
+from data.cli import UserError
+from launch.engine.keys import check_keys
+from launch.engine.regions import check_compile
+from launch.engine.strategy import CONFIG_FOLDER, Strategy, read_config, resolve_config
+
+PATH = Path("some.json")
+
+
+@pytest.fixture(scope="module")
+def trained(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("regions")
+    ranks = nursery.start(2, "tests/launch/engine/regions_worker.py", folder / "out.json", log=folder / "log")
+    assert ranks.wait(240) == [0, 0], ranks.text()[-4000:]
+    result: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return result
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_two_ranks_train_the_same_to_the_bit(trained: dict[str, Any], mode: str) -> None:
+    found = trained[mode]
+    assert found["compiled"] == found["eager"]
+    assert found["eager"][0] != found["eager"][2]  # the weights moved in between
+    assert found["eager"][3][1] == 2  # an evaluation, which is not compiled
+    # one for all layers; where blocks are recomputed, one without gradients and one with them
+    assert found["graphs"] == (2 if mode == "full" else 1) and found["breaks"] == {}
+
+
+def resolved(**changes: Any) -> dict[str, Any]:
+    config = {**read_config(CONFIG_FOLDER / "ep8_zero2.json"), **changes}
+    return resolve_config(config, PATH, world_size=8, num_experts=8, max_steps=10)
+
+
+def test_the_section_is_known_and_read() -> None:
+    config = resolved(compile={"autoep_non_moe": True})
+    check_keys(config, PATH)
+    check_compile(config, PATH, documents=False)
+    assert Strategy.of(config).compiles and not Strategy.of(resolved()).compiles
+    with pytest.raises(UserError, match=r'unknown key "compile.autoep_non_mo"'):
+        check_keys(resolved(compile={"autoep_non_mo": True}), PATH)
+    with pytest.raises(UserError, match=r"compile.autoep_non_moe must be of type bool"):
+        read_config_of({"compile": {"autoep_non_moe": 1}})
+
+
+def read_config_of(changes: dict[str, Any]) -> None:
+    from launch.engine.strategy import _check_types
+
+    _check_types(PATH, {**read_config(CONFIG_FOLDER / "ep8_zero2.json"), **changes})
+
+
+REFUSED = {
+    "deepcompile": ({"compile": {"deepcompile": True}}, False, "AutoEP's layers cannot be traced"),
+    "ZeRO 3": ({"compile": {"autoep_non_moe": True}, "zero_optimization": {"stage": 3}}, False, "needs whole weights"),
+    "documents": ({"compile": {"autoep_non_moe": True}}, True, "--document_mask exclude each other"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_compiled_is_refused(name: str) -> None:
+    changes, documents, sentence = REFUSED[name]
+    with pytest.raises(UserError, match=sentence):
+        check_compile(resolved(**changes), PATH, documents=documents)
+    check_compile(resolved(compile={"autoep_non_moe": False}), PATH, documents=documents)

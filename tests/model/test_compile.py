@@ -1,0 +1,90 @@
+"""The regions that `torch.compile` takes are one graph each, with the outputs and gradients of eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.attention import prepare
+from model.mask import causal_mask
+
+SHAPE = (2, 32)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def build(attention: str = "flash") -> MoEGPTForCausalLM:
+    config = MoEGPTConfig.preset("tiny", num_hidden_layers=1, vocab_size=512, hidden_size=64, moe_intermediate_size=32)
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    model = MoEGPTForCausalLM(config).train()
+    model.model.layers[0].self_attn.sinks.data.normal_()
+    return model.bfloat16()
+
+
+def outputs_and_gradients(module: nn.Module, region: Callable[..., Any]) -> list[Tensor]:
+    x = torch.randn(*SHAPE, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    module.zero_grad()
+    out = region(x)
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.stack([o.float().square().sum() for o in outs]).sum().backward()
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    assert x.grad is not None and gradients
+    return [*(o.detach() for o in outs), x.grad, *gradients]
+
+
+def attend(attention: str, documents: bool) -> tuple[nn.Module, Callable[[Tensor], Any]]:
+    model = build(attention)
+    positions = torch.cat((torch.arange(12), torch.arange(20))).expand(2, -1) if documents else None
+    mask = causal_mask(SHAPE, 0, torch.device("cpu"), positions)
+    rope = model.model.rotary(positions, 0, SHAPE[1], torch.device("cpu"))
+    prepare(attention, torch.zeros(1, dtype=torch.bfloat16), model.config.head_dim, mask)
+    block = model.model.layers[0]
+    return block, lambda x: block.attend(x, rope, mask, None, False)
+
+
+def mixture() -> tuple[nn.Module, Callable[[Tensor], Any]]:
+    block = build().model.layers[0]
+    return block.mlp, block.mlp
+
+
+def loss() -> tuple[nn.Module, Callable[[Tensor], Any]]:
+    head = build().lm_head
+    targets = torch.arange(64).view(SHAPE)
+    return head, lambda x: head(x, targets, 64.0, 1e-4)
+
+
+REGIONS: dict[str, Callable[[], tuple[nn.Module, Callable[[Tensor], Any]]]] = {
+    **{f"attention, {a}": lambda a=a: attend(a, False) for a in ("flash", "sdpa", "eager")},  # type: ignore[misc]
+    **{f"attention, {a}, documents": lambda a=a: attend(a, True) for a in ("flash", "sdpa", "eager")},  # type: ignore[misc]
+    "mixture of experts": mixture,
+    "loss": loss,
+}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_a_region_is_one_graph_and_the_same_to_the_bit(name: str) -> None:
+    module, region = REGIONS[name]()
+    expected = outputs_and_gradients(module, region)
+    found = outputs_and_gradients(module, torch.compile(region, fullgraph=True, backend="aot_eager"))
+    assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attention, flash", "mixture of experts", "loss"])
+def test_inductor_agrees_to_rounding(name: str) -> None:
+    module, region = REGIONS[name]()
+    expected = outputs_and_gradients(module, region)
+    found = outputs_and_gradients(module, torch.compile(region, fullgraph=True, backend="inductor"))
+    for a, b in zip(found, expected, strict=True):
+        assert float((a.float() - b.float()).norm() / b.float().norm()) < 1e-2  # bf16 has 8 bits
