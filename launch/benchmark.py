@@ -1,6 +1,6 @@
 """Benchmarks: each measures ours beside a peer on the same work in one run, and prints ratios.
 
-python launch/benchmark.py moe|attention|loss|step|roofline|data|preprocess [options]
+python launch/benchmark.py moe|attention|loss|step|growth|roofline|data|preprocess|all [options]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from launch.cli import make_quiet, run_command
 EXAMPLES = """
 python launch/benchmark.py step --help
 python launch/benchmark.py moe --output moe.json
+python launch/benchmark.py all --budget 10m --output all.json
 """
 
 BENCHMARKS = {
@@ -23,9 +24,11 @@ BENCHMARKS = {
     "loss": "fused cross entropy against plain logits",
     "moe": "the mixture-of-experts layer against transformers' Glm4Moe",
     "roofline": "bytes, kernels, waits and predicted MFU of a micro-step on a GPU, counted without one",
-    "step": "a training step under DeepSpeed against transformers' Glm4Moe under stock AutoEP",
+    "step": "a training step against Glm4Moe under stock AutoEP, and both models without DeepSpeed",
+    "growth": "time, bytes and memory a token as tokens and experts become more",
     "data": "packed samples against HF datasets on the same tokens",
     "preprocess": "text to shards against one reader and a pool of HF tokenizers",
+    "all": "every one that needs no input, within a budget of time",
 }
 
 
