@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic replacement, durable folders, hashes, the lock of a folder. `launch/` uses them too.
+"""Files that are whole or absent: atomic replacement, durable folders, hashes. `launch/` uses them too.
 
 Nothing here knows what a file is for, and every OSError that leaves this module names its file.
 """
@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import socket
-import weakref
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -125,64 +122,3 @@ def is_inside(name: object) -> bool:
         return False
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and path.name != ""
-
-
-class LockHeld(BlockingIOError):
-    """Another process holds the folder; `holder` says which."""
-
-    def __init__(self, folder: Path, holder: str) -> None:
-        super().__init__(f"{folder} is in use by {holder}")
-        self.folder, self.holder = folder, holder
-
-
-class FolderLock:
-    """Holds a folder against a second job or run, by the kernel's lock on `folder/.lock`.
-
-    The kernel frees the lock of a process that died, so none is ever left over. A forked child gives its copy up at once: a
-    worker that outlives its job must not hold the folder.
-    """
-
-    NAME = ".lock"
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file: IO[str] | None = None
-
-    def take(self) -> bool:
-        """True when it is held; False where the file system has no locks, of which the caller warns. Raises LockHeld."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = open(self.folder / self.NAME, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - held
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except (BlockingIOError, PermissionError):
-            with file:
-                file.seek(0)
-                raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
-        except OSError:
-            locked = False
-        self._file = file
-        _held.add(self)
-        with contextlib.suppress(OSError):  # a full disk: the name is only for the message
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        return locked
-
-    def release(self) -> None:
-        """The folder is free. The file stays: whoever removed it could remove another's."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
-
-
-_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
-
-
-def _release_in_child() -> None:
-    for lock in list(_held):
-        lock.release()
-
-
-os.register_at_fork(after_in_child=_release_in_child)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from data.cli import UserError, say
-from data.files import FolderLock, LockHeld, naming, replace_file, sync_file
+from data.cli import UserError
+from data.files import naming, replace_file, sync_file
+from data.lock import FolderLock, take_folder
 from data.pipeline.arguments import PreprocessArguments
 from data.pipeline.inputs import INPUTS
 from data.shards import MANIFEST, SPLITS
@@ -70,7 +71,7 @@ class Ledger:
         strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if STATE not in strangers and set(strangers) - {REJECTED}:
             raise UserError(f"--output {folder} is not empty ({', '.join(strangers[:4])}) and holds no job of ours; name another")
-        lock = _lock(folder)
+        lock = take_folder(folder, "job")
         try:
             if path.is_file():
                 state = json.loads(path.read_text(encoding="utf-8"))
@@ -125,16 +126,6 @@ class Ledger:
             with contextlib.suppress(OSError):
                 file.close()
         self.lock.release()
-
-
-def _lock(folder: Path) -> FolderLock:
-    lock = FolderLock(folder)
-    try:
-        if not lock.take():
-            say(f"warning: {folder} lies on a file system without locks: nothing keeps a second job out of it")
-    except LockHeld as held:
-        raise UserError(f"another job is writing to {folder} ({held.holder}); wait for it, or name another --output") from None
-    return lock
 
 
 def clear(folder: Path) -> None:

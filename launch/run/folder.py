@@ -13,23 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError, say
-from data.files import FolderLock, LockHeld, replace_file
+from data.files import replace_file
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
 from launch.run.redact import redact
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
-
-
-def take_folder(folder: Path) -> FolderLock:
-    """Hold a run's folder against a second run. Raises UserError that names the process that holds it."""
-    lock = FolderLock(folder)
-    try:
-        if not lock.take():
-            say(f"warning: the file system of {folder} has no locks: nothing stops a second run in the same folder")
-    except LockHeld as error:
-        raise UserError(f"{folder} is in use by another run ({error.holder}); end it or name another --output") from None
-    return lock
 
 
 def check_same_run(folder: Path, identity: RunIdentity) -> None:

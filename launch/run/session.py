@@ -14,7 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from data.cli import Exit, UserError, as_user_error
 from data.dataset import PackedDataset
-from data.files import FolderLock
+from data.lock import FolderLock, take_folder
 from launch.checkpoint.choose import ResumeChoice, ResumeFrom
 from launch.checkpoint.identity import RunIdentity, listed
 from launch.checkpoint.manager import CheckpointManager
@@ -136,7 +136,7 @@ class Session:
         ranks.run_on_rank0(lambda: run_folder.check_same_run(self.arguments.output, identity))
 
     def take_folder(self) -> None:
-        self.lock = run_folder.take_folder(self.arguments.output)
+        self.lock = take_folder(self.arguments.output, "run")
 
     def choose_checkpoint(self, identity: RunIdentity) -> tuple[CheckpointManager, ResumeChoice]:
         """Before the engine, which is initialised otherwise for a checkpoint that must be converted."""
@@ -207,7 +207,7 @@ class Session:
                 return
             if self.lock is not None:
                 self.lock.release()
-            self.lock = run_folder.take_folder(output)
+            self.lock = take_folder(output, "run")
             run_folder.write_config(output, config, self.run.train_data.tokenizer_folder)
             trainer.monitor.say(
                 f"warning: {output} was deleted, moved or replaced while the run goes on, and what it held is not there any more; "

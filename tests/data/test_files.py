@@ -1,21 +1,17 @@
-"""Whole or absent, on the disk before they have their name, hashed by what the file holds, locked as long as a process lives."""
+"""Whole or absent, on the disk before they have their name, hashed by what the file holds."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import xxhash
-from data_helpers import ROOT, environment
 
 from data import files
-from data.files import FolderLock, LockHeld, hash_file, is_inside, replace_file, replacing, sync_folder
+from data.files import hash_file, is_inside, replace_file, replacing, sync_folder
 
 
 def test_a_replacement_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,63 +88,3 @@ def test_names_inside_a_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "/dev/zero", "../x", "a/../../x", "a/..", "..", ".", "x\0y", None, 5, ["a"]])
 def test_names_that_lead_out(name: object) -> None:
     assert not is_inside(name)
-
-
-HOLD = """
-import sys
-import time
-from pathlib import Path
-from data.files import FolderLock
-lock = FolderLock(Path(sys.argv[1])); print(lock.take(), flush=True); sys.stdin.readline()
-"""
-
-
-def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path: Path) -> None:
-    line = [sys.executable, "-c", HOLD, str(tmp_path)]
-    holder = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
-    assert holder.stdout is not None and holder.stdout.readline() == "True\n"
-    with pytest.raises(LockHeld, match=f"process {holder.pid} on"):
-        FolderLock(tmp_path).take()
-    holder.kill()
-    holder.wait()
-    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
-    assert first.take()
-    with pytest.raises(LockHeld):
-        second.take()
-    first.release()
-    assert second.take()
-    second.release()
-
-
-def test_a_forked_child_does_not_hold_the_folder(tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path)
-    lock.take()
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(write)
-        os.read(read, 1)  # lives until the parent lets it go
-        os._exit(0)
-    lock.release()
-    other = FolderLock(tmp_path)
-    try:
-        while True:  # until the child has run its hook
-            try:
-                assert other.take()
-                break
-            except LockHeld:
-                time.sleep(0.01)
-    finally:
-        other.release()
-        os.close(write)
-        os.waitpid(child, 0)
-
-
-def test_a_file_system_without_locks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files.fcntl, "flock", without)
-    lock = FolderLock(tmp_path)
-    assert lock.take() is False
-    lock.release()

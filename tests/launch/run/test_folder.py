@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from data.lock import take_folder
 from launch.checkpoint.identity import RunIdentity
-from launch.run.folder import FolderWatch, check_same_run, take_folder
+from launch.run.folder import FolderWatch, check_same_run
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from launch.run.folder import take_folder
-lock = take_folder(Path(sys.argv[1]))
+from data.lock import take_folder
+lock = take_folder(Path(sys.argv[1]), "run")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -36,18 +37,18 @@ def holder(tmp_path: Path):
 
 def test_a_second_run_is_refused_by_name(holder: subprocess.Popen, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"run is in use by another run \(process {holder.pid} on \S+\); end it"):
-        take_folder(tmp_path / "run")
+        take_folder(tmp_path / "run", "run")
 
 
 def test_the_lock_of_a_killed_run_is_taken_over(holder: subprocess.Popen, tmp_path: Path) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert f"process {holder.pid}" in (tmp_path / "run" / ".lock").read_text()  # its name still stands there
-    lock = take_folder(tmp_path / "run")
+    lock = take_folder(tmp_path / "run", "run")
     with pytest.raises(ValueError, match="in use by another run"):
-        take_folder(tmp_path / "run")
+        take_folder(tmp_path / "run", "run")
     lock.release()
-    take_folder(tmp_path / "run")
+    take_folder(tmp_path / "run", "run")
 
 
 def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:

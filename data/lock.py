@@ -1,0 +1,85 @@
+"""One process at a time in a folder: a job of preprocessing, a run of training."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import weakref
+from pathlib import Path
+from typing import IO
+
+from data.cli import UserError, say
+
+
+class LockHeld(BlockingIOError):
+    """Another process holds the folder; `holder` says which."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"{folder} is in use by {holder}")
+        self.folder, self.holder = folder, holder
+
+
+class FolderLock:
+    """Holds a folder against a second job or run, by the kernel's lock on `folder/.lock`.
+
+    The kernel frees the lock of a process that died, so none is ever left over. A forked child gives its copy up at once: a
+    worker that outlives its job must not hold the folder.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: IO[str] | None = None
+
+    def take(self) -> bool:
+        """True when it is held; False where the file system has no locks, of which `take_folder` warns. Raises LockHeld."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = open(self.folder / self.NAME, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except (BlockingIOError, PermissionError):
+            with file:
+                file.seek(0)
+                raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
+        except OSError:
+            locked = False
+        self._file = file
+        _held.add(self)
+        with contextlib.suppress(OSError):  # a full disk: the name is only for the message
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        return locked
+
+    def release(self) -> None:
+        """The folder is free. The file stays: whoever removed it could remove another's."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+def take_folder(folder: Path, who: str) -> FolderLock:
+    """Hold a folder against a second `who` ("job", "run"). Raises UserError that names the process which holds it."""
+    lock = FolderLock(folder)
+    try:
+        if not lock.take():
+            say(f"warning: {folder} lies on a file system without locks: nothing keeps a second {who} out of it")
+    except LockHeld as held:
+        raise UserError(f"{folder} is in use by another {who} ({held.holder}); end it or name another --output") from None
+    return lock
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)

@@ -1,0 +1,78 @@
+"""A folder belongs to one process, as long as that lives."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import ROOT, environment
+
+from data import lock
+from data.lock import FolderLock, LockHeld, take_folder
+
+HOLD = """
+import sys
+import time
+from pathlib import Path
+from data.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1])); print(lock.take(), flush=True); sys.stdin.readline()
+"""
+
+
+def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", HOLD, str(tmp_path)]
+    holder = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    assert holder.stdout is not None and holder.stdout.readline() == "True\n"
+    with pytest.raises(LockHeld, match=f"process {holder.pid} on"):
+        FolderLock(tmp_path).take()
+    holder.kill()
+    holder.wait()
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert first.take()
+    with pytest.raises(LockHeld):
+        second.take()
+    first.release()
+    assert second.take()
+    second.release()
+
+
+def test_a_forked_child_does_not_hold_the_folder(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    lock.take()
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(write)
+        os.read(read, 1)  # lives until the parent lets it go
+        os._exit(0)
+    lock.release()
+    other = FolderLock(tmp_path)
+    try:
+        while True:  # until the child has run its hook
+            try:
+                assert other.take()
+                break
+            except LockHeld:
+                time.sleep(0.01)
+    finally:
+        other.release()
+        os.close(write)
+        os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", without)
+    said: list[str] = []
+    monkeypatch.setattr(lock, "say", said.append)
+    first, second = take_folder(tmp_path, "job"), take_folder(tmp_path, "job")
+    assert said == [f"warning: {tmp_path} lies on a file system without locks: nothing keeps a second job out of it"] * 2
+    first.release()
+    second.release()
