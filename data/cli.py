@@ -55,7 +55,7 @@ MENDABLE = (
     _FULL
     | _HANDLES
     | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
-    | {errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE}
+    | {errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.EMEDIUMTYPE}
 )
 
 

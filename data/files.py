@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
 #: Read at a time when hashing: 1 MiB keeps up with sha256 and XXH3; larger blocks were no faster.
 BLOCK_BYTES = 1 << 20
+#: More than any manifest or configuration has; one that is larger is something else.
+SMALL_BYTES = 1 << 28
 #: What network file systems say that cannot fsync a folder (SMB, some FUSE and NFS servers): nothing more can be done there.
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
 
@@ -72,6 +76,31 @@ def replace_file(path: Path, data: bytes) -> None:
     """All of `data` under the name `path`, or nothing."""
     with replacing(path) as file:
         file.write(data)
+
+
+def small_file(path: Path, most: int = SMALL_BYTES) -> bytes:
+    """What a small file holds: a pointer, a manifest, settings. Never waits for a FIFO, never fills the memory from a device.
+
+    Raises OSError with the file's name, also where it is no regular file or has more than `most` bytes.
+    """
+    with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+            raise OSError(errno.EMEDIUMTYPE, f"not a regular file of at most {most:,} bytes", os.fspath(path))
+        with naming(path):
+            return file.read(most) or b""
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_json(path: Path, most: int = SMALL_BYTES, **options: Any) -> Any:
+    """The value in a small file of JSON; `options` as of `json.loads`. Raises ValueError where it holds something else."""
+    try:
+        return json.loads(small_file(path, most), **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:

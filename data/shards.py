@@ -8,7 +8,6 @@ Source: megatron/core/datasets/indexed_dataset.py (_IndexWriter, DType).
 
 from __future__ import annotations
 
-import json
 import stat
 import struct
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data.cli import NotFound, UserError, sentence
-from data.files import is_inside
+from data.files import is_inside, read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -98,8 +97,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         make = f"make them with python data/preprocess.py --input ... --output {folder}"
         raise NotFound(f"no shards at {folder}: {what}; {make}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        manifest = read_json(path)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({sentence(error)})") from error
     return check_manifest(path, manifest)
 

@@ -5,7 +5,6 @@ The model is always this repository's own where it can be, with its kernels; cod
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeForCausalLM, P
 from transformers.utils.logging import disable_progress_bar
 
 from data.cli import NotFound, UserError
-from data.files import hash_file
+from data.files import hash_file, read_json
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.glm4_moe import from_glm4_moe
 
@@ -129,7 +128,7 @@ def check_weights(folder: Path) -> None:
 def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
     """What `launch/export.py` recorded of weights and tokenizer; nothing for a folder of somebody else."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_json(folder / MANIFEST)
         files = dict(manifest["files"]) if manifest["kind"] == "export" else {}
     except FileNotFoundError:
         return {}

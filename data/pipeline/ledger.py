@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.cli import UserError
-from data.files import naming, replace_file, sync_file
+from data.files import naming, read_json, replace_file, sync_file
 from data.lock import FolderLock, take_folder
 from data.pipeline.arguments import PreprocessArguments
 from data.pipeline.inputs import INPUTS
@@ -74,7 +74,7 @@ class Ledger:
         lock = take_folder(folder, "job")
         try:
             if path.is_file():
-                state = json.loads(path.read_text(encoding="utf-8"))
+                state = read_json(path)
                 check_same(state["arguments"], arguments, folder)
             else:
                 state = {"arguments": json.loads(json.dumps(arguments))}

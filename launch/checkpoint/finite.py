@@ -37,7 +37,7 @@ def check_finite(content: Any, path: Path | str, *, shapes: list[dict[str, Any]]
         if not is_finite(tensor):
             raise UserError(
                 f"{path}: {name} holds numbers that are not finite, though its checksum is right: it was saved so; "
-                "go on from an older checkpoint with --resume"
+                "take an older checkpoint"
             )
 
 

@@ -13,14 +13,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import replace_file
+from data.files import replace_file, small_file
 
 LATEST, BEST = "latest", "best"
 
 
 def step_of(name: str) -> int | None:
     """42 for `step_42`; None for any other name."""
-    match = re.fullmatch(r"step_(\d+)", name)
+    match = re.fullmatch(r"step_(\d{1,18})", name)
     return int(match[1]) if match else None
 
 
@@ -40,7 +40,7 @@ class CheckpointFolder:
     def pointed(self, pointer: str) -> str | None:
         """What `latest` or `best` names; None where it is missing, empty or no checkpoint's name at all."""
         try:
-            text = (self.path / pointer).read_text(encoding="utf-8").strip()
+            text = small_file(self.path / pointer).decode().strip()
         except (OSError, UnicodeDecodeError):
             return None
         return text if step_of(text) is not None else None

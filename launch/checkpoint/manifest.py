@@ -15,13 +15,14 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict, TypeGuard, TypeVar
 
 import xxhash
 
 from data.cli import UserError, sentence
-from data.files import hash_file, is_inside, sync_folder
+from data.files import hash_file, is_inside, small_file, sync_folder
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -121,7 +122,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        body = json.loads(_reading(path, path.read_bytes, missing="is missing: the checkpoint was never completed"))
+        body = json.loads(_reading(path, partial(small_file, path), missing="is missing: the checkpoint was never completed"))
         checksum = body.pop("checksum")
         good = checksum == _checksum(body)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -149,6 +150,13 @@ def _is_file_table(files: object) -> TypeGuard[dict[str, FileRecord]]:
 
 def _checksum(body: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(to_json(body)).hexdigest()
+
+
+def check_listed(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Nothing that would be loaded lies there unverified. Raises DamagedError naming the file."""
+    for path in sorted(folder.glob("*.pt")):
+        if path.name not in files:
+            raise DamagedError(f"{path} is not listed in {MANIFEST}: it was put there, or {MANIFEST} is another checkpoint's")
 
 
 def check_files(folder: Path, files: Mapping[str, FileRecord], hashed: Iterable[str]) -> None:
@@ -189,7 +197,9 @@ def _reading(path: Path, action: Callable[[], T], *, missing: str = "is missing"
 def find_manifest(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """(manifest, "") of a complete folder, or (None, what is damaged): damage is an answer to gather, not yet an error."""
     try:
-        return read_manifest(folder), ""
+        manifest = read_manifest(folder)
+        check_listed(folder, manifest["files"])
+        return manifest, ""
     except DamagedError as error:
         return None, str(error)
 

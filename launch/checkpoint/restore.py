@@ -17,7 +17,7 @@ from launch.checkpoint.choose import ResumeFrom
 from launch.checkpoint.engine_files import CheckpointFiles, going_through
 from launch.checkpoint.finite import check_finite
 from launch.checkpoint.random_state import set_random_state
-from launch.checkpoint.unpickle import load_file, no_code_from_files
+from launch.checkpoint.unpickle import expecting_sense, load_file, no_code_from_files
 
 
 def random_state_name(rank: int) -> str:
@@ -30,7 +30,7 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: 
     Raises UserError with what the files hold that cannot be used.
     """
     files, converted = CheckpointFiles(folder, name=folder.name), bool(choice.conversions)
-    with _universal_loading(engine, converted), going_through(files, engine), no_code_from_files():
+    with _universal_loading(engine, converted), going_through(files, engine), no_code_from_files(), expecting_sense(folder):
         try:
             if converted:
                 universal.load(engine, folder)
@@ -38,12 +38,14 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: 
                 _load_plainly(engine, folder)
         except pickle.UnpicklingError as error:  # of a file that DeepSpeed reads past `files`
             raise UserError(f"{folder} holds something other than tensors, and nothing else is loaded: {error}") from error
-    buffers = load_file(choice.path / BUFFERS, mmap=False)
-    check_finite(buffers, choice.path / BUFFERS)
-    restore_buffers(engine.module, buffers)
+    with expecting_sense(choice.path):
+        buffers = load_file(choice.path / BUFFERS, mmap=False)
+        check_finite(buffers, choice.path / BUFFERS)
+        restore_buffers(engine.module, buffers)
     own = choice.path / random_state_name(rank)
     if own.is_file():
-        set_random_state(load_file(own, mmap=False))
+        with expecting_sense(own):
+            set_random_state(load_file(own, mmap=False))
     else:  # a rank that the saved run did not have: not the numbers of step 0 once more
         torch.manual_seed(torch.initial_seed() + choice.state.step)
 

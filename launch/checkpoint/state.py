@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
+from data.files import read_json
 from launch.checkpoint.identity import RunIdentity
 
 STATE = "state.json"
@@ -47,8 +48,8 @@ def read_state(checkpoint: Path) -> SavedState:
     """Of a checkpoint whose files are whole. Raises UserError that names the file and the value that makes no sense."""
     path = checkpoint / STATE
     try:
-        body = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        body = read_json(path)
+    except ValueError:
         raise UserError(f"{path} is no JSON, though its checksum is right; restore the checkpoint or move it away") from None
     if isinstance(body, dict) and isinstance(body.get("format"), int) and body["format"] > STATE_FORMAT:
         raise UserError(f"{path} has format {body['format']}, made by a newer version; this one reads {STATE_FORMAT}")

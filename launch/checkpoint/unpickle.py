@@ -40,13 +40,39 @@ def load_file(path: Path | str, *, mmap: bool = True) -> Any:
     """
     try:
         with torch.serialization.safe_globals(allowed_classes()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            # torch maps by the name, which it wants as text; a name of other bytes is read.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_text(os.fspath(path)))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of a hostile file the unpickler may raise anything
         raise UserError(
             f"{path} cannot be read, though its checksum is right: it holds something other than tensors and plain "
             f"values, and nothing else is loaded ({_first_line(error)})"
+        ) from error
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return False
+    return True
+
+
+@contextmanager
+def expecting_sense(folder: Path) -> Iterator[None]:
+    """While open, content of another shape than a checkpoint's (a list where a table should be, a key that is missing) is refused.
+
+    Raises UserError with the folder; MOE_TRACEBACK=1 shows the line that could not use it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{folder} does not hold what a checkpoint holds, though its checksums are right ({type(error).__name__}: "
+            f"{_first_line(error)}); take an older checkpoint"
         ) from error
 
 

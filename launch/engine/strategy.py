@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import NotFound, UserError
+from data.files import read_json
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 CHECKPOINTING_MODES = ("none", "selective", "full")
@@ -118,7 +119,7 @@ def read_config(path: Path) -> dict[str, Any]:
         found = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.json")))
         raise NotFound(f"--deepspeed_config {path} is not a file; ds_configs/ has {found}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        config = read_json(path, object_pairs_hook=_unique)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KIND = "export"  # in the manifest of an exported folder: only such a one may be replaced
+NAME_BYTES, WORKING_BYTES = 255, len(".tmp--") + 8  # of a file's name on Linux; of what `working_name` adds
 HUB = Path(__file__).parent / "hub"
 
 
 def check_output(output: Path) -> None:
-    """Raises UserError where the output holds anything but an earlier export."""
+    """Raises UserError where the output holds anything but an earlier export, or cannot be written under its name."""
+    if len(os.fsencode(working_name(output.absolute(), "tmp").name)) > NAME_BYTES:
+        raise UserError(f"--output {output}: the name is too long, it is written under a name of {WORKING_BYTES} bytes more; shorten it")
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--output {output}: safetensors writes only under names that are UTF-8; name another folder") from None
     if not output.exists():
         return
     if not output.is_dir():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from data.cli import UserError
+from data.cli import UserError, sentence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +59,11 @@ def build(config: PreTrainedConfig, values: Iterable[tuple[str, Tensor]], dtype:
 
     wanted = getattr(torch, dtype)
     stock = type(config) is Glm4MoeConfig
-    with torch.device("meta"):
-        model: PreTrainedModel = Glm4MoeForCausalLM(config) if stock else MoEGPTForCausalLM(config)  # type: ignore[arg-type]
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = Glm4MoeForCausalLM(config) if stock else MoEGPTForCausalLM(config)  # type: ignore[arg-type]
+    except (RuntimeError, OverflowError) as error:  # sizes beyond any machine's
+        raise UserError(f"the checkpoint's model cannot be built: {sentence(error)}") from error
     model.config.dtype = wanted
     fill(model, values, wanted)
     model.eval()

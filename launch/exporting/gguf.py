@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from data.cli import NotFound, UserError
+from data.files import read_json
 from data.flags import Parser
 from launch.cli import run_command
 
@@ -43,7 +43,7 @@ def check_model(folder: Path) -> None:
     """Raises UserError where llama.cpp has no architecture for the model."""
     if not (folder / "config.json").is_file():
         raise NotFound(f"--model {folder} has no config.json; name a folder that launch/export.py wrote")
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type != "glm4_moe":
         raise UserError(
             f"--model {folder} is {model_type}, which llama.cpp does not know: it has no architecture with this model's sinks; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError
+from data.files import read_json
 
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # in the order in which data/preprocess.py writes them (PSM)
 
@@ -62,7 +62,7 @@ def check_filling_in(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
     if lacking:
         raise UserError(f"--suffix: the tokenizer of {folder} has no {', '.join(lacking)}, so the model cannot fill in")
     try:
-        rate = json.loads((folder / "manifest.json").read_bytes()).get("fim_rate")
+        rate = read_json(folder / "manifest.json").get("fim_rate")
     except (OSError, ValueError, AttributeError):
         rate = None
     if rate == 0:

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from data.cli import UserError
+from data.files import read_json
 from launch.planning.answer import SECONDS_PER_DAY
 from launch.planning.arguments import PlanArguments
 from launch.planning.devices import find_device
@@ -58,7 +59,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not (folder / "config.json").is_file():
         raise UserError(f"--from {folder}: there is no config.json, so no run; name a folder that launch/train.py wrote")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except ValueError as error:
         raise UserError(f"--from {folder}: config.json is damaged: {error}") from None
     missing = [key for key in ("model", "deepspeed", "sequence_length", "world_size", "arguments") if key not in config]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files import read_json
 from launch.reporting.columns import Row
 
 PASS = re.compile(r"pass@\d+$")
@@ -43,7 +44,7 @@ def find_evaluations(folder: Path) -> list[Evaluation]:
 def read_evaluation(path: Path) -> Evaluation | None:
     """None where the file is something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return None
     figures = _figures(content) if isinstance(content, dict) else {}

@@ -20,6 +20,7 @@ import numpy as np
 import orjson
 
 from data.cli import UserError
+from data.files import read_json
 from launch.reporting.columns import Columns, Row, join, to_columns
 
 BLOCK = 4096  # lines that are held as Python objects at a time
@@ -80,7 +81,7 @@ def read_run(folder: Path) -> Run:
 def read_config(path: Path) -> dict[str, Any]:
     """Empty where there is none: a page without settings is better than none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError, say
-from data.files import replace_file
+from data.files import read_json, replace_file, small_file
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
-from launch.run.redact import redact
+from launch.redact import redact
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
@@ -35,7 +35,7 @@ def check_same_run(folder: Path, identity: RunIdentity) -> None:
             raise UserError(f"--output {folder} holds {others[0]!r} but no run; name a new or empty folder")
         return
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); name another --output") from None
     if found := RunIdentity.from_json(held).conflicts(identity):
@@ -48,7 +48,7 @@ def changed_settings(folder: Path, deepspeed: dict[str, Any]) -> list[str]:
     Raises UserError for another optimizer: the state of one is not the other's.
     """
     try:
-        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))["deepspeed"]
+        held = read_json(folder / "config.json")["deepspeed"]
         before, now = held["optimizer"]["type"], deepspeed["optimizer"]["type"]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # a checkpoint that was taken out of its run
@@ -62,7 +62,7 @@ def changed_settings(folder: Path, deepspeed: dict[str, Any]) -> list[str]:
 
 def _has_text(path: Path) -> bool:
     """An empty file is what a power cut leaves of one that was not yet on the disk."""
-    return path.exists() and bool(path.read_bytes().strip())
+    return path.exists() and bool(small_file(path).strip())
 
 
 class FolderWatch:

@@ -29,6 +29,7 @@ from launch.profiling.ranges import STEP
 from launch.ranks.control_group import ControlGroup
 from launch.ranks.join import JOIN_SECONDS, start, within
 from launch.ranks.watchdog import Watchdog
+from launch.redact import redact
 from launch.run import folder as run_folder
 from launch.run import preflight
 from launch.run.arguments import TrainArguments
@@ -247,7 +248,7 @@ def identify(arguments: TrainArguments, run: ResolvedRun) -> RunIdentity:
     """What the run's checkpoints belong to."""
     strategy = Strategy.of(run.deepspeed)
     return RunIdentity(
-        model=run.model.to_dict(),
+        model=redact(run.model.to_dict()),
         data={"content": run.train_data.fingerprint, "tokenizer": run.train_data.tokenizer_fingerprint},
         sequence_length=arguments.sequence_length,
         global_batch=strategy.train_batch_size,

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 
 from data import files
-from data.files import hash_file, is_inside, replace_file, replacing, sync_folder
+from data.files import hash_file, is_inside, read_json, replace_file, replacing, small_file, sync_folder
 
 
 def test_a_replacement_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +88,19 @@ def test_names_inside_a_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "/dev/zero", "../x", "a/../../x", "a/..", "..", ".", "x\0y", None, 5, ["a"]])
 def test_names_that_lead_out(name: object) -> None:
     assert not is_inside(name)
+
+
+def test_a_small_file_is_read_only_if_it_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"x": 1}')
+    assert small_file(tmp_path / "a.json") == b'{"x": 1}' and read_json(tmp_path / "a.json") == {"x": 1}
+    os.mkfifo(tmp_path / "fifo")  # an open of which waits for a writer
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 1 << 40)
+    for name in ("fifo", "zero", "sparse"):
+        with pytest.raises(OSError, match=f"not a regular file of at most .*{name}"):
+            read_json(tmp_path / name)
+    for nonsense in (b"[" * 100_000, b"", b"\xff\xfe", b"{"):
+        (tmp_path / "b.json").write_bytes(nonsense)
+        with pytest.raises(ValueError, match=r"."):
+            read_json(tmp_path / "b.json")

@@ -9,11 +9,16 @@ SECRET = re.compile(r"(?i)((^|_)key|secret|passw(or)?d|credentials?|(^|(hf|hub|a
 URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
 #: `?token=...` and its like; a query's names are fewer than JSON's, so whatever speaks of a secret counts.
 URL_SECRET = re.compile(r"(?i)([?&][^=&#\s]*(?:token|key|secret|passw|credential|sig)[^=&#\s]*=)[^&#\s]+")
+#: What gives itself away wherever it stands: tokens of the hub, GitHub, GitLab, OpenAI's kind, Slack, and AWS's key names.
+TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}"
+    r"|AKIA[0-9A-Z]{16})"
+)
 HIDDEN = "[redacted]"
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """`value` without secrets: strings under a name that speaks of one, and users, passwords and tokens inside URLs."""
+    """`value` without secrets: strings under a name that speaks of one, users, passwords and tokens inside URLs, known tokens."""
     if isinstance(value, dict):
         return {k: redact(v, str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -21,5 +26,5 @@ def redact(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         if SECRET.search(name) and value:
             return HIDDEN
-        return URL_SECRET.sub(rf"\g<1>{HIDDEN}", URL_USER.sub(f"{HIDDEN}@", value))
+        return TOKEN.sub(HIDDEN, URL_SECRET.sub(rf"\g<1>{HIDDEN}", URL_USER.sub(f"{HIDDEN}@", value)))
     return value

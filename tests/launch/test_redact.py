@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.run.redact import redact
+from launch.redact import redact
 
 
 def test_secrets_are_redacted_everywhere() -> None:
@@ -32,3 +32,11 @@ def test_secrets_are_redacted_everywhere() -> None:
 )
 def test_tokens_in_the_query_of_a_url(url: str, shown: str) -> None:
     assert redact(["--wandb_project", url]) == ["--wandb_project", shown]
+
+
+@pytest.mark.parametrize(("start", "length"), [("hf_", 34), ("ghp_", 36), ("github_pat_", 40), ("sk-proj-", 40), ("AKIA", 16)])
+def test_tokens_that_give_themselves_away(start: str, length: int) -> None:
+    token = start + "A" * length
+    assert redact(["--model", f"x/{token}/y"]) == ["--model", "x/[redacted]/y"]
+    others = {"commit": "0123456789abcdef0123456789abcdef01234567", "name": "hf_small"}
+    assert redact(others) == others
