@@ -11,7 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
-from data.cli import UserError
+from data.cli import UserError, printable
 from data.files import replace_file
 from data.flags import Parser
 from launch.cli import run_command
@@ -59,7 +59,7 @@ def write_report(arguments: argparse.Namespace, output: Path) -> list[Run]:
         evaluations[runs[0].name].append(found)
     page = build_page(runs, evaluations, follow=arguments.seconds if arguments.follow else 0.0)
     output.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(output, page.encode())
+    replace_file(output, printable(page).encode())
     return runs
 
 

@@ -24,7 +24,9 @@ HUB = Path(__file__).parent / "hub"
 def check_output(output: Path) -> None:
     """Raises UserError where the output holds anything but an earlier export, or cannot be written under its name."""
     if len(os.fsencode(working_name(output.absolute(), "tmp").name)) > NAME_BYTES:
-        raise UserError(f"--output {output}: the name is too long, it is written under a name of {WORKING_BYTES} bytes more; shorten it")
+        raise UserError(
+            f"--output {output}: the name is too long by the {WORKING_BYTES} bytes of the name it is written under; shorten it"
+        )
     try:
         str(output.absolute()).encode()
     except UnicodeEncodeError:

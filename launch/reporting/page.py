@@ -35,7 +35,7 @@ def build_page(runs: list[Run], evaluations: dict[str, list[Evaluation]], *, fol
     detail = 1.0
     while True:
         page = _assemble(runs, evaluations, detail, follow)
-        if len(page.encode()) <= MOST_BYTES or detail < LEAST_DETAIL:
+        if len(page.encode(errors="replace")) <= MOST_BYTES or detail < LEAST_DETAIL:
             return page
         detail /= 2
 

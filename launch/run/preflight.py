@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import platform
 import shutil
 import socket
@@ -98,7 +99,7 @@ def share_folder(ranks: ControlGroup, output: Path) -> None:
     """Every rank can write to the run's folder, and it is the same folder for all."""
     mine = output / f".preflight_{ranks.rank}"
     token = f"{socket.gethostname()}:{output.resolve()}"
-    ranks.run_everywhere(lambda: mine.write_text(token) and None)
+    ranks.run_everywhere(lambda: mine.write_bytes(os.fsencode(token)) and None)
     seen = ranks.run_on_rank0(lambda: [(output / f".preflight_{r}").exists() for r in range(ranks.size)])
     ranks.run_everywhere(lambda: mine.unlink(missing_ok=True))
     if not all(seen):

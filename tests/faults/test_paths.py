@@ -6,18 +6,19 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import Site, struck
+from runs import Site, last_saved, struck
 
 import data.preprocess
 import data.verify
 import launch.export
 import launch.plan
 import launch.report
-from data.cli import UserError
-from launch.run.arguments import build_parser, parse_arguments
+from data.cli import UserError, as_user_error, sentence
+from launch.run.arguments import parse_arguments
 
 OLD = Path(__file__).resolve().parents[1] / "fixtures" / "before_the_move"
 ODD = {
@@ -32,54 +33,54 @@ ODD = {
     "255": "n" * 255,
     "256": "n" * 256,
     "slash": "a/",
+    "dots": "./code/../b",
     "link": "linked",
-    "read-only": "read-only/x",
 }
+NOBODY = 65534
+TOO_LONG, CLOSED = "File name too long", "Permission denied"
 TOO_LONG, CLOSED = "File name too long", "Permission denied"
 #: What is refused, and how; everything else works.
 REFUSED = {
-    **{(command, "256"): TOO_LONG for command in ("preprocess", "verify", "report", "plan", "export", "train")},
-    **{(command, "read-only"): CLOSED for command in ("preprocess", "export")},
-    ("export", "255"): "the name is too long",
+    **{(command, "256"): TOO_LONG for command in ("preprocess", "verify", "report", "plan", "train")},
+    **{("export", kind): "the name is too long" for kind in ("255", "256")},
     ("export", "no UTF-8"): "names that are UTF-8",
-    ("train", "pattern"): "takes '\\[' in a path for a pattern",
+    ("train", "pattern"): r"takes '\[' in a path for a pattern",
 }
 
 
 def preprocess(path: str) -> None:
-    run(data.preprocess.main, "--input", "code", "--tokenizer", "tokenizer.json", f"--output={path}", "--workers", "1")
+    data.preprocess.work(["--input", "code", "--tokenizer", "tokenizer.json", f"--output={path}", "--workers", "1"])
 
 
 def verify(path: str) -> None:
-    if not Path(path).exists():
-        shutil.copytree(OLD / "tokens", path)
-    run(data.verify.main, "--", path)
-
-
-def a_run(path: str) -> str:
-    if not (Path(path) / "metrics.jsonl").exists():
-        shutil.copytree(OLD / "run", path, dirs_exist_ok=True)
-    return path
+    assert data.verify.main(["--", copy("tokens", path)]) == 0
 
 
 def report(path: str) -> None:
-    run(launch.report.main, "--", a_run(path))
+    run(launch.report.main, "--", copy("run", path))
 
 
 def plan(path: str) -> None:
-    run(launch.plan.main, f"--from={a_run(path)}")
+    run(launch.plan.main, f"--from={copy('run', path)}")
 
 
 def export(path: str) -> None:
-    run(launch.export.main, f"--checkpoint={a_run('run')}", f"--output={path}")
+    run(launch.export.main, f"--checkpoint={copy('run', 'a run')}", f"--output={path}")
 
 
 def train(path: str) -> None:
-    """As far as the flags; one run under an odd name is below."""
+    """As far as the flags; runs under odd names are below."""
     parse_arguments(["--data", "x", f"--output={path}"])
 
 
 COMMANDS: list[Callable[[str], None]] = [preprocess, verify, report, plan, export, train]
+
+
+def copy(name: str, path: str) -> str:
+    """Something to read, under the odd name; a name that no folder can have stays as it is."""
+    if not os.listdir(path) if os.path.isdir(path) else len(path) <= 255:
+        shutil.copytree(OLD / name, path, dirs_exist_ok=True)
+    return path
 
 
 def run(main: Callable[[], int | None], *flags: str) -> None:
@@ -87,3 +88,73 @@ def run(main: Callable[[], int | None], *flags: str) -> None:
         patch.setattr(sys, "argv", ["command", *flags])
         patch.setattr("launch.export.make_quiet", lambda: None)  # it would silence the tests that follow
         assert not main()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with something to preprocess."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.py").write_text("def f(x):\n    return x\n" * 20)
+    shutil.copy(OLD / "run/tokenizer/tokenizer.json", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_every_command_works_there_or_says_why_not(command: Callable[[str], None], kind: str, place: Path) -> None:
+    if kind == "link":
+        (place / "elsewhere").mkdir()
+        (place / ODD[kind]).symlink_to("elsewhere")
+    refusal = REFUSED.get((command.__name__, kind))
+    struck(f"an odd path: {kind}")
+    if refusal is None:
+        command(ODD[kind])
+        return
+    before = sorted(place.iterdir())
+    with pytest.raises((UserError, OSError), match=refusal) as raised:
+        command(ODD[kind])
+    assert as_user_error(raised.value) is not None
+    assert [path for path in sorted(place.iterdir()) if path not in before] in ([], [place / "a run"])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("mode", [0o755, 0o700], ids=["not writable", "not readable"])
+@pytest.mark.parametrize("command", COMMANDS[:5], ids=lambda command: command.__name__)
+def test_another_users_folder_is_a_sentence(command: Callable[[str], None], mode: int, place: Path) -> None:
+    """In a forked process that is nobody; the folders are root's."""
+    for folder in (place, *place.parents[:2]):
+        folder.chmod(0o755)
+    copy("run", "a run")
+    theirs = place / "theirs"
+    copy({"verify": "tokens"}.get(command.__name__, "run"), str(theirs)) if command not in (preprocess, export) else theirs.mkdir()
+    theirs.chmod(mode)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        try:
+            command(str(theirs))
+            said = "worked"
+        except BaseException as error:
+            known = as_user_error(error)
+            said = f"{type(error).__name__}: {error}" if known is None else f"error: {sentence(known)}"
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    struck("another user's folder")
+    only_reads = command in (verify, plan) and mode == 0o755
+    assert said == "worked" if only_reads else said.startswith("error: ") and CLOSED in said, said
+
+
+def test_a_run_under_an_odd_name_trains_stops_and_goes_on(site: Site, tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"-a b\n'e\xcc\x81 \xff %s $HOME;ls") / ("n" * 255)
+    one = replace(site, ranks=1)
+    assert "step_2" in one.finish(run, max_steps=4, stop_after=2).text()
+    assert "step_2 (step 2" in one.finish(run, max_steps=4).text() and last_saved(run) == "step_4"
+    struck("an odd path: a run")
