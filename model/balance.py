@@ -1,6 +1,10 @@
-"""Load balancing without an auxiliary loss: DeepSeek-V3's bias step (arXiv 2408.15664), made zero-mean.
+"""Load balancing without an auxiliary loss, by the correction bias; `router_balance` in the model's configuration says how:
 
-Shapes: E experts, Y layers.
+    sign      DeepSeek-V3's step (arXiv 2408.15664), made zero-mean
+    quantile  the bias that would have evened the step's load (`quantile.py`)
+    none      the bias stays as it is
+
+Shapes: E experts, Y layers, N bins of a histogram.
 """
 
 import math
@@ -9,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .config import MoEGPTConfig
+from .quantile import quantile_step
 from .router import Router
 
 
@@ -37,45 +43,76 @@ class LoadBalancer:
         model: nn.Module | Sequence[Router],
         rate: float,
         all_reduce: Callable[[Tensor], object] | None = None,
+        *,
+        rule: str = "sign",
+        decay: float = 0.0,
+        average: float = 0.0,
     ) -> None:
-        """`all_reduce` sums a tensor over all data-parallel ranks in place; None on one rank. Rate 0 only measures."""
+        """`all_reduce` sums a tensor over all data-parallel ranks in place; None on one rank.
+
+        The rest is the configuration's `router_balance`, `router_bias_rate`, `_decay` and `_average`; rate 0 only measures.
+        """
         modules = model.modules() if isinstance(model, nn.Module) else model
         self.routers = [module for module in modules if isinstance(module, Router)]
         if not self.routers:
             raise ValueError("there is no router to balance in this model")
-        self.rate, self.all_reduce = rate, all_reduce
+        if rule == "quantile" and any(router.lift_EN is None for router in self.routers):
+            raise ValueError("quantile balancing needs a model with router_balance 'quantile': its routers count what it needs")
+        self.rule, self.rate, self.decay, self.average, self.all_reduce = rule, rate, decay, average, all_reduce
         #: Tokens of each expert in the last step, over all ranks.
         self.load_YE: Tensor | None = None
 
-    @torch.no_grad()
-    def step(self, *, measure: bool = True) -> dict[str, list[float]]:
-        """Balances by the load since the last call, zeroes it, and returns per-layer health (`router_health`).
+    @classmethod
+    def of(
+        cls, config: MoEGPTConfig, model: nn.Module | Sequence[Router], all_reduce: Callable[[Tensor], object] | None = None
+    ) -> "LoadBalancer":
+        """As the configuration says."""
+        rule, decay, average = config.router_balance, config.router_bias_decay, config.router_bias_average
+        return cls(model, config.router_bias_rate, all_reduce, rule=rule, decay=decay, average=average)
 
-        `measure` False returns none of it: the host need not wait for the device.
+    @torch.no_grad()
+    def step(self, *, measure: bool = True, progress: float = 0.0) -> dict[str, list[float]]:
+        """Balances by what was counted since the last call, zeroes it, and returns per-layer health (`router_health`).
+
+        `measure` False returns none of it: the host need not wait for the device. `progress`: the part of the run that is done.
         """
-        counted_YE = torch.stack([router.load_E for router in self.routers])
-        square_Y = torch.stack([router.logit_square_sum for router in self.routers])
-        counted = torch.cat((counted_YE, (square_Y * SQUARE_UNIT).long().unsqueeze(1)), dim=1)
-        if self.all_reduce is not None:
-            self.all_reduce(counted)
-        load_YE, square_Y = counted[:, :-1], counted[:, -1] / SQUARE_UNIT
+        load_YE, square_Y, lift_YEN = self._counted()
         self.load_YE = load_YE
         bias_YE = torch.stack([router.e_score_correction_bias for router in self.routers])
-        if self.rate:
-            bias_YE = bias_step(bias_YE, load_YE, self.rate)
-            for router, bias_E in zip(self.routers, bias_YE, strict=True):
-                # In place: the engine and the checkpoint hold this very buffer.
-                router.e_score_correction_bias.copy_(bias_E)
+        bias_YE = self._next_bias(bias_YE, load_YE, lift_YEN, progress)
+        for router, bias_E in zip(self.routers, bias_YE, strict=True):
+            # In place: the engine and the checkpoint hold this very buffer.
+            router.e_score_correction_bias.copy_(bias_E)
         self.reset()
         if not measure:
             return {}
         return router_health(load_YE, bias_YE, square_Y, self.routers[0].settings["top_k"])
 
+    def _counted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`(load_YE, square_Y, lift_YEN)` of all ranks, the last empty but for quantiles. One exact sum of integers."""
+        layers, experts = len(self.routers), self.routers[0].num_experts
+        load_YE = torch.stack([router.load_E for router in self.routers])
+        square_Y = torch.stack([router.logit_square_sum for router in self.routers])
+        parts = [load_YE, (square_Y * SQUARE_UNIT).long().unsqueeze(1)]
+        if self.rule == "quantile":
+            parts.append(torch.stack([router.lift_EN.flatten() for router in self.routers if router.lift_EN is not None]))
+        counted = torch.cat(parts, dim=1)
+        if self.all_reduce is not None:
+            self.all_reduce(counted)
+        lift_YEN = counted[:, experts + 1 :].reshape(layers, experts, -1)
+        return counted[:, :experts], counted[:, experts] / SQUARE_UNIT, lift_YEN
+
+    def _next_bias(self, bias_YE: Tensor, load_YE: Tensor, lift_YEN: Tensor, progress: float) -> Tensor:
+        if self.rule == "quantile":
+            return quantile_step(bias_YE, lift_YEN, self.routers[0].settings["top_k"] / load_YE.shape[1], self.average)
+        if self.rule == "none" or not self.rate:
+            return bias_YE
+        return bias_step(bias_YE, load_YE, self.rate * (1 - self.decay * min(1.0, progress)))
+
     def reset(self) -> None:
-        """Forgets the counted load (a skipped step's, say)."""
+        """Forgets what was counted (in a skipped step, say)."""
         for router in self.routers:
-            router.load_E.zero_()
-            router.logit_square_sum.zero_()
+            router.forget()
 
 
 def router_health(load_YE: Tensor, bias_YE: Tensor, square_Y: Tensor, top_k: int) -> dict[str, list[float]]:

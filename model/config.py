@@ -11,6 +11,7 @@ ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
 # transformers' names of kernels: `flash` picks the best one present by itself.
 ATTENTION_ALIASES = {"flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
 SCORING_FUNCTIONS = ("sigmoid", "softmax")
+BALANCE_RULES = ("sign", "quantile", "none")
 ROPE_TYPES = ("default", "yarn")
 PRESETS = ("tiny", "60m", "800m", "4b")
 
@@ -68,7 +69,10 @@ class MoEGPTConfig(PreTrainedConfig):
     scoring_func: str = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
-    router_bias_rate: float = 0.001  # step of the correction bias per optimizer step (arXiv 2408.15664)
+    router_balance: str = "sign"  # how the correction bias follows the load: model/balance.py
+    router_bias_rate: float = 0.001  # `sign`: step of the correction bias per optimizer step (arXiv 2408.15664)
+    router_bias_decay: float = 0.0  # `sign`: share of that rate which is gone, linearly, at the end of the run
+    router_bias_average: float = 0.0  # `quantile`: share of the old bias that each step keeps
     expert_dropout: float = 0.0  # on silu(W1 x) * W3 x of the routed experts, in training only
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2), in training only
     initializer_range: float = 0.02
@@ -115,9 +119,11 @@ class MoEGPTConfig(PreTrainedConfig):
                 raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
         self._check_attention()
         self._check_routing()
-        for field in ("expert_dropout", "z_loss_weight", "router_bias_rate"):
+        for field in ("expert_dropout", "z_loss_weight", "router_bias_rate", "router_bias_average"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 0 and below 1, got {getattr(self, field)!r}")
+        if not 0 <= self.router_bias_decay <= 1:
+            raise ValueError(f"router_bias_decay must be at least 0 and at most 1, got {self.router_bias_decay!r}")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act must be 'silu' (the experts are SwiGLU), got {self.hidden_act!r}")
 
@@ -150,6 +156,8 @@ class MoEGPTConfig(PreTrainedConfig):
             )
         if self.scoring_func not in SCORING_FUNCTIONS:
             raise ValueError(f"scoring_func must be one of {', '.join(SCORING_FUNCTIONS)}, got {self.scoring_func!r}")
+        if self.router_balance not in BALANCE_RULES:
+            raise ValueError(f"router_balance must be one of {', '.join(BALANCE_RULES)}, got {self.router_balance!r}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "MoEGPTConfig":

@@ -106,7 +106,7 @@ class MoEGPTPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, Gate):
             init.normal_(module.weight, std=ROUTER_STD)
-            for buffer in (module.e_score_correction_bias, module.load_E, module.logit_square_sum):
+            for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=std)

@@ -1,6 +1,6 @@
 """The router: fp32 logits, DeepSeek-V3's group-limited choice, its replay in recomputation, and the load counters.
 
-Shapes: T tokens, H hidden, E experts, K experts per token, G expert groups.
+Shapes: T tokens, H hidden, E experts, K experts per token, N bins.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .choice import group_limited_topk
 from .config import MoEGPTConfig
+from .quantile import BINS, add_to_histogram, bias_lift
 from .replay import RouterReplay
 
 
@@ -18,6 +20,10 @@ def router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     """`[T, E]` in fp32 (float64 stays), whatever dtype the engine trains in: bf16 logits move tokens near a tie."""
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
     return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+
+
+def expert_scores(logits_TE: Tensor, scoring_func: str) -> Tensor:
+    return logits_TE.sigmoid() if scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
 def route(
@@ -37,7 +43,7 @@ def route(
     The bias takes part in the choice only; the weights are the unbiased scores of the chosen experts.
     `replay_TK` gives the choice of an earlier forward instead, so that a recomputation cannot choose anew.
     """
-    scores_TE = logits_TE.sigmoid() if scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+    scores_TE = expert_scores(logits_TE, scoring_func)
     indices_TK = replay_TK
     if indices_TK is None:
         indices_TK = group_limited_topk(scores_TE.detach() + bias_E, top_k, n_group, topk_group)
@@ -45,29 +51,6 @@ def route(
     if norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     return weights_TK * routed_scaling_factor, indices_TK
-
-
-def group_limited_topk(biased_TE: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
-    """Indices `[T, K]` of the best experts of the best groups, best first; a tie goes to the lower index.
-
-    A group's score is the sum of its two best. Experts of the other groups get -inf, not 0: with negative biases a
-    0 would win against a chosen group's expert.
-    """
-    if n_group > 1:
-        group_TGE = biased_TE.unflatten(1, (n_group, -1))
-        group_scores_TG = group_TGE.topk(2, dim=-1).values.sum(dim=-1)
-        chosen = stable_topk(group_scores_TG, topk_group)
-        left_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, chosen, False)
-        biased_TE = group_TGE.masked_fill(left_out_TG.unsqueeze(-1), -torch.inf).flatten(1)
-    return stable_topk(biased_TE, top_k)
-
-
-def stable_topk(scores: Tensor, k: int) -> Tensor:
-    """Indices of the `k` highest along the last dimension, best first, the lower index first among equals.
-
-    `torch.topk` leaves open which of two equals it returns, and answers differently on CPU and GPU.
-    """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def tokens_per_expert(indices_TK: Tensor, experts: int) -> Tensor:
@@ -89,11 +72,13 @@ class RouteSettings(TypedDict):
 class Router(nn.Module):
     """Routing settings, correction bias and load counters; a subclass says where its projection lies.
 
-    `load_E` counts the tokens sent to each expert by training forwards since it was last zeroed (`balance`).
+    `load_E` counts the tokens sent to each expert by training forwards since it was last zeroed (`balance`), `lift_EN` their
+    `quantile.bias_lift`, for quantile balancing only.
     """
 
     e_score_correction_bias: Tensor
     load_E: Tensor
+    lift_EN: Tensor | None
     logit_square_sum: Tensor
 
     def __init__(self, config: MoEGPTConfig) -> None:
@@ -110,6 +95,9 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         self.register_buffer("load_E", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
         self.register_buffer("logit_square_sum", torch.zeros((), dtype=torch.float32), persistent=False)
+        by_quantile = config.router_balance == "quantile"
+        lift_EN = torch.zeros(self.num_experts, BINS, dtype=torch.int64) if by_quantile else None
+        self.register_buffer("lift_EN", lift_EN, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """`.to`, `.bfloat16()` and the like move the buffers but never cast them: bf16 loses a bias step of 0.001."""
@@ -125,10 +113,22 @@ class Router(nn.Module):
         """The router's weight `[E, H]`."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def observe(self, logits_TE: Tensor, counts_E: Tensor) -> None:
         """Adds one forward's load and logits to the counters; no host synchronisation."""
         self.load_E += counts_E
-        self.logit_square_sum += logits_TE.detach().square().sum()
+        self.logit_square_sum += logits_TE.square().sum()
+        if self.lift_EN is not None:
+            bias_E, made = self.e_score_correction_bias, self.settings
+            scores_TE = expert_scores(logits_TE, made["scoring_func"])
+            lift_TE = bias_lift(scores_TE, bias_E, top_k=made["top_k"], n_group=made["n_group"], topk_group=made["topk_group"])
+            add_to_histogram(self.lift_EN, lift_TE, bias_E)
+
+    def forget(self) -> None:
+        """Zeroes the counters."""
+        for counter in (self.load_E, self.logit_square_sum, self.lift_EN):
+            if counter is not None:
+                counter.zero_()
 
     def forward(self, x_TH: Tensor, _unused: object = None) -> tuple[Tensor, Tensor, Tensor]:
         """`(weights_TK fp32, indices_TK, counts_E)`. AutoEP passes a second argument, a bias of its own: None."""

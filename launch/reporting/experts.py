@@ -52,9 +52,7 @@ def collapsed_experts(run: Run) -> Iterator[Flag]:
 def _advice(run: Run) -> str:
     bias_NY = run.train.layers.get("bias_range")
     if bias_NY is not None and len(bias_NY) and not bias_NY.any():
-        return (
-            "Balancing is off, for the bias stands still: set router_bias_rate in the model's config.json (0.001; 0.01 if short)."
-        )
+        return "Balancing is off, for the bias stands still: set router_balance or router_bias_rate in the model's config.json."
     return (
         "Raise the balancing rate (router_bias_rate in the model's config.json: 0.01 for short runs), balance by quantiles "
         "(router_balance), or lower the learning rate: routers that learn faster than the bias moves run away from it."

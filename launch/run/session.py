@@ -281,7 +281,7 @@ def make_trainer(
         train_data=run.train_data,
         validation=make_validation(arguments, held_out, engine, watchdog) if held_out is not None else None,
         tasks={name: make_validation(arguments, data, engine, watchdog) for name, data in run.task_data.items()},
-        balancer=LoadBalancer(engine.module, run.model.router_bias_rate, all_reduce=dist.all_reduce),
+        balancer=LoadBalancer.of(run.model, engine.module, dist.all_reduce),
         saving=Saving(engine=engine, settings=EngineSettings(engine), checkpoints=checkpoints, monitor=monitor),
         monitor=monitor,
         spikes=SpikeDetector(sigma=arguments.spike_sigma, window=arguments.spike_window, rollback_after=arguments.spike_rollback),

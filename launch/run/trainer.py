@@ -174,7 +174,8 @@ class Trainer:
         metrics: dict[str, Any] = {"loss": loss, "grad_norm": self.step_hook.grad_norm}
         if reason_to_skip is None:
             self.spikes.accept_step(loss, self.step_hook.grad_norm)
-            metrics.update(self.balancer.step(measure=self.is_logged(self.position.step)))
+            progress = self.position.step / self.arguments.max_steps
+            metrics.update(self.balancer.step(measure=self.is_logged(self.position.step), progress=progress))
             self.health.count_step(self.step_hook.grad_norm, self.balancer.load_YE)
             return metrics
         self.balancer.reset()

@@ -14,12 +14,17 @@ from model.balance import LoadBalancer
 GLOBAL_BATCH, LENGTH, VOCABULARY, EXPERTS = 16, 24, 97, 8
 STEPS, LEARNING_RATE, BIAS_RATE = 3, 0.5, 0.01
 CLIP = 0.25  # below every step's norm
-ROUTINGS = ("uneven", "one expert", "empty experts")
+ROUTINGS = ("uneven", "one expert", "empty experts", "by quantiles")
 
 
 def config(routing: str) -> MoEGPTConfig:
-    """Two of eight experts within two of four groups; for `one expert` a top-1 router, not normalised (else it has no gradient)."""
-    choice = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 2}
+    """Two of eight experts within two of four groups; for `one expert` a top-1 router, not normalised (else it has no gradient).
+
+    `by quantiles` is `uneven` under the other rule of balancing.
+    """
+    choice: dict[str, Any] = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 2}
+    if routing == "by quantiles":
+        choice["router_balance"] = "quantile"
     if routing == "one expert":
         choice = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False}
     return MoEGPTConfig.preset(
@@ -62,13 +67,18 @@ def set_bias(layers: Iterable[Any], routing: str) -> None:
         router.e_score_correction_bias.copy_(bias(routing))
 
 
+def counted_lifts(routers: Iterable[Any]) -> list[int]:
+    """Tokens times experts that each router has counted for its quantiles in this step."""
+    return [0 if router.lift_EN is None else int(router.lift_EN.sum()) for router in routers]
+
+
 def train_plainly(routing: str, clip: bool) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
     """The whole global batch at once in one process with torch's own SGD and clipping: weights, and rows by step."""
     model = build(routing).train()
     set_bias([layer.mlp for layer in model.model.layers], routing)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    balancer = LoadBalancer(model, BIAS_RATE)
-    rows: dict[str, list[Any]] = {"loss": [], "norm": [], "imbalance": []}
+    balancer = LoadBalancer(model, BIAS_RATE, rule=model.config.router_balance)
+    rows: dict[str, list[Any]] = {"loss": [], "norm": [], "imbalance": [], "lifts": []}
     for number in range(STEPS):
         inputs, targets = batch(number)
         loss = model(input_ids=inputs, shift_labels=targets).loss
@@ -76,6 +86,7 @@ def train_plainly(routing: str, clip: bool) -> tuple[dict[str, Tensor], dict[str
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP if clip else torch.inf)
         optimizer.step()
         optimizer.zero_grad()
+        rows["lifts"].append(counted_lifts(layer.mlp.gate for layer in model.model.layers))
         rows["loss"].append(loss.item())
         rows["norm"].append(norm.item())
         rows["imbalance"].append(balancer.step()["load_max_over_mean"])

@@ -20,7 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
-from parity_problem import BIAS_RATE, CLIP, GLOBAL_BATCH, LEARNING_RATE, ROUTINGS, STEPS, batch, build, set_bias
+from parity_problem import BIAS_RATE, CLIP, GLOBAL_BATCH, LEARNING_RATE, ROUTINGS, STEPS, batch, build, counted_lifts, set_bias
 from torch import Tensor
 
 from launch.cli import make_quiet
@@ -43,7 +43,10 @@ def layouts(ranks: int, every: bool) -> list[dict[str, Any]]:
             (4, "selective", False, "empty experts"),
         ]
         sizes = sizes[-2:]
-    return [{"ep": ep, "zero": zero, **dict(zip(names, c, strict=True))} for ep in sizes for zero in (0, 1, 2, 3) for c in chosen]
+    cases = [(ep, zero, c) for ep in sizes for zero in (0, 1, 2, 3) for c in chosen]
+    if not every:
+        cases += [(sizes[-1], 2, (4, mode, True, "by quantiles")) for mode in ("none", "selective", "full")]
+    return [{"ep": ep, "zero": zero, **dict(zip(names, c, strict=True))} for ep, zero, c in cases]
 
 
 def deepspeed_config(case: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def train(case: dict[str, Any], reference: dict[str, Tensor]) -> dict[str, Any]:
     engine = build_engine(build(case["routing"]), deepspeed_config(case), mode=case["checkpointing"])
     set_bias(moe_layers(engine.module), case["routing"])
     guard = StepHook(engine, clip=CLIP if case["clip"] else 0.0)
-    balancer = LoadBalancer(engine.module, BIAS_RATE, dist.all_reduce)
+    balancer = LoadBalancer(engine.module, BIAS_RATE, dist.all_reduce, rule=engine.module.config.router_balance)
     before = whole_weights(engine)
     rows = [step(engine, guard, balancer, number) for number in range(STEPS)]
     after = whole_weights(engine)
@@ -94,9 +97,17 @@ def step(engine: Any, guard: StepHook, balancer: LoadBalancer, number: int) -> d
     dist.all_reduce(total)
     held = [layer.router.load_E.view(layer.ep_size, -1).sum(1) for layer in moe_layers(engine.module)]
     fewest = int(torch.stack(held).min())  # tokens of this rank for the rank that it sends fewest to
+    lifts = torch.tensor(counted_lifts(layer.router for layer in moe_layers(engine.module)))
+    dist.all_reduce(lifts)
     assert guard.step(lambda norm: None) is None
     health = balancer.step()
-    return {"loss": float(total), "norm": guard.grad_norm, "imbalance": health["load_max_over_mean"], "fewest": fewest}
+    return {
+        "loss": float(total),
+        "norm": guard.grad_norm,
+        "imbalance": health["load_max_over_mean"],
+        "fewest": fewest,
+        "lifts": lifts.tolist(),
+    }
 
 
 def whole_weights(engine: Any) -> dict[str, Tensor]:

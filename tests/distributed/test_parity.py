@@ -84,7 +84,11 @@ def test_weights(results: list[dict]) -> None:
 def test_biases_and_loads_are_the_same(results: list[dict], reference: tuple[Path, dict]) -> None:
     for case in results:
         wanted = rows_of(case, reference)
-        assert case["bias"] == wanted["bias"], name(case)
+        if case["routing"] == "by quantiles":  # of scores that are equal to rounding, so a token may fall into the next bin
+            assert case["bias"] == [pytest.approx(bias, abs=1e-3) for bias in wanted["bias"]], name(case)
+            assert case["lifts"] == wanted["lifts"] and min(map(min, case["lifts"])) == max(map(max, case["lifts"])) > 0, name(case)
+        else:
+            assert case["bias"] == wanted["bias"], name(case)
         assert case["imbalance"] == wanted["imbalance"], name(case)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.choice import group_limited_topk, stable_topk
 from model.moe import MoE
-from model.router import Router, group_limited_topk, route, router_logits, stable_topk, tokens_per_expert
+from model.router import Router, route, router_logits, tokens_per_expert
 from tests import reference
 from tests.model.small_moe import config, initialised
 

@@ -51,7 +51,7 @@ class Copies(TorchFunctionMode):
 @pytest.mark.parametrize("attention", ["flash", "sdpa", "eager"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_the_model_never_waits_in_a_training_step(attention: str, documents: bool) -> None:
-    config = MoEGPTConfig.preset("tiny", num_hidden_layers=2, vocab_size=512)
+    config = MoEGPTConfig.preset("tiny", num_hidden_layers=2, vocab_size=512, router_balance="quantile")
     config._attn_implementation = attention
     with torch.device("meta"):
         model = MoEGPTForCausalLM(config).bfloat16()
