@@ -12,6 +12,7 @@ from launch.engine import strategy
 from launch.planning.arguments import PlanArguments
 from launch.planning.devices import Device, find_device
 from launch.planning.job import Job, job_from
+from launch.planning.ladder import Ladder, active_parameters
 from launch.planning.memory import GB, WORST_LOAD
 from launch.planning.scale import curve
 from launch.planning.search import Candidate, as_deepspeed, candidate, changes, least_change, search
@@ -40,6 +41,7 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
         "sequence_length": arguments.sequence_length,
         **describe(planned),
         **budget(planned, arguments.tokens, arguments.price),
+        "expected": expected(arguments, planned.job),
         "to_fit": to_fit(planned),
         "alternatives": [layout(one) for one in better],
         "curve": [{"gpus": p.gpus, **layout(p.found), "breaks": p.breaks} for p in curve(planned.job, device)],
@@ -145,6 +147,16 @@ def budget(found: Candidate, tokens: float | None, price: float | None) -> dict[
         "price_per_gpu_hour": price,
         "cost": None if gpu_hours is None or price is None else gpu_hours * price,
     }
+
+
+def expected(arguments: PlanArguments, job: Job) -> dict[str, Any] | None:
+    """By the saved ladder: bits per byte, and the learning rate and batch to begin with; None without one."""
+    if arguments.ladder is None or arguments.tokens is None:
+        return None
+    ladder, sizes = Ladder.read(arguments.ladder), job.sizes
+    active = active_parameters(sizes)
+    flops = arguments.tokens * training_flops_per_token(sizes, job.sequence_length)
+    return {"active": active, **ladder.expectation(active, arguments.tokens, flops)}
 
 
 def assumptions(device: Device) -> list[str]:

@@ -31,6 +31,7 @@ class PlanArguments:
     activation_checkpointing: str | None
     tokens: float | None
     price: float | None
+    ladder: Path | None
     from_run: Path | None
     json: bool
     write: Path | None
@@ -46,6 +47,8 @@ class PlanArguments:
             raise UserError(f"--price must be 0 or more (for one GPU and hour), not {self.price}")
         if self.gpu is None and self.from_run is None:
             raise UserError("--gpu is missing, such as --gpu a100-80gb; --help lists the flags")
+        if self.ladder is not None and self.tokens is None:
+            raise UserError("--ladder needs --tokens, such as --tokens 131e9: bits per byte depend on how much is read")
         if self.gpu is None and (self.write or self.curve):
             raise UserError("--write and --curve need --gpu, such as --gpu a100-80gb")
 
@@ -76,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     how_much = p.add_argument_group("how much")
     how_much.add_argument("--tokens", type=float, metavar="T", help="the budget in tokens, such as 131e9; gives days and energy")
     how_much.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in your currency; gives the cost")
+    how_much.add_argument("--ladder", type=Path, metavar="JSON", help="of benchmark.py ladder: also the bits per byte to expect")
     out = p.add_argument_group("answer")
     out.add_argument("--json", action="store_true", help="everything as one JSON object")
     out.add_argument("--curve", action="store_true", help="also 1 to 512 GPUs, and what breaks first")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from launch.planning.ladder import in_words
+
 #: The parts of a rank's memory, in the order in which they are shown, and what each is.
 PARTS = {
     "weights": "weights",
@@ -85,6 +87,8 @@ def _time(answer: dict[str, Any]) -> str:
         line = f"{answer['tokens']:.4g} tokens: {answer['steps']:,} steps, {duration(answer['days'])}, "
         line += f"{answer['gpu_hours']:,.0f} GPU hours, {answer['energy_kwh']:,.0f} kWh"
         lines.append(line + (f", cost {answer['cost']:,.0f}" if answer["cost"] is not None else ""))
+    if answer["expected"] is not None:
+        lines += in_words(answer["expected"], tokens=answer["tokens"])
     return "\n".join(lines)
 
 

@@ -1,0 +1,116 @@
+"""What `launch/benchmark.py learning` compares: variants of one model and one DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.cli import NotFound, UserError, sentence
+from model import MoEGPTConfig
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """`model` replaces fields of the configuration, `deepspeed` merges into the JSON (null takes a key out)."""
+
+    name: str
+    model: Fields = field(default_factory=dict)
+    deepspeed: Fields = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    def config(self, base: MoEGPTConfig) -> MoEGPTConfig:
+        """Raises UserError that names the variant."""
+        own = {MoEGPTConfig.attribute_map.get(name, name): value for name, value in self.model.items()}
+        known = base.to_dict()
+        for name in own:
+            if name not in known:
+                raise UserError(f"variant {self.name!r}: the model's configuration has no field {name!r}")
+        try:
+            return MoEGPTConfig(**{**known, **own})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"variant {self.name!r}: {sentence(error)}") from error
+
+    def settings(self, base: Fields) -> Fields:
+        return merged(base, self.deepspeed)
+
+
+def merged(base: Fields, changes: Fields) -> Fields:
+    """`base` with `changes` laid over it, dictionary by dictionary; null takes a key out."""
+    out = copy.deepcopy(base)
+    for name, value in changes.items():
+        if value is None:
+            out.pop(name, None)
+        elif isinstance(value, dict) and isinstance(out.get(name), dict):
+            out[name] = merged(out[name], value)
+        else:
+            out[name] = value
+    return out
+
+
+def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
+    """By name. `config` is the model's: its dense twin has as many experts as a token of it chooses, and no others."""
+    chosen = {"n_routed_experts": config.num_experts_per_tok, "n_group": 1, "topk_group": 1, "router_balance": "none"}
+    stock = {"attention_sinks": False, "qk_norm": False, "embedding_initializer_range": 0.02}
+    muon = {"lr": 0.0006, "muon_lr": 0.02, "adam_lr": 0.0006, "momentum": 0.95}
+    variants = (
+        Variant(name="ours"),
+        Variant(name="sign", model={"router_balance": "sign"}),
+        Variant(name="quantile", model={"router_balance": "quantile"}),
+        Variant(name="none", model={"router_balance": "none"}),
+        Variant(name="dense", model=chosen),
+        Variant(name="glm4_moe", model=stock),
+        Variant(name="no_sinks", model={"attention_sinks": False}),
+        Variant(name="adamw", deepspeed={"optimizer": {"type": "AdamW"}}),
+        Variant(name="muon", deepspeed={"gradient_clipping": 0.0, "optimizer": {"type": "Muon", "params": muon}}),
+        Variant(name="sign_decaying", model={"router_balance": "sign", "router_bias_decay": 1.0}),
+        Variant(name="quantile_averaged", model={"router_balance": "quantile", "router_bias_average": 0.5}),
+    )
+    return {variant.name: variant for variant in variants}
+
+
+def chosen_variants(names: list[str], file: Path | None, config: MoEGPTConfig) -> list[Variant]:
+    """Of the built-in ones those of `names`, then those of `file`. Raises UserError for unknown and repeated names."""
+    known = built_in(config)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"--variants {unknown[0]}: no such variant; the built-in ones are {', '.join(known)}")
+    variants = [known[name] for name in names] + (read_variants(file) if file else [])
+    all_names = [variant.name for variant in variants]
+    twice = {name for name in all_names if all_names.count(name) > 1}
+    if twice:
+        raise UserError(f"variant {min(twice)!r} is there twice; give each a name of its own")
+    return variants
+
+
+def read_variants(path: Path) -> list[Variant]:
+    """A JSON list of `{"name", "model": {}, "deepspeed": {}, "flags": []}`, all but the name optional."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFound(f"--variants_file {path} is not a file") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {sentence(error)}") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f'{path} must hold a list of variants, such as [{{"name": "wide", "model": {{"n_group": 1}}}}]')
+    return [_variant(path, number, row) for number, row in enumerate(rows)]
+
+
+def _variant(path: Path, number: int, row: Any) -> Variant:
+    where = f"{path}, variant {number}"
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        raise UserError(f'{where}: it must be an object with a "name"')
+    kinds: dict[str, type] = {"name": str, "model": dict, "deepspeed": dict, "flags": list}
+    for key, value in row.items():
+        if key not in kinds:
+            raise UserError(f"{where}: unknown key {key!r}; there are {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise UserError(f"{where}: {key} must be a {kinds[key].__name__}, got {value!r}")
+    if not row["name"].replace("_", "").replace("-", "").replace(".", "").isalnum():
+        raise UserError(f"{where}: its name is a folder's as well: letters, digits, '-', '_' and '.' only, got {row['name']!r}")
+    flags = tuple(str(flag) for flag in row.get("flags", ()))
+    return Variant(name=row["name"], model=row.get("model", {}), deepspeed=row.get("deepspeed", {}), flags=flags)

@@ -1,0 +1,172 @@
+"""`launch/benchmark.py learning`: what it compares is alike but for the variant, what it reads out of a run is what lies there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ROOT
+
+from data.cli import UserError
+from launch.benchmarks import learning, small_runs
+from launch.benchmarks.variants import built_in, chosen_variants, merged, read_variants
+from launch.reporting.read import read_run
+from model import MoEGPTConfig
+from model.accounting import forward_flops_per_token
+
+CONFIG = "ds_configs/cpu_ep1_zero2.json"
+
+
+def parse(*flags: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    learning.add_arguments(parser)
+    return parser.parse_args([str(flag) for flag in flags])
+
+
+def test_a_variant_changes_what_it_names() -> None:
+    base = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert merged(base, {"a": {"b": 5}, "d": None, "e": {"f": 6}}) == {"a": {"b": 5, "c": 2}, "e": {"f": 6}}
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+    config = MoEGPTConfig.preset("tiny")
+    for name, variant in built_in(config).items():
+        made = variant.config(config).to_dict()
+        changed = {field for field, value in config.to_dict().items() if made[field] != value}
+        assert changed <= set(variant.model), name
+
+
+def test_the_dense_twin_has_the_flops_of_a_token() -> None:
+    config = MoEGPTConfig.preset("tiny")
+    dense = built_in(config)["dense"].config(config)
+    assert dense.n_routed_experts == dense.num_experts_per_tok == config.num_experts_per_tok
+    router = 2 * config.num_hidden_layers * config.hidden_size * (config.n_routed_experts - dense.n_routed_experts)
+    assert forward_flops_per_token(config, 256) - forward_flops_per_token(dense, 256) == router
+
+
+def test_all_runs_have_the_same_flops_and_samples(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([{"name": "wide", "model": {"moe_intermediate_size": 256}, "flags": ["--document_mask"]}]))
+    flags = ["--data", "shards", "--variants", "ours", "dense", "--variants_file", file, "--max_steps", 1000, "--seeds", 1, 2, 3]
+    runs = learning.plan_runs(parse(*flags, "--deepspeed_config", ROOT / CONFIG))
+    assert list(runs) == ["ours", "dense", "wide"] and all(len(seeds) == 3 for seeds in runs.values())
+    spent = {name: seeds[0].steps * seeds[0].flops_per_token for name, seeds in runs.items()}
+    assert max(spent.values()) / min(spent.values()) < 1.002
+    assert runs["wide"][0].steps < 800 and runs["ours"][0].steps == 1000
+    commands = {name: seeds[1].command(10) for name, seeds in runs.items()}
+    for name, command in commands.items():
+        given = dict(zip(command[4::2], command[5::2], strict=False))
+        assert given["--seed"] == "2" and ("--document_mask" in command) == (name == "wide")
+
+
+def made_up_run(folder: Path, bits: list[float]) -> Path:
+    """Ten steps of 100 tokens, evaluated at 0, 5 and 10; the second layer's first expert has three times the mean."""
+    folder.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 11):
+        row = {"step": step, "samples": step, "tokens": 100 * step, "loss": 3.0, "step_seconds": 0.5}
+        rows.append({**row, "grad_norm": 100.0 if step == 1 else float(step), "max_vio": [0.1, 0.2 * step]})
+        rows.append({"step": step, "expert_load": [[5, 5, 5, 5], [12, 4, 0, 0] if step % 2 else [6, 2, 4, 4]]})
+    rows.insert(9, {"step": 5, "samples": 5, "tokens": 500, "loss": 9.0, "grad_norm": 5.0, "skipped": "spike"})
+    rows += [{"step": step, "val_loss": 2 * b, "val_bits_per_byte": b} for step, b in zip((0, 5, 10), bits, strict=True)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_what_is_read_out_of_a_run(tmp_path: Path) -> None:
+    found = small_runs.measured(read_run(made_up_run(tmp_path / "run", [3.0, 2.0, 1.0])))
+    assert found["tokens"] == [0, 500, 1000] and found["bits"] == [3.0, 2.0, 1.0]
+    assert found["grad_norm"] == {"median": 6.0, "largest": 10.0}  # without the first tenth
+    assert found["max_vio"]["step"] == pytest.approx(0.2 * 6.5)  # the worst layer's, median of 2 to 10 but 5, which was skipped
+    load = [4 * 12 + 5 * 6, 4 * 4 + 5 * 2, 5 * 4, 5 * 4]  # steps 2 to 10 together: four odd ones, five even ones
+    assert found["max_vio"]["run"] == pytest.approx(max(load) / (sum(load) / 4) - 1)
+    assert found["skipped"] == 1
+
+
+def test_means_spread_and_chart(tmp_path: Path) -> None:
+    folders = [made_up_run(tmp_path / f"{last}" / "run", [3.0, 2.0, last]) for last in (1.0, 1.3)]
+    seeds = [small_runs.measured(read_run(folder)) for folder in folders]
+    runs = {name: [{**one, "flops_per_token": 5.0} for one in seeds] for name in ("a", "b")}
+    result = learning.summarize(runs)
+    row = result["variants"]["a"]
+    assert row["bits"] == pytest.approx([3, 2, 1.15]) and (row["least"][2], row["greatest"][2]) == (1.0, 1.3)
+    assert row["spread"][2] == pytest.approx(0.3 / 2**0.5) and row["skipped"] == 2
+    learning.draw_chart(tmp_path / "c.svg", result)
+    drawn = ET.parse(tmp_path / "c.svg").getroot()
+    lines = [node for node in drawn.iter() if node.tag.endswith("polyline")]
+    assert len(lines) == 4 and all(len(line.get("points", "").split()) == 2 for line in lines)  # not step 0: x is logarithmic
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[", "is not JSON"),
+        ("{}", "must hold a list"),
+        ('[{"model": {}}]', 'must be an object with a "name"'),
+        ('[{"name": "a/b"}]', "a folder's as well"),
+        ('[{"name": "a", "modle": {}}]', "unknown key 'modle'"),
+        ('[{"name": "a", "model": []}]', "model must be a dict"),
+        ('[{"name": "a"}, {"name": "a"}]', "'a' is there twice"),
+        ('[{"name": "a", "model": {"hiden": 1}}]', "no field 'hiden'"),
+        ('[{"name": "a", "model": {"n_group": 3}}]', "variant 'a': n_group"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "v.json"
+    file.write_text(content)
+    config = MoEGPTConfig.preset("tiny")
+    with pytest.raises(UserError, match=says):
+        [variant.config(config) for variant in chosen_variants([], file, config)]
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UserError, match="no such variant; the built-in ones are ours"):
+        chosen_variants(["mine"], None, MoEGPTConfig.preset("tiny"))
+    with pytest.raises(UserError, match="is not a file"):
+        read_variants(Path("nowhere.json"))
+
+
+def command(small_shards: Path, small_model: Path, folder: Path, *flags: object) -> list[str]:
+    given = ["--data", small_shards, "--model", small_model, "--deepspeed_config", CONFIG, "--sequence_length", 64]
+    given += ["--eval_batches", 1, "--folder", folder, "--output", folder.parent / "out.json", *flags]
+    return [sys.executable, "launch/benchmark.py", "learning", *(str(flag) for flag in given)]
+
+
+def test_the_real_command_and_going_on(
+    small_shards: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One variant, four steps; asked again it trains nothing."""
+    flags = ["--variants", "quantile", "--seeds", 5, "--max_steps", 4, "--evaluations", 2]
+    asked = command(small_shards, small_model, tmp_path / "runs", *flags)
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    row = result["variants"]["quantile"]
+    assert row["tokens"] == [0, 2 * 16 * 64, 4 * 16 * 64] and row["bits"][2] < row["bits"][0]
+    assert result["runs"]["quantile"][0]["max_vio"]["run"] > 0
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it trained again")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(small_runs.subprocess, "run", refuse)
+    output = asked.index("--output")  # benchmark.py's own
+    again = learning.run(parse(*asked[3:output], *asked[output + 2 :]))
+    assert again["variants"]["quantile"] == row
+
+
+@pytest.mark.slow
+def test_balanced_experts_are_even_and_their_twins_are_not(small_shards: Path, small_model: Path, tmp_path: Path) -> None:
+    """The smallest scale: 150 steps, after the first tenth; the worst layer, typical step and whole run."""
+    flags = ["--variants", "sign", "quantile", "none", "--seeds", 5, "--max_steps", 150, "--evaluations", 1]
+    done = subprocess.run(command(small_shards, small_model, tmp_path / "runs", *flags), cwd=ROOT, check=False)
+    assert done.returncode == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["variants"]
+    for rule in ("sign", "quantile"):
+        assert rows[rule]["max_vio_run"] < 0.5 * rows["none"]["max_vio_run"], rows
+        assert rows[rule]["max_vio_step"] < rows["none"]["max_vio_step"], rows
+    assert rows["quantile"]["max_vio_run"] < 0.15, rows
