@@ -73,6 +73,7 @@ class MoEGPTConfig(PreTrainedConfig):
     router_bias_rate: float = 0.001  # `sign`: step of the correction bias per optimizer step (arXiv 2408.15664)
     router_bias_decay: float = 0.0  # `sign`: share of that rate which is gone, linearly, at the end of the run
     router_bias_average: float = 0.0  # `quantile`: share of the old bias that each step keeps
+    router_aux_loss_coef: float = 0.0  # weight of the classical auxiliary loss (model/auxiliary.py), in training only
     expert_dropout: float = 0.0  # on silu(W1 x) * W3 x of the routed experts, in training only
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2), in training only
     initializer_range: float = 0.02
@@ -119,7 +120,7 @@ class MoEGPTConfig(PreTrainedConfig):
                 raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
         self._check_attention()
         self._check_routing()
-        for field in ("expert_dropout", "z_loss_weight", "router_bias_rate", "router_bias_average"):
+        for field in ("expert_dropout", "z_loss_weight", "router_bias_rate", "router_bias_average", "router_aux_loss_coef"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 0 and below 1, got {getattr(self, field)!r}")
         if not 0 <= self.router_bias_decay <= 1:

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, prepare
+from .auxiliary import AuxiliaryLoss
 from .config import ATTENTION_ALIASES, ATTENTION_IMPLEMENTATIONS, MoEGPTConfig
 from .head import LMHead, head_loss
 from .keywords import check_export, check_keywords
@@ -228,6 +229,8 @@ class MoEGPTForCausalLM(MoEGPTPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             z_loss_weight = self.config.z_loss_weight if self.training else 0.0
             loss = head_loss(self.lm_head, x_BSH, shift_labels, num_items_in_batch, z_loss_weight)
+            if self.training and self.config.router_aux_loss_coef:
+                AuxiliaryLoss.follow(loss)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
         return CausalLMOutputWithPast(
             loss=loss,

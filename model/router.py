@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .auxiliary import AuxiliaryLoss, balance_loss
 from .choice import group_limited_topk
 from .config import MoEGPTConfig
 from .quantile import BINS, add_to_histogram, bias_lift
@@ -83,7 +84,7 @@ class Router(nn.Module):
 
     def __init__(self, config: MoEGPTConfig) -> None:
         super().__init__()
-        self.num_experts = config.n_routed_experts
+        self.num_experts, self.aux_loss_coef = config.n_routed_experts, config.router_aux_loss_coef
         self.settings: RouteSettings = {
             "top_k": config.num_experts_per_tok,
             "n_group": config.n_group,
@@ -138,6 +139,11 @@ class Router(nn.Module):
         replay_TK = replay.next_choice() if replay is not None and replaying else None
         weights_TK, indices_TK = route(logits_TE, self.e_score_correction_bias, replay_TK=replay_TK, **self.settings)
         counts_E = tokens_per_expert(indices_TK, self.num_experts)
+        if self.training and self.aux_loss_coef:
+            scores_TE = expert_scores(logits_TE, self.settings["scoring_func"])
+            weights_TK = AuxiliaryLoss.apply(  # type: ignore[no-untyped-call]
+                weights_TK, self.aux_loss_coef * balance_loss(scores_TE, counts_E)
+            )
         if replay is not None and not replaying:
             replay.choices.append(indices_TK)
         if self.training and not replaying:

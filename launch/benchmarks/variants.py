@@ -62,6 +62,7 @@ def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
         Variant(name="sign", model={"router_balance": "sign"}),
         Variant(name="quantile", model={"router_balance": "quantile"}),
         Variant(name="none", model={"router_balance": "none"}),
+        Variant(name="auxiliary", model={"router_balance": "none", "router_aux_loss_coef": 0.01}),
         Variant(name="dense", model=chosen),
         Variant(name="glm4_moe", model=stock),
         Variant(name="no_sinks", model={"attention_sinks": False}),

@@ -17,7 +17,7 @@ def test_there_and_back() -> None:
     stock = to_glm4_moe(config)
     back = from_glm4_moe(stock.to_dict())
     training_only = {"transformers_version", "expert_dropout", "z_loss_weight", "embedding_initializer_range"}
-    training_only |= {"router_balance", "router_bias_rate", "router_bias_decay", "router_bias_average"}
+    training_only |= {"router_balance", "router_bias_rate", "router_bias_decay", "router_bias_average", "router_aux_loss_coef"}
     for name, value in config.to_dict().items():
         if name not in training_only:
             assert getattr(back, name) == value, name
