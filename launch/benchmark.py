@@ -1,6 +1,6 @@
 """Benchmarks: each measures ours beside a peer on the same work in one run, and prints ratios.
 
-python launch/benchmark.py moe|attention|loss|step|growth|roofline|data|preprocess|learning|ladder|all [options]
+python launch/benchmark.py moe|attention|loss|step|generate|growth|roofline|data|preprocess|learning|ladder|all [options]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "attention": "attention with sinks: ours against eager and transformers' GPT-OSS and Glm4Moe",
     "loss": "fused cross entropy against plain logits",
     "moe": "the mixture-of-experts layer against transformers' Glm4Moe",
+    "generate": "new tokens a second after a cached prompt against transformers' Glm4Moe with the same weights",
     "roofline": "bytes, kernels, waits and predicted MFU of a micro-step on a GPU, counted without one",
     "step": "a training step against Glm4Moe under stock AutoEP, and both models without DeepSpeed",
     "growth": "time, bytes and memory a token as tokens and experts become more",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .config import MoEGPTConfig
+from .decode import attend_one
 from .flash import load_kernel, pick_kernel
 from .layers import ResidualLinear, RMSNorm
 from .mask import AttentionMask
@@ -151,6 +152,8 @@ class Attention(nn.Module):
         weights_BNSL = None
         if with_weights or self.config._attn_implementation == "eager":
             out_BSND, weights_BNSL = attention_and_weights(q_BSND, k_BSMD, v_BSMD, sinks_N, mask)
+        elif mask.queries == 1 and not torch.is_grad_enabled():
+            out_BSND = attend_one(q_BSND, k_BSMD, v_BSMD, sinks_N, mask)
         else:
             out_BSND = ATTENTION[self.config._attn_implementation](q_BSND, k_BSMD, v_BSMD, sinks_N, mask)
         return self.o_proj(out_BSND.flatten(2)), weights_BNSL

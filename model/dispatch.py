@@ -49,6 +49,9 @@ class GatherRows(torch.autograd.Function):
 
 def swiglu(*gate_up: Tensor) -> Tensor:
     """`silu(gate) * up`, of packed `[R, 2I]` or of gate and up; keeps what it is given, and nothing that follows from it."""
+    if not torch.is_grad_enabled():
+        gate, up = _halves(gate_up)
+        return F.silu(gate) * up
     hidden: Tensor = SwiGLU.apply(*gate_up)  # type: ignore[no-untyped-call]
     return hidden
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MoEGPTConfig
+from .decode import few_experts, takes_few
 from .dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
 from .layers import ResidualLinear
 from .router import Gate, Router, route, router_logits
@@ -25,8 +26,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # [E, H, I], W2
         self.dropout = config.expert_dropout
 
-    def forward(self, x_RH: Tensor, counts_E: Tensor) -> Tensor:
-        """`[R, H]`: rows in expert order, `counts_E` for each expert; one without rows gets a gradient of 0."""
+    def forward(self, x_RH: Tensor, counts_E: Tensor, few_TK: Tensor | None = None) -> Tensor:
+        """`[R, H]`: rows in expert order, `counts_E` for each expert; one without rows gets a gradient of 0.
+
+        With `few_TK`, the experts of a few tokens that are no rows yet: `[T, K, H]`, without gradients.
+        """
+        if few_TK is not None:
+            return few_experts(x_RH, few_TK, self.gate_up_proj, self.down_proj)
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         hidden_RI = swiglu(grouped_linear(x_RH, ends_E, self.gate_up_proj))
         return grouped_linear(F.dropout(hidden_RI, self.dropout, self.training), ends_E, self.down_proj)
@@ -66,6 +72,11 @@ class MoE(nn.Module):
         x_TH = x_BSH.flatten(0, 1)
         residual_TH = None if residual_BSH is None else residual_BSH.flatten(0, 1)
         weights_TK, indices_TK, counts_E = self.gate(x_TH)
+        if not self.training and takes_few(x_TH):
+            few_TKH = self.experts(x_TH, counts_E, indices_TK)
+            sum_TH: Tensor = (few_TKH * weights_TK.unsqueeze(-1)).sum(dim=1) + self.shared_experts(x_TH)
+            sum_TH = sum_TH if residual_TH is None else sum_TH + residual_TH
+            return sum_TH.to(x_BSH.dtype).view_as(x_BSH)
         sorted_R, inverse_R = expert_order(indices_TK)
         x_RH = gather_rows(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
         out_RH = self.experts(x_RH, counts_E)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCrite
 from data.cli import Progress, UserError
 from launch.evaluation.problems import Problem, cut_at_stops
 from launch.evaluation.samples import SampleFile
+from launch.generation.decode import fast
 
 #: Tokens at the end in which a new stop string is looked for; the longest has eight characters, which are at most eight tokens.
 TAIL_TOKENS = 16
@@ -108,6 +109,7 @@ def complete(
         eos_token_id=end,
         pad_token_id=end,
         stopping_criteria=StoppingCriteriaList([AtStops(tokenizer, stops, width)]),
+        **fast(model),
         **sampling.options(),
     )
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteriaList
 
 from data.cli import UserError
+from launch.generation.decode import fast
 from launch.generation.stop import StopStrings, Stream, cut
-from model.cache import GrowingCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,7 @@ def complete(
         eos_token_id=ends or None,
         pad_token_id=pad,
         stopping_criteria=StoppingCriteriaList(criteria),
-        past_key_values=GrowingCache(),
-        streamer=stream,
+        **fast(model, stream),
         **sampling.keywords(),
     )
     seconds = time.perf_counter() - started

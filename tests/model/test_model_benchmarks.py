@@ -33,3 +33,10 @@ def test_moe() -> None:
     rows = run("moe", "--model", "tiny", "--tokens", "64", "--dtype", "float32")
     assert all(row["difference"] < 1e-5 for row in rows.values())
     assert set(rows) == {"ours", "transformers (loop)", "transformers (grouped_mm)"}
+
+
+def test_generate() -> None:
+    rows = run("generate", "--dtype", "float32", "--prompt_tokens", "8", "--batch_size", "1", "2", "--new_tokens", "3")
+    assert [row["batch_size"] for row in rows] == [1, 2]
+    names = {"ours", "ours with sinks", "transformers (grouped_mm)", "transformers (eager)"}
+    assert all(names <= set(row) and row["ratio"] > 0 for row in rows)

@@ -23,8 +23,11 @@ def streamed(tokenizer: PreTrainedTokenizerFast, text: str, stops: tuple[str, ..
     shown: list[str] = []
     stream = Stream(tokenizer, stops, shown.append)
     stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
-    for token in tokenizer(text).input_ids:
+    ids = tokenizer(text).input_ids
+    for n, token in enumerate(ids, 1):
         stream.put(torch.tensor([token]))
+        if cut(tokenizer.decode(ids[:n]), stops)[1]:
+            break  # as `StopStrings` does
     stream.end()
     return shown
 
@@ -35,7 +38,8 @@ def streamed(tokenizer: PreTrainedTokenizerFast, text: str, stops: tuple[str, ..
 def test_a_stream_shows_what_the_cut_text_is(bytewise: PreTrainedTokenizerFast, text: str, stops: list[str]) -> None:
     """Piece by piece, and no piece has to be taken back."""
     shown = streamed(bytewise, text, tuple(stops))
-    whole, found = cut(text, stops)
+    ends = (n for n in range(len(text)) if cut(text[:n], stops)[1])
+    whole, found = cut(text[: next(ends, len(text))], stops)
     assert "".join(shown) == whole
     assert found == any(stop in text for stop in stops)
     assert not any("\ufffd" in piece for piece in shown)
