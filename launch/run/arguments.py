@@ -38,6 +38,8 @@ class TrainArguments:
     eval_interval: int
     eval_batches: int
     eval_tasks: tuple[str, ...]
+    eval_problems: int
+    allow_code_execution: bool
     save_interval: int
     keep_last: int
     keep_every: int
@@ -66,7 +68,7 @@ class TrainArguments:
     profile: int
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "sequence_length", "log_interval", "eval_batches", "save_interval"):
+        for name in ("max_steps", "sequence_length", "log_interval", "eval_batches", "eval_problems", "save_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in (
@@ -144,8 +146,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--eval_tasks",
         nargs="+",
         default=[],
-        metavar="NAME=DIR",
-        help="also bits per byte on these validation splits",
+        metavar="NAME=PATH",
+        help="also bits per byte on these folders' validation splits; of a file such as HumanEval.jsonl.gz pass@1",
+    )
+    when.add_argument("--eval_problems", type=int, default=20, metavar="N", help="of such a file, the first so many")
+    when.add_argument(
+        "--allow_code_execution",
+        action="store_true",
+        help="judge each checkpoint by running what it writes, in a sandbox beside rank 0",
     )
     when.add_argument("--patience", type=int, default=0, metavar="N", help="evaluations without a new best that end it; 0: never")
     out = p.add_argument_group("checkpoints and logs")

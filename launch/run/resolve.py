@@ -15,6 +15,7 @@ from launch.engine import strategy
 from launch.engine.build import load_model_config
 from launch.engine.keys import check_keys
 from launch.engine.regions import check_compile
+from launch.evaluation.problems import ProblemFile
 from launch.run.arguments import TrainArguments
 from model import MoEGPTConfig
 
@@ -27,6 +28,7 @@ class ResolvedRun:
     train_data: PackedDataset
     validation_data: PackedDataset | None
     task_data: dict[str, PackedDataset]
+    task_files: dict[str, ProblemFile]
     deepspeed: dict[str, Any]
     world_size: int
     gpus: int
@@ -45,18 +47,27 @@ def open_data(arguments: TrainArguments) -> tuple[PackedDataset, PackedDataset |
         raise UserError(f"{error}; or --eval_interval 0 to train without evaluation") from None
 
 
-def open_tasks(arguments: TrainArguments, train: PackedDataset) -> dict[str, PackedDataset]:
-    """The validation splits of `--eval_tasks` by their names. Raises UserError for a name twice or another tokenizer."""
+def open_tasks(arguments: TrainArguments, train: PackedDataset) -> tuple[dict[str, PackedDataset], dict[str, ProblemFile]]:
+    """The validation splits and the files of problems of `--eval_tasks`, by their names.
+
+    Raises UserError for a name twice, another tokenizer, a file without problems or without leave to run what is written.
+    """
     found: dict[str, PackedDataset] = {}
+    files: dict[str, ProblemFile] = {}
     for text in arguments.eval_tasks:
         name, _, folder = text.partition("=")
-        if not name.isidentifier() or not folder or name in found:
-            raise UserError(f"--eval_tasks {text}: give NAME=DIR, each name once, of letters, digits and underscores")
+        if not name.isidentifier() or not folder or name in found or name in files:
+            raise UserError(f"--eval_tasks {text}: give NAME=PATH, each name once, of letters, digits and underscores")
+        if Path(folder).is_file():
+            if not arguments.allow_code_execution:
+                raise UserError(f"--eval_tasks {text} runs code that the model wrote; if you want that, add --allow_code_execution")
+            files[name] = ProblemFile.of(Path(folder))
+            continue
         length, mask = arguments.sequence_length, arguments.document_mask
         found[name] = PackedDataset([folder], split="validation", sequence_length=length, document_mask=mask)
         if found[name].tokenizer_fingerprint != train.tokenizer_fingerprint:
             raise UserError(f"--eval_tasks {text}: these shards were made with another tokenizer than --data {arguments.data[0]}")
-    return found
+    return found, files
 
 
 def parse_source(text: str) -> str | tuple[str, float]:
@@ -91,6 +102,7 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
             f"{arguments.model}; --rope_factor extends them"
         )
     path = arguments.deepspeed_config or strategy.default_path(gpus, world_size)
+    task_data, task_files = open_tasks(arguments, train)
     resolved = strategy.resolve_config(
         strategy.read_config(path),
         path,
@@ -106,7 +118,8 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
         model=config,
         train_data=train,
         validation_data=validation,
-        task_data=open_tasks(arguments, train),
+        task_data=task_data,
+        task_files=task_files,
         deepspeed=resolved,
         world_size=world_size,
         gpus=gpus,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -28,6 +29,7 @@ class Saving:
     settings: EngineSettings
     checkpoints: CheckpointManager
     monitor: Monitor
+    on_saved: Callable[[str], None]  # told of every checkpoint that is complete, by its name
     saved_at: int = -1  # the step of the newest checkpoint that is written or pending
     last_failure: AgreedError | None = None
     _saved_before: int = -1
@@ -70,6 +72,7 @@ class Saving:
             return
         self.last_failure = None
         self.monitor.say(f"step {step}  saved {name} in {time.monotonic() - self._started:.1f} s")
+        self.on_saved(name)
 
     def finish(self, state: TrainingState) -> None:
         """At the end of a run: nothing may end with exit code 0 unsaved. Raises the failure of the last save."""

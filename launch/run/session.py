@@ -35,6 +35,7 @@ from launch.run import preflight
 from launch.run.arguments import TrainArguments
 from launch.run.health import Health
 from launch.run.initial_weights import load_weights
+from launch.run.judging import Judging
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
 from launch.run.progress import memory_bytes
@@ -271,6 +272,7 @@ def make_trainer(
 ) -> Trainer:
     last_step = min(arguments.max_steps, arguments.stop_after or arguments.max_steps)
     monitor = Monitor(arguments.output, enabled=dist.get_rank() == 0, last_step=last_step)
+    judging = Judging(output=arguments.output, files=run.task_files, problems=arguments.eval_problems, monitor=monitor)
     held_out = run.validation_data
     clip = Strategy.of(run.deepspeed).gradient_clipping
     trainer = Trainer(
@@ -282,7 +284,10 @@ def make_trainer(
         validation=make_validation(arguments, held_out, engine, watchdog) if held_out is not None else None,
         tasks={name: make_validation(arguments, data, engine, watchdog) for name, data in run.task_data.items()},
         balancer=LoadBalancer.of(run.model, engine.module, dist.all_reduce),
-        saving=Saving(engine=engine, settings=EngineSettings(engine), checkpoints=checkpoints, monitor=monitor),
+        judging=judging,
+        saving=Saving(
+            engine=engine, settings=EngineSettings(engine), checkpoints=checkpoints, monitor=monitor, on_saved=judging.begin
+        ),
         monitor=monitor,
         spikes=SpikeDetector(sigma=arguments.spike_sigma, window=arguments.spike_window, rollback_after=arguments.spike_rollback),
         stop=stop,

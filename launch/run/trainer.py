@@ -27,6 +27,7 @@ from launch.ranks.watchdog import Watchdog
 from launch.run.arguments import TrainArguments
 from launch.run.batches import BatchLoader, StepBatches
 from launch.run.health import Health
+from launch.run.judging import Judging
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
 from launch.run.progress import gigabytes, memory_bytes, short
@@ -62,6 +63,7 @@ class Trainer:
     train_data: PackedDataset
     validation: Validation | None
     tasks: dict[str, Validation]
+    judging: Judging
     balancer: LoadBalancer
     health: Health
     saving: Saving
@@ -107,6 +109,7 @@ class Trainer:
                 self.profile.after_step(seconds)
             if self.is_logged(step) or "skipped" in metrics:
                 self.log(metrics)
+                self.judging.take(step)
             self.show_progress(metrics)
             if args.eval_interval and (step % args.eval_interval == 0 or step == args.max_steps):
                 self.validate()
@@ -117,6 +120,8 @@ class Trainer:
         self.watchdog.at(self.position.step, "saving")
         self.loader.close()
         self.saving.finish(self.state())
+        self.judging.take(self.position.step)
+        self.judging.leave()
         return self.outcome or "finished"
 
     # ------------------------------------------------------------------ one step

@@ -36,7 +36,7 @@ def test_training_is_bit_equal_with_and_without(
 def test_mistakes_are_one_sentence(run_train, small_shards: Path, small_model: Path, tmp_path: Path) -> None:
     flags = ("--data", small_shards, "--model", small_model, "--output", tmp_path / "run", *SHORT)
     for given, sentence in (
-        ((small_shards,), "give NAME=DIR"),
+        ((small_shards,), "give NAME=PATH"),
         ((f"a={small_shards}", f"a={small_shards}"), "each name once"),
         (("a=nowhere",), "no shards at nowhere"),
     ):

@@ -1,0 +1,41 @@
+"""Export a checkpoint, let it write for problems, run that in the sandbox: what training starts beside itself (`run/judging.py`).
+
+python -m launch.evaluation.of_checkpoint RUN/checkpoints/step_N RUN/evaluations PROBLEMS NAME=TASK=FILE...
+
+Leaves `step_N.NAME.json` and its samples in the folder, and nothing of the export.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+COMMANDS = Path(__file__).resolve().parents[1]
+NEW_TOKENS = 256
+
+
+def main() -> int:
+    checkpoint, folder, count, *tasks = sys.argv[1:]
+    os.nice(19)  # training goes first
+    name = Path(checkpoint).name
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
+        exported = Path(scratch) / "hf"
+        call("export.py", "--checkpoint", checkpoint, "--output", exported)
+        for task in tasks:
+            title, kind, file = task.split("=", 2)
+            output = Path(folder) / f"{name}.{title}.json"
+            flags = ("--problems", count, "--temperature", 0, "--max_new_tokens", NEW_TOKENS, "--allow_code_execution")
+            samples = output.with_suffix(".samples.jsonl")
+            call("evaluate.py", "--model", exported, f"--{kind}", file, *flags, "--output", output, "--samples_file", samples)
+    return 0
+
+
+def call(command: str, *arguments: object) -> None:
+    subprocess.run([sys.executable, str(COMMANDS / command), *map(str, arguments)], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""pass@1 of `--eval_tasks NAME=PROBLEMS` while a run trains: a process beside rank 0 judges checkpoints as they are written.
+
+It has a low priority, no GPU, and random numbers of its own; nothing that is trained depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.evaluation.problems import ProblemFile
+from launch.run.metrics import Monitor
+
+#: By which launchers say what a rank is; the judge is none.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(kw_only=True)
+class Judging:
+    """Of rank 0. `begin` for each checkpoint, `take` now and then; one checkpoint is judged at a time, those in between are not."""
+
+    output: Path
+    files: dict[str, ProblemFile]
+    problems: int
+    monitor: Monitor
+    _process: subprocess.Popen[bytes] | None = None
+    _name: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return self.output / "evaluations"
+
+    def begin(self, name: str) -> None:
+        """Judge the checkpoint `name`, unless another is still being judged."""
+        if not self.files or not self.monitor.enabled or self._process is not None:
+            return
+        self.folder.mkdir(exist_ok=True)
+        checkpoint = self.output / "checkpoints" / name
+        tasks = [f"{title}={file.task}={file.path.resolve()}" for title, file in self.files.items()]
+        command = [sys.executable, "-m", "launch.evaluation.of_checkpoint", str(checkpoint), str(self.folder), str(self.problems)]
+        environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        with open(self.folder / f"{name}.log", "wb") as log:
+            self._process = subprocess.Popen(
+                [*command, *tasks],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is not for it
+            )
+        self._name = name
+
+    def take(self, step: int) -> None:
+        """Log what has been found since."""
+        if self._process is None or self._process.poll() is None:
+            return
+        failed, name, self._process = self._process.returncode != 0, self._name, None
+        if failed:
+            self.monitor.say(f"warning: step {step}: {name} could not be judged; see {self.folder / name}.log")
+            return
+        row: dict[str, Any] = {"step": step}
+        for title in self.files:
+            found = json.loads((self.folder / f"{name}.{title}.json").read_text(encoding="utf-8"))
+            row |= {f"eval/{title}_pass@1": found["pass@1"], f"eval/{title}_of_step": int(name.removeprefix("step_"))}
+            self.monitor.say(f"step {step}  {title} of {name}: pass@1 {found['pass@1']:.4f} of {found['problems']} problems")
+        self.monitor.log(row)
+
+    def leave(self) -> None:
+        """At the end of training, which does not wait for it."""
+        if self._process is not None and self._process.poll() is None:
+            self.monitor.say(f"{self._name} is still being judged; its results will lie in {self.folder}")

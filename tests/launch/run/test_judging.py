@@ -1,0 +1,115 @@
+"""`--eval_tasks NAME=PROBLEMS`: what a checkpoint writes is run beside the training, and nothing of it shows in what is trained."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from support import metrics
+
+from data.cli import UserError
+from launch.evaluation.problems import ProblemFile
+from launch.run.arguments import parse_arguments
+from launch.run.judging import Judging
+from launch.run.metrics import Monitor
+from launch.run.resolve import open_tasks
+
+SHORT = ("--max_steps", 4, "--sequence_length", 64, "--log_interval", 1, "--eval_interval", 2, "--eval_batches", 2)
+TRAINED = ("step", "samples", "loss", "grad_norm", "lr", "load_max_over_mean", "val_loss", "val_bits_per_byte")
+EASY = {
+    "task_id": "t/0",
+    "entry_point": "f",
+    "prompt": "def f():\n    return 7\n#",
+    "canonical_solution": "",
+    "test": "def check(f):\n    assert f() == 7\n",
+}
+HARD = {**EASY, "task_id": "t/1", "test": "def check(f):\n    assert f() == 8\n"}
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (EASY, HARD)), encoding="utf-8")
+    return path
+
+
+def wait_for(path: Path, seconds: float = 120) -> dict:
+    until = time.monotonic() + seconds
+    while not path.is_file():
+        assert time.monotonic() < until, [p.read_text() for p in path.parent.glob("*.log")]
+        time.sleep(0.2)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training_is_bit_equal_with_and_without(
+    ranks: int, run_train, small_shards: Path, small_model: Path, problems: Path, tmp_path: Path
+) -> None:
+    rows = {}
+    for name, more in (("off", ()), ("on", ("--eval_tasks", f"code={problems}", "--allow_code_execution"))):
+        flags = ("--data", small_shards, "--model", small_model, "--output", tmp_path / name, "--wandb", "disabled", *SHORT)
+        done = run_train(ranks, *flags, *more, "--save_interval", 2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows[name] = [
+            {key: row.get(key) for key in TRAINED} for row in metrics(tmp_path / name) if "loss" in row or "val_loss" in row
+        ]
+    assert rows["off"] == rows["on"]
+    found = wait_for(tmp_path / "on" / "evaluations" / "step_2.code.json")
+    assert found["problems"] == 2 and 0 <= found["pass@1"] <= 1 and found["isolation"]["level"]
+
+
+def test_a_result_becomes_a_row(problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a judge that only writes the file; one that fails is said, and the next checkpoint is judged again."""
+    said: list[str] = []
+    monitor = Monitor(tmp_path, enabled=True, last_step=9)
+    monkeypatch.setattr(monitor, "say", said.append)
+    monkeypatch.setenv("RANK", "0")
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "import json, os, sys\n"
+        "assert 'RANK' not in os.environ and os.environ['CUDA_VISIBLE_DEVICES'] == ''\n"
+        "checkpoint, folder, count, task = sys.argv[3:]\n"
+        f"assert count == '5' and task == 'code=humaneval={problems}', task\n"
+        "name = os.path.basename(checkpoint)\n"
+        "if name == 'step_4': sys.exit('no such checkpoint')\n"
+        "json.dump({'pass@1': 0.5, 'problems': 2}, open(f'{folder}/{name}.code.json', 'w'))\n"
+    )
+    monkeypatch.setattr("launch.run.judging.sys.executable", str(script(tmp_path, judge)))
+    judging = Judging(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
+    for step in (2, 4, 6):
+        judging.begin(f"step_{step}")
+        judging.begin(f"step_{step + 1}")  # while the other is judged
+        assert judging._process is not None
+        judging._process.wait()
+        judging.take(step + 1)
+    rows = metrics(tmp_path)
+    assert [(row["step"], row["eval/code_pass@1"], row["eval/code_of_step"]) for row in rows] == [(3, 0.5, 2), (7, 0.5, 6)]
+    assert [line for line in said if "could not be judged" in line and "step_4.log" in line]
+    assert "no such checkpoint" in (tmp_path / "evaluations" / "step_4.log").read_text()
+
+
+def script(folder: Path, python: Path) -> Path:
+    """An interpreter's stand-in that runs `python` whatever module it is asked for."""
+    import sys
+
+    path = folder / "interpreter"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{python}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_mistakes_are_one_sentence(problems: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "no problem"}\n')
+    flags = ["--data", "shards", "--output", str(tmp_path / "run")]
+    for given, sentence in (
+        ([f"code={problems}"], "add --allow_code_execution"),
+        ([f"code={other}", "--allow_code_execution"], "has no problems of HumanEval"),
+        ([f"code={problems}", f"code={problems}", "--allow_code_execution"], "each name once"),
+    ):
+        arguments = parse_arguments([*flags, "--eval_tasks", *given])
+        with pytest.raises(UserError, match=sentence):
+            open_tasks(arguments, None)  # type: ignore[arg-type]  # no folder among the tasks, so no shards are asked
