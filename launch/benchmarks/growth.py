@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if what == "tokens":
             add_slopes(rows)
         result[what] = rows
-        columns = [column for column in COLUMNS if column in next(iter(rows.values()))]
+        columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
         title = f"{arguments.model}, {arguments.layers} layers, {arguments.device}, by {what}"
         print_table(title, [what, *columns], [[name, *(row.get(c, "") for c in columns)] for name, row in rows.items()])
     return result

@@ -56,6 +56,7 @@ def test_more_experts_are_no_more_flops_nor_kernels(measured: dict[str, Any]) ->
 
 
 def test_the_tables_show_what_the_result_holds(measured: dict[str, Any]) -> None:
+    assert measured["said"].count("peak_kb_per_more_token") == 1
     for row in itertools.chain(measured["tokens"].values(), measured["experts"].values()):
         assert row["us_per_token"] > 0 and row["peak_mb"] > 0
         assert f"{row['us_per_token']:.4g}" in measured["said"]
