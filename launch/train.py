@@ -17,9 +17,11 @@ from launch.cli import make_quiet, run_command
 from launch.ranks import join
 from launch.run.arguments import check_paths, parse_arguments
 from launch.run.stop import StopRequest
+from launch.run.terminal import guard_launcher
 
 
 def main() -> int:
+    guard_launcher()  # it forks, so before any thread
     stop = StopRequest().install()  # before what takes seconds, so that a signal in the meantime is not lost
     # The tokens of an expert vary from step to step, and with them the sizes of its activations: growing segments do not fragment.
     # Where the user has set either of PyTorch's two names for it, that stays.

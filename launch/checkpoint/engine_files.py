@@ -9,33 +9,38 @@ what is read back may hold tensors and DeepSpeed's few classes but no code, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import errno
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from data.cli import UserError, sentence
-from launch.checkpoint.finite import check_finite
-from launch.checkpoint.manifest import FileRecord, HashingFile
+from launch.checkpoint.finite import check_finite, tensors_in
+from launch.checkpoint.manifest import FileRecord, HashingFile, read_verified
 from launch.checkpoint.unpickle import load_file
 
 
 class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
     """Writes this rank's files of the checkpoint `name` in `folder` and keeps their records, or reads them.
 
-    With `later`, what is saved is copied to host memory, for `flush` to write while training goes on.
+    With `later`, what is saved is copied to host memory, for `flush` to write while training goes on. `records`: what a manifest
+    says of the files, which are then verified once more as they are read.
     """
 
-    def __init__(self, folder: Path, *, name: str, later: bool = False) -> None:
+    def __init__(self, folder: Path, *, name: str, later: bool = False, records: Mapping[str, FileRecord] | None = None) -> None:
         super().__init__()
         self.name, self.folder = name, folder
         self.files: dict[str, FileRecord] = {}
         self.error: OSError | None = None
+        self._records = records or {}
         self._shapes: list[dict[str, Any]] | None = None
         self._waiting: list[tuple[Path, Any]] | None = [] if later else None
 
@@ -49,7 +54,8 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
     def load(self, path: str, map_location: Any = None) -> Any:
         # Not mapped: an optimizer may keep the tensors as they are, and with them a deleted file's disk space.
         file = Path(path)  # without the "/./" of DeepSpeed's empty tag
-        content = load_file(file, mmap=False)
+        record = self._records.get(os.path.relpath(file, self.folder))
+        content = load_file(file, mmap=False, content=read_verified(file, record) if record is not None else None)
         if isinstance(content, dict) and content.get("param_shapes"):
             self._shapes = content["param_shapes"]  # DeepSpeed reads the model's file before the optimizer's
         check_finite(content, file, shapes=self._shapes)
@@ -74,8 +80,12 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
 
         Raises UserError with the first error that a write ended with.
         """
-        for path, content in self._waiting or ():
+        waiting = self._waiting or []
+        digests = [digest_of(content) for _, content in waiting]  # before a slow disk leaves them in memory for minutes
+        for (path, content), digest in zip(waiting, digests, strict=True):
             self._keep(path, content)
+            if digest_of(content) != digest:
+                self.error = self.error or OSError(errno.EIO, "this host's memory changed while it was written", str(path))
         self._waiting = None
         if self.error is not None:
             raise UserError(f"writing {self.name} failed: {sentence(self.error)}") from self.error
@@ -101,6 +111,14 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
             if file is None or file.error is None:
                 raise
             self.error = file.error
+
+
+def digest_of(content: Any) -> str:
+    """Of every tensor in it, on the host."""
+    digest = xxhash.xxh3_128()
+    for _, tensor in tensors_in(content):
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def host_copy(item: Any) -> Any:

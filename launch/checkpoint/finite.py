@@ -44,7 +44,7 @@ def check_finite(content: Any, path: Path | str, *, shapes: list[dict[str, Any]]
 def named_tensors(content: Any, shapes: list[dict[str, Any]] | None) -> Iterator[tuple[str, Tensor]]:
     """The weights and moments in one of DeepSpeed's files, by the parameter's name as far as the file tells."""
     if not isinstance(content, Mapping) or "optimizer_state_dict" not in content:
-        yield from _walk(content, "")
+        yield from tensors_in(content, "")
         return
     state = content["optimizer_state_dict"]
     if "fp32_flat_groups" in state and shapes is None:
@@ -58,12 +58,13 @@ def named_tensors(content: Any, shapes: list[dict[str, Any]] | None) -> Iterator
                     yield f"{name} ({kind})", value[at]
 
 
-def _walk(item: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(item: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a nested state, by its path."""
     if isinstance(item, Tensor):
         yield name, item
     elif isinstance(item, Mapping):
         for key, value in item.items():
-            yield from _walk(value, f"{name}.{key}" if name else str(key))
+            yield from tensors_in(value, f"{name}.{key}" if name else str(key))
     elif isinstance(item, (list, tuple)):
         for number, value in enumerate(item):
-            yield from _walk(value, f"{name}[{number}]")
+            yield from tensors_in(value, f"{name}[{number}]")

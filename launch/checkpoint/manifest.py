@@ -194,6 +194,17 @@ def _reading(path: Path, action: Callable[[], T], *, missing: str = "is missing"
     raise AssertionError("the last try returns or raises")
 
 
+def read_verified(path: Path, record: FileRecord) -> bytes:
+    """A file's content, verified as it is in memory: a disk may give other bytes than when it was verified.
+
+    Raises DamagedError where it is other than was written, UnreadableError where it cannot be read.
+    """
+    content = _reading(path, path.read_bytes)
+    if xxhash.xxh3_128(content).hexdigest() != record["xxh3_128"]:
+        raise DamagedError(f"{path} reads otherwise than when it was verified a moment ago: its disk or this host's memory fails")
+    return content
+
+
 def find_manifest(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """(manifest, "") of a complete folder, or (None, what is damaged): damage is an answer to gather, not yet an error."""
     try:

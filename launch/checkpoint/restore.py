@@ -15,9 +15,9 @@ from launch.checkpoint import universal
 from launch.checkpoint.buffers import BUFFERS, restore_buffers
 from launch.checkpoint.choose import ResumeFrom
 from launch.checkpoint.engine_files import CheckpointFiles, going_through
-from launch.checkpoint.finite import check_finite
+from launch.checkpoint.manifest import read_manifest
 from launch.checkpoint.random_state import set_random_state
-from launch.checkpoint.unpickle import expecting_sense, load_file, no_code_from_files
+from launch.checkpoint.unpickle import expecting_sense, no_code_from_files
 
 
 def random_state_name(rank: int) -> str:
@@ -29,7 +29,9 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: 
 
     Raises UserError with what the files hold that cannot be used.
     """
-    files, converted = CheckpointFiles(folder, name=folder.name), bool(choice.conversions)
+    converted = bool(choice.conversions)
+    files = CheckpointFiles(folder, name=folder.name, records=read_manifest(folder)["files"])
+    own_files = CheckpointFiles(choice.path, name=choice.path.name, records=read_manifest(choice.path)["files"])
     with _universal_loading(engine, converted), going_through(files, engine), no_code_from_files(), expecting_sense(folder):
         try:
             if converted:
@@ -39,13 +41,11 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: 
         except pickle.UnpicklingError as error:  # of a file that DeepSpeed reads past `files`
             raise UserError(f"{folder} holds something other than tensors, and nothing else is loaded: {error}") from error
     with expecting_sense(choice.path):
-        buffers = load_file(choice.path / BUFFERS, mmap=False)
-        check_finite(buffers, choice.path / BUFFERS)
-        restore_buffers(engine.module, buffers)
+        restore_buffers(engine.module, own_files.load(str(choice.path / BUFFERS)))
     own = choice.path / random_state_name(rank)
     if own.is_file():
         with expecting_sense(own):
-            set_random_state(load_file(own, mmap=False))
+            set_random_state(own_files.load(str(own)))
     else:  # a rank that the saved run did not have: not the numbers of step 0 once more
         torch.manual_seed(torch.initial_seed() + choice.state.step)
 

@@ -7,6 +7,7 @@ ever unpickled: not by us, and not by DeepSpeed, whose own code asks for the unr
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,14 +33,16 @@ def allowed_classes() -> list[Any]:
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
-def load_file(path: Path | str, *, mmap: bool = True) -> Any:
-    """One pickled file on the CPU, tensors mapped from disk.
+def load_file(path: Path | str, *, mmap: bool = True, content: bytes | None = None) -> Any:
+    """One pickled file on the CPU, tensors mapped from disk; or `content`, which was read from it.
 
     Raises UserError where the file holds anything else or is no such file at all. Its checksum cannot tell: whoever can write the
     file can write the manifest.
     """
     try:
         with torch.serialization.safe_globals(allowed_classes()):
+            if content is not None:
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             # torch maps by the name, which it wants as text; a name of other bytes is read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_text(os.fspath(path)))
     except (OSError, MemoryError):

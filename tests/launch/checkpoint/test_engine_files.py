@@ -69,3 +69,21 @@ def test_the_engine_writes_through_us_and_nothing_beside(tmp_path: Path) -> None
     assert engine.checkpoint_engine == "theirs"
     with pytest.raises(OSError, match="No space"):
         engine._copy_recovery_script(str(tmp_path))
+
+
+def test_memory_that_flips_a_bit_before_it_is_written_is_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the copy, while another file is written: its checksum alone would call it whole for ever."""
+    files = CheckpointFiles(tmp_path, name="step_1", later=True)
+    files.save({"w": torch.zeros(4, dtype=torch.bfloat16)}, str(tmp_path / "a.pt"))
+    files.save({"w": [torch.arange(4), torch.tensor(1.0)]}, str(tmp_path / "b.pt"))
+    assert files._waiting is not None
+    copied, keep = files._waiting[1][1]["w"][0], CheckpointFiles._keep
+
+    def flip(self: CheckpointFiles, path: Path, content: Any) -> None:
+        keep(self, path, content)
+        if path.name == "a.pt":
+            copied[2] ^= 1 << 40
+
+    monkeypatch.setattr(CheckpointFiles, "_keep", flip)
+    with pytest.raises(ValueError, match=r"writing step_1 failed: .*b\.pt: this host's memory changed while it was written"):
+        files.flush()

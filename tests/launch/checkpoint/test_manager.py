@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from killed_at import in_child
-from stub_engine import StubEngine, manager, state, steps, whole
+from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps, whole
 
 from launch.checkpoint import publish
 from launch.checkpoint.manager import CheckpointManager
@@ -139,3 +139,36 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(three, memory, monkeypatch
     print(f"{moment} kills")
     assert killed is None and moment > 50, f"{moment} kills struck; the last save was to finish"
     assert {step for step, _ in outcomes} == {3, step}
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "buffers.pt", "rng_00000.pt"])
+def test_a_disk_that_gives_other_bytes_the_second_time_is_refused(run, name):
+    """Whole when it was verified, another bit when it is loaded."""
+    checkpoints, engine = manager(run), StubEngine(seed=9)
+    choice = checkpoints.choose("auto")
+    data = bytearray((choice.path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (choice.path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} reads otherwise than when it was verified a moment ago"):
+        checkpoints.load(engine, choice)
+
+
+@pytest.mark.parametrize("times", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_resumes_in_a_row_under_a_clock_that_runs_backwards(tmp_path, monkeypatch, times):
+    """Nothing adds up, nothing is left behind, and no file's time decides anything."""
+    clock = iter(range(2_000_000_000, 0, -1000))
+    monkeypatch.setattr("time.time", lambda: float(next(clock)))
+    run, first = tmp_path / "run", StubEngine(seed=1)
+    manager(run, keep_last=2).save(first, state(1))
+    handles = len(os.listdir("/proc/self/fd"))
+    for step in range(2, times + 2):
+        engine, checkpoints = StubEngine(seed=step), manager(run, keep_last=2)
+        choice = checkpoints.choose("auto")
+        assert checkpoints.load(engine, choice).step == step - 1
+        checkpoints.save(engine, state(step))
+        saved = run / "checkpoints" / f"step_{step}"
+        os.utime(saved, (next(clock), next(clock)))
+    assert sorted(os.listdir(run / "checkpoints")) == sorted(["latest", f"step_{times}", f"step_{times + 1}"])
+    assert len(os.listdir("/proc/self/fd")) == handles
+    for name, value in first.module.state_dict().items():
+        assert torch.equal(value, engine.module.state_dict()[name]), name
