@@ -117,7 +117,7 @@ def digest_of(content: Any) -> str:
     """Of every tensor in it, on the host."""
     digest = xxhash.xxh3_128()
     for _, tensor in tensors_in(content):
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

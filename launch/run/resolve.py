@@ -114,6 +114,9 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
         resolved["compile"] = {**resolved.get("compile", {}), "autoep_non_moe": arguments.compile}
     check_compile(resolved, path, documents=arguments.document_mask)
     check_keys(resolved, path)
+    device = get_accelerator()
+    if strategy.Strategy.of(resolved).dtype == "float16" and not device.is_fp16_supported():
+        raise UserError(f"{path}: fp16.enabled: the {device.device_name().upper()} cannot train in fp16; use bf16.enabled")
     return ResolvedRun(
         model=config,
         train_data=train,

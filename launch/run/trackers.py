@@ -8,7 +8,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,11 @@ class WandbTracker(Tracker):
 
         run = self.run
         self._table = wandb.Table
-        self._run = wandb.init(
-            project=run.project, mode=run.wandb_mode, id=run.run_id, resume="allow", dir=str(run.folder),
-            config=redact(run.config), name=run.folder.name,
-        )  # fmt: skip
+        with cache_folder(run.folder / "wandb"):
+            self._run = wandb.init(
+                project=run.project, mode=run.wandb_mode, id=run.run_id, resume="allow", dir=str(run.folder),
+                config=redact(run.config), name=run.folder.name,
+            )  # fmt: skip
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -117,6 +118,29 @@ class WandbTracker(Tracker):
 
     def finish(self) -> None:
         self._run.finish()
+
+
+@contextlib.contextmanager
+def cache_folder(instead: Path) -> Iterator[None]:
+    """Give W&B's process a folder for its own log: without a home to write in it would print the log to the terminal."""
+    home = os.environ.get("XDG_CACHE_HOME") or (os.environ["HOME"] + "/.cache" if os.environ.get("HOME") else "")
+    try:
+        if home:
+            os.makedirs(home, exist_ok=True)
+        usable = bool(home) and os.access(home, os.W_OK)
+    except OSError:
+        usable = False
+    if usable:
+        yield
+        return
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(instead.absolute())
+    try:
+        yield
+    finally:
+        os.environ.pop("XDG_CACHE_HOME")
+        if before is not None:
+            os.environ["XDG_CACHE_HOME"] = before
 
 
 class TensorboardTracker(Tracker):

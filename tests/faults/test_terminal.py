@@ -73,6 +73,7 @@ def leveldb_records(log: bytes) -> Iterator[bytes]:
             parts = b""
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_clean_end(site: Site, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = site.flags(run, max_steps=100_000, save_interval=100_000, eval_interval=0, wandb="offline", stall_timeout=120)

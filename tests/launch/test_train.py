@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import metrics
+from support import ROOT, metrics
 
 from launch.checkpoint import manifest
 
@@ -46,6 +46,7 @@ def test_two_ranks_speak_once(flags: list, run_train, tmp_path: Path) -> None:
     assert "no shards at" in sentence and "nowhere" in sentence and "preprocess.py" in sentence
 
 
+FP16 = ROOT / "tests" / "fixtures" / "fp16.json"
 # Those that are seen before the ranks join, then those after it.
 MISTAKES = {
     "flag": ({"epochs": 3}, "unrecognized arguments: --epochs 3; --help lists the flags"),
@@ -55,6 +56,7 @@ MISTAKES = {
     "json": ({"deepspeed_config": "ds_configs/none.json"}, "is not a file; ds_configs/ has cpu_ep1_zero2.json"),
     "steps": ({"max_steps": 0}, "--max_steps must be at least 1"),
     "ranks": ({"deepspeed_config": "ds_configs/cpu_ep2_zero2.json"}, "autoep_size 2 does not divide the 1 ranks"),
+    "fp16": ({"deepspeed_config": FP16}, "fp16.enabled: the CPU cannot train in fp16; use bf16.enabled"),
     "pattern": ({"output": "runs/br[lr=1]"}, "DeepSpeed takes '[' in a path for a pattern"),
     "weight": ({"data": "shards:much"}, "the weight after the colon must be a number"),
 }

@@ -88,6 +88,18 @@ def test_wandb_offline_leaves_a_run_to_upload(tmp_path: Path) -> None:
     assert b"hunter2secret" not in found[0].read_bytes()
 
 
+@pytest.mark.parametrize("home", [None, "/proc"], ids=["no HOME", "read-only HOME"])
+def test_wandb_says_nothing_without_a_home(home: str | None, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="W&B is not installed")
+    program = WANDB.replace('wandb_mode="online"', 'wandb_mode="offline"').replace("3000", "5")
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "TMPDIR")}
+    env |= {"TMPDIR": "/nonexistent", **({"HOME": home} if home else {})}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=100, env=env)
+    assert "INFO" not in done.stderr and "warning" not in done.stderr, done.stderr
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
 class Loud(Tracker):
     """Fails where it is told to."""
 
