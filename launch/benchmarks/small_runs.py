@@ -44,7 +44,7 @@ class SmallRun:
 
     @property
     def interval(self) -> int:
-        return max(1, self.steps // self.evaluations)
+        return math.ceil(self.steps / self.evaluations)
 
     @property
     def flops_per_token(self) -> float:
@@ -99,15 +99,18 @@ class SmallRun:
 
     def result(self) -> dict[str, Any]:
         """For JSON; see `measured`."""
-        values = measured(read_run(self.folder / "run"))
+        values = measured(read_run(self.folder / "run"), self.evaluations)
         return {"seed": self.seed, "active_parameters": self.active, "flops_per_token": self.flops_per_token, **values}
 
 
-def measured(run: Run) -> dict[str, Any]:
-    """`tokens`, `loss` and `bits` by evaluation; gradient norms, balance, skipped steps and seconds of the whole run."""
+def measured(run: Run, evaluations: int) -> dict[str, Any]:
+    """`tokens`, `loss` and `bits` at the start and after each of as many equal parts of the run (by the evaluation nearest to its
+    end, so that runs of unequal lengths compare); gradient norms, balance, skipped steps and seconds of the whole run."""
     train = run.train
     per_step = train.get("tokens")[-1] / train.steps[-1]
-    rows = [row for row in run.evaluations if isinstance(row.get("val_bits_per_byte"), (int, float))]
+    logged = [row for row in run.evaluations if isinstance(row.get("val_bits_per_byte"), (int, float))]
+    ends = [part * train.steps[-1] / evaluations for part in range(evaluations + 1)]
+    rows = [min(logged, key=lambda row: abs(row["step"] - end)) for end in ends]
     settled = train.steps > SETTLED * train.steps[-1]
     norms = train.get("grad_norm")[settled]
     worst = train.layers["max_vio"].max(axis=1)[settled] if "max_vio" in train.layers else np.full(1, math.nan)

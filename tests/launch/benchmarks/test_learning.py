@@ -78,7 +78,7 @@ def made_up_run(folder: Path, bits: list[float]) -> Path:
 
 
 def test_what_is_read_out_of_a_run(tmp_path: Path) -> None:
-    found = small_runs.measured(read_run(made_up_run(tmp_path / "run", [3.0, 2.0, 1.0])))
+    found = small_runs.measured(read_run(made_up_run(tmp_path / "run", [3.0, 2.0, 1.0])), 2)
     assert found["tokens"] == [0, 500, 1000] and found["bits"] == [3.0, 2.0, 1.0]
     assert found["grad_norm"] == {"median": 6.0, "largest": 10.0}  # without the first tenth
     assert found["max_vio"]["step"] == pytest.approx(0.2 * 6.5)  # the worst layer's, median of 2 to 10 but 5, which was skipped
@@ -87,9 +87,23 @@ def test_what_is_read_out_of_a_run(tmp_path: Path) -> None:
     assert found["skipped"] == 1
 
 
+@pytest.mark.parametrize("steps", [10, 11, 13, 400, 401, 7])
+def test_runs_of_unequal_lengths_compare(tmp_path: Path, steps: int) -> None:
+    """Equal FLOPs may mean a step more, and with it an evaluation more: at 100, 200, 300, 400 and 401 of 401."""
+    folder = made_up_run(tmp_path / "run", [3.0, 2.0, 1.0])
+    interval = steps // 4
+    evaluated = [0, *(step for step in range(1, steps + 1) if step % interval == 0 or step == steps)]
+    rows = [{"step": step, "val_loss": 1.0, "val_bits_per_byte": float(step)} for step in evaluated]
+    last = {"step": steps, "samples": steps, "tokens": steps, "loss": 3.0, "step_seconds": 0.5, "grad_norm": 1.0, "max_vio": [0.1]}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, last]))
+    bits = small_runs.measured(read_run(folder), 4)["bits"]
+    assert len(bits) == 5 and bits[0] == 0 and bits[-1] == steps
+    assert all(abs(found - part * steps / 4) <= interval / 2 for part, found in enumerate(bits))
+
+
 def test_means_spread_and_chart(tmp_path: Path) -> None:
     folders = [made_up_run(tmp_path / f"{last}" / "run", [3.0, 2.0, last]) for last in (1.0, 1.3)]
-    seeds = [small_runs.measured(read_run(folder)) for folder in folders]
+    seeds = [small_runs.measured(read_run(folder), 2) for folder in folders]
     runs = {name: [{**one, "flops_per_token": 5.0} for one in seeds] for name in ("a", "b")}
     result = learning.summarize(runs)
     row = result["variants"]["a"]
