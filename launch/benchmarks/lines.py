@@ -54,7 +54,7 @@ def _panel(label: str, curves: list[Curve], colors: dict[str, str], unit: str) -
         body.append(f'<path d="M {x} {y} L {end}" stroke="#ddd"/>' + _text(8, float(y) + 4, f"{value:.3f}"))
     for value in sorted({point[0] for point in max(curves, key=lambda curve: len(curve.points)).points}):
         x, _ = at(value, low).split(",")
-        body.append(_text(float(x) - 12, HEIGHT - BOTTOM + 18, f"{value:.2g}"))
+        body.append(_text(min(float(x) - 12, WIDTH - 50), HEIGHT - BOTTOM + 18, f"{value:.2g}"))
     for curve in curves:
         there = [at(x, greatest) for x, _, _, greatest in curve.points]
         back = [at(x, least) for x, least, _, _ in reversed(curve.points)]
