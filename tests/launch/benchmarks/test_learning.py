@@ -183,4 +183,4 @@ def test_balanced_experts_are_even_and_their_twins_are_not(small_shards: Path, s
     for rule in ("sign", "quantile"):
         assert rows[rule]["max_vio_run"] < 0.5 * rows["none"]["max_vio_run"], rows
         assert rows[rule]["max_vio_step"] < rows["none"]["max_vio_step"], rows
-    assert rows["quantile"]["max_vio_run"] < 0.15, rows
+    assert rows["quantile"]["max_vio_run"] < 0.2, rows  # 0.13 measured
