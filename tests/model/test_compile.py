@@ -72,7 +72,12 @@ REGIONS: dict[str, Callable[[], tuple[nn.Module, Callable[[Tensor], Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", REGIONS)
+#: The others, which do not train by default, are for `make soak`.
+FIRST = ("attention, flash", "mixture of experts", "loss")
+EACH = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in REGIONS]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_a_region_is_one_graph_and_the_same_to_the_bit(name: str) -> None:
     module, region = REGIONS[name]()
     expected = outputs_and_gradients(module, region)
@@ -81,7 +86,7 @@ def test_a_region_is_one_graph_and_the_same_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention, flash", "mixture of experts", "loss"])
+@pytest.mark.parametrize("name", FIRST)
 def test_inductor_agrees_to_rounding(name: str) -> None:
     module, region = REGIONS[name]()
     expected = outputs_and_gradients(module, region)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from nursery import Nursery
 
 SMALL = 64  # bytes: flags and norms, not gradients
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_once_a_step_under_zero_1(nursery: Nursery, tmp_path: Path) -> None:
     ranks = nursery.start(2, "tests/launch/engine/collectives_worker.py", tmp_path / "out.json", log=tmp_path / "log")
     assert ranks.wait(180) == [0, 0], ranks.text()[-4000:]
