@@ -148,7 +148,11 @@ Report.yRange = (isLog) => (u, min, max) => {
   if (min === null || max === null || !Number.isFinite(min)) return isLog ? [0.1, 10] : [0, 1];
   if (Report.state.clip) [min, max] = Report.quantiles(u) ?? [min, max];
   if (isLog) return uPlot.rangeLog(min, max, 10, false);
-  const margin = (max - min || Math.abs(max) || 1) * 0.06;
+  if (max - min <= 1e-6 * Math.max(Math.abs(min), Math.abs(max))) { // a flat curve; smoothing leaves rounding, which is no shape
+    const middle = (min + max) / 2;
+    [min, max] = [middle - (Math.abs(middle) || 1) * 0.05, middle + (Math.abs(middle) || 1) * 0.05];
+  }
+  const margin = (max - min) * 0.06;
   return [min >= 0 && min - margin < 0 ? 0 : min - margin, max + margin];
 };
 

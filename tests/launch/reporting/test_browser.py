@@ -96,6 +96,14 @@ def test_zoom_holds_for_all_charts_and_over_a_reload(browser: Browser, tmp_path:
     assert browser.script("return Report.charts[0].u.scales.x.max") == 1000
 
 
+def test_a_flat_curve_is_drawn_flat(browser: Browser, tmp_path: Path) -> None:
+    """`mfu` is 0.41 in every row: what smoothing leaves of rounding must not fill the chart."""
+    browser.open(write_page(tmp_path))
+    chart = "Report.charts.find((c) => c.u.root.closest('[data-metric]').dataset.metric === 'mfu').u.scales.y"
+    low, high = browser.script(f"const {{ min, max }} = {chart}; return [min, max]")
+    assert low < 0.40 < 0.41 < 0.42 < high
+
+
 def test_log_axis_and_smoothing(browser: Browser, tmp_path: Path) -> None:
     browser.open(write_page(tmp_path))
     distribution = "return Report.charts[0].u.scales.y.distr"
