@@ -61,6 +61,8 @@ def own_config(folder: Path) -> MoEGPTConfig | None:
     Raises UserError for one that is damaged, or whose type transformers does not know.
     """
     try:
+        if not isinstance(read_json(folder / "config.json"), dict):
+            raise UserError("it is no JSON object")
         fields, _ = MoEGPTConfig.get_config_dict(folder)
         if fields.get("model_type") == MoEGPTConfig.model_type:
             return MoEGPTConfig.from_pretrained(folder)
@@ -70,7 +72,7 @@ def own_config(folder: Path) -> MoEGPTConfig | None:
             except ValueError:
                 return None  # transformers' own class computes what ours does not
         AutoConfig.from_pretrained(folder, trust_remote_code=False)  # a sentence about an unknown type, before the weights are read
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
     return None
 
@@ -81,9 +83,12 @@ def load_model(
     """This repository's model with a folder's weights, bit for bit. Raises UserError with a file or a weight that is not right."""
     check_weights(folder)
     if config_type(folder) == MoEGPTConfig.model_type:
-        loaded: Any = MoEGPTForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-        )
+        try:
+            loaded: Any = MoEGPTForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            )
+        except (RuntimeError, RecursionError) as error:  # sizes that are not the weights', or no machine's
+            raise UserError(f"{folder} does not hold the model of its config.json: {' '.join(str(error).split())[:200]}") from error
         made: MoEGPTForCausalLM = loaded[0]
         report: dict[str, Any] = loaded[1]
         missing = sorted(report["missing_keys"])

@@ -178,3 +178,18 @@ def test_a_stock_configuration_is_a_model_to_train(tmp_path: Path) -> None:
     stock.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"config\.json: attention_bias"):
         load_model_config(str(tmp_path / "config.json"))
+
+
+DEEP = "[" * 100_000
+SIZES = [{"vocab_size": 1 << 40}, {"vocab_size": 1 << 62}, {"hidden_size": "x"}]
+CONFIGS: list[Any] = [DEEP, '{"x":' + DEEP, "[]", *SIZES]
+
+
+@pytest.mark.parametrize("fields", CONFIGS, ids=lambda fields: str(fields)[:24])
+def test_a_configuration_without_sense_is_a_sentence(fields: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    written(folder, trained(), "moe_gpt")
+    held = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(held | fields))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_exported(folder, device="cpu")
