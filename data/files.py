@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -101,6 +102,17 @@ def read_json(path: Path, most: int = SMALL_BYTES, **options: Any) -> Any:
         return json.loads(small_file(path, most), **options)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it, which knows no NaN and no infinity: null stands for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:

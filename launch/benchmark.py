@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from data.files import finite
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
 
@@ -48,7 +49,7 @@ def main() -> int:
     make_quiet()
     result = importlib.import_module(f"launch.benchmarks.{arguments.benchmark}").run(arguments)
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(finite(result), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import time
@@ -19,23 +18,12 @@ from typing import Any
 from tqdm import tqdm
 
 from data.cli import say, stderr
-from data.files import replace_file
+from data.files import finite, replace_file
 from launch.run.progress import coloured, count, interval, progress_line
 from launch.run.trackers import Tracked, Tracker, start_trackers
 
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
-
-
-def finite(value: Any) -> Any:
-    """`value` as JSON can hold it, which knows no NaN and no infinity: null stands for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
 
 
 class JsonLines:
