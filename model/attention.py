@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from . import operators
 from .config import MoEGPTConfig
 from .decode import attend_one
 from .flash import load_kernel, pick_kernel
 from .layers import ResidualLinear, RMSNorm
 from .mask import AttentionMask
-from .rope import apply_rope
+from .rope import apply_rope, norm_and_rope
 from .sinks import attend_with_sinks
 
 
@@ -143,9 +144,7 @@ class Attention(nn.Module):
         heads = (*x_BSH.shape[:2], -1, self.head_dim)
         q_BSND, k_BSMD = self.q_proj(x_BSH).view(heads), self.k_proj(x_BSH).view(heads)
         v_BSMD = self.v_proj(x_BSH).view(heads)
-        if self.config.qk_norm:
-            q_BSND, k_BSMD = self.q_norm(q_BSND), self.k_norm(k_BSMD)
-        q_BSND, k_BSMD = apply_rope(q_BSND, *rope), apply_rope(k_BSMD, *rope)
+        q_BSND, k_BSMD = self._turned(q_BSND, k_BSMD, rope)
         if cache is not None:
             k_BSMD, v_BSMD = self._update(cache, k_BSMD, v_BSMD, mask.keys)
         sinks_N = self.sinks if self.config.attention_sinks else None
@@ -157,6 +156,16 @@ class Attention(nn.Module):
         else:
             out_BSND = ATTENTION[self.config._attn_implementation](q_BSND, k_BSMD, v_BSMD, sinks_N, mask)
         return self.o_proj(out_BSND.flatten(2)), weights_BNSL
+
+    def _turned(self, q_BSND: Tensor, k_BSMD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """q and k with their norms, where they have any, and positions."""
+        weights_D = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else ()
+        whole = all(weight.numel() == self.head_dim for weight in weights_D)  # ZeRO 3 may hold a share until the norm is called
+        if operators.usable(q_BSND) and whole:
+            return norm_and_rope(q_BSND, k_BSMD, weights_D, *rope, self.config.rms_norm_eps)
+        if self.config.qk_norm:
+            q_BSND, k_BSMD = self.q_norm(q_BSND), self.k_norm(k_BSMD)
+        return apply_rope(q_BSND, *rope), apply_rope(k_BSMD, *rope)
 
     def _update(self, cache: Cache, k_BSMD: Tensor, v_BSMD: Tensor, keys: int) -> tuple[Tensor, Tensor]:
         """Adds to the cache, which keeps heads before positions, and returns its first `keys` positions.

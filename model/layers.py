@@ -1,8 +1,12 @@
 """Small layers that several parts share."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import operators
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -32,4 +36,45 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if operators.usable(x):
+            return _fused_norm(x, None, self.weight, self.eps)[1]
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ResidualNorm(RMSNorm):
+    """`(x + added, its RMSNorm)`: the residual stream goes through, so that one pass does both, and one both gradients."""
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if operators.usable(x):
+            return _fused_norm(x, added, self.weight, self.eps)
+        stream = x if added is None else x + added
+        return stream, F.rms_norm(stream, self.weight.shape, self.weight, self.eps)
+
+
+def _fused_norm(x: Tensor, added: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    stream, out = FusedNorm.apply(x, added, weight_H, eps)  # type: ignore[no-untyped-call]
+    return stream, out
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps the stream alone; its backward adds the stream's gradient to the norm's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        rows = None if added is None else added.flatten(0, -2)
+        stream, out = operators.norm(x.flatten(0, -2), rows, weight_H, eps)
+        stream = x.view_as(x) if added is None else stream.view_as(x)
+        ctx.save_for_backward(stream, weight_H)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return stream, out.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dstream: Tensor | None, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return dstream, dstream if ctx.needs_input_grad[1] else None, None, None
+        stream, weight_H = ctx.saved_tensors
+        beside = None if dstream is None else dstream.flatten(0, -2)
+        dx, dweight = operators.norm_backward(dout.flatten(0, -2), beside, stream.flatten(0, -2), weight_H, ctx.eps)
+        dx = dx.view_as(stream)
+        return dx, dx if ctx.needs_input_grad[1] else None, dweight, None

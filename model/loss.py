@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import operators
+
 IGNORE = -100
 # A chunk's fp32 logits take 256 MiB at most (1,365 tokens at V = 49,152), and it has no more than 2 H tokens: beyond
 # that, adding its share to the weight's gradient [V, H] costs little beside its logits [C, V], and smaller is better
@@ -90,7 +92,11 @@ def chunk_loss(
     x_CH: Tensor, head_VH: Tensor, targets_C: Tensor, scale: Tensor, z_weight: float, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One chunk's share of the loss in fp32, and its gradient by the logits `[C, V]` in x's dtype."""
-    logits_CV = F.linear(x_CH, head_VH).to(scale.dtype)
+    logits_CV = F.linear(x_CH, head_VH)
+    if operators.usable(logits_CV):
+        loss_C = operators.cross_entropy_(logits_CV, targets_C, scale, z_weight, with_grad, IGNORE)
+        return loss_C.sum(), logits_CV if with_grad else None
+    logits_CV = logits_CV.to(scale.dtype)
     kept_C = targets_C != IGNORE
     index_C1 = targets_C.where(kept_C, 0).unsqueeze(1)
     # In place from here on: a pass over [C, V] costs about as much as a fifth of its matrix product on a CPU.

@@ -21,7 +21,7 @@ from .auxiliary import AuxiliaryLoss
 from .config import ATTENTION_ALIASES, ATTENTION_IMPLEMENTATIONS, MoEGPTConfig
 from .head import LMHead, head_loss
 from .keywords import check_export, check_keywords
-from .layers import ResidualLinear, RMSNorm
+from .layers import ResidualLinear, ResidualNorm, RMSNorm
 from .loss import IGNORE
 from .mask import AttentionMask, causal_mask
 from .moe import Experts, MoE
@@ -44,8 +44,8 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = Attention(config, layer_idx)
         self.mlp = MoE(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -66,9 +66,10 @@ class Block(GradientCheckpointingLayer):
         self, x_BSH: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: Cache | None, with_weights: bool
     ) -> tuple[Tensor, Tensor]:
         """`x + attention(norm(x))` and its norm: all of a block up to its experts, which `torch.compile` takes as one graph."""
-        attended_BSH, _ = self.self_attn(self.input_layernorm(x_BSH), rope, mask, cache, with_weights)
-        x_BSH = x_BSH + attended_BSH
-        return x_BSH, self.post_attention_layernorm(x_BSH)
+        x_BSH, normed_BSH = self.input_layernorm(x_BSH)
+        attended_BSH, _ = self.self_attn(normed_BSH, rope, mask, cache, with_weights)
+        stream_BSH, normed_BSH = self.post_attention_layernorm(x_BSH, attended_BSH)
+        return stream_BSH, normed_BSH
 
 
 class MoEGPTPreTrainedModel(PreTrainedModel):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import MoEGPTConfig
 from .decode import few_experts, takes_few
-from .dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
+from .dispatch import combine, expert_order, gather_beside, grouped_linear, swiglu
 from .layers import ResidualLinear
 from .router import Gate, Router, route, router_logits
 
@@ -48,12 +48,12 @@ class SharedExpert(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = ResidualLinear(width, config.hidden_size)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Its first half: something to compute while a count is on its way."""
-        return swiglu(self.gate_proj(x), self.up_proj(x))
+    def hidden(self, x: Tensor, again: Tensor | None = None) -> Tensor:
+        """Its first half: something to compute while a count is on its way. `again` is x with a gradient of its own."""
+        return swiglu(self.gate_proj(x), self.up_proj(x if again is None else again))
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.hidden(x))
+    def forward(self, x: Tensor, again: Tensor | None = None) -> Tensor:
+        out: Tensor = self.down_proj(self.hidden(x, again))
         return out
 
 
@@ -71,14 +71,14 @@ class MoE(nn.Module):
         """`residual + routed + shared`; the residual stream comes in here, so that one pass makes the sum."""
         x_TH = x_BSH.flatten(0, 1)
         residual_TH = None if residual_BSH is None else residual_BSH.flatten(0, 1)
-        weights_TK, indices_TK, counts_E = self.gate(x_TH)
+        weights_TK, indices_TK, counts_E, x_TH = self.gate(x_TH)
         if not self.training and takes_few(x_TH):
             few_TKH = self.experts(x_TH, counts_E, indices_TK)
             sum_TH: Tensor = (few_TKH * weights_TK.unsqueeze(-1)).sum(dim=1) + self.shared_experts(x_TH)
             sum_TH = sum_TH if residual_TH is None else sum_TH + residual_TH
             return sum_TH.to(x_BSH.dtype).view_as(x_BSH)
         sorted_R, inverse_R = expert_order(indices_TK)
-        x_RH = gather_rows(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
+        x_RH, *beside_TH = gather_beside(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
         out_RH = self.experts(x_RH, counts_E)
-        shared_TH = self.shared_experts(x_TH)
+        shared_TH = self.shared_experts(*beside_TH)
         return combine(out_RH, sorted_R, inverse_R, weights_TK, shared_TH, residual_TH).view_as(x_BSH)

@@ -4,11 +4,12 @@ Shapes: B batch, S sequence, L positions in the table, D head dim, C = D / 2 fre
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from . import operators
 from .config import ROPE_TYPES, MoEGPTConfig, RopeParameters
 from .layers import to_device
 
@@ -68,6 +69,36 @@ def apply_rope(x_BSND: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     x = x_BSND.to(torch.promote_types(x_BSND.dtype, cos_BSD.dtype))
     cos, sin = cos_BSD.unsqueeze(-2), sin_BSD.unsqueeze(-2)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x_BSND.dtype)
+
+
+def norm_and_rope(
+    q_BSND: Tensor, k_BSMD: Tensor, weights_D: tuple[Tensor, ...], cos_BSD: Tensor, sin_BSD: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """On a GPU, in one pass: q and k normed by head with the two weights, if there are any, and rotated."""
+    q, k = NormAndRope.apply(q_BSND, k_BSMD, cos_BSD, sin_BSD, eps, *weights_D)  # type: ignore[no-untyped-call]
+    return q, k
+
+
+class NormAndRope(torch.autograd.Function):
+    """Keeps what it is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BSND: Tensor, k_BSMD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, eps: float, *weights_D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q_BSND, k_BSMD, cos_BSD, sin_BSD, *weights_D)
+        ctx.eps = eps
+        tables = cos_BSD.flatten(0, 1), sin_BSD.flatten(0, 1)
+        q, k = operators.norm_rope(q_BSND.flatten(0, 1), k_BSMD.flatten(0, 1), weights_D, *tables, eps)
+        return q.view(q_BSND.shape), k.view(k_BSMD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dq_BSND: Tensor, dk_BSMD: Tensor) -> tuple[Tensor | None, ...]:
+        q_BSND, k_BSMD, cos_BSD, sin_BSD, *weights_D = ctx.saved_tensors
+        rows = [x.flatten(0, 1) for x in (dq_BSND, dk_BSMD, q_BSND, k_BSMD)]
+        dq, dk, dweights = operators.norm_rope_backward(*rows, weights_D, cos_BSD.flatten(0, 1), sin_BSD.flatten(0, 1), ctx.eps)
+        dweights_D = (dweights[i].to(weight.dtype) for i, weight in enumerate(weights_D))
+        return dq.view(q_BSND.shape), dk.view(k_BSMD.shape), None, None, None, *dweights_D
 
 
 class RotaryTable(nn.Module):

@@ -4,12 +4,13 @@ Shapes: T tokens, H hidden, E experts, K experts per token, N bins.
 """
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import operators
 from .auxiliary import AuxiliaryLoss, balance_loss
 from .choice import group_limited_topk
 from .config import MoEGPTConfig
@@ -131,12 +132,24 @@ class Router(nn.Module):
             if counter is not None:
                 counter.zero_()
 
-    def forward(self, x_TH: Tensor, _unused: object = None) -> tuple[Tensor, Tensor, Tensor]:
-        """`(weights_TK fp32, indices_TK, counts_E)`. AutoEP passes a second argument, a bias of its own: None."""
+    def forward(self, x_TH: Tensor, _unused: object = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(weights_TK fp32, indices_TK, counts_E, x_TH)`; whoever goes on with that x has its gradient added up in the router's.
+
+        AutoEP passes a second argument, a bias of its own: None.
+        """
         replay = RouterReplay.current()
         replaying = replay is not None and replay.replaying
-        logits_TE = router_logits(x_TH, self.projection())
         replay_TK = replay.next_choice() if replay is not None and replaying else None
+        chosen = self._fused if self._fits_kernel(x_TH) else self._plain
+        weights_TK, indices_TK, counts_E, logits_TE, x_TH = chosen(x_TH, replay_TK)
+        if replay is not None and not replaying:
+            replay.choices.append(indices_TK)
+        if self.training and not replaying:
+            self.observe(logits_TE, counts_E)
+        return weights_TK, indices_TK, counts_E, x_TH
+
+    def _plain(self, x_TH: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, ...]:
+        logits_TE = router_logits(x_TH, self.projection())
         weights_TK, indices_TK = route(logits_TE, self.e_score_correction_bias, replay_TK=replay_TK, **self.settings)
         counts_E = tokens_per_expert(indices_TK, self.num_experts)
         if self.training and self.aux_loss_coef:
@@ -144,11 +157,45 @@ class Router(nn.Module):
             weights_TK = AuxiliaryLoss.apply(  # type: ignore[no-untyped-call]
                 weights_TK, self.aux_loss_coef * balance_loss(scores_TE, counts_E)
             )
-        if replay is not None and not replaying:
-            replay.choices.append(indices_TK)
-        if self.training and not replaying:
-            self.observe(logits_TE, counts_E)
-        return weights_TK, indices_TK, counts_E
+        return weights_TK, indices_TK, counts_E, logits_TE, x_TH
+
+    def _fits_kernel(self, x_TH: Tensor) -> bool:
+        """Experts and groups are powers of two, as tiles of the kernel are, and a token's experts fit in registers."""
+        sizes = self.num_experts, self.settings["n_group"]
+        if self.aux_loss_coef or not operators.usable(x_TH):
+            return False
+        return all(n & (n - 1) == 0 for n in sizes) and self.num_experts <= 128
+
+    def _fused(self, x_TH: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, ...]:
+        routed: tuple[Tensor, ...] = FusedRoute.apply(  # type: ignore[no-untyped-call]
+            x_TH, self.projection(), self.e_score_correction_bias, replay_TK, self.settings
+        )
+        return routed
+
+
+class FusedRoute(torch.autograd.Function):
+    """`router_logits`, `route` and the counts by the kernels; keeps x as it is and the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, replay_TK: Tensor | None, settings: RouteSettings
+    ) -> tuple[Tensor, ...]:
+        ctx.rule = settings["scoring_func"] == "sigmoid", settings["norm_topk_prob"], settings["routed_scaling_factor"]
+        choice = settings["top_k"], settings["n_group"], settings["topk_group"]
+        weights_TK, indices_TK, counts_E, logits_TE = operators.route(x_TH, weight_EH, bias_E, replay_TK, *choice, *ctx.rule)
+        ctx.save_for_backward(x_TH, weight_EH, logits_TE, indices_TK)
+        ctx.mark_non_differentiable(indices_TK, counts_E, logits_TE)
+        ctx.set_materialize_grads(False)
+        return weights_TK, indices_TK, counts_E, logits_TE, x_TH.view_as(x_TH)
+
+    @staticmethod
+    def backward(ctx: Any, dweights_TK: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        dbeside_TH = others[-1]
+        if dweights_TK is None:
+            return dbeside_TH, None, None, None, None
+        x_TH, weight_EH, logits_TE, indices_TK = ctx.saved_tensors
+        given = x_TH, weight_EH, logits_TE, indices_TK
+        return *operators.route_backward(dweights_TK, dbeside_TH, *given, *ctx.rule), None, None, None
 
 
 class Gate(Router):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import operators
 from .flash import FlashKernel, FlashOutput
 from .mask import AttentionMask
 
@@ -40,6 +41,9 @@ def watching_sink_mass(watch: Callable[[Tensor], None]) -> Iterator[None]:
 
 def add_sink(out: Tensor, lse: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
     """`(o', lse')` of out `[..., S, N, D]` and lse `[..., N, S]`; out keeps its dtype."""
+    if operators.usable(out):
+        whole, lse_with = operators.add_sink(_batched(out), lse.view(-1, *lse.shape[-2:]), sinks_N)
+        return whole.view_as(out), lse_with.view_as(lse)
     lse_with = torch.logaddexp(lse, sinks_N.to(lse.dtype).unsqueeze(-1))
     keep = (lse - lse_with).exp().mT.unsqueeze(-1)
     return (out * keep).to(out.dtype), lse_with
@@ -47,9 +51,19 @@ def add_sink(out: Tensor, lse: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]
 
 def sink_gradient(dout: Tensor, out_with: Tensor, lse_with: Tensor, sinks_N: Tensor) -> Tensor:
     """dsink `[N]` in lse's dtype, from the gradient of o' and (o', lse')."""
+    if operators.usable(out_with):
+        dsinks: Tensor = operators.sink_gradient(
+            _batched(dout), _batched(out_with), lse_with.view(-1, *lse_with.shape[-2:]), sinks_N
+        )
+        return dsinks
     probability = (sinks_N.to(lse_with.dtype).unsqueeze(-1) - lse_with).exp().mT
     per_query = probability * (dout.to(lse_with.dtype) * out_with).sum(dim=-1)
     return -per_query.flatten(0, -2).sum(dim=0)
+
+
+def _batched(x: Tensor) -> Tensor:
+    """`[B, S, N, D]` of that or of `[S, N, D]`."""
+    return x.view(-1, *x.shape[-3:])
 
 
 def attend_with_sinks(

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import operators
+
 #: Kernels of one call where it is not one. A radix sort of 64-bit keys takes a histogram, a scan and passes; the others are
 #: what PyTorch 2.13 launches on CUDA, read in aten/src/ATen/native/cuda: topk gathers and then sorts, an accumulating
 #: `index_put_` sorts its indices and adds runs.
@@ -33,6 +35,8 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "addmm_"}
 KINDS = {
     **dict.fromkeys(PRODUCTS, "matrix product"),
     **dict.fromkeys(GATHERS | SCATTERS | {"embedding_dense_backward"}, "gather and scatter"),
+    **dict.fromkeys(("norm", "norm_backward", "norm_rope", "norm_rope_backward"), "norm"),
+    **dict.fromkeys(("spread", "collect", "combine", "combine_backward"), "gather and scatter"),
     **dict.fromkeys(("sort", "argsort", "topk", "cumsum", "repeat_interleave", "bincount"), "sort and count"),
     **dict.fromkeys(("copy_", "_to_copy", "cat", "clone", "stack", "contiguous"), "copy and cast"),
 }
@@ -139,6 +143,9 @@ class Count(TorchDispatchMode):
             shape = product_shape(inputs)
             flops = 2.0 * shape[0] * shape[1] * shape[2]
             return self.add(name, kind, flops=flops, bytes=moved(inputs, outputs), shape=shape)
+        if func.namespace == "moe_gpt":
+            launches, more = operators.costs(name, inputs, outputs)
+            return self.add(name, kind, bytes=moved(inputs, outputs) + more, launches=launches)
         self.add(name, kind, bytes=bytes_of(name, func, inputs, outputs), launches=LAUNCHES.get(name, 1))
 
     def _exchange(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:

@@ -27,7 +27,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor
 
 from launch.engine.exchange import Arrival, Departure, Exchange
-from model.dispatch import combine, expert_order, gather_rows, invert
+from model.dispatch import combine, expert_order, gather_beside, gather_rows, invert
 
 
 class MoELayer(AutoEPMoELayer):  # type: ignore[misc]
@@ -45,7 +45,7 @@ class MoELayer(AutoEPMoELayer):  # type: ignore[misc]
         """`residual + routed + shared`."""
         x_TH = x_BSH.flatten(0, 1)
         residual_TH = None if residual_BSH is None else residual_BSH.flatten(0, 1)
-        weights_TK, indices_TK, counts_E = self.router(x_TH)
+        weights_TK, indices_TK, counts_E, x_TH = self.router(x_TH)
         routed = self._local if self.ep_size == 1 else self._exchanged
         out_RH, sorted_R, inverse_R, shared_TH = routed(x_TH, indices_TK, counts_E)
         return combine(out_RH, sorted_R, inverse_R, weights_TK, shared_TH, residual_TH).view_as(x_BSH)
@@ -53,15 +53,15 @@ class MoELayer(AutoEPMoELayer):  # type: ignore[misc]
     def _local(self, x_TH: Tensor, indices_TK: Tensor, counts_E: Tensor) -> tuple[Tensor, ...]:
         """All experts are here: `(out_RH, sorted_R, inverse_R, shared_TH)`."""
         sorted_R, inverse_R = expert_order(indices_TK)
-        rows_RH = gather_rows(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
-        return self.experts(rows_RH, counts_E), sorted_R, inverse_R, self.shared_experts(x_TH)
+        rows_RH, *beside_TH = gather_beside(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
+        return self.experts(rows_RH, counts_E), sorted_R, inverse_R, self.shared_experts(*beside_TH)
 
     def _exchanged(self, x_TH: Tensor, indices_TK: Tensor, counts_E: Tensor) -> tuple[Tensor, ...]:
         """The experts are spread over the ranks of `ep_group`; results as of `_local`."""
         exchange = Exchange(counts_E.view(self.ep_size, -1), self.ep_group)
         sorted_R, inverse_R = expert_order(indices_TK)
-        rows_RH = gather_rows(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
-        hidden_TI = self.shared_experts.hidden(x_TH)
+        rows_RH, *beside_TH = gather_beside(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
+        hidden_TI = self.shared_experts.hidden(*beside_TH)
         exchange.wait_for_counts()
         arriving_NH = Departure.apply(rows_RH, exchange)  # type: ignore[no-untyped-call]
         shared_TH = self.shared_experts.down_proj(hidden_TI)

@@ -52,7 +52,7 @@ def probe_dtypes(ds: Any, seen: dict[str, Any]) -> None:
     hooks = [
         layer.mlp.gate.register_forward_hook(lambda m, a, out: captured.update(router_in=a[0], router_out=out)),
         layer.register_forward_hook(lambda m, a, out: captured.update(stream=out)),
-        layer.input_layernorm.register_forward_hook(lambda m, a, out: captured.update(norm_in=a[0], norm_out=out)),
+        layer.input_layernorm.register_forward_hook(lambda m, a, out: captured.update(norm_in=a[0], norm_out=out[1])),
         ds.module.model.norm.register_forward_hook(lambda m, a, out: captured.update(last=out)),
     ]
     ids = torch.randint(0, 512, (2, 65))
@@ -84,7 +84,7 @@ def probe_dtypes(ds: Any, seen: dict[str, Any]) -> None:
 
 def probe_router(gate: Any, captured: dict[str, Any], seen: dict[str, Any]) -> None:
     """The weights the engine's router gave, against the rule in Python floats from the same bf16 inputs."""
-    x_TH, (weights, indices, _) = captured["router_in"].detach().double(), captured["router_out"]
+    x_TH, (weights, indices, *_) = captured["router_in"].detach().double(), captured["router_out"]
     logits = (x_TH @ gate.weight.detach().double().T).tolist()
     bias = gate.e_score_correction_bias.tolist()
     wrong, worst = 0, 0.0

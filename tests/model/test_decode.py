@@ -48,7 +48,7 @@ def test_experts_of_a_few_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("model.moe.few_experts", lambda *a: (asked.append(a[1]), taking(*a))[1])
     with torch.no_grad():
         out = layer(x, x)
-        weights, indices, _ = layer.gate(x.flatten(0, 1))
+        weights, indices, *_ = layer.gate(x.flatten(0, 1))
         chosen = [dict(zip(row.tolist(), w.tolist(), strict=True)) for row, w in zip(indices, weights, strict=True)]
         routed = mixture(x.flatten(0, 1), chosen, layer.experts.gate_up_proj, layer.experts.down_proj)
         expected = (routed + layer.shared_experts(x.flatten(0, 1)) + x.flatten(0, 1)).view_as(x)

@@ -72,7 +72,7 @@ def test_attentions_are_the_probabilities() -> None:
     inputs = prompt()
     (weights,) = model(**inputs, output_attentions=True).attentions
     attention = model.model.layers[0].self_attn
-    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(inputs["input_ids"]))
+    _, x = model.model.layers[0].input_layernorm(model.model.embed_tokens(inputs["input_ids"]))
     angles = torch.arange(11, dtype=torch.float64)[:, None] * torch.tensor(
         reference.yarn_frequencies(16, 10_000.0, 2.0, 512), dtype=torch.float64
     )

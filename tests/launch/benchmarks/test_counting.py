@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.benchmarks.counting import Count, Ledger, declare
+from model import operators
 from model.dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
 
 T, H, W, E, K = 64, 32, 48, 4, 2
@@ -107,6 +108,53 @@ def test_backward_belongs_to_the_module_of_its_forward() -> None:
     products = [(e.part, e.backward) for e in ledger.entries if e.name in ("mm", "addmm")]
     assert sorted(products) == sorted([(p, b) for p in ("first", "second") for b in (False, True, True)])
     assert {e.part for e in ledger.entries if "relu" in e.name or "threshold" in e.name} == {"other"}
+
+
+def test_the_kernels_operators_cost_what_their_shapes_say() -> None:
+    x, stream, weight, places = tensor(T, H), tensor(T, H), tensor(H), tensor(T * K, dtype=torch.int64)
+    rows, weights = tensor(T * K, H), tensor(T, K, dtype=torch.float32)
+    gate, logits = tensor(E, H), tensor(T, E, dtype=torch.float32)
+    index, wide, one = tensor(T, K, dtype=torch.int64), tensor(T, W), tensor(dtype=torch.float32)
+    token, index_bytes = T * H * BF16, T * K * INT64
+    calls = {
+        "norm": (lambda: operators.norm(x, stream, weight, 1e-5), 1, 4 * token + H * BF16),
+        # dout, dstream, x, weight; dx, dweight; of each token a row of partial sums written and read
+        "norm_backward": (lambda: operators.norm_backward(x, x, x, weight, 1e-5), 2, 4 * token + 2 * H * BF16 + 2 * T * H * FP32),
+        "spread": (lambda: operators.spread(x, places, K), 1, (1 + K) * token + index_bytes),
+        "collect": (lambda: operators.collect(rows, places, K, x, x), 1, (K + 3) * token + index_bytes),
+        "combine": (
+            lambda: operators.combine(rows, places, weights, x, x),
+            1,
+            (K + 3) * token + index_bytes + T * K * FP32,
+        ),
+        "combine_backward": (
+            lambda: operators.combine_backward(x, rows, places, weights),
+            1,
+            (1 + 2 * K) * token + index_bytes + 2 * T * K * FP32,
+        ),
+        "swiglu": (lambda: operators.swiglu([wide, wide]), 1, 3 * T * W * BF16),
+        "swiglu_backward": (lambda: operators.swiglu_backward(wide, [wide, wide])[0], 1, 5 * T * W * BF16),
+        "route": (
+            lambda: operators.route(x, gate, tensor(E, dtype=torch.float32), None, K, 1, 1, True, True, 1.0),
+            2,
+            token + E * H * BF16 + E * FP32 + T * (K + E) * FP32 + index_bytes + E * INT64,
+        ),
+        "route_backward": (
+            lambda: operators.route_backward(weights, x, x, gate, logits, index, True, True, 1.0),
+            3,  # x for dweight, beside, dx; logits; dlogits written and read; 32 shares of dweight written and read
+            3 * token + T * (K + 3 * E) * FP32 + index_bytes + 2 * E * H * BF16 + 2 * 32 * E * H * FP32,
+        ),
+        "cross_entropy_": (
+            lambda: operators.cross_entropy_(wide, tensor(T, dtype=torch.int64), one, 0.0, True, -100),
+            1,
+            3 * T * W * BF16 + T * INT64 + FP32 + T * FP32,
+        ),
+    }
+    for name, (call, launches, wanted) in calls.items():
+        with Count() as counted, torch.no_grad():
+            call()
+        (entry,) = counted.ledger.entries
+        assert (entry.name, entry.launches, entry.bytes) == (name, launches, wanted), name
 
 
 @pytest.mark.parametrize("others", [0, 2])

@@ -1,0 +1,196 @@
+"""The router in one pass over its input, and its gradient in two: logits, scores and choice in fp32, no fp32 copy of the input.
+
+Shapes: T tokens, H hidden, E experts, K experts per token, G expert groups, P programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .norm import column_sums
+
+#: Tokens of a program, and columns of x that it takes at once.
+TOKENS, COLUMNS = 16, 64
+
+
+@triton.jit
+def _best(values, ids, E: tl.constexpr):
+    """Of each row the index of its highest value, the lowest among equals."""
+    highest = tl.max(values, axis=1)
+    return tl.minimum(tl.min(tl.where(values == highest[:, None], ids, E), axis=1), E - 1)
+
+
+@triton.jit
+def _limited(biased, ids, E: tl.constexpr, G: tl.constexpr, TOPK_G: tl.constexpr, TOKENS: tl.constexpr):
+    """-inf outside of the best groups; a group's score is the sum of its two best."""
+    group = ids // (E // G)
+    groups = tl.arange(0, G)[None, :]
+    scores = tl.zeros((TOKENS, G), dtype=tl.float32)
+    for g in tl.static_range(G):
+        inside = tl.where(group == g, biased, float("-inf"))
+        first = _best(inside, ids, E)
+        second = tl.max(tl.where(ids == first[:, None], float("-inf"), inside), axis=1)
+        scores = tl.where(groups == g, (tl.max(inside, axis=1) + second)[:, None], scores)
+    allowed = tl.zeros((TOKENS, E), dtype=tl.int32)
+    for _ in tl.static_range(TOPK_G):
+        chosen = _best(scores, groups + tl.zeros((TOKENS, G), dtype=tl.int32), G)
+        allowed = tl.where(group == chosen[:, None], 1, allowed)
+        scores = tl.where(groups == chosen[:, None], float("-inf"), scores)
+    return tl.where(allowed == 1, biased, float("-inf"))
+
+
+@triton.jit
+def _scores(logits, SIGMOID: tl.constexpr):
+    if SIGMOID:
+        return 1 / (1 + tl.exp(-logits))
+    shifted = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return shifted / tl.sum(shifted, axis=1)[:, None]
+
+
+@triton.jit
+def router_kernel(
+    x, weight, bias, replay, logits, weights, indices, counts, tokens, hidden, factor,
+    E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, TOPK_G: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr,
+    REPLAY: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = t < tokens
+    e = tl.arange(0, E)
+    ids = e[None, :] + tl.zeros((TOKENS, E), dtype=tl.int32)
+    total = tl.zeros((TOKENS, E), dtype=tl.float32)
+    for start in range(0, hidden, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        here = cols < hidden
+        rows = t.to(tl.int64)[:, None] * hidden + cols[None, :]
+        tile = tl.load(x + rows, mask=inside[:, None] & here[None, :], other=0.0).to(tl.float32)
+        w = tl.load(weight + e[:, None] * hidden + cols[None, :], mask=here[None, :] & (e >= 0)[:, None], other=0.0).to(tl.float32)
+        total += tl.sum(tile[:, None, :] * w[None, :, :], axis=2)
+    tl.store(logits + t[:, None] * E + e[None, :], total, mask=inside[:, None])
+    scores = _scores(total, SIGMOID)
+    biased = scores + tl.load(bias + e)[None, :]
+    if G > 1:
+        biased = _limited(biased, ids, E, G, TOPK_G, TOKENS)
+    sum_of_chosen = tl.zeros((TOKENS,), dtype=tl.float32)
+    hits = tl.zeros((TOKENS, E), dtype=tl.int32)
+    for k in tl.static_range(K):
+        if REPLAY:
+            chosen = tl.load(replay + t * K + k, mask=inside, other=0).to(tl.int32)
+        else:
+            chosen = _best(biased, ids, E)
+            biased = tl.where(ids == chosen[:, None], float("-inf"), biased)
+        score = tl.sum(tl.where(ids == chosen[:, None], scores, 0.0), axis=1)
+        sum_of_chosen += score
+        hits += ((ids == chosen[:, None]) & inside[:, None]).to(tl.int32)
+        tl.store(indices + t * K + k, chosen.to(tl.int64), mask=inside)
+        if not NORM:
+            tl.store(weights + t * K + k, score * factor, mask=inside)
+    if NORM:
+        for k in tl.static_range(K):
+            chosen = tl.load(indices + t * K + k, mask=inside, other=0).to(tl.int32)
+            score = tl.sum(tl.where(ids == chosen[:, None], scores, 0.0), axis=1)
+            tl.store(weights + t * K + k, score / (sum_of_chosen + 1e-20) * factor, mask=inside)
+    tl.atomic_add(counts + e, tl.sum(hits, axis=0).to(tl.int64))
+
+
+@triton.jit
+def router_backward_kernel(
+    dweights, dbeside, logits, indices, weight, dlogits, dx, tokens, hidden, factor,
+    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr, BESIDE: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = t < tokens
+    e = tl.arange(0, E)
+    ids = e[None, :] + tl.zeros((TOKENS, E), dtype=tl.int32)
+    scores = _scores(tl.load(logits + t[:, None] * E + e[None, :], mask=inside[:, None], other=0.0), SIGMOID)
+    total = tl.zeros((TOKENS,), dtype=tl.float32)
+    inner = tl.zeros((TOKENS,), dtype=tl.float32)
+    dscores = tl.zeros((TOKENS, E), dtype=tl.float32)
+    hits = tl.zeros((TOKENS, E), dtype=tl.float32)
+    for k in tl.static_range(K):
+        is_chosen = ids == tl.load(indices + t * K + k, mask=inside, other=0).to(tl.int32)[:, None]
+        grad = tl.load(dweights + t * K + k, mask=inside, other=0.0) * factor
+        score = tl.sum(tl.where(is_chosen, scores, 0.0), axis=1)
+        total += score
+        inner += grad * score
+        dscores += tl.where(is_chosen, grad[:, None], 0.0)
+        hits += tl.where(is_chosen, 1.0, 0.0)
+    if NORM:
+        total += 1e-20
+        dscores = dscores / total[:, None] - hits * (inner / (total * total))[:, None]
+    if SIGMOID:
+        result = dscores * scores * (1 - scores)
+    else:
+        result = scores * (dscores - tl.sum(dscores * scores, axis=1)[:, None])
+    tl.store(dlogits + t[:, None] * E + e[None, :], result, mask=inside[:, None])
+    for start in range(0, hidden, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        here = inside[:, None] & (cols < hidden)[None, :]
+        rows = t.to(tl.int64)[:, None] * hidden + cols[None, :]
+        w = tl.load(weight + e[:, None] * hidden + cols[None, :], mask=(cols < hidden)[None, :] & (e >= 0)[:, None], other=0.0)
+        value = tl.sum(result[:, :, None] * w.to(tl.float32)[None, :, :], axis=1)
+        if BESIDE:
+            value += tl.load(dbeside + rows, mask=here, other=0.0).to(tl.float32)
+        tl.store(dx + rows, value.to(dx.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def router_weight_kernel(dlogits, x, parts, tokens, hidden, E: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    e = tl.arange(0, E)
+    total = tl.zeros((E, COLUMNS), dtype=tl.float32)
+    for start in range(tl.program_id(1) * TOKENS, tokens, tl.num_programs(1) * TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        inside = (t < tokens)[:, None]
+        rows = t.to(tl.int64)[:, None] * hidden + cols[None, :]
+        tile = tl.load(x + rows, mask=inside & (cols < hidden)[None, :], other=0.0).to(tl.float32)
+        grad = tl.load(dlogits + t[:, None] * E + e[None, :], mask=inside & (e >= 0)[None, :], other=0.0)
+        total += tl.sum(grad[:, :, None] * tile[:, None, :], axis=0)
+    at = (tl.program_id(1) * E + e)[:, None] * hidden + cols[None, :]
+    tl.store(parts + at, total, mask=(cols < hidden)[None, :] & (e >= 0)[:, None])
+
+
+#: Programs that share the tokens of the weight's gradient.
+SHARES = 32
+
+
+def route(
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, replay_TK: Tensor | None, top_k: int, n_group: int, topk_group: int,
+    sigmoid: bool, normalise: bool, factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`(weights_TK, indices_TK, counts_E, logits_TE)`."""
+    (tokens, hidden), experts, programs = x_TH.shape, weight_EH.shape[0], triton.cdiv(x_TH.shape[0], TOKENS)
+    logits, weights = x_TH.new_empty((tokens, experts), dtype=torch.float32), x_TH.new_empty((tokens, top_k), dtype=torch.float32)
+    indices, counts = x_TH.new_empty((tokens, top_k), dtype=torch.int64), x_TH.new_zeros(experts, dtype=torch.int64)
+    router_kernel[(programs,)](
+        x_TH, weight_EH, bias_E, replay_TK, logits, weights, indices, counts, tokens, hidden, factor,
+        E=experts, K=top_k, G=n_group, TOPK_G=topk_group, SIGMOID=sigmoid, NORM=normalise, REPLAY=replay_TK is not None,
+        TOKENS=TOKENS, COLUMNS=columns(experts), num_warps=4,
+    )  # fmt: skip
+    return weights, indices, counts, logits
+
+
+def route_backward(
+    dweights_TK: Tensor, dbeside_TH: Tensor | None, x_TH: Tensor, weight_EH: Tensor, logits_TE: Tensor, indices_TK: Tensor,
+    sigmoid: bool, normalise: bool, factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`(dx, dweight)`; what came to x from elsewhere is added in the same pass."""
+    (tokens, hidden), experts = x_TH.shape, weight_EH.shape[0]
+    dlogits, dx, width = torch.empty_like(logits_TE), torch.empty_like(x_TH), columns(experts)
+    router_backward_kernel[(triton.cdiv(tokens, TOKENS),)](
+        dweights_TK, dbeside_TH, logits_TE, indices_TK, weight_EH, dlogits, dx, tokens, hidden, factor,
+        E=experts, K=indices_TK.shape[1], SIGMOID=sigmoid, NORM=normalise, BESIDE=dbeside_TH is not None,
+        TOKENS=TOKENS, COLUMNS=width, num_warps=4,
+    )  # fmt: skip
+    parts = torch.empty((SHARES, experts, hidden), dtype=torch.float32, device=x_TH.device)
+    grid = (triton.cdiv(hidden, width), SHARES)
+    router_weight_kernel[grid](dlogits, x_TH, parts, tokens, hidden, E=experts, TOKENS=TOKENS, COLUMNS=width, num_warps=4)
+    dweight = torch.empty_like(weight_EH)
+    column_sums[(triton.cdiv(experts * hidden, 32),)](parts, dweight, SHARES, experts * hidden, BLOCK_R=64, BLOCK=32)
+    return dx, dweight
+
+
+def columns(experts: int) -> int:
+    """Of x at once: a tile of tokens, experts and columns stays in registers."""
+    return max(16, min(COLUMNS, 8 * COLUMNS // experts))

@@ -1,0 +1,286 @@
+"""The operators whose kernels are in `kernels/`: schema, shapes, and what they cost; whoever counts or compiles needs no GPU.
+
+Chosen by `usable`, on a GPU; everywhere else the plain PyTorch beside each call is what runs, and what the tests compare with.
+Their gradients are in the autograd functions beside the plain formulas (`layers.py`, `rope.py`, `dispatch.py`, `router.py`).
+
+Shapes: T tokens, H hidden, I width, R routed rows, K experts per token, E experts, N query heads, M key-value heads, D head
+dim, P positions or programs, C tokens of a chunk, V vocabulary.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_operator: Any = partial(torch.library.custom_op, mutates_args=())
+
+
+@cache
+def has_triton() -> bool:
+    """Also no where the environment says `MOE_KERNELS=0`, to compare with the plain way on the same GPU."""
+    return find_spec("triton") is not None and os.environ.get("MOE_KERNELS") != "0"
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels are for this tensor: on a GPU, with Triton, sums in fp32."""
+    return x.device.type == "cuda" and x.dtype in _FLOATS and has_triton()
+
+
+@_operator("moe_gpt::norm")
+def norm(x_TH: Tensor, added_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`(x + added, its RMSNorm)`; the first is empty where nothing is added."""
+    from .kernels.norm import norm_forward
+
+    return norm_forward(x_TH.contiguous(), _contiguous(added_TH), weight_H, eps)
+
+
+@norm.register_fake
+def _(x_TH: Tensor, added_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x_TH.new_empty(x_TH.shape if added_TH is not None else 0), x_TH.new_empty(x_TH.shape)
+
+
+@_operator("moe_gpt::norm_backward")
+def norm_backward(dout_TH: Tensor, dstream_TH: Tensor | None, x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`(dx, dweight)`; the stream's gradient is added to dx."""
+    from .kernels.norm import norm_backward
+
+    return norm_backward(dout_TH.contiguous(), _contiguous(dstream_TH), x_TH.contiguous(), weight_H, eps)
+
+
+@norm_backward.register_fake
+def _(dout_TH: Tensor, dstream_TH: Tensor | None, x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x_TH.new_empty(x_TH.shape), weight_H.new_empty(weight_H.shape)
+
+
+@_operator("moe_gpt::norm_rope")
+def norm_rope(
+    q_TND: Tensor, k_TMD: Tensor, weights_D: Sequence[Tensor], cos_PD: Tensor, sin_PD: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """q and k, normed by head with the two weights if any, then rotated; token t is at row t mod P of the tables."""
+    from .kernels.norm import norm_rope
+
+    return norm_rope(q_TND.contiguous(), k_TMD.contiguous(), weights_D, cos_PD.contiguous(), sin_PD.contiguous(), eps)
+
+
+@norm_rope.register_fake
+def _(
+    q_TND: Tensor, k_TMD: Tensor, weights_D: Sequence[Tensor], cos_PD: Tensor, sin_PD: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return q_TND.new_empty(q_TND.shape), k_TMD.new_empty(k_TMD.shape)
+
+
+@_operator("moe_gpt::norm_rope_backward")
+def norm_rope_backward(
+    dq_TND: Tensor, dk_TMD: Tensor, q_TND: Tensor, k_TMD: Tensor, weights_D: Sequence[Tensor], cos_PD: Tensor, sin_PD: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`(dq, dk, dweights [2, D] in fp32)`; without weights the last is empty."""
+    from .kernels.norm import norm_rope_backward
+
+    dq_TND, dk_TMD, q_TND, k_TMD = (x.contiguous() for x in (dq_TND, dk_TMD, q_TND, k_TMD))
+    return norm_rope_backward(dq_TND, dk_TMD, q_TND, k_TMD, weights_D, cos_PD.contiguous(), sin_PD.contiguous(), eps)
+
+
+@norm_rope_backward.register_fake
+def _(
+    dq_TND: Tensor, dk_TMD: Tensor, q_TND: Tensor, k_TMD: Tensor, weights_D: Sequence[Tensor], cos_PD: Tensor, sin_PD: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dweights = q_TND.new_empty((2, q_TND.shape[2]) if weights_D else 0, dtype=torch.float32)
+    return q_TND.new_empty(q_TND.shape), k_TMD.new_empty(k_TMD.shape), dweights
+
+
+@_operator("moe_gpt::add_sink")
+def add_sink(out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp with the sink."""
+    from .kernels.sinks import add_sink
+
+    return add_sink(out_BSND.contiguous(), lse_BNS.contiguous(), sinks_N)
+
+
+@add_sink.register_fake
+def _(out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
+    return out_BSND.new_empty(out_BSND.shape), lse_BNS.new_empty(lse_BNS.shape)
+
+
+@_operator("moe_gpt::sink_gradient")
+def sink_gradient(dout_BSND: Tensor, out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> Tensor:
+    from .kernels.sinks import sink_gradient
+
+    return sink_gradient(dout_BSND.contiguous(), out_BSND.contiguous(), lse_BNS.contiguous(), sinks_N)
+
+
+@sink_gradient.register_fake
+def _(dout_BSND: Tensor, out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> Tensor:
+    return sinks_N.new_empty(sinks_N.shape)
+
+
+@_operator("moe_gpt::spread")
+def spread(x_TH: Tensor, places_R: Tensor, copies: int) -> Tensor:
+    """`[R, H]`: copy k of token t at row `places[t * K + k]`."""
+    from .kernels.rows import spread
+
+    return spread(x_TH.contiguous(), places_R, copies)
+
+
+@spread.register_fake
+def _(x_TH: Tensor, places_R: Tensor, copies: int) -> Tensor:
+    return x_TH.new_empty((places_R.shape[0], x_TH.shape[1]))
+
+
+@_operator("moe_gpt::collect")
+def collect(rows_RH: Tensor, places_R: Tensor, copies: int, a_TH: Tensor | None, b_TH: Tensor | None) -> Tensor:
+    """`[T, H]`: of each token the sum of its copies, and of what is given beside them."""
+    from .kernels.rows import collect
+
+    return collect(rows_RH.contiguous(), places_R, copies, _contiguous(a_TH), _contiguous(b_TH))
+
+
+@collect.register_fake
+def _(rows_RH: Tensor, places_R: Tensor, copies: int, a_TH: Tensor | None, b_TH: Tensor | None) -> Tensor:
+    return rows_RH.new_empty((places_R.shape[0] // copies, rows_RH.shape[1]))
+
+
+@_operator("moe_gpt::combine")
+def combine(rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor, shared_TH: Tensor | None, residual_TH: Tensor | None) -> Tensor:
+    """`residual + shared + sum over k of weight * row`."""
+    from .kernels.rows import combine
+
+    beside = _contiguous(shared_TH), _contiguous(residual_TH)
+    return combine(rows_RH.contiguous(), places_R, weights_TK.contiguous(), *beside)
+
+
+@combine.register_fake
+def _(rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor, shared_TH: Tensor | None, residual_TH: Tensor | None) -> Tensor:
+    return rows_RH.new_empty((weights_TK.shape[0], rows_RH.shape[1]))
+
+
+@_operator("moe_gpt::combine_backward")
+def combine_backward(dout_TH: Tensor, rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """`(drows, dweights)`."""
+    from .kernels.rows import combine_backward
+
+    return combine_backward(dout_TH.contiguous(), rows_RH.contiguous(), places_R, weights_TK.contiguous())
+
+
+@combine_backward.register_fake
+def _(dout_TH: Tensor, rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    return rows_RH.new_empty(rows_RH.shape), weights_TK.new_empty(weights_TK.shape)
+
+
+@_operator("moe_gpt::swiglu")
+def swiglu(gate_up: Sequence[Tensor]) -> Tensor:
+    """`silu(gate) * up`, of one packed tensor or of two."""
+    from .kernels.rows import swiglu
+
+    return swiglu([x.contiguous() for x in gate_up])
+
+
+@swiglu.register_fake
+def _(gate_up: Sequence[Tensor]) -> Tensor:
+    *rows, width = gate_up[0].shape
+    return gate_up[0].new_empty((*rows, width if len(gate_up) == 2 else width // 2))
+
+
+@_operator("moe_gpt::swiglu_backward")
+def swiglu_backward(dout: Tensor, gate_up: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of what was given, packed where that was."""
+    from .kernels.rows import swiglu_backward
+
+    return swiglu_backward(dout.contiguous(), [x.contiguous() for x in gate_up])
+
+
+@swiglu_backward.register_fake
+def _(dout: Tensor, gate_up: Sequence[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in gate_up]
+
+
+@_operator("moe_gpt::route")
+def route(
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, replay_TK: Tensor | None, top_k: int, n_group: int, topk_group: int,
+    sigmoid: bool, normalise: bool, factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`(weights_TK, indices_TK, counts_E, logits_TE)`."""
+    from .kernels.router import route
+
+    replay_TK = _contiguous(replay_TK)
+    given = (x_TH.contiguous(), weight_EH.contiguous(), bias_E)
+    return route(*given, replay_TK, top_k, n_group, topk_group, sigmoid, normalise, factor)
+
+
+@route.register_fake
+def _(
+    x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, replay_TK: Tensor | None, top_k: int, n_group: int, topk_group: int,
+    sigmoid: bool, normalise: bool, factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, experts = x_TH.shape[0], weight_EH.shape[0]
+    fp32, int64 = torch.float32, torch.int64
+    return (
+        x_TH.new_empty((tokens, top_k), dtype=fp32),
+        x_TH.new_empty((tokens, top_k), dtype=int64),
+        x_TH.new_empty((experts,), dtype=int64),
+        x_TH.new_empty((tokens, experts), dtype=fp32),
+    )
+
+
+@_operator("moe_gpt::route_backward")
+def route_backward(
+    dweights_TK: Tensor, dbeside_TH: Tensor | None, x_TH: Tensor, weight_EH: Tensor, logits_TE: Tensor, indices_TK: Tensor,
+    sigmoid: bool, normalise: bool, factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`(dx, dweight)`; what came to x from elsewhere is added to dx."""
+    from .kernels.router import route_backward
+
+    given = (dweights_TK.contiguous(), _contiguous(dbeside_TH), x_TH.contiguous(), weight_EH.contiguous())
+    return route_backward(*given, logits_TE, indices_TK.contiguous(), sigmoid, normalise, factor)
+
+
+@route_backward.register_fake
+def _(
+    dweights_TK: Tensor, dbeside_TH: Tensor | None, x_TH: Tensor, weight_EH: Tensor, logits_TE: Tensor, indices_TK: Tensor,
+    sigmoid: bool, normalise: bool, factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x_TH.new_empty(x_TH.shape), weight_EH.new_empty(weight_EH.shape)
+
+
+@torch.library.custom_op("moe_gpt::cross_entropy_", mutates_args=("logits_CV",))
+def cross_entropy_(logits_CV: Tensor, targets_C: Tensor, scale: Tensor, z_weight: float, with_grad: bool, ignore: int) -> Tensor:
+    """Each token's share of the loss, fp32; `logits` then holds the gradient, where one is wanted."""
+    from .kernels.loss import cross_entropy_
+
+    return cross_entropy_(logits_CV, targets_C, scale, z_weight, with_grad, ignore)
+
+
+@cross_entropy_.register_fake
+def _(logits_CV: Tensor, targets_C: Tensor, scale: Tensor, z_weight: float, with_grad: bool, ignore: int) -> Tensor:
+    return logits_CV.new_empty(logits_CV.shape[0], dtype=torch.float32)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+#: Rows of partial sums that a weight's gradient is added up from, as in `kernels/`.
+PROGRAMS, SHARES = 512, 32
+
+
+def costs(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, int]:
+    """`(kernels, bytes beside reading each input and writing each output once)` of a call."""
+    fp32 = 4
+    if name in ("norm_backward", "norm_rope_backward"):
+        return 2, 2 * fp32 * min(PROGRAMS, inputs[0].shape[0]) * outputs[-1].numel()
+    if name == "route":  # and zeroed counts
+        return 2, 0
+    if name == "route_backward":  # dlogits written and read; x read again; partial sums
+        logits, dweight = outputs[0].shape[0] * outputs[1].shape[0], outputs[1].numel()
+        return 3, 2 * fp32 * logits + 2 * fp32 * SHARES * dweight
+    if name == "sink_gradient":
+        return 2, 0
+    if name == "cross_entropy_":  # a second read and the write
+        return 1, 2 * inputs[0].numel() * inputs[0].element_size()
+    return 1, 0

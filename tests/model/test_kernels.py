@@ -1,0 +1,51 @@
+"""The Triton kernels: numerics under Triton's interpreter against the plain formulas in float64, costs against their shapes.
+
+Triton is not in the main environment, where it would switch DeepSpeed's own paths: `.ci/run` puts it into `.triton/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from support import ROOT
+
+from model import operators
+
+FOLDER = ROOT / ".triton"
+BF16, FP32 = 2, 4
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    folder = [str(FOLDER)] if (FOLDER / "triton").is_dir() else []
+    if not folder and find_spec("triton") is None:
+        pytest.skip(f"needs Triton: pip install --no-deps --target {FOLDER.name} triton==3.7.1")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *folder])}
+    worker = [sys.executable, "tests/model/kernels_worker.py"]
+    done = subprocess.run(worker, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def test_kernels_equal_the_formulas_in_float64(errors: dict[str, float]) -> None:
+    """Outputs and gradients; bf16 to a rounding of inputs, intermediate sums in fp32, and results."""
+    assert len(errors) > 30
+    limits = {name: 1e-2 if name.startswith("bfloat16") else 2e-6 for name in errors}
+    assert {name: value for name, value in errors.items() if not value < limits[name]} == {}
+
+
+def test_equal_scores_choose_the_lower_index(errors: dict[str, float]) -> None:
+    assert errors["ties"] == 0
+
+
+def test_kernels_are_for_gpus_and_not_for_float64() -> None:
+    assert not operators.usable(torch.zeros(1))
+    double = torch.empty(1, dtype=torch.float64, device="meta")
+    assert not operators.usable(double)
