@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import operators
+from .operators import ops, usable
 
 
 def expert_order(indices_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,22 +45,22 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (inverse_R,) = ctx.saved_tensors
-        if operators.usable(dout):
-            return operators.collect(dout, inverse_R, ctx.copies, None, None), None, None, None
+        if usable(dout):
+            return ops.collect(dout, inverse_R, ctx.copies, None, None), None, None, None
         dx = dout.index_select(0, inverse_R)
         return dx.unflatten(0, (-1, ctx.copies)).sum(dim=1) if ctx.copies > 1 else dx, None, None, None
 
 
 def gathered(x: Tensor, index_R: Tensor, inverse_R: Tensor, copies: int) -> Tensor:
-    if operators.usable(x):
-        rows: Tensor = operators.spread(x, inverse_R, copies)
+    if usable(x):
+        rows: Tensor = ops.spread(x, inverse_R, copies)
         return rows
     return x.index_select(0, index_R // copies if copies > 1 else index_R)
 
 
 def gather_beside(x: Tensor, index_R: Tensor, inverse_R: Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor]:
     """`gather_rows`, and x twice for others: on a GPU one pass then adds up all of x's gradient."""
-    if not operators.usable(x):
+    if not usable(x):
         return gather_rows(x, index_R, inverse_R, copies), x, x
     rows, first, second = GatherBeside.apply(x, index_R, inverse_R, copies)  # type: ignore[no-untyped-call]
     return rows, first, second
@@ -80,7 +80,7 @@ class GatherBeside(torch.autograd.Function):
         if drows is None:
             beside = [x for x in (first, second) if x is not None]
             return sum(beside[1:], beside[0]) if beside else None, None, None, None
-        return operators.collect(drows, inverse_R, ctx.copies, first, second), None, None, None
+        return ops.collect(drows, inverse_R, ctx.copies, first, second), None, None, None
 
 
 def swiglu(*gate_up: Tensor) -> Tensor:
@@ -96,16 +96,16 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(*gate_up)
-        if operators.usable(gate_up[0]):
-            return operators.swiglu(gate_up)  # type: ignore[no-any-return]
+        if usable(gate_up[0]):
+            return ops.swiglu(gate_up)  # type: ignore[no-any-return]
         gate, up = _halves(gate_up)
         return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors  # asked for once: a checkpoint recomputes for one answer
-        if operators.usable(dout):
-            return tuple(operators.swiglu_backward(dout, saved))
+        if usable(dout):
+            return tuple(ops.swiglu_backward(dout, saved))
         gate, up = _halves(saved)
         if torch.compiler.is_compiling():  # which writes to no halves, and joins them in the same pass
             dgate, dup = torch.ops.aten.silu_backward(dout * up, gate), F.silu(gate) * dout
@@ -217,8 +217,8 @@ class Combine(torch.autograd.Function):
         residual_TH: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(out_RH, sorted_R, inverse_R, weights_TK)
-        if operators.usable(out_RH):
-            return operators.combine(out_RH, inverse_R, weights_TK, shared_TH, residual_TH)  # type: ignore[no-any-return]
+        if usable(out_RH):
+            return ops.combine(out_RH, inverse_R, weights_TK, shared_TH, residual_TH)  # type: ignore[no-any-return]
         sum_TH = weighted_sum(out_RH, inverse_R, weights_TK)
         if shared_TH is not None:
             sum_TH += shared_TH
@@ -230,8 +230,8 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
         out_RH, sorted_R, inverse_R, weights_TK = ctx.saved_tensors
         dshared, dresidual = (dout_TH if ctx.needs_input_grad[i] else None for i in (4, 5))
-        if operators.usable(dout_TH):
-            drow_RH, dweights_TK = operators.combine_backward(dout_TH, out_RH, inverse_R, weights_TK)
+        if usable(dout_TH):
+            drow_RH, dweights_TK = ops.combine_backward(dout_TH, out_RH, inverse_R, weights_TK)
             return drow_RH, None, None, dweights_TK, dshared, dresidual
         top_k = weights_TK.shape[1]
         drow_RH = dout_TH.index_select(0, sorted_R // top_k)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import operators
+from .operators import ops, usable
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if operators.usable(x):
+        if usable(x):
             return _fused_norm(x, None, self.weight, self.eps)[1]
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -45,7 +45,7 @@ class ResidualNorm(RMSNorm):
     """`(x + added, its RMSNorm)`: the residual stream goes through, so that one pass does both, and one both gradients."""
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if operators.usable(x):
+        if usable(x):
             return _fused_norm(x, added, self.weight, self.eps)
         stream = x if added is None else x + added
         return stream, F.rms_norm(stream, self.weight.shape, self.weight, self.eps)
@@ -62,7 +62,7 @@ class FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         rows = None if added is None else added.flatten(0, -2)
-        stream, out = operators.norm(x.flatten(0, -2), rows, weight_H, eps)
+        stream, out = ops.norm(x.flatten(0, -2), rows, weight_H, eps)
         stream = x.view_as(x) if added is None else stream.view_as(x)
         ctx.save_for_backward(stream, weight_H)
         ctx.eps = eps
@@ -75,6 +75,6 @@ class FusedNorm(torch.autograd.Function):
             return dstream, dstream if ctx.needs_input_grad[1] else None, None, None
         stream, weight_H = ctx.saved_tensors
         beside = None if dstream is None else dstream.flatten(0, -2)
-        dx, dweight = operators.norm_backward(dout.flatten(0, -2), beside, stream.flatten(0, -2), weight_H, ctx.eps)
+        dx, dweight = ops.norm_backward(dout.flatten(0, -2), beside, stream.flatten(0, -2), weight_H, ctx.eps)
         dx = dx.view_as(stream)
         return dx, dx if ctx.needs_input_grad[1] else None, dweight, None

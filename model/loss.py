@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators
+from .operators import ops, usable
 
 IGNORE = -100
 # A chunk's fp32 logits take 256 MiB at most (1,365 tokens at V = 49,152), and it has no more than 2 H tokens: beyond
@@ -93,8 +93,8 @@ def chunk_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """One chunk's share of the loss in fp32, and its gradient by the logits `[C, V]` in x's dtype."""
     logits_CV = F.linear(x_CH, head_VH)
-    if operators.usable(logits_CV):
-        loss_C = operators.cross_entropy_(logits_CV, targets_C, scale, z_weight, with_grad, IGNORE)
+    if usable(logits_CV):
+        loss_C = ops.cross_entropy_(logits_CV, targets_C, scale, z_weight, with_grad, IGNORE)
         return loss_C.sum(), logits_CV if with_grad else None
     logits_CV = logits_CV.to(scale.dtype)
     kept_C = targets_C != IGNORE

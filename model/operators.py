@@ -10,6 +10,7 @@ dim, P positions or programs, C tokens of a chunk, V vocabulary.
 import os
 from collections.abc import Sequence
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,24 +18,36 @@ import torch
 from torch import Tensor
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ops: Any = torch.ops.moe_gpt
 _operator: Any = partial(torch.library.custom_op, mutates_args=())
 
 
 @cache
 def has_triton() -> bool:
     """Also no where the environment says `MOE_KERNELS=0`, to compare with the plain way on the same GPU."""
-    return find_spec("triton") is not None and os.environ.get("MOE_KERNELS") != "0"
+    here = find_spec("triton") is not None and find_spec(f"{__package__}.kernels") is not None
+    return here and os.environ.get("MOE_KERNELS") != "0"
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels are for this tensor: on a GPU, with Triton, sums in fp32."""
+    return fits(x)
+
+
+def fits(x: Tensor) -> bool:
+    """`usable`'s rule, under a name that whoever counts or tests can replace."""
     return x.device.type == "cuda" and x.dtype in _FLOATS and has_triton()
+
+
+def _kernels(name: str) -> Any:
+    """A module that imports Triton. By name: transformers copies what a file imports, and an export goes without kernels."""
+    return import_module(f".kernels.{name}", __package__)
 
 
 @_operator("moe_gpt::norm")
 def norm(x_TH: Tensor, added_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(x + added, its RMSNorm)`; the first is empty where nothing is added."""
-    from .kernels.norm import norm_forward
+    norm_forward = _kernels("norm").norm_forward
 
     return norm_forward(x_TH.contiguous(), _contiguous(added_TH), weight_H, eps)
 
@@ -47,7 +60,7 @@ def _(x_TH: Tensor, added_TH: Tensor | None, weight_H: Tensor, eps: float) -> tu
 @_operator("moe_gpt::norm_backward")
 def norm_backward(dout_TH: Tensor, dstream_TH: Tensor | None, x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(dx, dweight)`; the stream's gradient is added to dx."""
-    from .kernels.norm import norm_backward
+    norm_backward = _kernels("norm").norm_backward
 
     return norm_backward(dout_TH.contiguous(), _contiguous(dstream_TH), x_TH.contiguous(), weight_H, eps)
 
@@ -62,7 +75,7 @@ def norm_rope(
     q_TND: Tensor, k_TMD: Tensor, weights_D: Sequence[Tensor], cos_PD: Tensor, sin_PD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """q and k, normed by head with the two weights if any, then rotated; token t is at row t mod P of the tables."""
-    from .kernels.norm import norm_rope
+    norm_rope = _kernels("norm").norm_rope
 
     return norm_rope(q_TND.contiguous(), k_TMD.contiguous(), weights_D, cos_PD.contiguous(), sin_PD.contiguous(), eps)
 
@@ -80,7 +93,7 @@ def norm_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`(dq, dk, dweights [2, D] in fp32)`; without weights the last is empty."""
-    from .kernels.norm import norm_rope_backward
+    norm_rope_backward = _kernels("norm").norm_rope_backward
 
     dq_TND, dk_TMD, q_TND, k_TMD = (x.contiguous() for x in (dq_TND, dk_TMD, q_TND, k_TMD))
     return norm_rope_backward(dq_TND, dk_TMD, q_TND, k_TMD, weights_D, cos_PD.contiguous(), sin_PD.contiguous(), eps)
@@ -98,7 +111,7 @@ def _(
 @_operator("moe_gpt::add_sink")
 def add_sink(out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
     """Output and logsumexp with the sink."""
-    from .kernels.sinks import add_sink
+    add_sink = _kernels("sinks").add_sink
 
     return add_sink(out_BSND.contiguous(), lse_BNS.contiguous(), sinks_N)
 
@@ -110,7 +123,7 @@ def _(out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tenso
 
 @_operator("moe_gpt::sink_gradient")
 def sink_gradient(dout_BSND: Tensor, out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> Tensor:
-    from .kernels.sinks import sink_gradient
+    sink_gradient = _kernels("sinks").sink_gradient
 
     return sink_gradient(dout_BSND.contiguous(), out_BSND.contiguous(), lse_BNS.contiguous(), sinks_N)
 
@@ -123,7 +136,7 @@ def _(dout_BSND: Tensor, out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> 
 @_operator("moe_gpt::spread")
 def spread(x_TH: Tensor, places_R: Tensor, copies: int) -> Tensor:
     """`[R, H]`: copy k of token t at row `places[t * K + k]`."""
-    from .kernels.rows import spread
+    spread = _kernels("rows").spread
 
     return spread(x_TH.contiguous(), places_R, copies)
 
@@ -136,7 +149,7 @@ def _(x_TH: Tensor, places_R: Tensor, copies: int) -> Tensor:
 @_operator("moe_gpt::collect")
 def collect(rows_RH: Tensor, places_R: Tensor, copies: int, a_TH: Tensor | None, b_TH: Tensor | None) -> Tensor:
     """`[T, H]`: of each token the sum of its copies, and of what is given beside them."""
-    from .kernels.rows import collect
+    collect = _kernels("rows").collect
 
     return collect(rows_RH.contiguous(), places_R, copies, _contiguous(a_TH), _contiguous(b_TH))
 
@@ -149,7 +162,7 @@ def _(rows_RH: Tensor, places_R: Tensor, copies: int, a_TH: Tensor | None, b_TH:
 @_operator("moe_gpt::combine")
 def combine(rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor, shared_TH: Tensor | None, residual_TH: Tensor | None) -> Tensor:
     """`residual + shared + sum over k of weight * row`."""
-    from .kernels.rows import combine
+    combine = _kernels("rows").combine
 
     beside = _contiguous(shared_TH), _contiguous(residual_TH)
     return combine(rows_RH.contiguous(), places_R, weights_TK.contiguous(), *beside)
@@ -163,7 +176,7 @@ def _(rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor, shared_TH: Tensor |
 @_operator("moe_gpt::combine_backward")
 def combine_backward(dout_TH: Tensor, rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     """`(drows, dweights)`."""
-    from .kernels.rows import combine_backward
+    combine_backward = _kernels("rows").combine_backward
 
     return combine_backward(dout_TH.contiguous(), rows_RH.contiguous(), places_R, weights_TK.contiguous())
 
@@ -176,7 +189,7 @@ def _(dout_TH: Tensor, rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor) ->
 @_operator("moe_gpt::swiglu")
 def swiglu(gate_up: Sequence[Tensor]) -> Tensor:
     """`silu(gate) * up`, of one packed tensor or of two."""
-    from .kernels.rows import swiglu
+    swiglu = _kernels("rows").swiglu
 
     return swiglu([x.contiguous() for x in gate_up])
 
@@ -190,7 +203,7 @@ def _(gate_up: Sequence[Tensor]) -> Tensor:
 @_operator("moe_gpt::swiglu_backward")
 def swiglu_backward(dout: Tensor, gate_up: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of what was given, packed where that was."""
-    from .kernels.rows import swiglu_backward
+    swiglu_backward = _kernels("rows").swiglu_backward
 
     return swiglu_backward(dout.contiguous(), [x.contiguous() for x in gate_up])
 
@@ -206,7 +219,7 @@ def route(
     sigmoid: bool, normalise: bool, factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`(weights_TK, indices_TK, counts_E, logits_TE)`."""
-    from .kernels.router import route
+    route = _kernels("router").route
 
     replay_TK = _contiguous(replay_TK)
     given = (x_TH.contiguous(), weight_EH.contiguous(), bias_E)
@@ -234,7 +247,7 @@ def route_backward(
     sigmoid: bool, normalise: bool, factor: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(dx, dweight)`; what came to x from elsewhere is added to dx."""
-    from .kernels.router import route_backward
+    route_backward = _kernels("router").route_backward
 
     given = (dweights_TK.contiguous(), _contiguous(dbeside_TH), x_TH.contiguous(), weight_EH.contiguous())
     return route_backward(*given, logits_TE, indices_TK.contiguous(), sigmoid, normalise, factor)
@@ -251,7 +264,7 @@ def _(
 @torch.library.custom_op("moe_gpt::cross_entropy_", mutates_args=("logits_CV",))
 def cross_entropy_(logits_CV: Tensor, targets_C: Tensor, scale: Tensor, z_weight: float, with_grad: bool, ignore: int) -> Tensor:
     """Each token's share of the loss, fp32; `logits` then holds the gradient, where one is wanted."""
-    from .kernels.loss import cross_entropy_
+    cross_entropy_ = _kernels("loss").cross_entropy_
 
     return cross_entropy_(logits_CV, targets_C, scale, z_weight, with_grad, ignore)
 

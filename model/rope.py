@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import operators
 from .config import ROPE_TYPES, MoEGPTConfig, RopeParameters
 from .layers import to_device
+from .operators import ops
 
 
 def yarn_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
@@ -89,14 +89,14 @@ class NormAndRope(torch.autograd.Function):
         ctx.save_for_backward(q_BSND, k_BSMD, cos_BSD, sin_BSD, *weights_D)
         ctx.eps = eps
         tables = cos_BSD.flatten(0, 1), sin_BSD.flatten(0, 1)
-        q, k = operators.norm_rope(q_BSND.flatten(0, 1), k_BSMD.flatten(0, 1), weights_D, *tables, eps)
+        q, k = ops.norm_rope(q_BSND.flatten(0, 1), k_BSMD.flatten(0, 1), weights_D, *tables, eps)
         return q.view(q_BSND.shape), k.view(k_BSMD.shape)
 
     @staticmethod
     def backward(ctx: Any, dq_BSND: Tensor, dk_BSMD: Tensor) -> tuple[Tensor | None, ...]:
         q_BSND, k_BSMD, cos_BSD, sin_BSD, *weights_D = ctx.saved_tensors
         rows = [x.flatten(0, 1) for x in (dq_BSND, dk_BSMD, q_BSND, k_BSMD)]
-        dq, dk, dweights = operators.norm_rope_backward(*rows, weights_D, cos_BSD.flatten(0, 1), sin_BSD.flatten(0, 1), ctx.eps)
+        dq, dk, dweights = ops.norm_rope_backward(*rows, weights_D, cos_BSD.flatten(0, 1), sin_BSD.flatten(0, 1), ctx.eps)
         dweights_D = (dweights[i].to(weight.dtype) for i, weight in enumerate(weights_D))
         return dq.view(q_BSND.shape), dk.view(k_BSMD.shape), None, None, None, *dweights_D
 

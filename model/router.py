@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import operators
 from .auxiliary import AuxiliaryLoss, balance_loss
 from .choice import group_limited_topk
 from .config import MoEGPTConfig
+from .operators import ops, usable
 from .quantile import BINS, add_to_histogram, bias_lift
 from .replay import RouterReplay
 
@@ -162,7 +162,7 @@ class Router(nn.Module):
     def _fits_kernel(self, x_TH: Tensor) -> bool:
         """Experts and groups are powers of two, as tiles of the kernel are, and a token's experts fit in registers."""
         sizes = self.num_experts, self.settings["n_group"]
-        if self.aux_loss_coef or not operators.usable(x_TH):
+        if self.aux_loss_coef or not usable(x_TH):
             return False
         return all(n & (n - 1) == 0 for n in sizes) and self.num_experts <= 128
 
@@ -182,7 +182,7 @@ class FusedRoute(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.rule = settings["scoring_func"] == "sigmoid", settings["norm_topk_prob"], settings["routed_scaling_factor"]
         choice = settings["top_k"], settings["n_group"], settings["topk_group"]
-        weights_TK, indices_TK, counts_E, logits_TE = operators.route(x_TH, weight_EH, bias_E, replay_TK, *choice, *ctx.rule)
+        weights_TK, indices_TK, counts_E, logits_TE = ops.route(x_TH, weight_EH, bias_E, replay_TK, *choice, *ctx.rule)
         ctx.save_for_backward(x_TH, weight_EH, logits_TE, indices_TK)
         ctx.mark_non_differentiable(indices_TK, counts_E, logits_TE)
         ctx.set_materialize_grads(False)
@@ -195,7 +195,7 @@ class FusedRoute(torch.autograd.Function):
             return dbeside_TH, None, None, None, None
         x_TH, weight_EH, logits_TE, indices_TK = ctx.saved_tensors
         given = x_TH, weight_EH, logits_TE, indices_TK
-        return *operators.route_backward(dweights_TK, dbeside_TH, *given, *ctx.rule), None, None, None
+        return *ops.route_backward(dweights_TK, dbeside_TH, *given, *ctx.rule), None, None, None
 
 
 class Gate(Router):

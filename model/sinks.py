@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators
 from .flash import FlashKernel, FlashOutput
 from .mask import AttentionMask
+from .operators import ops, usable
 
 _watch: Callable[[Tensor], None] | None = None
 
@@ -41,8 +41,8 @@ def watching_sink_mass(watch: Callable[[Tensor], None]) -> Iterator[None]:
 
 def add_sink(out: Tensor, lse: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
     """`(o', lse')` of out `[..., S, N, D]` and lse `[..., N, S]`; out keeps its dtype."""
-    if operators.usable(out):
-        whole, lse_with = operators.add_sink(_batched(out), lse.view(-1, *lse.shape[-2:]), sinks_N)
+    if usable(out):
+        whole, lse_with = ops.add_sink(_batched(out), lse.view(-1, *lse.shape[-2:]), sinks_N)
         return whole.view_as(out), lse_with.view_as(lse)
     lse_with = torch.logaddexp(lse, sinks_N.to(lse.dtype).unsqueeze(-1))
     keep = (lse - lse_with).exp().mT.unsqueeze(-1)
@@ -51,10 +51,8 @@ def add_sink(out: Tensor, lse: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]
 
 def sink_gradient(dout: Tensor, out_with: Tensor, lse_with: Tensor, sinks_N: Tensor) -> Tensor:
     """dsink `[N]` in lse's dtype, from the gradient of o' and (o', lse')."""
-    if operators.usable(out_with):
-        dsinks: Tensor = operators.sink_gradient(
-            _batched(dout), _batched(out_with), lse_with.view(-1, *lse_with.shape[-2:]), sinks_N
-        )
+    if usable(out_with):
+        dsinks: Tensor = ops.sink_gradient(_batched(dout), _batched(out_with), lse_with.view(-1, *lse_with.shape[-2:]), sinks_N)
         return dsinks
     probability = (sinks_N.to(lse_with.dtype).unsqueeze(-1) - lse_with).exp().mT
     per_query = probability * (dout.to(lse_with.dtype) * out_with).sum(dim=-1)

@@ -184,7 +184,7 @@ def as_on_cuda(rows: int) -> Iterator[None]:
         for owner, name, replacement in patches:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(mock.patch("model.attention.pick_kernel", lambda *_: CountedFlash()))
-        stack.enter_context(mock.patch("model.operators.usable", lambda _: True))
+        stack.enter_context(mock.patch("model.operators.fits", lambda _: True))
         stack.enter_context(mock.patch("deepspeed.moe.ep_experts.apply_expert_activation", fused_swiglu))
         yield
 

@@ -182,7 +182,7 @@ def compiled(config: MoEGPTConfig) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
-    operators.usable = with_kernels
+    operators.fits = with_kernels
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         found |= {f"{dtype}: {name}".removeprefix("torch."): value for name, value in cases(dtype).items()}
