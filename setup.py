@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["model", "data", "data.*", "launch", "launch.*"]),
+    packages=find_packages(include=["model", "model.*", "data", "data.*", "launch", "launch.*"]),
     package_data={"model": ["presets/*.json"], "launch.reporting": ["assets/*"], "launch.evaluation.lm_eval": ["*.yaml"]},
     install_requires=[
         "torch>=2.11",
