@@ -16,7 +16,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import PreTrainedModel
 
 aten = torch.ops.aten
@@ -38,9 +43,28 @@ KEPT = {
 FLASH_NAMESPACES = ("flash_attn", "flash_attn_3")
 
 
+def _is_kept(operation: Any) -> bool:
+    return operation in KEPT or getattr(operation, "namespace", None) in FLASH_NAMESPACES
+
+
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operation in KEPT or getattr(operation, "namespace", None) in FLASH_NAMESPACES
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_kept(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Recomputation(_CachedTorchDispatchMode):
+    """Asks for what was kept and nothing else. torch 2.13 wants the very operations of the forward again, and under ZeRO stage 3
+    a weight is gathered by more or fewer of them, depending on what was fetched ahead."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _is_kept(func):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+def selective_contexts() -> tuple[Any, Any]:
+    """Around a block's forward and around its recomputation."""
+    forward, recomputation = create_selective_checkpoint_contexts(_policy)
+    return forward, _Recomputation(_policy, recomputation.storage, False)
 
 
 def enable(model: PreTrainedModel, mode: str, deepspeed_config: dict[str, Any]) -> None:
@@ -61,6 +85,5 @@ def enable(model: PreTrainedModel, mode: str, deepspeed_config: dict[str, Any]) 
         )
         function = deepspeed.checkpointing.checkpoint
     else:
-        contexts = partial(create_selective_checkpoint_contexts, _policy)
-        function = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        function = partial(checkpoint, use_reentrant=False, context_fn=selective_contexts)
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)

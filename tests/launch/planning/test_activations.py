@@ -13,9 +13,9 @@ import torch
 from planner_job import job
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from launch.engine.activation_checkpointing import _policy
+from launch.engine.activation_checkpointing import selective_contexts
 from launch.planning.activations import chunk_rows, kept_activations
 from launch.planning.job import Job
 from model import MoEGPTConfig, MoEGPTForCausalLM, loss
@@ -66,7 +66,7 @@ def recompute(network: MoEGPTForCausalLM, mode: str) -> None:
         return
     settings: dict[str, Any] = {"use_reentrant": mode == "full"}
     if mode == "selective":
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        settings["context_fn"] = selective_contexts
     network._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, **settings))
 
 
