@@ -126,7 +126,7 @@ def chunk_rows(job: Job) -> int:
 
 def working_block(job: Job, load: float) -> float:
     """The widest moment of a block's backward: gradients of the routed rows beside those of the residual stream. Part of them
-    is fp32 whatever the type, and not all are there at once: 0.3 of both sizes fits what was counted."""
+    is fp32 whatever the type, and not all are there at once: 0.25 of both sizes fits what was counted."""
     c = job.sizes
     rows = c.num_experts_per_tok * load * (2 * c.hidden_size + 3 * c.moe_intermediate_size)
-    return (rows + 3 * c.hidden_size) * 0.3 * (job.weight_bytes + FP32)
+    return (rows + 3 * c.hidden_size) * 0.25 * (job.weight_bytes + FP32)
