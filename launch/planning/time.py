@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launch.planning.activations import FP32, chunk_rows
 from launch.planning.communication import Traffic, traffic
 from launch.planning.devices import Device
 from launch.planning.job import Job
@@ -120,22 +121,32 @@ def _attention_flops(job: Job) -> float:
     return 6 * job.sequence_length * c.num_attention_heads * c.head_dim * c.num_hidden_layers
 
 
-def _moved(job: Job) -> tuple[float, float]:
-    """Bytes a token that passes beside the products read and write, (forward, backward), counted from the code.
+def moved_by_layer(job: Job) -> tuple[float, float]:
+    """Bytes a token that a layer's passes beside the products read and write, (forward, backward), with the kernels of
+    `model/kernels/`: each reads and writes a row once. A test holds them to `launch/benchmark.py roofline`'s count.
 
-    h hidden, a of query and key heads, r routed rows, i their width, in bytes of the model's type; fp32 passes count double.
+    h hidden, q and a of query and of all heads, r routed rows, i their width, in bytes of the model's type.
     """
     c, w = job.sizes, job.weight_bytes
-    h = c.hidden_size * w
-    a = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim * w
+    h, q = c.hidden_size * w, c.num_attention_heads * c.head_dim * w
+    a = q + c.num_key_value_heads * c.head_dim * w
     r = c.num_experts_per_tok * c.hidden_size * w
     i = (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size * w
-    # norms 4h, q/k norm and RoPE (fp32, five passes) 22a, sinks 6h, adds 4h, router 5h, rows there, back and their sum 5r + 4h,
-    # SwiGLU 3i
-    forward = 4 * h + 22 * a + 6 * h + 4 * h + 5 * h + 5 * r + 4 * h + 3 * i
-    backward = 10 * h + 30 * a + 11 * h + 8 * h + 10 * h + 7 * r + 4 * h + 6 * i
-    logits = 44.0 * c.vocab_size  # seven passes over fp32 logits and three over rounded ones
-    return float(c.num_hidden_layers * forward + logits), float(c.num_hidden_layers * backward)
+    # norms 2h and 4h, q/k norm with RoPE 2a, sinks 2q, router h, rows h + r, SwiGLU 3i, their sum r + 3h
+    forward = 11 * h + 2 * a + 2 * q + 2 * r + 3 * i
+    # their sum h + 2r, SwiGLU 5i, rows r + 3h, router 4h, norms 4h each, sinks 2q, q/k norm with RoPE 3a, and the gradients of
+    # q, k and v added up and what else is copied 9h
+    backward = 25 * h + 3 * a + 2 * q + 3 * r + 5 * i
+    if job.expert_ranks > 1:  # packed to be sent, and grouped by expert where they arrive, and so the results
+        forward, backward = forward + 3 * r, backward + 3 * r
+    return float(forward), float(backward)
+
+
+def _moved(job: Job) -> tuple[float, float]:
+    """Of all layers and the loss: a chunk's logits three times, its share of the head's gradient (fp32) four times."""
+    c, (forward, backward) = job.sizes, moved_by_layer(job)
+    loss = 3 * c.vocab_size * job.weight_bytes + 4 * FP32 * c.vocab_size * c.hidden_size / chunk_rows(job)
+    return c.num_hidden_layers * forward + loss, c.num_hidden_layers * backward
 
 
 def _exposed(sent: list[Traffic], backward: float) -> float:

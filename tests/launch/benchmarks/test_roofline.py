@@ -9,11 +9,13 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
+from planner_job import job
 from support import ROOT
 
 from launch.benchmarks.counting import Entry
 from launch.benchmarks.roofline import SHORTEST_KERNEL, operation_seconds
 from launch.planning.devices import find_device
+from launch.planning.time import moved_by_layer
 from model import MoEGPTConfig
 from model.accounting import forward_flops_per_token
 
@@ -50,6 +52,11 @@ def test_ours_moves_less(roofline: dict[str, Any]) -> None:
         assert ours["saved_bytes_per_token_layer"] < peer["saved_bytes_per_token_layer"], name
         assert ours["mfu"] > peer["mfu"], name
     assert ours["host_waits_per_layer"] == (1 if roofline["ep"] > 1 else 0)
+
+
+def test_the_planner_says_what_is_counted(roofline: dict[str, Any]) -> None:
+    planned = sum(moved_by_layer(job(ranks=roofline["ep"], expert_ranks=roofline["ep"])))
+    assert planned == pytest.approx(roofline["ours"]["bytes_per_token_layer_beside_products"], rel=0.05)
 
 
 def test_parts_and_families_add_up(roofline: dict[str, Any]) -> None:
