@@ -40,13 +40,14 @@ def main() -> int:
     parser = Parser(prog="python launch/benchmark.py", description=__doc__.splitlines()[0], examples=EXAMPLES)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     chosen = next((argument for argument in sys.argv[1:] if argument in BENCHMARKS), None)
+    if chosen:
+        make_quiet()
     for name, summary in BENCHMARKS.items():
         sub = commands.add_parser(name, help=summary, description=summary)
         if name == chosen:  # the flags of the others would load torch, DeepSpeed and datasets for nothing
             importlib.import_module(f"launch.benchmarks.{name}").add_arguments(sub)
         sub.add_argument("--output", type=Path, metavar="FILE", help="also write the figures there as JSON")
     arguments = parser.parse_args()
-    make_quiet()
     result = importlib.import_module(f"launch.benchmarks.{arguments.benchmark}").run(arguments)
     if arguments.output:
         arguments.output.write_text(json.dumps(finite(result), indent=2) + "\n", encoding="utf-8")
