@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+if __name__ == "__main__":  # or a `data` on PYTHONPATH would come before ours
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.cli import Exit, Progress, UserError, exit_code, leave, say, stdout
 from data.files import hash_file
 from data.flags import Parser

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import launch  # noqa: F401 - first: it names what hides our packages
 from data.files import finite
 from data.flags import Parser
 from launch.cli import make_quiet, run_command

@@ -7,6 +7,7 @@ python launch/evaluate.py --score samples.jsonl --humaneval HumanEval.jsonl.gz -
 
 from __future__ import annotations
 
+import launch  # noqa: F401 - first: it names what hides our packages
 from launch.cli import make_quiet, run_command
 from launch.evaluation.arguments import build_parser, check
 

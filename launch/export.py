@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import launch  # noqa: F401 - first: it names what hides our packages
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
 from launch.exporting import folder, formats, hub_upload, source

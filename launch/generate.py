@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import launch  # noqa: F401 - first: it names what hides our packages
 from data.cli import NotFound, UserError, say
 from data.flags import Parser
 from launch.cli import make_quiet, run_command

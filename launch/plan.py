@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 
+import launch  # noqa: F401 - first: it names what hides our packages
 from launch.cli import run_command
 from launch.planning.arguments import parse_arguments
 

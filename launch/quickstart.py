@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import launch  # noqa: F401 - first: it names what hides our packages
 from data.flags import Parser
 from launch.ranks.join import free_port
 

@@ -11,6 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
+import launch  # noqa: F401 - first: it names what hides our packages
 from data.cli import UserError, printable
 from data.files import replace_file
 from data.flags import Parser
