@@ -63,16 +63,19 @@ def facts(name: str, files: TokenizerFiles, tokenizer: Any = None) -> TokenizerF
 
 
 def library_tokenizer(name: str, text: str) -> Any:
-    """The tokenizers library's own. Raises UserError for what it does not read."""
+    """The tokenizers library's own, for whole texts: a file may cut and pad them. Raises UserError for what it does not read."""
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and a panic of its own that is not even one
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} is not a tokenizer.json that the tokenizers library reads: {reason}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _end_token(name: str, files: TokenizerFiles, vocabulary: Mapping[str, int]) -> str:

@@ -183,6 +183,26 @@ def test_a_tokenizer_that_keeps_text_gets_none(which: str, request: Any) -> None
     assert tokenizers.lossy_example(Tokenizer.from_str(request.getfixturevalue(which))) is None
 
 
+def test_a_file_that_cuts_and_pads_gives_whole_documents(
+    tokenizer_text: str, corpus: Path, tmp_path: Path, preprocess: Callable
+) -> None:
+    """As `save` leaves it after a batch with `truncation=True, padding="max_length"`."""
+    content = json.loads(tokenizer_text)
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    tokens = []
+    for number, text in enumerate((tokenizer_text, json.dumps(content))):
+        (tmp_path / f"{number}.json").write_text(text)
+        out = tmp_path / f"out{number}"
+        code, _, err = preprocess("--input", corpus, "--tokenizer", tmp_path / f"{number}.json", "--output", out)
+        assert code == 0 and "does not keep text" not in err, err
+        tokens.append([path.read_bytes() for path in sorted(out.glob("*/*.bin"))])
+    assert tokens[0] and tokens[0] == tokens[1]
+
+
 def test_a_hub_name_out_of_reach_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
