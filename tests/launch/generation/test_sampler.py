@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError
-from launch.generation.sampler import Sampling, complete, left_padded
+from launch.generation.sampler import LEAST_TEMPERATURE, Sampling, complete, left_padded
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.cache import GrowingCache
 
@@ -92,6 +92,13 @@ def test_reasons_to_end(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast
     assert ended.finish == "eos" and ended.tokens == whole.text.split().index(third) + 1
 
 
+def test_the_least_temperature_draws_the_likeliest(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    for limit in ({}, {"top_k": 10**6}, {"top_p": 1e-9}):
+        coldest = Sampling(max_new_tokens=6, **{"temperature": LEAST_TEMPERATURE, "top_p": 1.0, **limit})
+        drawn, likeliest = (complete(model, words, PROMPTS, s)[0] for s in (coldest, Sampling(max_new_tokens=6, temperature=0)))
+        assert [one.text for one in drawn] == [one.text for one in likeliest]
+
+
 def test_padding_stands_on_the_left() -> None:
     ids, mask = left_padded([[1, 2], [3, 4, 5]], 3, pad=9)
     assert ids.tolist() == [[9, 1, 2], [3, 4, 5]] and mask.tolist() == [[0, 1, 1], [1, 1, 1]]
@@ -103,6 +110,7 @@ def test_padding_stands_on_the_left() -> None:
         {"max_new_tokens": 0},
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": 1e-40},  # logits over it are infinite
         {"top_p": 0.0},
         {"top_p": float("nan")},
         {"top_k": -1},
