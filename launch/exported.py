@@ -13,10 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeForCausalLM, P
 from transformers.utils.logging import disable_progress_bar
 
 from data.cli import NotFound, UserError
-from data.files import hash_file, read_json
+from data.files import hash_file, pointer, read_json, small_file
+from data.tokens.folder import read_text
+from data.tokens.tokenizer import library_tokenizer
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.glm4_moe import from_glm4_moe
 
+POINTER_BYTES = 1024  # what git-LFS limits its own to
 MANIFEST = "manifest.json"  # what launch/checkpoint/manifest.py writes last
 # Fields that change what the model computes without changing a weight's shape.
 ARITHMETIC = (
@@ -40,6 +43,7 @@ def load_exported(
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise NotFound(f"--model {folder} has no {name}; name a folder that launch/export.py wrote")
+        refuse_pointer(folder / name)
     config = own_config(folder)
     if config is None:
         if rope_factor:
@@ -51,8 +55,25 @@ def load_exported(
             config = config.with_rope_factor(rope_factor)
         model = load_model(folder, config, attn_implementation=attn_implementation or "sdpa")
     model.to(device).eval()  # type: ignore[arg-type]
-    # tokenizer.json itself: transformers 5's AutoTokenizer rebuilds some tokenizers and changes their ids.
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+    return model, load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """tokenizer.json itself: transformers 5's AutoTokenizer rebuilds some tokenizers and changes their ids."""
+    try:
+        made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        return made
+    except Exception as error:  # the tokenizers library raises bare Exception
+        path = folder / "tokenizer.json"
+        library_tokenizer(str(path), read_text(path))  # a sentence about the file itself, if that is what is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer of {folder} cannot be read, tokenizer_config.json perhaps: {reason}") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError where a clone without git-LFS has left a few lines in place of the file."""
+    if path.stat().st_size <= POINTER_BYTES and (stands_for := pointer(small_file(path))):
+        raise UserError(f"{path} is a {stands_for.name}: {stands_for.remedy}")
 
 
 def own_config(folder: Path) -> MoEGPTConfig | None:
@@ -125,6 +146,7 @@ def check_weights(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path} is missing; export it again")
+        refuse_pointer(path)
         if path.stat().st_size != record["bytes"] or hash_file(path, "xxh3_128") != record["xxh3_128"]:
             raise UserError(f"{path} is damaged: it is not the file that was exported; export it again")
     _check_headers(folder)
@@ -146,6 +168,7 @@ def _check_headers(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
+        refuse_pointer(path)
         try:
             with safe_open(path, framework="pt"):
                 pass

@@ -12,7 +12,7 @@ from transformers import Glm4MoeForCausalLM, PreTrainedModel, PreTrainedTokenize
 
 from data.cli import UserError
 from launch.checkpoint import manifest
-from launch.exported import check_arithmetic, check_weights, load_exported
+from launch.exported import check_arithmetic, check_weights, load_exported, load_tokenizer
 from launch.exporting.formats import build, exported_config
 from launch.run.initial_weights import load_weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -165,6 +165,41 @@ def test_other_folders_are_named(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "hf")
 
 
+DEEP = "[" * 100_000
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12874544\n"
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["our export", "somebody's folder"])
+def test_a_clone_without_git_lfs_is_named(recorded: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    written(folder, trained(), "moe_gpt")
+    if not recorded:
+        (folder / manifest.MANIFEST).unlink()
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        held = (folder / name).read_bytes()
+        (folder / name).write_bytes(LFS)
+        with pytest.raises(UserError, match=rf"{name} is a git-LFS pointer: fetch the file itself with git lfs pull"):
+            load_exported(folder, device="cpu")
+        (folder / name).write_bytes(held)
+    load_exported(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"<html>", b"[]", b"\xff", b'{"model": {}}', DEEP.encode()], ids=lambda b: str(b[:8])
+)
+def test_a_stock_folders_broken_tokenizer_is_a_sentence(content: bytes, name: str, tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    try:
+        load_tokenizer(tmp_path)
+    except UserError as error:
+        assert name in str(error)
+    else:
+        assert name == "tokenizer_config.json" and content.startswith(b'{"')
+
+
 def test_a_stock_configuration_is_a_model_to_train(tmp_path: Path) -> None:
     """`--model stock/config.json --init_from stock/`; what this model cannot be is refused with the file's name."""
     from launch.engine.build import load_model_config
@@ -180,7 +215,6 @@ def test_a_stock_configuration_is_a_model_to_train(tmp_path: Path) -> None:
         load_model_config(str(tmp_path / "config.json"))
 
 
-DEEP = "[" * 100_000
 SIZES = [{"vocab_size": 1 << 40}, {"vocab_size": 1 << 62}, {"hidden_size": "x"}]
 CONFIGS: list[Any] = [DEEP, '{"x":' + DEEP, "[]", *SIZES]
 
