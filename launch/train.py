@@ -43,7 +43,7 @@ def main() -> int:
         if world_size == 1 or mistake is None:
             raise
         make_quiet()
-        from launch.run.session import refuse_together
+        from launch.run.refuse import refuse_together
 
         refuse_together(mistake)
     from launch.run.session import run_session

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import uuid
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from data.cli import Exit, UserError, as_user_error
+from data.cli import Exit, as_user_error
 from data.dataset import PackedDataset
 from data.lock import FolderLock, take_folder
 from launch.checkpoint.choose import ResumeChoice, ResumeFrom
@@ -64,18 +64,6 @@ def run_session(arguments: TrainArguments, run: ResolvedRun, stop: StopRequest) 
             watchdog.report(error)
         watchdog.leave_last_words(mistake)  # the others name this rank; what the user can change is one sentence here
         raise mistake from error
-
-
-def refuse_together(error: UserError) -> NoReturn:
-    """End all ranks with the mistake that this one found before it joined them; rank 0 speaks where all found the same."""
-
-    def give_reason() -> None:
-        raise error
-
-    with within(JOIN_SECONDS, "all ranks to join"):
-        start(timeout=JOIN_SECONDS)
-        ControlGroup().run_everywhere(give_reason)
-    raise error
 
 
 @dataclass

@@ -1,0 +1,21 @@
+"""Ending all ranks with a mistake that is found before they join: with what joining takes, and without the model's imports."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from data.cli import UserError
+from launch.ranks.control_group import ControlGroup
+from launch.ranks.join import JOIN_SECONDS, start, within
+
+
+def refuse_together(error: UserError) -> NoReturn:
+    """End all ranks with the mistake that this one found before it joined them; rank 0 speaks where all found the same."""
+
+    def give_reason() -> None:
+        raise error
+
+    with within(JOIN_SECONDS, "all ranks to join"):
+        start(timeout=JOIN_SECONDS)
+        ControlGroup().run_everywhere(give_reason)
+    raise error
