@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeForCausalLM, P
 from transformers.utils.logging import disable_progress_bar
 
 from data.cli import NotFound, UserError
-from data.files import hash_file, pointer, read_json, small_file
+from data.files import hash_file, is_inside, pointer, read_json, small_file
 from data.tokens.folder import read_text
 from data.tokens.tokenizer import library_tokenizer
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.glm4_moe import from_glm4_moe
 
 POINTER_BYTES = 1024  # what git-LFS limits its own to
+INDEX_BYTES = 1 << 28  # of an index: 100 bytes a weight
 MANIFEST = "manifest.json"  # what launch/checkpoint/manifest.py writes last
 # Fields that change what the model computes without changing a weight's shape.
 ARITHMETIC = (
@@ -137,7 +138,7 @@ def config_type(folder: Path) -> Any:
 
 
 def check_weights(folder: Path) -> None:
-    """Size and checksum of weights and tokenizer, as the export wrote them; of a folder without its manifest, the headers.
+    """Size and checksum of weights and tokenizer, as the export wrote them; of any folder that its shards are there and readable.
 
     The weights are then in memory for the reading that follows. Other files are the user's to edit.
     Raises UserError with the file that is damaged or missing.
@@ -149,7 +150,9 @@ def check_weights(folder: Path) -> None:
         refuse_pointer(path)
         if path.stat().st_size != record["bytes"] or hash_file(path, "xxh3_128") != record["xxh3_128"]:
             raise UserError(f"{path} is damaged: it is not the file that was exported; export it again")
+    _check_shards(folder)
     _check_headers(folder)
+    _check_generation(folder)
 
 
 def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
@@ -162,6 +165,36 @@ def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / MANIFEST} is damaged; export it again") from None
     return {name: record for name, record in files.items() if name.endswith(".safetensors") or name == "tokenizer.json"}
+
+
+def _check_shards(folder: Path) -> None:
+    """Whether a folder has the files that transformers will ask for: `model.safetensors`, or else those that the index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or any(folder.glob("pytorch_model*.bin*")):
+        return
+    if not index.is_file():
+        raise NotFound(f"{folder} has no weights: neither model.safetensors nor {index.name}; copy or export it again")
+    refuse_pointer(index)
+    try:
+        names = sorted(set(read_json(index, INDEX_BYTES)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of weights ({' '.join(str(error).split())[:100]}); copy it again") from None
+    if not names or not all(is_inside(name) for name in names):
+        raise UserError(f"{index} names no weights, or weights outside its folder; copy it again")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise NotFound(f"{folder} is incomplete: {missing[0]} is missing, {len(missing)} of {len(names)} shards are; copy it again")
+
+
+def _check_generation(folder: Path) -> None:
+    """transformers passes over a broken generation_config.json and fails on one that is JSON and no object."""
+    path = folder / "generation_config.json"
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object; mend or remove it")
 
 
 def _check_headers(folder: Path) -> None:

@@ -184,6 +184,37 @@ def test_a_clone_without_git_lfs_is_named(recorded: bool, tmp_path: Path) -> Non
     load_exported(folder, device="cpu")
 
 
+INDICES = [b"", b"[]", b"{}", b'{"weight_map": 3}', b'{"weight_map": {}}', b'{"weight_map": {"a": [1]}}', b"\xff", DEEP.encode()]
+INDICES += [b'{"weight_map": {"a": "../b"}}', b'{"weight_map": {"a": 3, "b": "c"}}']
+
+
+@pytest.mark.parametrize("format", ["moe_gpt", "glm4_moe"])
+def test_a_stock_folder_that_was_not_copied_whole_is_a_sentence(format: str, tmp_path: Path) -> None:
+    written(tmp_path, trained(attention_sinks=format == "moe_gpt"), format, shard="300KB")
+    (tmp_path / manifest.MANIFEST).unlink()
+    index, second = tmp_path / "model.safetensors.index.json", sorted(tmp_path.glob("*.safetensors"))[1]
+    load_exported(tmp_path, device="cpu")
+    held = index.read_bytes()
+    for content in INDICES:
+        index.write_bytes(content)
+        with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+            load_exported(tmp_path, device="cpu")
+    index.write_bytes(held)
+    second.unlink()
+    with pytest.raises(UserError, match=rf"{second.name} is missing, 1 of \d shards"):
+        load_exported(tmp_path, device="cpu")
+    index.unlink()
+    with pytest.raises(UserError, match="has no weights"):
+        load_exported(tmp_path, device="cpu")
+
+
+def test_a_generation_config_that_is_no_object_is_named(tmp_path: Path) -> None:
+    written(tmp_path, trained(), "moe_gpt")
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config\.json is not a JSON object"):
+        load_exported(tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"<html>", b"[]", b"\xff", b'{"model": {}}', DEEP.encode()], ids=lambda b: str(b[:8])
