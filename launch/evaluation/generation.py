@@ -17,6 +17,7 @@ from data.cli import Progress, UserError
 from launch.evaluation.problems import Problem, cut_at_stops
 from launch.evaluation.samples import SampleFile
 from launch.generation.decode import fast
+from launch.generation.sampler import TEMPERATURES, may_be_temperature
 
 #: Tokens at the end in which a new stop string is looked for; the longest has eight characters, which are at most eight tokens.
 TAIL_TOKENS = 16
@@ -38,8 +39,8 @@ class Sampling:
         for name in ("samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature < 0:
-            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
+        if not may_be_temperature(self.temperature):
+            raise UserError(f"--temperature must be {TEMPERATURES}, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         if self.temperature == 0 and self.samples > 1:

@@ -15,6 +15,11 @@ from launch.generation.stop import StopStrings, Stream, cut
 
 #: Logits over less than this can be more than a float holds.
 LEAST_TEMPERATURE = 1e-5
+TEMPERATURES = f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}"
+
+
+def may_be_temperature(value: float) -> bool:
+    return value == 0 or LEAST_TEMPERATURE <= value < float("inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +40,7 @@ class Sampling:
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
-            "temperature": (
-                self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < float("inf"),
-                f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}",
-            ),
+            "temperature": (may_be_temperature(self.temperature), TEMPERATURES),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),

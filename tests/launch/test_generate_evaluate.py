@@ -44,7 +44,7 @@ MISTAKES = [
     ("generate", ["--model", "nowhere", "--prompt", "x"], "--model nowhere has no config.json"),
     ("generate", ["--model", "EXPORTED", "--prompt", ""], "--prompt is empty"),
     ("generate", ["--model", "EXPORTED", "--prompt", "x", "--max_new_tokens", 5000], "beyond the model's 1024 positions"),
-    ("generate", ["--model", "EXPORTED", "--prompt", "x", "--temperature", -1], "--temperature must be 0 or more"),
+    ("generate", ["--model", "EXPORTED", "--prompt", "x", "--temperature", -1], "--temperature must be 0 (the likeliest token) or"),
     ("generate", ["--model", "EXPORTED", "--prompt", "x", "--top_p", 0], "--top_p must be above 0"),
 ]
 

@@ -112,7 +112,9 @@ def test_sampling_that_makes_no_sense_is_refused() -> None:
     for change, sentence in (
         ({"samples": 0}, "--samples must be at least 1"),
         ({"samples": 2}, "--temperature 0 makes 2 equal samples"),
-        ({"temperature": -1.0}, "--temperature must be 0 or more"),
+        ({"temperature": -1.0}, "--temperature must be 0"),
+        ({"temperature": 1e-40}, "--temperature must be 0"),  # logits over it are infinite
+        ({"temperature": float("nan")}, "--temperature must be 0"),
         ({"top_p": 0.0}, "--top_p must be above 0"),
     ):
         with pytest.raises(UserError, match=sentence):
