@@ -17,7 +17,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",  # the first with correct universal conversion of expert optimizer states
-        "transformers>=5.0",
+        "transformers>=5.17",  # before, its Glm4Moe routes otherwise and some of what it promises fails: `make compat`
         "datasets>=4.0",
         "wandb>=0.19",
         "mpi4py>=4.0",

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: What is installed instead of the tested set's; an empty version means the newest that pip serves.
 SETS: dict[str, dict[str, str]] = {
-    "floor": {"torch": "2.11.0", "transformers": "5.0.0"},
+    "floor": {"torch": "2.11.0", "transformers": "5.17.0"},
     "tested": {},
     "newest": {"torch": "", "transformers": ""},
 }
