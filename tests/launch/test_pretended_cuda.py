@@ -184,6 +184,7 @@ RUN_BY = {
     "model/flash.py:kernel_preference": "tests/model/test_flash.py",
     "model/flash.py:pick_kernel": GPU,
     "model/layers.py:to_device": HERE,
+    "model/operators.py:fits": GPU,
 }
 
 

@@ -26,19 +26,35 @@ def errors() -> dict[str, float]:
     folder = [str(FOLDER)] if (FOLDER / "triton").is_dir() else []
     if not folder and find_spec("triton") is None:
         pytest.skip(f"needs Triton: pip install --no-deps --target {FOLDER.name} triton==3.7.1")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *folder])}
-    worker = [sys.executable, "tests/model/kernels_worker.py"]
-    done = subprocess.run(worker, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    return worker(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([str(ROOT), *folder]))
+
+
+def worker(*flags: str, **environment: str) -> dict[str, float]:
+    command = [sys.executable, "tests/model/kernels_worker.py", *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
-def test_kernels_equal_the_formulas_in_float64(errors: dict[str, float]) -> None:
-    """Outputs and gradients; bf16 to a rounding of inputs, intermediate sums in fp32, and results."""
+def too_far(errors: dict[str, float]) -> dict[str, float]:
+    """bf16 may be off by a rounding of inputs, intermediate sums in fp32, and results."""
     assert len(errors) > 30
     limits = {name: 1e-2 if name.startswith("bfloat16") else 2e-6 for name in errors}
-    assert {name: value for name, value in errors.items() if not value < limits[name]} == {}
+    return {name: value for name, value in errors.items() if not value < limits[name]}
+
+
+def test_kernels_equal_the_formulas_in_float64(errors: dict[str, float]) -> None:
+    """Outputs and gradients."""
+    assert too_far(errors) == {}
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert too_far(worker("--gpu")) == {}
 
 
 def test_equal_scores_choose_the_lower_index(errors: dict[str, float]) -> None:
