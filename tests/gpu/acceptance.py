@@ -23,7 +23,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 Figures = dict[str, Any]
@@ -161,6 +163,21 @@ def train(site: Site) -> Figures:
     return figures
 
 
+def plain(site: Site) -> Figures:
+    """The first half again with `MOE_KERNELS=0`: how far our Triton kernels move the losses, and the speed."""
+    output, half = site.folder / "plain", site.steps // 2
+    shutil.rmtree(output, ignore_errors=True)
+    with mock.patch.dict(os.environ, MOE_KERNELS="0"):
+        logged = site.train("plain", output, site.config("zero2"), half)
+    ours = {row["step"]: row for row in rows(site.run)}
+    apart = max(abs(row["loss"] - ours[row["step"]]["loss"]) / row["loss"] for row in logged)
+    if apart > (1e-2 if site.on_gpu else 0):
+        raise StationFailed(f"losses with our kernels differ by {apart:.2e} of themselves from those of plain PyTorch")
+    pairs = (logged, [ours[row["step"]] for row in logged])
+    without, with_ours = (median(row["tokens_per_second"] for row in some if row.get("tokens_per_second")) for some in pairs)
+    return {"largest_relative_difference": apart, "speed_of_ours_to_plain": with_ours / without}
+
+
 def resume(site: Site) -> Figures:
     """The second half again from the checkpoint in the middle: equal to the bit where the kernels are deterministic."""
     copy = site.folder / "resumed"
@@ -220,6 +237,7 @@ STATIONS: dict[str, Callable[[Site], Figures]] = {
     "kernels": kernels,
     "data": data,
     "train": train,
+    "plain": plain,
     "resume": resume,
     "convert": convert,
     "export": export,
@@ -233,7 +251,7 @@ STATIONS: dict[str, Callable[[Site], Figures]] = {
     ),
 }
 #: What a station needs of those before it.
-NEEDS = {"train": ("data",), "resume": ("train",), "convert": ("train",), "export": ("train",)}
+NEEDS = {"train": ("data",), "plain": ("train",), "resume": ("train",), "convert": ("train",), "export": ("train",)}
 
 
 def run(site: Site, names: list[str], deadline: float) -> dict[str, Figures]:
