@@ -1,12 +1,14 @@
 """For tests: stops (SIGSTOP) a rank when it comes to a place, so that a fault can strike it there.
 
-`PAUSE_AT=RANK/STEP/PHASE` in the environment says where; the phase may be its beginning. As a script it is `launch/train.py`.
+`PAUSE_AT=RANK/STEP/PHASE` in the environment says where; the phase may be its beginning. `PAUSE_SETTLE`: seconds before, in which
+what is being written in the background can end. As a script it is `launch/train.py`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 
 from launch.cli import run_command
 from launch.ranks.watchdog import Watchdog
@@ -22,6 +24,7 @@ def install() -> None:
         inner(self, step, phase)
         if waiting is not None and f"{self.rank}/{step}/{phase}".startswith(waiting):
             waiting = None
+            time.sleep(float(os.environ.get("PAUSE_SETTLE", "0")))
             os.write(2, f"rank {self.rank} pauses at step {step}, {phase}\n".encode())
             os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -28,7 +28,8 @@ END_SECONDS = 14
 def test_killed_anywhere(site: Site, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for where, victim, saved in CHAIN:
-        running = strike(site, run, where, signal.SIGKILL, None if victim is None else [victim])
+        settle = {"PAUSE_SETTLE": "0" if "saving" in where else "1"}
+        running = strike(site, run, where, signal.SIGKILL, None if victim is None else [victim], env=settle)
         killed = [0, 1] if victim is None else [victim]
         assert all(running.codes[r] == -signal.SIGKILL for r in killed), running.codes
         assert lost_bytes(run) == 0

@@ -146,6 +146,7 @@ def test_ctrl_c_is_one_sentence_and_the_job_goes_on(corpus: Path, texts: list[st
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
     )
     while not (tmp_path / "out" / "state.json").exists():
         time.sleep(0.01)
