@@ -10,6 +10,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -20,13 +21,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.cli import ONE_THREAD, UserError, drain
+from data.cli import ONE_THREAD, Exit, UserError, drain
 from data.pipeline.worker import Result, Worker, WorkOptions
 from data.sources.blocks import Block
 
 InOrder = Callable[[Iterable[Block]], Iterator[Result]]
 
 _worker: Worker | None = None
+KILLED = (
+    "a worker process was killed, most likely for want of memory; run the same command again with fewer --workers, it goes on "
+    "from what is there"
+)
+#: In which the pool's own answer to a killed worker comes, if it does.
+KILL_GRACE_SECONDS = 10.0
 
 
 class Team:
@@ -57,7 +64,7 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
     if method == "fork":
         start_worker(options)
     context = multiprocessing.get_context(method)
-    with _in_a_file(options) as path:
+    with _in_a_file(options) as path, _no_hang_after_a_kill():
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(path,))
         with _without_interrupts(), _killed_workers_named():
             for _ in range(workers):
@@ -66,6 +73,29 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
             yield pool
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _no_hang_after_a_kill() -> Iterator[None]:
+    """The pool itself may wait for ever for a worker that was killed at the wrong moment: half a message in a pipe, a process
+    started while it ends the others. Then this ends the job; what is on disk is as good as after any kill."""
+    import multiprocessing
+
+    over = threading.Event()
+
+    def watch() -> None:
+        seen: dict[int | None, Any] = {}
+        while not over.wait(0.5):
+            seen |= {process.pid: process for process in multiprocessing.active_children()}
+            if any(process.exitcode for process in seen.values()) and not over.wait(KILL_GRACE_SECONDS):
+                print(f"error: {KILLED}", file=sys.stderr, flush=True)
+                os._exit(Exit.USER_ERROR)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 @contextmanager
@@ -163,10 +193,7 @@ def _killed_workers_named() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, most likely for want of memory; run the same command again with fewer --workers, "
-            "it goes on from what is there"
-        ) from error
+        raise UserError(KILLED) from error
 
 
 def read_ahead(blocks: Iterable[Block], count: int) -> Iterator[Block]:
