@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
 from data.dataset import PackedDataset
+from launch.benchmarks import small_runs
 from launch.benchmarks.scaling_law import Point, bootstrap, fit
 from launch.benchmarks.small_runs import SmallRun
 from launch.benchmarks.variants import merged
@@ -29,24 +29,19 @@ LARGE = ("60m", "800m")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
+    small_runs.add_arguments(parser, folder="runs/ladder")
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 192, 256], metavar="N", help="widths: multiples of 64")
     parser.add_argument("--held_out", type=int, metavar="N", help="one of them, which the law must predict without having seen it")
     parser.add_argument(
         "--tokens", type=float, nargs="+", default=[4e5, 8e5, 1.6e6], metavar="T", help="of a run, with its schedule"
     )
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/cpu_ep1_zero2.json"), metavar="JSON")
     parser.add_argument("--learning_rates", type=float, nargs="*", default=[], metavar="LR", help="tried on the smallest width")
     parser.add_argument(
         "--batches", type=int, nargs="*", default=[], metavar="N", help="samples a step, tried on the smallest width"
     )
     parser.add_argument("--target_tokens", type=float, default=20e9, metavar="T", help="at which 60m and 800m are predicted")
-    parser.add_argument("--sequence_length", type=int, default=256, metavar="N", help="tokens of one sample")
-    parser.add_argument("--eval_batches", type=int, default=16, metavar="N", help="global micro-batches of one evaluation")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights and data order")
     parser.add_argument("--draws", type=int, default=100, metavar="N", help="bootstrapped laws behind an interval")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run, by the deepspeed launcher")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ladder"), metavar="DIR", help="where the runs go")
 
 
 def family(hidden: int, vocabulary: int, positions: int) -> MoEGPTConfig:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
+from launch.benchmarks import small_runs
 from launch.benchmarks.lines import Curve, draw
 from launch.benchmarks.small_runs import SmallRun
 from launch.benchmarks.variants import Variant, chosen_variants
@@ -23,19 +24,14 @@ from model.accounting import training_flops_per_token
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
+    small_runs.add_arguments(parser, folder="runs/learning")
     parser.add_argument("--model", default="tiny", help="what the variants vary: a preset or a config.json")
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/cpu_ep1_zero2.json"), metavar="JSON")
     parser.add_argument("--variants", nargs="+", default=["ours", "none", "dense"], metavar="NAME", help="built-in ones")
     parser.add_argument("--variants_file", type=Path, metavar="JSON", help='more: [{"name", "model", "deepspeed", "flags"}]')
     parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 7], metavar="N", help="of weights and data order")
     parser.add_argument("--max_steps", type=int, default=400, metavar="N", help="of the model as it is; others by their FLOPs")
-    parser.add_argument("--sequence_length", type=int, default=256, metavar="N", help="tokens of one sample")
     parser.add_argument("--evaluations", type=int, default=4, metavar="N", help="token counts at which variants are compared")
-    parser.add_argument("--eval_batches", type=int, default=16, metavar="N", help="global micro-batches of one evaluation")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="parts of a run after which another has its turn")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run, by the deepspeed launcher")
-    parser.add_argument("--folder", type=Path, default=Path("runs/learning"), metavar="DIR", help="where the runs go")
     parser.add_argument("--chart", type=Path, metavar="SVG", help="also draw bits per byte over tokens and over FLOPs there")
 
 

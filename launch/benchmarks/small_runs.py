@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -24,6 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Maps of the experts' load over a run, from which the whole run's balance is taken.
 LOAD_MAPS = 40
 SETTLED = 0.1  # of a run: what comes before counts neither for the balance nor for the gradient norms
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, folder: str) -> None:
+    """The flags of whatever trains many small runs."""
+    parser.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
+    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/cpu_ep1_zero2.json"), metavar="JSON")
+    parser.add_argument("--sequence_length", type=int, default=256, metavar="N", help="tokens of one sample")
+    parser.add_argument("--eval_batches", type=int, default=16, metavar="N", help="global micro-batches of one evaluation")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run, by the deepspeed launcher")
+    parser.add_argument("--folder", type=Path, default=Path(folder), metavar="DIR", help="where the runs go")
 
 
 @dataclass(frozen=True, kw_only=True)

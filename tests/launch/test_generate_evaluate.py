@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from support import ROOT
-
-from launch.engine.build import load_model_config
-from model import MoEGPTForCausalLM
-
-
-@pytest.fixture(scope="module")
-def exported(small_model: Path, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like `launch/export.py`'s, with weights of a large scale: not every token is as likely as another."""
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    torch.manual_seed(0)
-    config = load_model_config(str(small_model), initializer_range=0.2, eos_token_id=0)
-    MoEGPTForCausalLM(config).save_pretrained(folder)
-    for path in (small_shards / "tokenizer").iterdir():
-        shutil.copy(path, folder / path.name)
-    return folder
 
 
 def run(script: str, *flags: object) -> subprocess.CompletedProcess:

@@ -1,9 +1,8 @@
-"""An exported model, and problems of our own in the formats of HumanEval, its infilling sets and MBPP."""
+"""Problems of our own in the formats of HumanEval, its infilling sets and MBPP."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -85,20 +84,3 @@ def problem_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "infilling": write_lines(folder / "infilling.jsonl", INFILLING),
         "mbpp": folder / "mbpp.json",
     }
-
-
-@pytest.fixture(scope="session")
-def exported(small_model: Path, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like `launch/export.py`'s, with weights of a large scale: not every token is as likely as another."""
-    import torch
-
-    from launch.engine.build import load_model_config
-    from model import MoEGPTForCausalLM
-
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    torch.manual_seed(0)
-    config = load_model_config(str(small_model), initializer_range=0.2, eos_token_id=0)
-    MoEGPTForCausalLM(config).save_pretrained(folder)
-    for path in (small_shards / "tokenizer").iterdir():
-        shutil.copy(path, folder / path.name)
-    return folder
