@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,17 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
     if method == "fork":
         start_worker(options)
     context = multiprocessing.get_context(method)
-    with _in_a_file(options) as path, _no_hang_after_a_kill():
+    with ExitStack() as around:
+        path = ""  # what is forked has the options already
+        if method == "spawn":
+            path = around.enter_context(_in_a_file(options))
+            around.enter_context(_no_hang_after_a_kill())
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(path,))
         with _without_interrupts(), _killed_workers_named():
             for _ in range(workers):
                 pool.submit(os.getpid)  # starts one process, as long as none is idle
+        if method == "fork":  # only now: it is a thread
+            around.enter_context(_no_hang_after_a_kill())
         try:
             yield pool
         finally:
@@ -77,8 +83,8 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
 
 @contextmanager
 def _no_hang_after_a_kill() -> Iterator[None]:
-    """The pool itself may wait for ever for a worker that was killed at the wrong moment: half a message in a pipe, a process
-    started while it ends the others. Then this ends the job; what is on disk is as good as after any kill."""
+    """The pool itself may wait for ever for the second half of a message, where a worker was killed in the middle of one. Then
+    this ends the job; what is on disk is as good as after any kill."""
     import multiprocessing
 
     over = threading.Event()
@@ -190,9 +196,13 @@ def in_order(blocks: Iterable[Block], pool: Executor, workers: int) -> Iterator[
 
 @contextmanager
 def _killed_workers_named() -> Iterator[None]:
+    import multiprocessing
+
     try:
         yield
     except BrokenProcessPool as error:
+        for process in multiprocessing.active_children():
+            process.kill()  # one that was started while the pool ended the others would be waited for, for ever
         raise UserError(KILLED) from error
 
 

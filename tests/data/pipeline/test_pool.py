@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -103,3 +104,18 @@ def test_what_starts_a_worker_fits_into_a_pipe(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(pool, "start_worker", started.append)
         pool._start_process(path)
     assert started == [options] and not Path(path).exists()
+
+
+def test_a_pool_that_waits_for_ever_after_a_kill_is_ended() -> None:
+    script = (
+        "import multiprocessing, os, time; from data.pipeline import pool\n"
+        "pool.KILL_GRACE_SECONDS = 0.5\n"
+        "if __name__ == '__main__':\n"
+        "    with pool._no_hang_after_a_kill():\n"
+        "        process = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "        process.start(); time.sleep(1); os.kill(process.pid, 9); time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False, timeout=50
+    )
+    assert done.returncode == 2 and done.stderr == f"error: {pool.KILLED}\n"
