@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -72,7 +72,7 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(path,))
         with _without_interrupts(), _killed_workers_named():
             for _ in range(workers):
-                pool.submit(os.getpid)  # starts one process, as long as none is idle
+                submit(pool, os.getpid)  # starts one process, as long as none is idle
         if method == "fork":  # only now: it is a thread
             around.enter_context(_no_hang_after_a_kill())
         try:
@@ -187,11 +187,24 @@ def in_order(blocks: Iterable[Block], pool: Executor, workers: int) -> Iterator[
     pending: deque[Any] = deque()
     with _killed_workers_named():
         for block in read_ahead(blocks, workers):
-            pending.append(pool.submit(run_block, block))
+            pending.append(submit(pool, run_block, block))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def submit(pool: Executor, function: Callable[..., Any], *arguments: object) -> Future[Any]:
+    """As `pool.submit`, and a pool that breaks while this call starts a process of it is broken.
+
+    Raises BrokenProcessPool. The executor's own thread closes the pipes that the new process is about to inherit: "handle is
+    closed" or "bad value(s) in fds_to_keep" says CPython then.
+    """
+    try:
+        return pool.submit(function, *arguments)
+    except (OSError, ValueError):
+        pool.submit(os.getpid)  # says so where the pool is broken
+        raise
 
 
 @contextmanager

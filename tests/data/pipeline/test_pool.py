@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_helpers import command, contents, environment, run
@@ -54,7 +56,8 @@ def test_workers_die_with_a_killed_job_and_a_killed_worker_is_a_sentence(flags: 
             time.sleep(0.05)
         assert not any(map(alive, found))
         if victim == "worker":
-            assert process.returncode == 2 and "a worker process was killed" in err and "Traceback" not in err
+            assert process.returncode == 2, err
+            assert "a worker process was killed" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -92,6 +95,20 @@ def test_a_worker_killed_before_the_first_block_is_a_sentence(monkeypatch: pytes
     monkeypatch.setattr(pool, "start_worker", lambda options: None)
     with pytest.raises(UserError, match="a worker process was killed"), pool._processes(2, None):  # type: ignore[arg-type]
         raise AssertionError("it has not started")
+
+
+@pytest.mark.parametrize("error", [OSError("handle is closed"), ValueError("bad value(s) in fds_to_keep")])
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_pool_that_breaks_while_it_starts_a_process_is_broken(error: Exception, broken: bool) -> None:
+    class Pool(ProcessPoolExecutor):
+        answers = iter([error, BrokenProcessPool() if broken else None])
+
+        def submit(self, *_: object) -> Any:  # type: ignore[override]
+            if answer := next(self.answers):
+                raise answer
+
+    with pytest.raises(BrokenProcessPool if broken else type(error)):
+        pool.submit(Pool(1), os.getpid)
 
 
 def test_what_starts_a_worker_fits_into_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
