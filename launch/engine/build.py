@@ -22,7 +22,7 @@ from model.glm4_moe import from_glm4_moe
 
 
 def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
-    """A preset by name, or the `config.json` at a path. Raises ValueError that names the presets."""
+    """A preset by name, or the `config.json` at a path. Raises UserError that names the presets."""
     path = Path(model)
     if path.suffix != ".json":
         return _valid(model, lambda: MoEGPTConfig.preset(model, **overrides))

@@ -114,7 +114,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON as a dict. Raises ValueError with one sentence that names the file, the key and what would be right."""
+    """The JSON as a dict. Raises UserError with one sentence that names the file, the key and what would be right."""
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.json")))
         raise NotFound(f"--deepspeed_config {path} is not a file; ds_configs/ has {found}")

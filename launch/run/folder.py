@@ -22,7 +22,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
 
 def check_same_run(folder: Path, identity: RunIdentity) -> None:
-    """Refuse a folder that holds another run. Raises ValueError with the differences."""
+    """Refuse a folder that holds another run. Raises UserError with the differences."""
     path = folder / "config.json"
     checkpoints = CheckpointFolder(folder / "checkpoints")
     if not _has_text(path) and checkpoints.steps():

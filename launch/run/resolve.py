@@ -82,7 +82,7 @@ def parse_source(text: str) -> str | tuple[str, float]:
 
 
 def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
-    """Read and check everything that needs no other rank. Raises ValueError with one sentence."""
+    """Read and check everything that needs no other rank. Raises UserError with one sentence."""
     # By DeepSpeed's accelerator, not by what the machine has: ranks on CPUs (DS_ACCELERATOR=cpu) want a strategy for CPUs.
     gpus = torch.cuda.device_count() if get_accelerator().device_name() == "cuda" else 0
     train, validation = open_data(arguments)
