@@ -62,7 +62,7 @@ def load_exported(
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """tokenizer.json itself: transformers 5's AutoTokenizer rebuilds some tokenizers and changes their ids."""
     try:
-        made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         return made
     except Exception as error:  # the tokenizers library raises bare Exception
         path = folder / "tokenizer.json"
@@ -87,7 +87,7 @@ def own_config(folder: Path) -> MoEGPTConfig | None:
             raise UserError("it is no JSON object")
         fields, _ = MoEGPTConfig.get_config_dict(folder)
         if fields.get("model_type") == MoEGPTConfig.model_type:
-            return MoEGPTConfig.from_pretrained(folder)
+            return MoEGPTConfig.from_pretrained(folder, trust_remote_code=False)
         if fields.get("model_type") == "glm4_moe":
             try:
                 return from_glm4_moe(fields)
@@ -107,7 +107,12 @@ def load_model(
     if config_type(folder) == MoEGPTConfig.model_type:
         try:
             loaded: Any = MoEGPTForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         except (RuntimeError, RecursionError) as error:  # sizes that are not the weights', or no machine's
             raise UserError(f"{folder} does not hold the model of its config.json: {' '.join(str(error).split())[:200]}") from error
@@ -118,7 +123,7 @@ def load_model(
             raise UserError(f"{folder} does not hold its model: {(missing or sorted(report['mismatched_keys']))[0]} is missing")
         return made
     # Stock folders keep an expert's weights apart; transformers puts them together.
-    theirs = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype)
+    theirs = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     config._attn_implementation = attn_implementation
     with torch.device("meta"):
         model = MoEGPTForCausalLM(config)

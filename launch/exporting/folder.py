@@ -119,7 +119,7 @@ def _compare(model: PreTrainedModel, folder: Path) -> None:
     """Load the folder as a user would, and compare every weight to the bit. Raises UserError with one that differs."""
     import torch
 
-    read = type(model).from_pretrained(folder, dtype=model.config.dtype)
+    read = type(model).from_pretrained(folder, dtype=model.config.dtype, trust_remote_code=False)
     theirs = read.state_dict()
     for name, value in model.state_dict().items():
         if theirs[name].dtype != value.dtype or not torch.equal(theirs[name], value):

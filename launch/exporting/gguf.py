@@ -49,6 +49,9 @@ def check_model(folder: Path) -> None:
             f"--model {folder} is {model_type}, which llama.cpp does not know: it has no architecture with this model's sinks; "
             "export a model without sinks with --format glm4_moe"
         )
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "auto_map" in read_json(folder / name):
+            raise UserError(f"{folder / name} names code of its own (auto_map), which the converter would offer to run; remove it")
 
 
 def load_converter(path: Path) -> ModuleType:
