@@ -46,7 +46,7 @@ def _assemble(runs: list[Run], evaluations: dict[str, list[Evaluation]], detail:
         styles="\n".join(_asset(name) for name in STYLES),
         header=header_html(runs),
         summary=summary_html(runs),
-        flags=flags_html({run.name: flags_of(run) for run in runs}),
+        flags=flags_html({run.name: flags_of(run) for run in runs}, logged=any(len(run.train) for run in runs)),
         sections=sections_html(runs, evaluations),
         built=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         data=as_script_json(page_data(runs, detail, follow)),

@@ -66,11 +66,16 @@ def _tiles(run: Run) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def flags_html(flags: dict[str, list[Flag]]) -> str:
+def flags_html(flags: dict[str, list[Flag]], *, logged: bool = True) -> str:
+    """`logged`: there is something that could raise one."""
     several = len(flags) > 1
     items = [_flag(flag, name if several else "") for name, found in flags.items() for flag in found]
     if items:
         return "\n".join(items)
+    if not logged:
+        return (
+            '<div class="flag note"><b class="word">Nothing is logged yet.</b> A row comes with each --log_interval of steps.</div>'
+        )
     return (
         f'<div class="flag good"><b class="word">No red flags.</b> {len(CHECKS)} checks: finite numbers, loss, gradient norm, '
         "clipping, validation, experts, router logits, speed, waiting for data, skipped steps, saves, the file itself.</div>"

@@ -110,17 +110,16 @@ Report.drawChart = (chart, isLog) => {
     if (role === "hi") bands.push({ series: [i + 1, i + 2], fill: Report.runColor(index) + "26" });
   });
   const axis = { stroke: color("--muted"), font: "11px system-ui, sans-serif", ticks: { stroke: color("--line"), size: 4 }, grid: { stroke: color("--grid"), width: 1 } };
-  const size = (value) => (Math.abs(value) >= 1e4 ? value.toLocaleString("en", { notation: "compact" }) : Report.format(value, 3));
   const options = {
     width: Math.max(200, chart.plot.clientWidth), height: chart.wide ? 300 : 190, padding: [8, 18, 0, 0],
     series: [{}, ...(lines.length ? lines : [{}])], bands,
     scales: {
-      x: { time: false, range: (u, min, max) => Report.xRange(min, max) },
+      x: { time: false, range: () => Report.xRange() },
       y: { distr: isLog ? 3 : 1, range: Report.yRange(isLog) },
     },
     axes: [
-      { ...axis, values: (u, ticks) => ticks.map((x) => (x === null ? "" : size(x))), space: 60, size: 28 },
-      { ...axis, values: (u, ticks) => ticks.map((y) => (y === null ? "" : size(y))), size: 54, space: 30 },
+      { ...axis, values: Report.ticks, incrs: state.x === "step" ? Report.wholeSteps : undefined, space: 60, size: 28 },
+      { ...axis, values: Report.ticks, size: 54, space: 30 },
     ],
     cursor: { sync: { key: "report", scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, points: { size: 7, fill: (u, i) => u.series[i].stroke(u, i), stroke: color("--card"), width: 1 }, y: false, dataIdx: Report.nearest },
     hooks: {
@@ -137,11 +136,33 @@ Report.drawChart = (chart, isLog) => {
   Report.readOut(chart.u, chart);
 };
 
-Report.xRange = (min, max) => {
-  if (Report.state.range) return Report.state.range;
-  if (min === null || max === null) return [0, 1];
-  return min === max ? [min - 1, max + 1] : [min, max];
+// All charts over the same stretch: what the reader zoomed to, or all that any visible run has.
+Report.xRange = () => {
+  const { range, x } = Report.state;
+  if (range) return range;
+  let min = Infinity, max = -Infinity;
+  for (const index of Report.visible()) {
+    const run = Report.data.runs[index];
+    const evaluated = Object.values(run.points).flatMap(({ step }) => [step[0], step.at(-1)].map((at) => Report.convert(run, at)));
+    for (const at of [...run.axis[x].filter((value) => value !== null), ...evaluated]) {
+      if (at === null || at === undefined) continue;
+      min = Math.min(min, at);
+      max = Math.max(max, at);
+    }
+  }
+  if (min > max) return [0, 1];
+  return min === max ? [min, min + 1] : [min, max];
 };
+
+// With as many digits as tell neighbours apart; no part of a step.
+Report.ticks = (u, ticks) => {
+  const shown = ticks.filter((tick) => tick !== null);
+  const words = (digits) => ticks.map((tick) => (tick === null ? "" : Report.tick(tick, digits)));
+  const enough = [3, 4, 5, 6].find((digits) => new Set(shown.map((tick) => Report.tick(tick, digits))).size === shown.length);
+  return words(enough ?? 6);
+};
+Report.tick = (value, digits) => (Math.abs(value) >= 1e4 ? value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: digits }) : Report.format(value, digits));
+Report.wholeSteps = [0, 1, 2, 3, 4, 5, 6, 7, 8].flatMap((power) => [1, 2, 5].map((n) => n * 10 ** power));
 
 // What is visible, with a margin; without outliers where the reader asked for that.
 Report.yRange = (isLog) => (u, min, max) => {
@@ -150,7 +171,8 @@ Report.yRange = (isLog) => (u, min, max) => {
   if (isLog) return uPlot.rangeLog(min, max, 10, false);
   if (max - min <= 1e-6 * Math.max(Math.abs(min), Math.abs(max))) { // a flat curve; smoothing leaves rounding, which is no shape
     const middle = (min + max) / 2;
-    [min, max] = [middle - (Math.abs(middle) || 1) * 0.05, middle + (Math.abs(middle) || 1) * 0.05];
+    if (middle === 0) return [0, 0.1];
+    [min, max] = [middle - Math.abs(middle) * 0.05, middle + Math.abs(middle) * 0.05];
   }
   const margin = (max - min) * 0.06;
   return [min >= 0 && min - margin < 0 ? 0 : min - margin, max + margin];

@@ -135,7 +135,8 @@ Report.part = (from) => {
 Report.start = () => {
   const root = document.documentElement;
   Report.applyTheme();
-  Report.buildToolbar();
+  if (Report.data.charts.length) Report.buildToolbar();
+  else document.getElementById("toolbar").hidden = true;
   Report.buildCharts();
   Report.buildHeatMaps();
   Report.redraw();
