@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
@@ -75,7 +77,7 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, 
     strategy = Strategy.of(deepspeed_config)
     activation_checkpointing.enable(model, mode or strategy.activation_checkpointing, deepspeed_config)
     groups = parameter_groups(model, strategy.weight_decay)
-    with expert_parallel.model_parts(model.config):
+    with expert_parallel.model_parts(model.config), _without_memory_prints():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=without_our_keys(deepspeed_config, strategy))
     expert_parallel.check_swapped(engine.module, model.config)
     if strategy.zero_stage == 3:
@@ -83,6 +85,17 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, 
     if strategy.compiles:
         compile_regions(engine.module)
     return engine
+
+
+@contextmanager
+def _without_memory_prints() -> Iterator[None]:
+    """Under ZeRO 1 in bf16 DeepSpeed prints what memory is used, three lines a parameter group, whatever its log level."""
+    theirs = bf16_optimizer.see_memory_usage
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        bf16_optimizer.see_memory_usage = theirs
 
 
 def without_our_keys(deepspeed_config: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
