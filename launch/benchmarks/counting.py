@@ -59,11 +59,13 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """What was counted, and the bytes that were alive when the forward ended."""
+    """What was counted. Of the bytes that were alive, weights aside: those when the forward ended, the most before and after."""
 
     entries: list[Entry] = field(default_factory=list)
     host_waits: Counter[str] = field(default_factory=Counter)
     held: int = 0
+    most_forward: int = 0
+    most_backward: int = 0
 
     def total(self, what: str, kinds: Iterable[str] | None = None) -> float:
         chosen = None if kinds is None else set(kinds)
@@ -82,6 +84,7 @@ class Count(TorchDispatchMode):
         self._stack = ["other"]
         self._spans: list[tuple[int, int, int, str]] = []  # (sequence numbers from, to, depth, part)
         self._alive: dict[int, int] = {}
+        self._now = 0
         self._hooks = [hook for module, part in (parts or {}).items() for hook in self._watch(module, part)]
 
     def __enter__(self) -> Count:
@@ -119,7 +122,7 @@ class Count(TorchDispatchMode):
 
     def end_forward(self) -> None:
         """The forward is over: what it left alive is what the backward needs."""
-        self.ledger.held = sum(self._alive.values())
+        self.ledger.held = self._now
         self.backward = True
 
     def add(self, name: str, kind: str, **figures: Any) -> None:
@@ -131,8 +134,9 @@ class Count(TorchDispatchMode):
             return self._exchange(func, name, args, kwargs or {})
         out = func(*args, **(kwargs or {}))
         outputs = tensors_of(out)
-        for tensor in outputs:
-            self._follow(tensor)
+        if not func.is_view:  # whose storage is there already: a weight's, where it is turned over
+            for tensor in outputs:
+                self._follow(tensor)
         if name not in FREE and not func.is_view and outputs:
             self._count(name, func, tensors_of((args, kwargs or {})), outputs)
         return out
@@ -158,7 +162,15 @@ class Count(TorchDispatchMode):
         key = storage._cdata
         if key not in self._alive:
             self._alive[key] = storage.nbytes()
-            weakref.finalize(storage, self._alive.pop, key, None)
+            self._now += storage.nbytes()
+            if self.backward:
+                self.ledger.most_backward = max(self.ledger.most_backward, self._now)
+            else:
+                self.ledger.most_forward = max(self.ledger.most_forward, self._now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self._now -= self._alive.pop(key)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

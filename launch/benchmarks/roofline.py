@@ -125,6 +125,8 @@ class Prediction:
             "bytes_per_token_layer_beside_products": self.layer("bytes", beside) / self.tokens,
             "launches_per_layer": self.layer("launches"),
             "saved_bytes_per_token_layer": (self.two.held - self.one.held) / self.tokens,
+            "saved_bytes_beside_layers": 2 * self.one.held - self.two.held,
+            "loss_bytes_at_most": self.one.most_forward - self.one.held,
             "host_waits_per_layer": self.two.host_waits.total() - self.one.host_waits.total(),
             "all_to_all_bytes_per_token_layer": self.layer("sent", {"all-to-all"}) / self.tokens,
             "flops_per_token_layer": self.layer("flops") / self.tokens,

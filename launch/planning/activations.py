@@ -14,7 +14,7 @@ from launch.planning.job import Job
 
 FP32 = 4
 INDEX = 8  # bytes of an int64
-#: Bytes of a chunk's fp32 logits, and its most tokens a hidden unit: `model/loss.py`.
+#: Bytes of a chunk's logits, and its most tokens a hidden unit: `model/loss.py`.
 CHUNK_BYTES, CHUNK_ROWS_PER_HIDDEN = 256 * 2**20, 2
 
 
@@ -34,49 +34,46 @@ class Kept:
         """From the blocks' forward to their backward."""
         return self.layers + self.experts
 
-    @property
-    def most(self) -> float:
-        """In the head's forward, or in the backward of the first block that comes to it."""
-        return self.held + max(self.loss, self.recomputed + self.working)
 
-
-def kept_activations(job: Job, *, fused_norms: bool = True, load: float = 1.0) -> Kept:
-    """For `load` times the even share of routed rows on this rank. Without `fused_norms` (a CPU) a norm keeps fp32 copies."""
+def kept_activations(job: Job, *, kernels: bool = True, load: float = 1.0) -> Kept:
+    """For `load` times the even share of routed rows on this rank. `kernels` are those of `model/kernels/`, a GPU's way; without
+    them (a CPU) norms, router and loss keep fp32 copies."""
     c, layers = job.sizes, job.sizes.num_hidden_layers
-    block = {"none": 0.0, "selective": selective_block(job), "full": boundary(job)}
-    rows = {"none": 0.0, "selective": selective_rows(job), "full": 0.0}
-    whole, whole_rows = plain_block(job, fused_norms), plain_rows(job) * load
-    if job.recompute == "none":
-        kept, kept_rows, again = whole, whole_rows, 0.0
-    else:
-        kept, kept_rows = block[job.recompute], rows[job.recompute] * load
-        again = whole + whole_rows - kept - kept_rows
+    kept = {"none": plain_block(job, kernels), "selective": selective_block(job, kernels), "full": boundary(job, kernels)}
+    rows = {"none": plain_rows(job), "selective": selective_rows(job), "full": 0.0}
+    block, row = kept[job.recompute], rows[job.recompute] * load
+    again = kept["none"] + rows["none"] * load - block - row
     return Kept(
-        layers=job.tokens * (layers * kept + norm(job, c.hidden_size, fused_norms)),  # and the last norm
-        experts=job.tokens * layers * kept_rows,
+        layers=job.tokens * (layers * block + norm(job, c.hidden_size, kernels)),  # and the last norm
+        experts=job.tokens * layers * row,
         recomputed=job.tokens * again,
-        loss=loss_bytes(job),
+        loss=loss_bytes(job, kernels),
         loss_kept=(c.vocab_size + job.tokens) * c.hidden_size * job.weight_bytes,
-        working=job.tokens * working_block(job, load),
+        working=job.tokens * working_block(job, kernels, load),
     )
 
 
-def norm(job: Job, width: float, fused: bool) -> float:
+def norm(job: Job, width: float, kernels: bool) -> float:
     """Beyond its output: its input, and where it is not one kernel the fp32 input and normalised input."""
-    return width * job.weight_bytes if fused else 2 * width * FP32
+    return width * job.weight_bytes if kernels else 2 * width * FP32
 
 
-def plain_block(job: Job, fused_norms: bool) -> float:
+def plain_block(job: Job, kernels: bool) -> float:
     """Bytes a token of a block that keeps everything, routed rows aside."""
     c, w = job.sizes, job.weight_bytes
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shared = c.n_shared_experts * c.moe_intermediate_size
-    norms = 2 * norm(job, c.hidden_size, fused_norms) + 2 * c.hidden_size * w  # both inputs, both outputs
-    if c.qk_norm:
-        norms += norm(job, query + key, fused_norms)
+    norms = 2 * norm(job, c.hidden_size, kernels) + 2 * c.hidden_size * w  # both inputs, both outputs
+    if c.qk_norm or kernels:  # one kernel norms and turns, and keeps what it was given
+        norms += norm(job, query + key, kernels)
     attention = (query + key) * w + key * w + query * w + c.num_attention_heads * FP32  # q, k rotated, v, out, lse
-    router = (c.hidden_size * FP32 if w < FP32 else 0) + c.n_routed_experts * (FP32 + INDEX)
-    return norms + attention + router + 3 * shared * w  # gate, up, their product
+    copy = 0 if kernels or w == FP32 else c.hidden_size * FP32
+    return norms + attention + copy + c.n_routed_experts * FP32 + choice(job, kernels) + 3 * shared * w  # gate, up, their product
+
+
+def choice(job: Job, kernels: bool) -> float:
+    """The experts of a token; without kernels a view into the sorted order of all experts."""
+    return INDEX * (job.sizes.num_experts_per_tok if kernels else job.sizes.n_routed_experts)
 
 
 def plain_rows(job: Job) -> float:
@@ -85,19 +82,19 @@ def plain_rows(job: Job) -> float:
     return c.num_experts_per_tok * (2 * c.hidden_size * w + 3 * c.moe_intermediate_size * w + 2 * INDEX + FP32)
 
 
-def boundary(job: Job) -> float:
-    """A block's input and its experts' choice, a view into the sorted order of all experts."""
-    return job.sizes.hidden_size * job.weight_bytes + job.sizes.n_routed_experts * INDEX
+def boundary(job: Job, kernels: bool) -> float:
+    """A block's input and its experts' choice."""
+    return job.sizes.hidden_size * job.weight_bytes + choice(job, kernels)
 
 
-def selective_block(job: Job) -> float:
+def selective_block(job: Job, kernels: bool) -> float:
     """`boundary`, and what matrix products and attention put out."""
     c, w = job.sizes, job.weight_bytes
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shared = c.n_shared_experts * c.moe_intermediate_size
     products = query + 2 * key + c.hidden_size + 2 * shared + c.hidden_size
     attention = query * w + c.num_attention_heads * FP32
-    return boundary(job) + products * w + attention + c.n_routed_experts * FP32
+    return boundary(job, kernels) + products * w + attention + c.n_routed_experts * FP32
 
 
 def selective_rows(job: Job) -> float:
@@ -106,27 +103,30 @@ def selective_rows(job: Job) -> float:
     return c.num_experts_per_tok * (2 * c.moe_intermediate_size + c.hidden_size) * job.weight_bytes
 
 
-def loss_bytes(job: Job) -> float:
-    """The fused loss at its fullest: the head's gradient in fp32, the input's, and a chunk of logits while the one before it
-    is not yet gone; or the head's gradient once more, rounded."""
+def loss_bytes(job: Job, kernels: bool) -> float:
+    """The fused loss at its fullest: the head's gradient in fp32, the input and its gradient, and a chunk of logits with what is
+    made of it, or the head's gradient once more, rounded."""
     c, w = job.sizes, job.weight_bytes
-    head, rows = c.vocab_size * c.hidden_size, chunk_rows(job)
-    following = min(rows, job.tokens - rows)
-    # fp32 logits come from rounded ones, and a rounded gradient stays
-    fresh, stays = (FP32 + w, w) if w < FP32 else (FP32, FP32)
-    chunks = c.vocab_size * max(fresh * rows, stays * rows + fresh * following)
-    return head * FP32 + job.tokens * c.hidden_size * w + max(chunks, head * w if w < FP32 else 0)
+    head = c.vocab_size * c.hidden_size
+    chunk = c.vocab_size * chunk_rows(job, kernels)
+    rounded = head * w if w < FP32 else 0  # a chunk's share of the head's gradient, and at the end all of it
+    # A kernel leaves the gradient where the logits were. Without, fp32 logits come from rounded ones and round to their gradient.
+    logits = chunk * w if kernels or w == FP32 else chunk * (FP32 + w)
+    return head * FP32 + 2 * job.tokens * c.hidden_size * w + max(logits, chunk * w + rounded)
 
 
-def chunk_rows(job: Job) -> int:
+def chunk_rows(job: Job, kernels: bool = True) -> int:
     """Tokens of one pass through the head."""
-    limit = min(CHUNK_ROWS_PER_HIDDEN * job.sizes.hidden_size, CHUNK_BYTES // (FP32 * job.sizes.vocab_size))
+    logit = job.weight_bytes if kernels else FP32
+    limit = min(CHUNK_ROWS_PER_HIDDEN * job.sizes.hidden_size, CHUNK_BYTES // (logit * job.sizes.vocab_size))
     return max(1, min(limit, job.tokens))
 
 
-def working_block(job: Job, load: float) -> float:
-    """The widest moment of a block's backward: gradients of the routed rows beside those of the residual stream. Part of them
-    is fp32 whatever the type, and not all are there at once: 0.25 of both sizes fits what was counted."""
-    c = job.sizes
+def working_block(job: Job, kernels: bool, load: float) -> float:
+    """The widest moment of a block's backward: gradients of the routed rows beside those of the residual stream. Without kernels
+    part of them is fp32 whatever the type, and not all are there at once: 0.25 of both sizes fits what was counted."""
+    c, w = job.sizes, job.weight_bytes
+    if kernels:
+        return (c.num_experts_per_tok * load + 1) * c.hidden_size * w
     rows = c.num_experts_per_tok * load * (2 * c.hidden_size + 3 * c.moe_intermediate_size)
-    return (rows + 3 * c.hidden_size) * 0.25 * (job.weight_bytes + FP32)
+    return (rows + 3 * c.hidden_size) * 0.25 * (w + FP32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from launch.planning.activations import Kept, kept_activations
+from launch.planning.activations import kept_activations
 from launch.planning.job import Job
 
 GB = 1e9
@@ -18,6 +18,8 @@ ADAM_BYTES = 12
 #: CUDA context with cuBLAS's and NCCL's buffers, and what the allocator holds beyond the live tensors. Assumption: contexts of
 #: 0.5 and channels of about 1 GB as nvidia-smi shows on an eight-GPU node; fragments as torch reports with expandable segments.
 CONTEXT_BYTES, FRAGMENT_SHARE = 1.5e9, 0.04
+#: Elements that BF16_Optimizer reduces at a time (`elements_per_buffer` in deepspeed/runtime/engine.py).
+REDUCED_AT_ONCE = 500_000_000
 #: An expert-parallel rank's share of the routed rows when routing goes wrong, over the even share; bounded by all rows of all.
 WORST_LOAD = 3.0
 
@@ -56,9 +58,24 @@ class Memory:
 
 
 def plan_memory(job: Job, *, on_gpu: bool = True) -> Memory:
-    """`on_gpu=False` is what a CPU holds: other kernels, and no context."""
-    kept = kept_activations(job, fused_norms=on_gpu)
-    parts = {
+    """`on_gpu=False` is what a CPU holds: without kernels of ours, and no context."""
+    parts = _parts(job, on_gpu, load=1.0)
+    fullest = _fullest(job, parts)
+    # At most all rows of its expert group come to one rank.
+    loaded = _parts(job, on_gpu, load=min(WORST_LOAD, job.expert_ranks))
+    return Memory(
+        **parts,
+        not_at_once=fullest - sum(parts.values()),
+        runtime=CONTEXT_BYTES + FRAGMENT_SHARE * fullest if on_gpu else 0.0,
+        worst=_fullest(job, loaded) - fullest,
+        host=_optimizer(job) + job.shard * FP32 if job.offload_optimizer else 0.0,
+    )
+
+
+def _parts(job: Job, on_gpu: bool, load: float) -> dict[str, float]:
+    """The parts of a `Memory` that are tensors, for `load` times the even share of routed rows."""
+    kept = kept_activations(job, kernels=on_gpu, load=load)
+    return {
         "weights": (job.shard if job.zero_stage == 3 else job.local_parameters) * job.weight_bytes,
         "gathered": _gathered(job),
         "gradients": _gradients(job),
@@ -67,27 +84,29 @@ def plan_memory(job: Job, *, on_gpu: bool = True) -> Memory:
         "activations": kept.held,
         "loss": kept.loss,
         "working": kept.recomputed + kept.working,
-        "exchange": _exchange(job),
+        "exchange": load * exchange_bytes(job, on_gpu),
         "step": _step(job),
     }
-    always = parts["weights"] + parts["optimizer"]
-    begin = parts["gathered"] + _held(job) + _buckets(job) + kept.most + parts["exchange"]
-    # ZeRO-2 makes room for all of its shard's gradients when the first bucket is full.
-    left = kept.held * (1 - min(1.0, job.bucket_elements / job.local_parameters)) + parts["working"]
-    flushing = (parts["gradients"] + _buckets(job) + left + parts["exchange"]) if job.zero_stage == 2 else 0.0
+
+
+def _fullest(job: Job, parts: dict[str, float]) -> float:
+    """The most of them that is there at a time."""
+    always, held, buckets = parts["weights"] + parts["optimizer"], parts["activations"], _buckets(job)
+    head = job.sizes.vocab_size * job.sizes.hidden_size
+    block = parts["working"] + parts["exchange"]
+    # Stages 1 and 2 make their buckets when a backward begins; the loss is over by then.
+    at_loss = parts["loss"] + (buckets if job.zero_stage == 3 else 0.0)
+    begin = parts["gathered"] + _held(job) + held + max(at_loss, buckets + block)
+    # ZeRO-2 makes room for all of its shard's gradients when the first bucket is full: after the head's, which may be more than
+    # that alone and then lies beside it, and those of as many layers as still go in.
+    gone = min(1.0, max(0, job.bucket_elements - head) / (job.local_parameters - 2 * head))
+    beside = head * job.weight_bytes if head > job.bucket_elements else 0.0
+    flushing = parts["gradients"] + buckets + held * (1 - gone) + block + beside if job.zero_stage == 2 else 0.0
     # In the last block's backward all gradients are there but the embedding's; then they are copied.
-    embedding = job.sizes.vocab_size * job.sizes.hidden_size * job.weight_bytes
-    last = max(parts["working"] - embedding, _flattened(job)) if job.zero_stage < 3 else 0.0
-    end = parts["gradients"] + _buckets(job) + parts["exchange"] + last
-    stepping = remaining_gradients(job) + parts["step"] + (_buckets(job) if job.zero_stage == 3 else 0.0)
-    fullest = always + max(begin, flushing, end, stepping)
-    return Memory(
-        **parts,
-        not_at_once=fullest - sum(parts.values()),
-        runtime=CONTEXT_BYTES + FRAGMENT_SHARE * fullest if on_gpu else 0.0,
-        worst=_worst(job, kept, on_gpu),
-        host=_optimizer(job) + job.shard * FP32 if job.offload_optimizer else 0.0,
-    )
+    last = max(block - head * job.weight_bytes, _flattened(job)) if job.zero_stage < 3 else 0.0
+    end = parts["gradients"] + buckets + last
+    stepping = remaining_gradients(job) + parts["step"] + (buckets if job.zero_stage == 3 else 0.0)
+    return always + max(begin, flushing, end, stepping)
 
 
 def _gathered(job: Job) -> float:
@@ -141,28 +160,21 @@ def _buckets(job: Job) -> float:
 
 
 def _flattened(job: Job) -> float:
-    """What is copied between a bucket and its sums: ZeRO-2 a bucket into sums of another type, ZeRO-1 at the end its shard."""
+    """What is copied on gradients' way to their sums. ZeRO-2: a bucket into sums of another type. ZeRO-1: at the end its shard;
+    where sums are apart, the dense gradients and then the experts' flat, and once more in the type that is sent."""
     if job.zero_stage == 2 and _summed_apart(job):
         return min(job.bucket_elements, job.local_parameters) * job.weight_bytes
-    if job.zero_stage == 1 and not _summed_apart(job):
-        return max(0.0, job.shard * FP32 - _buckets(job))  # which are gone by then
-    return 0.0
+    if job.zero_stage == 1 and _summed_apart(job):
+        flat = min(max(job.dense_parameters, job.expert_parameters), REDUCED_AT_ONCE)
+        return flat * (job.gradient_bytes + job.weight_bytes)
+    return job.shard * FP32 if job.zero_stage == 1 else 0.0
 
 
-def _exchange(job: Job) -> float:
-    """The all-to-all's landing buffers of one layer, there and back, at an even load."""
+def exchange_bytes(job: Job, kernels: bool) -> float:
+    """The all-to-all's landing buffer of one layer at an even load; without kernels there and back."""
     if job.expert_ranks == 1:
         return 0.0
-    return 2 * job.tokens * job.sizes.num_experts_per_tok * job.sizes.hidden_size * job.weight_bytes
-
-
-def _worst(job: Job, kept: Kept, on_gpu: bool) -> float:
-    """What routed rows take more where this rank gets `WORST_LOAD` times its share, at most all rows of its expert group."""
-    if job.expert_ranks == 1:
-        return 0.0
-    load = min(WORST_LOAD, job.expert_ranks)
-    loaded = kept_activations(job, fused_norms=on_gpu, load=load)
-    return loaded.most - kept.most + (load - 1) * _exchange(job)
+    return (1 if kernels else 2) * job.tokens * job.sizes.num_experts_per_tok * job.sizes.hidden_size * job.weight_bytes
 
 
 def _step(job: Job) -> float:

@@ -21,6 +21,8 @@ USUAL_LOAD = 1.1
 HIDING = 0.9
 #: The host issues about 460 operations a layer in forward and backward, each 6 us; counted with PyTorch's profiler on a CPU.
 HOST_SECONDS_PER_LAYER, HOST_SECONDS_PER_STEP = 2.8e-3, 5e-3
+#: Of them in the forward, which a recomputed block issues once more: 40 of 83 kernels by `launch/benchmark.py roofline`.
+FORWARD_SHARE = 0.5
 #: Bytes that a GPU's host moves to and from it a second, and its memory's speed for one rank's share of CPU Adam.
 PCIE_SPEED, HOST_MEMORY_SPEED = 20e9, 20e9
 
@@ -81,7 +83,8 @@ def plan_time(job: Job, device: Device) -> StepTime:
     backward = (2 / 3) * (tokens * (dense + expert + head) + attention + moved)
     exposed = _exposed(sent, backward)
     busy = tokens * (dense + expert + head) + attention + moved + again
-    host = HOST_SECONDS_PER_LAYER * job.sizes.num_hidden_layers * job.accumulation + HOST_SECONDS_PER_STEP
+    issued = 1.0 if job.recompute == "none" else 1.0 + FORWARD_SHARE
+    host = issued * HOST_SECONDS_PER_LAYER * job.sizes.num_hidden_layers * job.accumulation + HOST_SECONDS_PER_STEP
     return StepTime(
         matrix=tokens * (dense + expert + head),
         attention=attention,

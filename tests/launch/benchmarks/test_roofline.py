@@ -14,6 +14,7 @@ from support import ROOT
 
 from launch.benchmarks.counting import Entry
 from launch.benchmarks.roofline import SHORTEST_KERNEL, operation_seconds
+from launch.planning.activations import kept_activations
 from launch.planning.devices import find_device
 from launch.planning.time import moved_by_layer
 from model import MoEGPTConfig
@@ -57,6 +58,16 @@ def test_ours_moves_less(roofline: dict[str, Any]) -> None:
 def test_the_planner_says_what_is_counted(roofline: dict[str, Any]) -> None:
     planned = sum(moved_by_layer(job(ranks=roofline["ep"], expert_ranks=roofline["ep"])))
     assert planned == pytest.approx(roofline["ours"]["bytes_per_token_layer_beside_products"], rel=0.05)
+
+
+def test_the_planner_keeps_what_is_counted(roofline: dict[str, Any]) -> None:
+    """With kernels: of a layer, beside the layers, and while the loss is computed."""
+    planned, ours = job(ranks=roofline["ep"], expert_ranks=roofline["ep"]), roofline["ours"]
+    kept, last_norm = kept_activations(planned), planned.tokens * planned.sizes.hidden_size * planned.weight_bytes
+    a_layer = (kept.held - last_norm) / planned.tokens / planned.sizes.num_hidden_layers
+    assert a_layer == pytest.approx(ours["saved_bytes_per_token_layer"], rel=0.005)
+    assert last_norm + kept.loss_kept == pytest.approx(ours["saved_bytes_beside_layers"], rel=0.005)
+    assert kept.loss - kept.loss_kept == pytest.approx(ours["loss_bytes_at_most"], rel=0.005)
 
 
 def test_parts_and_families_add_up(roofline: dict[str, Any]) -> None:

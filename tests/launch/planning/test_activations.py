@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from planner_job import job
+from support import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from launch.engine.activation_checkpointing import selective_contexts
 from launch.planning.activations import chunk_rows, kept_activations
 from launch.planning.job import Job
+from launch.planning.memory import exchange_bytes
 from model import MoEGPTConfig, MoEGPTForCausalLM, loss
 from model.sizes import load_sizes
 
@@ -81,7 +86,7 @@ def off(model: str, mode: str, dtype: torch.dtype, length: int, batch: int, **ch
         expert_ranks=1,
         weight_bytes=dtype.itemsize,
     )
-    kept, found = kept_activations(one, fused_norms=False), trace(one, MoEGPTConfig.preset(model, **changes), dtype)
+    kept, found = kept_activations(one, kernels=False), trace(one, MoEGPTConfig.preset(model, **changes), dtype)
     head = one.sizes.vocab_size * one.sizes.hidden_size * one.weight_bytes  # whose gradient is there first
     gradients, block = one.local_parameters * one.weight_bytes, kept.recomputed + kept.working
     planned = {
@@ -116,6 +121,34 @@ def test_whole_models(model: str, length: int, batch: int, mode: str, dtype: tor
     assert not off(model, mode, dtype, length, batch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_with_kernels(ranks: int) -> None:
+    """A GPU's way, whose tensors a CPU never holds: against a count on `meta` tensors."""
+    command = [sys.executable, "tests/launch/planning/kernel_memory_worker.py", str(ranks)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = []
+    for found in json.loads(done.stdout.splitlines()[-1]):
+        one = job(
+            sizes=dataclasses.replace(load_sizes(found["model"]), num_hidden_layers=found["layers"]),
+            sequence_length=found["length"],
+            micro_batch=found["batch"],
+            recompute=found["mode"],
+            ranks=ranks,
+            expert_ranks=ranks,
+        )
+        kept, exchange = kept_activations(one), exchange_bytes(one, kernels=True)
+        head = one.sizes.vocab_size * one.sizes.hidden_size * one.weight_bytes
+        most = kept.held + max(kept.loss, kept.recomputed + kept.working + exchange + head)
+        for name, value in (("held", kept.held + kept.loss_kept), ("most", most)):
+            line = f"{found['model']} {found['mode']}: {name} planned {value / 1e6:.1f} MB, counted {found[name] / 1e6:.1f} MB"
+            print(line)
+            if value != pytest.approx(found[name], rel=0.03):
+                lines.append(line)
+    assert not lines
+
+
 def test_chunks_of_the_loss_are_those_of_the_model() -> None:
     """The constants of model/loss.py, asked by running it and looking at the logits' shapes."""
     seen = []
@@ -133,4 +166,4 @@ def test_chunks_of_the_loss_are_those_of_the_model() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss, "chunk_loss", watch)
             loss.token_loss(x, head, torch.zeros(4096, dtype=torch.long, device="meta"), 4096.0)
-        assert seen[0] == chunk_rows(job(model, sequence_length=4096, micro_batch=1))
+        assert seen[0] == chunk_rows(job(model, sequence_length=4096, micro_batch=1), kernels=False)

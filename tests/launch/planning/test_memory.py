@@ -87,7 +87,7 @@ def compare(cases: list[dict[str, Any]], folder: Path) -> list[str]:
 
 def pairs(job: Job, found: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """(planned, measured) by part."""
-    memory, kept = plan_memory(job, on_gpu=False), kept_activations(job, fused_norms=False)
+    memory, kept = plan_memory(job, on_gpu=False), kept_activations(job, kernels=False)
     both = {
         "weights": (memory.weights, found["weights"]),
         "optimizer": (memory.optimizer, found["optimizer"]),
