@@ -15,7 +15,7 @@ from launch.planning.job import Job, job_from
 from launch.planning.ladder import Ladder, active_parameters
 from launch.planning.memory import GB, WORST_LOAD
 from launch.planning.scale import curve
-from launch.planning.search import Candidate, as_deepspeed, candidate, changes, least_change, search
+from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidate, changes, least_change, search
 from launch.planning.time import USUAL_LOAD
 from model.accounting import count_parameters, training_flops_per_token
 from model.sizes import ModelSizes, load_sizes
@@ -167,8 +167,10 @@ def assumptions(device: Device) -> list[str]:
         f"{device.link} {device.link_gbs:g} GB/s, network {device.network_gbits:g} Gbit/s a GPU ({device.source})",
         f"shares of the peak reached, assumed: products {e.matrix:.0%}, narrow ones {e.narrow:.0%}, head {e.head:.0%}, "
         f"attention {e.attention:.0%}, memory {e.memory:.0%}; expect 15 % either way",
-        f"the fullest rank has {USUAL_LOAD:g} times the mean of the routed rows; memory at worst load has {WORST_LOAD:g} times",
-        "activations: formula, checked on a CPU against what an engine holds; runtime (context, NCCL, allocator) is an estimate",
+        f"the fullest rank has {USUAL_LOAD:g} times the mean of the routed rows; memory at worst load has {WORST_LOAD:g} times; a "
+        f"layout that is proposed then takes {SAFE_SHARE:.0%} of the card at most",
+        "tensors: formulas, checked against real engines on a CPU and a count of what the GPU's kernels keep; runtime (context, "
+        "NCCL, allocator) is an estimate",
         "energy: the boards at their limit; hosts, network and cooling are not in it",
     ]
 

@@ -16,6 +16,11 @@ EXAMPLES = """
   python launch/plan.py --model 4b --gpu rtx-4090 --num_gpus 8 --write fits.json
   python launch/plan.py --from runs/first --price 1.80
 """
+#: What `--from` cannot obey.
+OF_A_NEW_RUN = (
+    *("model", "deepspeed_config", "sequence_length", "activation_checkpointing", "num_gpus", "num_nodes", "ladder"),
+    *("curve", "write"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +54,6 @@ class PlanArguments:
             raise UserError("--gpu is missing, such as --gpu a100-80gb; --help lists the flags")
         if self.ladder is not None and self.tokens is None:
             raise UserError("--ladder needs --tokens, such as --tokens 131e9: bits per byte depend on how much is read")
-        if self.gpu is None and (self.write or self.curve):
-            raise UserError("--write and --curve need --gpu, such as --gpu a100-80gb")
 
     @property
     def ranks(self) -> int:
@@ -89,5 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: list[str] | None = None) -> PlanArguments:
     """Raises `UserError` with the flag's name."""
-    values = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    values = vars(parser.parse_args(argv))
+    if values["from_run"]:
+        for name in OF_A_NEW_RUN:
+            if values[name] != parser.get_default(name):
+                raise UserError(f"--{name} does not go with --from, which plans the rest of a run as its config.json has it")
     return PlanArguments(**{field.name: values[field.name] for field in fields(PlanArguments)})

@@ -14,7 +14,7 @@ from launch.planning.arguments import PlanArguments
 from launch.planning.devices import find_device
 from launch.planning.expectation import job_of_run
 from launch.planning.memory import GB, plan_memory
-from launch.planning.show import duration
+from launch.planning.show import duration, wrapped
 from launch.planning.time import plan_time
 from model.accounting import count_parameters
 
@@ -83,15 +83,26 @@ def _row(line: str) -> dict[str, Any] | None:
 
 def show_rest(answer: dict[str, Any]) -> str:
     """In words."""
+    done = answer["done"]
     lines = [
-        f"{answer['run']}: {answer['done']['tokens']:,} tokens in {answer['done']['steps']:,} steps on {answer['gpus']} ranks, "
+        f"{answer['run']}: {done['tokens']:,} tokens in {done['steps']:,} steps on {answer['gpus']} ranks, "
         f"{answer['tokens_per_second']:,.0f} tokens/s now",
-        f"left: {answer['left']['tokens']:,.0f} tokens, {answer['left']['steps']:,} steps, {duration(answer['days'])}, "
-        f"{answer['gpu_hours']:,.1f} GPU hours" + ("" if answer["cost"] is None else f", cost {answer['cost']:,.0f}"),
+        _left(answer),
     ]
     if answer["planned_tokens_per_second"]:
         planned = answer["planned_tokens_per_second"]
         reached = answer["tokens_per_second"] / planned
         lines.append(f"the plan for this card says {planned:,.0f} tokens/s; the run does {reached:.0%} of that")
     lines.append(f"memory of a rank by the plan: {answer['memory_gb']['total']:.2f} GB")
-    return "\n".join(lines)
+    return "\n".join(map(wrapped, lines))
+
+
+def _left(answer: dict[str, Any]) -> str:
+    left = answer["left"]
+    if not left["tokens"]:
+        return "nothing is left, the run is through; --tokens plans beyond its end"
+    cost = "" if answer["cost"] is None else f", cost {answer['cost']:,.0f}"
+    return (
+        f"left: {left['tokens']:,.0f} tokens, {left['steps']:,} steps, {duration(answer['days'])}, "
+        f"{answer['gpu_hours']:,.1f} GPU hours{cost}"
+    )

@@ -17,6 +17,9 @@ from launch.planning.time import StepTime, plan_time
 RECOMPUTATION = ("none", "selective", "full")
 #: A micro-batch of more tokens fills a GPU no better, and one of many sequences makes a long step longer to wait for.
 MOST_TOKENS = 65_536
+#: Of a card's memory, what a layout that is proposed may take even when routing goes wrong: formulas are off by some percent, and
+#: a desktop or another process wants some.
+SAFE_SHARE = 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,11 @@ class Candidate:
         return self.memory.total + self.memory.worst <= self.device.memory
 
     @property
+    def is_safe(self) -> bool:
+        """At the worst load too, with a margin."""
+        return self.memory.total + self.memory.worst <= SAFE_SHARE * self.device.memory
+
+    @property
     def tokens_per_second(self) -> float:
         return self.time.tokens_per_second(self.job)
 
@@ -48,19 +56,21 @@ def candidate(job: Job, device: Device) -> Candidate:
 
 
 def search(job: Job, device: Device, count: int = 5) -> list[Candidate]:
-    """The fastest that fit even when routing goes wrong, the best of each layout, fastest first; same global batch."""
+    """The fastest that fit safely, the best of each layout, fastest first; same global batch."""
     best: dict[tuple[int, int, bool], Candidate] = {}
     for variant in variants(job):
         found = candidate(variant, device)
         layout = (variant.expert_ranks, variant.zero_stage, variant.offload_optimizer)
-        if found.fits_at_worst and (layout not in best or _order(found) < _order(best[layout])):
+        if found.is_safe and (layout not in best or _order(found) < _order(best[layout])):
             best[layout] = found
     return sorted(best.values(), key=_order)[:count]
 
 
-def _order(found: Candidate) -> tuple[float, int, float]:
-    """Fastest first; where two are as fast within 1 %, the lower ZeRO stage and the smaller one."""
-    return (-round(math.log(found.tokens_per_second) / 0.01), found.job.zero_stage, found.memory.total)
+def _order(found: Candidate) -> tuple[float, int, int, float]:
+    """Fastest first; where two are as fast within 1 %, the lower ZeRO stage, less recomputation and the smaller one."""
+    job = found.job
+    speed = -round(math.log(found.tokens_per_second) / 0.01)
+    return speed, job.zero_stage, RECOMPUTATION.index(job.recompute), found.memory.total
 
 
 def variants(job: Job) -> Iterator[Job]:
@@ -106,8 +116,8 @@ def changes(job: Job, other: Job) -> dict[str, tuple[object, object]]:
 
 
 def least_change(job: Job, device: Device) -> Candidate | None:
-    """Of all layouts that fit, the one with the fewest changes, and of those the fastest; None where none fits."""
-    fitting = (found for found in (candidate(variant, device) for variant in variants(job)) if found.fits_at_worst)
+    """Of all layouts that fit safely, the one with the fewest changes, and of those the fastest; None where none fits."""
+    fitting = (found for found in (candidate(variant, device) for variant in variants(job)) if found.is_safe)
     return min(fitting, key=lambda found: (len(changes(job, found.job)), -found.tokens_per_second), default=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def show(answer: dict[str, Any], *, with_curve: bool) -> str:
     sections = [_head(answer), _memory(answer), _time(answer), _communication(answer), _alternatives(answer)]
     if with_curve:
         sections.append(_curve(answer))
-    sections.append("\n".join(["assumptions", *(f"  {line}" for line in answer["assumptions"])]))
+    sections.append("\n".join(["assumptions", *(wrapped(f"  {line}") for line in answer["assumptions"])]))
     if "written" in answer:
         sections.append(f"wrote {answer['written']}: train with --deepspeed_config {answer['written']}")
     return "\n\n".join(sections)
@@ -48,7 +49,8 @@ def show(answer: dict[str, Any], *, with_curve: bool) -> str:
 def _head(answer: dict[str, Any]) -> str:
     parameters, batch, layout = answer["parameters"], answer["batch"], answer["layout"]
     return "\n".join(
-        [
+        wrapped(line)
+        for line in [
             f"{answer['model']}: {_count(parameters['total'])} parameters, {_count(parameters['active'])} active for a token, "
             f"{answer['flops_per_token'] / 1e9:.3g} GFLOP a token",
             f"{answer['gpus']} x {answer['gpu']}, {answer['deepspeed_config']}: EP {layout['expert_ranks']}, ZeRO "
@@ -71,7 +73,7 @@ def _memory(answer: dict[str, Any]) -> str:
         verdict += f"; {worst:.1f} GB when routing sends a rank three times its share"
     if answer["to_fit"]:
         verdict += "; to fit, change " + ", ".join(f"{key} from {old} to {new}" for key, (old, new) in answer["to_fit"].items())
-    lines = ["memory of a GPU at its fullest, GB (10^9 bytes)", table(rows), verdict]
+    lines = ["memory of a GPU at its fullest, GB (10^9 bytes)", table(rows), wrapped(verdict)]
     if memory["host"]:
         lines.append(f"and {memory['host']:.1f} GB of host memory for each GPU")
     return "\n".join(lines)
@@ -89,7 +91,7 @@ def _time(answer: dict[str, Any]) -> str:
         lines.append(line + (f", cost {answer['cost']:,.0f}" if answer["cost"] is not None else ""))
     if answer["expected"] is not None:
         lines += in_words(answer["expected"], tokens=answer["tokens"])
-    return "\n".join(lines)
+    return "\n".join(map(wrapped, lines))
 
 
 def _communication(answer: dict[str, Any]) -> str:
@@ -105,7 +107,7 @@ def _communication(answer: dict[str, Any]) -> str:
 def _alternatives(answer: dict[str, Any]) -> str:
     if not answer["alternatives"]:
         return "no layout of this job fits: take more GPUs, larger ones, or a shorter --sequence_length"
-    head = ("fastest layouts that fit", "EP", "ZeRO", "recompute", "micro-batch", "offload", "GB", "tokens/s", "MFU")
+    head = ("fastest that fit safely", "EP", "ZeRO", "recompute", "micro-batch", "offload", "GB", "tokens/s", "MFU")
     rows = [
         (
             f"{number}",
@@ -139,6 +141,12 @@ def _curve(answer: dict[str, Any]) -> str:
         for point in answer["curve"]
     ]
     return table([head, *rows])
+
+
+def wrapped(line: str) -> str:
+    """In lines of 100 columns at most; those that go on stand two columns further in. Paths stay whole."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:

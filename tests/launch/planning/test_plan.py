@@ -58,11 +58,12 @@ def test_in_words() -> None:
         "tokens/s, MFU",
         "days",
         "NVLink 3",
-        "fastest layouts that fit",
+        "fastest that fit safely",
         "512",
     ):
         assert said in done.stdout
     assert "assumptions" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
 
 
 def test_answers_at_once_and_without_torch() -> None:
@@ -177,6 +178,10 @@ def test_the_rest_of_a_run(run_folder: Path) -> None:
     assert found["memory_gb"] == planned["memory_gb"]
     done = plan("--from", run_folder)
     assert done.returncode == 0 and "900 steps, 39 minutes" in done.stdout
+    done = plan("--from", run_folder, "--tokens", 100 * 256 * 2048)
+    assert done.returncode == 0 and "nothing is left" in done.stdout
+    done = plan("--from", run_folder, "--num_gpus", 4)  # a flag that it cannot obey
+    assert done.returncode == 2 and "--num_gpus does not go with --from" in done.stderr
 
 
 def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:
