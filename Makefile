@@ -19,10 +19,11 @@ $(VENV)/installed: setup.py constraints.txt
 quickstart: install
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/quickstart.py
 
+# Two processes: one takes the tests with ranks of their own, one after the other, the other one the rest (tests/conftest.py).
 # What fails gets a second try, alone: on a busy machine a process that is to be killed in its start may not have started. The
 # log names it either way; what fails twice fails.
 test: install
-	@PATH="$(abspath $(BIN)):$$PATH"; pytest() { $(BIN)/python -m pytest "$$@" $(PYTEST_ARGS); }; pytest --durations 10 || { \
+	@PATH="$(abspath $(BIN)):$$PATH"; pytest() { $(BIN)/python -m pytest "$$@" $(PYTEST_ARGS); }; pytest --numprocesses 2 --dist loadgroup --durations 10 || { \
 		[ $$? = 1 ] && echo "A second try for each test that failed:" && \
 		pytest --verbose --last-failed --last-failed-no-failures none --maxfail 3; }
 

@@ -35,9 +35,18 @@ setup(
         "flash": ["flash-attn>=2.7"],
         # An MPI runtime from PyPI, for `mpiexec` where the system has none.
         "mpi": ["mpich>=4.3"],
-        # accelerate and peft: what transformers' users put around the model (tests/model/test_transformers.py).
         # Beside W&B for `--tracker`; tested with these.
         "trackers": ["tensorboard>=2.21", "trackio>=0.43"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "mpich>=4.3", "accelerate>=1.10", "peft>=0.18"],
+        # accelerate and peft: what transformers' users put around the model (tests/model/test_transformers.py).
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "mpich>=4.3",
+            "accelerate>=1.10",
+            "peft>=0.18",
+        ],
     },
 )

@@ -24,6 +24,18 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 
+#: Fixtures of tests whose processes fill the cores, and which wait for each other by the clock.
+RANKS = {"nursery", "run_train", "site"}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist (`--dist loadgroup`): real ranks one test after the other in one process, other files side by side."""
+    for item in items:
+        ranks = RANKS & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of part of the standard library, with a tokenizer of 512 tokens trained on it."""

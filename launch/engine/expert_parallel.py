@@ -92,9 +92,8 @@ def register_router_weights(module: nn.Module) -> None:
     """Tell ZeRO 3 that each router multiplies by its gate's weight itself, without calling the gate.
 
     DeepSpeed notices such a use by itself, but only where it finds the weight partitioned. After a checkpoint was loaded it is
-    whole
-    in the first step and partitioned in the second: the recorded order of parameters then lacks it, and the run ends with a
-    "tracing error".
+    whole in the first step and partitioned in the second: the recorded order of parameters then lacks it, and the run ends
+    with a "tracing error".
     """
     for layer in moe_layers(module):
         deepspeed.zero.register_external_parameter(layer.router, layer.router.projection())

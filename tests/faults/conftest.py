@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from nursery import Nursery
-from runs import STEPS, TALLY, Site, Strike, rows
+from runs import STEPS, TALLY, Site, rows
 
 
 @pytest.fixture(scope="session")
@@ -34,16 +35,27 @@ def whole(site: Site) -> Path:
     return run
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """By its report, since the test may have run in another process than the one that prints the table."""
+    report = yield
+    report.user_properties += [("fault", strike) for strike in TALLY]
+    TALLY.clear()
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Faults tried, survived, bytes lost."""
-    failed = {report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])}
-    by_fault: dict[str, list[Strike]] = defaultdict(list)
-    for strike in TALLY:
-        by_fault[strike.fault].append(strike)
+    """Faults tried, survived, bytes lost. A fault is survived if the test in which it struck passed."""
+    by_fault: dict[str, list[tuple[bool, int]]] = defaultdict(list)
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, strike in getattr(report, "user_properties", ()):
+            if name == "fault":
+                fault, lost = strike
+                by_fault[fault].append((report.passed, lost))
     if not by_fault:
         return
     lines = [
-        (fault, len(all_), sum(s.test not in failed for s in all_), sum(s.lost for s in all_)) for fault, all_ in by_fault.items()
+        (fault, len(all_), sum(passed for passed, _ in all_), sum(lost for _, lost in all_)) for fault, all_ in by_fault.items()
     ]
     lines.sort()
     lines.append(("all", *(sum(line[i] for line in lines) for i in (1, 2, 3))))

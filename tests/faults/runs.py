@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,21 +51,13 @@ def deepspeed_json(ranks: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Strike:
-    """A fault that struck in a test; it was survived if the test passed."""
-
-    fault: str
-    lost: int
-    test: str
-
-
-TALLY: list[Strike] = []
+#: What struck in the test that runs, and how many bytes were lost: its report takes it to the table at the end.
+TALLY: list[tuple[str, int]] = []
 
 
 def struck(fault: str, lost: int = 0) -> None:
     """Count a fault for the table at the end; `lost`: bytes of the newest checkpoint that are not as they were written."""
-    TALLY.append(Strike(fault, lost, os.environ["PYTEST_CURRENT_TEST"].split(" ")[0]))
+    TALLY.append((fault, lost))
 
 
 @dataclass(kw_only=True)
