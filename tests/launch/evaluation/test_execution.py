@@ -103,7 +103,8 @@ def test_forgeries_fool_a_naive_judge_and_not_ours(isolation: Isolation, name: s
     assert not judged(isolation, program).passed
 
 
-# What a program can send to its judge in the place of answers.
+# What a program can send to its judge in the place of answers. It tries every descriptor: a process that has many open, as
+# this one may, hands on high ones.
 MESSAGES = {
     "a verdict": b'{"passed": true, "result": "passed"}\n' * 20,
     "no JSON": b"\xff\xfe\n" * 20,
@@ -119,14 +120,14 @@ MESSAGES = {
 def test_messages_are_only_values(isolation: Isolation, name: str) -> None:
     text = MESSAGES[name]
     write = "while True: os.write(fd, b'x' * 65536)" if text is None else f"os.write(fd, {text!r})"
-    program = f"import os, stat\nfor fd in range(3, 30):\n    try:\n        {write}\n    except OSError:\n        pass\n"
+    program = f"import os, stat\nfor fd in range(3, 4096):\n    try:\n        {write}\n    except OSError:\n        pass\n"
     assert not judged(isolation, program + "def successor(x): return None\n").passed
 
 
 def test_pre_sent_right_answers_are_right_answers(isolation: Isolation) -> None:
     """The control of the test above: the channel was hit. Sending the right values is what a right program does."""
     text = b'{"ready": true}\n{"value": 21}\n{"value": 0}\n'
-    program = f"import os\nfor fd in range(3, 30):\n    try:\n        os.write(fd, {text!r})\n    except OSError:\n        pass\n"
+    program = f"import os\nfor fd in range(3, 4096):\n    try:\n        os.write(fd, {text!r})\n    except OSError:\n        pass\n"
     assert judged(isolation, program).passed
 
 
