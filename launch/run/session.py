@@ -313,7 +313,8 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     counts = count_parameters(run.model)
     monitor.say(
         f"{arguments.model}: {counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active; "
-        f"{run.world_size} ranks, expert parallel {config['ep_size']}, ZeRO {config['zero_stage']}, {config['dtype']}"
+        f"{run.world_size} rank{'s' * (run.world_size != 1)}, expert parallel {config['ep_size']}, ZeRO {config['zero_stage']}, "
+        f"{config['dtype']}"
     )
     samples = len(run.train_data)
     tokens = trainer.global_batch * arguments.sequence_length

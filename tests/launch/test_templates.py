@@ -31,7 +31,7 @@ def template(name: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
 
 def trained(done: subprocess.CompletedProcess, tmp_path: Path, ranks: int = 2) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert f"{ranks} ranks, expert parallel {ranks}" in done.stderr + done.stdout
+    assert f"{ranks} rank{'s' * (ranks != 1)}, expert parallel {ranks}" in done.stderr + done.stdout
     assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == [1, 2, 3]
 
 

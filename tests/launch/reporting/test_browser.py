@@ -164,6 +164,30 @@ def test_a_run_without_a_step_opens(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(build_page([read_run(write_run(tmp_path / "run", []))], {}), encoding="utf-8")
     browser.open(page)
+    text = browser.script("return document.body.innerText")
+    assert "Nothing is logged yet" in text and "No red flags" not in text and "Smoothing" not in text
+
+
+def test_a_short_run_in_a_narrow_range(browser: Browser, tmp_path: Path) -> None:
+    """Ticks that differ in what they say, no parts of a step, one stretch of steps for all charts, and with several runs heads that
+    stay in their cards on a phone."""
+    rows = [{"step": n, "samples": n, "tokens": n, "loss": 7.636 + 0.001 * n, "max_vio": [0.1 * n]} for n in (1, 2, 3)]
+    rows.insert(0, {"step": 0, "val_loss": 7.634, "val_bits_per_byte": 3.51})
+    runs = [read_run(write_run(tmp_path / f"run{number}", rows)) for number in range(4)]
+    page = tmp_path / "page.html"
+    page.write_text(build_page(runs, {}), encoding="utf-8")
+    browser.size(390, 844, phone=True)
+    browser.open(page)
+    axes = browser.script("return Report.charts.map(({ u }) => u.axes.map((axis) => axis._values))")
+    assert len(axes) >= 3
+    for steps, values in axes:
+        assert set(steps) <= {"0", "1", "2", "3"} and len(steps) >= 2
+        shown = [value for value in values if value]
+        assert len(shown) >= 2 and len(set(shown)) == len(shown), values
+    assert browser.script("return Report.charts.every(({ u }) => u.scales.x.min === 0 && u.scales.x.max === 3)")
+    assert browser.script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
+    outside = "return [...document.querySelectorAll('.chart header')].filter((h) => h.scrollWidth > h.clientWidth).length"
+    assert browser.script(outside) == 0
 
 
 def test_a_hundred_thousand_steps_open_in_two_seconds(browser: Browser, tmp_path: Path) -> None:
