@@ -32,6 +32,7 @@ class Job:
     bucket_elements: int
     buckets: int
     live_parameters: int  # ZeRO-3: elements that may be gathered at a time
+    prefetched: int  # ZeRO-3: elements of one gathering ahead
     attention: str = "flash"
 
     @property
@@ -105,5 +106,6 @@ def job_from(
         bucket_elements=int(zero.get("reduce_bucket_size", 500_000_000)),
         buckets=2 if zero.get("overlap_comm", zero.get("stage", 0) == 3) and zero.get("stage", 0) < 3 else 1,
         live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+        prefetched=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         attention=attention,
     )

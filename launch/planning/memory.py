@@ -94,9 +94,11 @@ def _fullest(job: Job, parts: dict[str, float]) -> float:
     always, held, buckets = parts["weights"] + parts["optimizer"], parts["activations"], _buckets(job)
     head = job.sizes.vocab_size * job.sizes.hidden_size
     block = parts["working"] + parts["exchange"]
-    # Stages 1 and 2 make their buckets when a backward begins; the loss is over by then.
-    at_loss = parts["loss"] + (buckets if job.zero_stage == 3 else 0.0)
-    begin = parts["gathered"] + _held(job) + held + max(at_loss, buckets + block)
+    # Stages 1 and 2 make their buckets when a backward begins; forward and loss are over by then. Stage 3 gathers weights into one
+    # buffer and copies each out of it; the buffer stays for the blocks' forward, but not for the loss.
+    arriving = min(parts["gathered"], job.prefetched * job.weight_bytes)
+    forward = max(parts["loss"], arriving) + (buckets if job.zero_stage == 3 else 0.0)
+    begin = parts["gathered"] + _held(job) + held + max(forward, buckets + block)
     # ZeRO-2 makes room for all of its shard's gradients when the first bucket is full: after the head's, which may be more than
     # that alone and then lies beside it, and those of as many layers as still go in.
     gone = min(1.0, max(0, job.bucket_elements - head) / (job.local_parameters - 2 * head))

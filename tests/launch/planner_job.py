@@ -26,5 +26,6 @@ def job(model: str = "800m", **changes: object) -> Job:
         "bucket_elements": 200_000_000,
         "buckets": 2,
         "live_parameters": 10**9,
+        "prefetched": 50_000_000,
     }
     return Job(**{**ours, **changes})  # type: ignore[arg-type]
