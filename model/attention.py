@@ -121,6 +121,8 @@ class Attention(nn.Module):
     def __init__(self, config: MoEGPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        # Reading a configuration's field costs as much as a small kernel, and a new token asks each layer.
+        self.qk_norm, self.has_sinks = config.qk_norm, config.attention_sinks
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -147,7 +149,7 @@ class Attention(nn.Module):
         q_BSND, k_BSMD = self._turned(q_BSND, k_BSMD, rope)
         if cache is not None:
             k_BSMD, v_BSMD = self._update(cache, k_BSMD, v_BSMD, mask.keys)
-        sinks_N = self.sinks if self.config.attention_sinks else None
+        sinks_N = self.sinks if self.has_sinks else None
         weights_BNSL = None
         if with_weights or self.config._attn_implementation == "eager":
             out_BSND, weights_BNSL = attention_and_weights(q_BSND, k_BSMD, v_BSMD, sinks_N, mask)
@@ -159,12 +161,15 @@ class Attention(nn.Module):
 
     def _turned(self, q_BSND: Tensor, k_BSMD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """q and k with their norms, where they have any, and positions."""
-        weights_D = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else ()
+        weights_D = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else ()
         whole = all(weight.numel() == self.head_dim for weight in weights_D)  # ZeRO 3 may hold a share until the norm is called
         if usable(q_BSND) and whole:
             return norm_and_rope(q_BSND, k_BSMD, weights_D, *rope, self.config.rms_norm_eps)
-        if self.config.qk_norm:
+        if self.qk_norm:
             q_BSND, k_BSMD = self.q_norm(q_BSND), self.k_norm(k_BSMD)
+        if q_BSND.shape[1] == 1 and not torch.is_grad_enabled():  # a new token: the number of calls is what costs
+            q, k = apply_rope(torch.cat((q_BSND, k_BSMD), dim=2), *rope).split((q_BSND.shape[2], k_BSMD.shape[2]), dim=2)
+            return q, k
         return apply_rope(q_BSND, *rope), apply_rope(k_BSMD, *rope)
 
     def _update(self, cache: Cache, k_BSMD: Tensor, v_BSMD: Tensor, keys: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,8 @@ def gather_rows(x: Tensor, index_R: Tensor, inverse_R: Tensor, copies: int) -> T
 
     Autograd's own backward of an index sums with a sort on CUDA and one row at a time on a CPU.
     """
+    if not torch.is_grad_enabled():
+        return gathered(x, index_R, inverse_R, copies)
     rows: Tensor = GatherRows.apply(x, index_R, inverse_R, copies)  # type: ignore[no-untyped-call]
     return rows
 
@@ -126,16 +128,22 @@ def grouped_linear(x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
 
     `ends_E` holds the int32 ends of the runs; the host is not asked for them. An expert without rows gets a gradient of 0.
     """
+    if not torch.is_grad_enabled():
+        return products(x_RA, ends_E, weights)
     out: Tensor = GroupedLinear.apply(x_RA, ends_E, *weights)  # type: ignore[no-untyped-call]
     return out
+
+
+def products(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    parts = [product(x_RA, weight.mT, ends_E) for weight in joined(weights)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x_RA, ends_E, *weights)
-        parts = [product(x_RA, weight.mT, ends_E) for weight in joined(weights)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return products(x_RA, ends_E, weights)
 
     @staticmethod
     def backward(ctx: Any, dout_RB: Tensor) -> tuple[Tensor | None, ...]:
@@ -201,8 +209,21 @@ def combine(
     residual_TH: Tensor | None = None,
 ) -> Tensor:
     """`residual + (sum over k of weight * row + shared)`, `[T, H]`: one sum in fp32, rounded once."""
+    if not torch.is_grad_enabled():
+        return combined(out_RH, inverse_R, weights_TK, shared_TH, residual_TH)
     total: Tensor = Combine.apply(out_RH, sorted_R, inverse_R, weights_TK, shared_TH, residual_TH)  # type: ignore[no-untyped-call]
     return total
+
+
+def combined(out_RH: Tensor, inverse_R: Tensor, weights_TK: Tensor, shared_TH: Tensor | None, residual_TH: Tensor | None) -> Tensor:
+    if usable(out_RH):
+        return ops.combine(out_RH, inverse_R, weights_TK, shared_TH, residual_TH)  # type: ignore[no-any-return]
+    sum_TH = weighted_sum(out_RH, inverse_R, weights_TK)
+    if shared_TH is not None:
+        sum_TH += shared_TH
+    if residual_TH is not None:
+        sum_TH += residual_TH
+    return sum_TH.to(out_RH.dtype)
 
 
 class Combine(torch.autograd.Function):
@@ -217,14 +238,7 @@ class Combine(torch.autograd.Function):
         residual_TH: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(out_RH, sorted_R, inverse_R, weights_TK)
-        if usable(out_RH):
-            return ops.combine(out_RH, inverse_R, weights_TK, shared_TH, residual_TH)  # type: ignore[no-any-return]
-        sum_TH = weighted_sum(out_RH, inverse_R, weights_TK)
-        if shared_TH is not None:
-            sum_TH += shared_TH
-        if residual_TH is not None:
-            sum_TH += residual_TH
-        return sum_TH.to(out_RH.dtype)
+        return combined(out_RH, inverse_R, weights_TK, shared_TH, residual_TH)
 
     @staticmethod
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:

@@ -72,7 +72,7 @@ class MoE(nn.Module):
         x_TH = x_BSH.flatten(0, 1)
         residual_TH = None if residual_BSH is None else residual_BSH.flatten(0, 1)
         weights_TK, indices_TK, counts_E, x_TH = self.gate(x_TH)
-        if not self.training and takes_few(x_TH):
+        if not self.training and takes_few(x_TH, indices_TK, self.gate.num_experts):
             few_TKH = self.experts(x_TH, counts_E, indices_TK)
             sum_TH: Tensor = (few_TKH * weights_TK.unsqueeze(-1)).sum(dim=1) + self.shared_experts(x_TH)
             sum_TH = sum_TH if residual_TH is None else sum_TH + residual_TH

@@ -58,6 +58,32 @@ def test_experts_of_a_few_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize(("tokens", "batched"), [(7, 0), (8, 1), (decode.BATCH_TOKENS, 1), (decode.BATCH_TOKENS + 1, 0)])
+def test_experts_of_a_batch_in_half_precision(tokens: int, batched: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts in one product from two tokens an expert on; as near to float64 as the sorted rows are."""
+    torch.manual_seed(1)
+    layer = MoE(MoEGPTConfig.preset("tiny", hidden_size=32, moe_intermediate_size=16)).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layer.gate.e_score_correction_bias.normal_(std=0.2)
+    layer.bfloat16()
+    x = torch.randn(tokens, 1, 32, dtype=torch.bfloat16)
+    asked: list[Tensor] = []
+    taking = decode.few_experts
+    monkeypatch.setattr("model.moe.few_experts", lambda *a: (asked.append(a[1]), taking(*a))[1])
+    with torch.no_grad():
+        out = layer(x, x).double()
+        weights, indices, *_ = layer.gate(x.flatten(0, 1))
+        chosen = [dict(zip(row.tolist(), w.tolist(), strict=True)) for row, w in zip(indices, weights, strict=True)]
+        routed = mixture(x.flatten(0, 1).double(), chosen, layer.experts.gate_up_proj.double(), layer.experts.down_proj.double())
+        expected = (routed + layer.double().shared_experts(x.flatten(0, 1).double()) + x.flatten(0, 1)).view_as(x)
+    layer.bfloat16()
+    assert len(asked) == batched
+    sorted_way = layer(x, x).double().detach()  # as with gradients
+    assert float((out - expected).norm() / expected.norm()) < 0.01
+    assert float((out - expected).norm()) < 1.5 * float((sorted_way - expected).norm())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("implementation", ["sdpa", "flash"])
 def test_a_cached_token_is_what_the_whole_text_gives(implementation: str, dtype: torch.dtype) -> None:
