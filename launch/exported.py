@@ -5,7 +5,10 @@ The model is always this repository's own where it can be, with its kernels; cod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from model.glm4_moe import from_glm4_moe
 
 POINTER_BYTES = 1024  # what git-LFS limits its own to
 INDEX_BYTES = 1 << 28  # of an index: 100 bytes a weight
+MOST_LABELS = 1_000_000
 MANIFEST = "manifest.json"  # what launch/checkpoint/manifest.py writes last
 # Fields that change what the model computes without changing a weight's shape.
 ARITHMETIC = (
@@ -50,7 +54,8 @@ def load_exported(
         if rope_factor:
             raise UserError(f"--rope_factor extends moe_gpt and glm4_moe folders; {folder} is another model")
         check_weights(folder)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        with _damage_named(folder):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     else:
         if rope_factor:
             config = config.with_rope_factor(rope_factor)
@@ -83,8 +88,11 @@ def own_config(folder: Path) -> MoEGPTConfig | None:
     Raises UserError for one that is damaged, or whose type transformers does not know.
     """
     try:
-        if not isinstance(read_json(folder / "config.json"), dict):
+        raw = read_json(folder / "config.json")
+        if not isinstance(raw, dict):
             raise UserError("it is no JSON object")
+        if isinstance(labels := raw.get("num_labels"), int) and labels > MOST_LABELS:
+            raise UserError(f"num_labels is {labels}, for each of which transformers makes a name")
         fields, _ = MoEGPTConfig.get_config_dict(folder)
         if fields.get("model_type") == MoEGPTConfig.model_type:
             return MoEGPTConfig.from_pretrained(folder, trust_remote_code=False)
@@ -104,8 +112,9 @@ def load_model(
 ) -> MoEGPTForCausalLM:
     """This repository's model with a folder's weights, bit for bit. Raises UserError with a file or a weight that is not right."""
     check_weights(folder)
+    _check_layers(folder, config)
     if config_type(folder) == MoEGPTConfig.model_type:
-        try:
+        with _damage_named(folder):
             loaded: Any = MoEGPTForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -114,8 +123,6 @@ def load_model(
                 output_loading_info=True,
                 trust_remote_code=False,
             )
-        except (RuntimeError, RecursionError) as error:  # sizes that are not the weights', or no machine's
-            raise UserError(f"{folder} does not hold the model of its config.json: {' '.join(str(error).split())[:200]}") from error
         made: MoEGPTForCausalLM = loaded[0]
         report: dict[str, Any] = loaded[1]
         missing = sorted(report["missing_keys"])
@@ -123,7 +130,8 @@ def load_model(
             raise UserError(f"{folder} does not hold its model: {(missing or sorted(report['mismatched_keys']))[0]} is missing")
         return made
     # Stock folders keep an expert's weights apart; transformers puts them together.
-    theirs = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    with _damage_named(folder):
+        theirs = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     config._attn_implementation = attn_implementation
     with torch.device("meta"):
         model = MoEGPTForCausalLM(config)
@@ -136,6 +144,33 @@ def load_model(
     model.generation_config = theirs.generation_config
     model.tie_weights()
     return model
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """transformers reads what lies in a folder (settings of a generation, an adapter, a quantization) and raises anything: for
+    sizes that are not the weights' or no machine's, files that are not JSON, values of other types, packages that are missing."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, OSError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} does not hold the model of its config.json: {reason} ({type(error).__name__})") from error
+
+
+def _check_layers(folder: Path, config: MoEGPTConfig) -> None:
+    """Before a model of thousands of layers is built that the weights, by their headers, do not hold."""
+    from safetensors import safe_open
+
+    layers = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            layers |= {name.split(".")[2] for name in file.keys() if name.startswith("model.layers.")}  # noqa: SIM118
+    more_are_right = config_type(folder) != MoEGPTConfig.model_type  # a stock folder's last one may be for predicting two tokens
+    if layers and len(layers) != config.num_hidden_layers and not (more_are_right and len(layers) > config.num_hidden_layers):
+        raise UserError(
+            f"{folder} does not hold the model of its config.json: num_hidden_layers is {config.num_hidden_layers} there, "
+            f"and the weights have {len(layers)} layers"
+        )
 
 
 def config_type(folder: Path) -> Any:

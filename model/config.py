@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -100,6 +101,8 @@ class MoEGPTConfig(PreTrainedConfig):
 
     def _complete_rope(self, given: dict[str, Any]) -> dict[str, Any]:
         """YaRN's parameters with defaults filled in; `factor` 1 is plain RoPE (arXiv 2309.00071)."""
+        if not isinstance(given, dict):
+            raise ValueError(f"rope_parameters must be an object of YaRN's parameters, got {given!r}")
         factor = float(given.get("factor") or 1.0)
         rope: dict[str, Any] = {
             "rope_type": "yarn",
@@ -118,6 +121,18 @@ class MoEGPTConfig(PreTrainedConfig):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {self.num_hidden_layers}")
+        if self.is_encoder_decoder:
+            raise ValueError("is_encoder_decoder must be false: this is a decoder")
+        for field in _FINITE_FIELDS:
+            if not _is_finite(getattr(self, field)):
+                raise ValueError(f"{field} must be a finite number of at least 0, got {getattr(self, field)!r}")
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, field)
+            ids = value if isinstance(value, list) and field == "eos_token_id" else [value]
+            if value is not None and not all(isinstance(id_, int) for id_ in ids):
+                raise ValueError(f"{field} must be the number of a token, got {value!r}")
         self._check_attention()
         self._check_routing()
         for field in ("expert_dropout", "z_loss_weight", "router_bias_rate", "router_bias_average", "router_aux_loss_coef"):
@@ -137,11 +152,15 @@ class MoEGPTConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
         rope = self.rope_parameters or {}
-        rope_type, factor = rope.get("rope_type"), rope.get("factor", 1.0)
+        rope_type = rope.get("rope_type")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters.rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
-        if factor < 1:
-            raise ValueError(f"rope_parameters.factor must be at least 1, got {factor}")
+        for name in ("factor", "rope_theta", "original_max_position_embeddings"):
+            if name in rope and not (_is_finite(rope[name]) and rope[name] >= 1):
+                raise ValueError(f"rope_parameters.{name} must be a finite number of at least 1, got {rope[name]!r}")
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            if rope.get(name) is not None and not (_is_finite(rope[name]) and rope[name] > 0):
+                raise ValueError(f"rope_parameters.{name} must be a finite number above 0, got {rope[name]!r}")
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
@@ -189,6 +208,13 @@ class MoEGPTConfig(PreTrainedConfig):
         return longer
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+#: Above any model's; a damaged or hostile configuration would be built for minutes before its weights are seen to be missing.
+MOST_LAYERS = 10_000
+_FINITE_FIELDS = ("rms_norm_eps", "routed_scaling_factor", "initializer_range", "embedding_initializer_range")
 _POSITIVE_FIELDS = (
     "vocab_size",
     "hidden_size",

@@ -48,6 +48,7 @@ def decode(
             past_key_values=given["past_key_values"],
             use_cache=True,
             logits_to_keep=1,
+            return_dict=True,  # whatever the folder's configuration says
         )
         scores_BV = logits_processor(input_ids, out.logits[:, -1].float())  # type: ignore[arg-type]
         next_B = scores_BV.softmax(dim=-1).multinomial(1)[:, 0] if drawn else scores_BV.argmax(dim=-1)

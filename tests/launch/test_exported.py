@@ -215,6 +215,21 @@ def test_a_generation_config_that_is_no_object_is_named(tmp_path: Path) -> None:
         load_exported(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "generation_config.json", "pytorch_model.bin"])
+def test_what_else_transformers_reads_from_a_folder_is_a_sentence_where_it_fails(name: str, tmp_path: Path) -> None:
+    """Of an adapter that is none, a setting that cannot be, weights that would run a program."""
+    folder = tmp_path / "hf"
+    written(folder, trained(), "moe_gpt")
+    content = {"adapter_config.json": b"<html>", "generation_config.json": b'{"cache_implementation": "evil"}'}.get(name)
+    if content is None:
+        for path in (folder / "model.safetensors", folder / "manifest.json"):
+            path.unlink()
+        content = b"\x80\x02cposix\nsystem\nX\x05\x00\x00\x00false\x85R."
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match="does not hold the model"):
+        load_exported(folder, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"<html>", b"[]", b"\xff", b'{"model": {}}', DEEP.encode()], ids=lambda b: str(b[:8])
@@ -246,7 +261,11 @@ def test_a_stock_configuration_is_a_model_to_train(tmp_path: Path) -> None:
         load_model_config(str(tmp_path / "config.json"))
 
 
-SIZES = [{"vocab_size": 1 << 40}, {"vocab_size": 1 << 62}, {"hidden_size": "x"}]
+SIZES: list[dict[str, Any]] = [
+    *({"vocab_size": 1 << 40}, {"vocab_size": 1 << 62}, {"hidden_size": "x"}, {"num_labels": 10**9}),
+    *({"num_hidden_layers": 10**7}, {"num_hidden_layers": 9_999}, {"num_hidden_layers": 1}),
+    *({"dtype": 5}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+]
 CONFIGS: list[Any] = [DEEP, '{"x":' + DEEP, "[]", *SIZES]
 
 
