@@ -5,12 +5,16 @@ Shapes: N logged steps, Y layers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: Names of metrics that are read; a run's own are some sixty.
+MOST_NAMES = 1000
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -35,7 +39,10 @@ class Columns:
 def to_number(value: Any) -> float:
     """NaN for what is no number. A metric that was not finite may be written as null, as text or as NaN."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            return math.nan
     if isinstance(value, str) and value.lstrip("+-").lower() in ("inf", "infinity"):
         return -math.inf if value.startswith("-") else math.inf
     return math.nan
@@ -47,6 +54,7 @@ def to_columns(rows: list[Row]) -> Columns:
     for row in rows:
         keys.update(row)
     keys.pop("step", None)
+    keys = dict(itertools.islice(keys.items(), MOST_NAMES))
     names = [k for k, v in keys.items() if not isinstance(v, (list, str, dict)) or k in ("loss", "grad_norm")]
     scalars = {name: np.array([to_number(row.get(name)) for row in rows], np.float64) for name in names}
     layers = {name: _per_layer(rows, name, len(v)) for name, v in keys.items() if _is_per_layer(name, v)}
@@ -70,7 +78,7 @@ def join(blocks: list[Columns]) -> Columns:
     """One after the other; a column that a block lacks is NaN there."""
     if not blocks:
         return Columns(steps=np.zeros(0, np.int64), scalars={}, layers={})
-    scalar_names = dict.fromkeys(name for block in blocks for name in block.scalars)
+    scalar_names = list(dict.fromkeys(name for block in blocks for name in block.scalars))[:MOST_NAMES]
     widths = {name: column.shape[1] for block in blocks for name, column in block.layers.items()}
     layers = {}
     for name, width in widths.items():

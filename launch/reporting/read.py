@@ -23,6 +23,7 @@ from data.cli import UserError
 from data.files import read_json
 from launch.reporting.columns import Columns, Row, join, to_columns
 
+MOST_STEPS = 1 << 53  # a browser's whole numbers
 BLOCK = 4096  # lines that are held as Python objects at a time
 NOT_FINITE = re.compile(r"\b(nan|inf|infinity)\b", re.IGNORECASE)
 
@@ -98,10 +99,10 @@ def parse(line: bytes) -> Row | None:
     except ValueError:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-    is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
-    return row if is_row else None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) and abs(step) <= MOST_STEPS else None
 
 
 class Collector:
@@ -144,7 +145,7 @@ class Collector:
                 self._note_other(row)
 
     def _note_training(self, row: Row) -> None:
-        step, samples = row["step"], row.get("samples") or 0
+        step, samples = row["step"], row["samples"] if isinstance(row.get("samples"), int) else 0
         if step <= self._last[0]:
             back = f"back to step {step - 1} from step {self._last[0]}"
             if samples > self._last[1]:  # the data goes on, so the run took the weights back and not itself

@@ -11,7 +11,7 @@ import pytest
 from made_up_runs import healthy_rows, training_row, write_run
 
 from data.cli import UserError
-from launch.reporting.columns import join, to_columns
+from launch.reporting.columns import MOST_NAMES, join, to_columns
 from launch.reporting.read import BLOCK, read_run
 
 
@@ -38,6 +38,17 @@ def test_half_a_line_and_other_rubbish_are_counted(tmp_path: Path) -> None:
         file.write(b'\n[1]\n"text"\n{"no": "step"}\n\xff\xfe\n{"step": true, "loss": 1}\n{"step": 1005, "lo')
     run = read_run(folder)
     assert run.damaged == 6 and run.last_step == 1000
+
+
+def test_hostile_lines_are_rubbish_too(tmp_path: Path) -> None:
+    """Nested a million deep, numbers beyond a machine's, a name for every row."""
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("[" * 10**6 + f'\n{{"step": {10**400}, "loss": 1}}\n{{"step": 1001, "loss": {10**400}, "samples": "x"}}\n')
+        file.writelines(json.dumps({"step": 1002 + i, "loss": 1.0, f"name {i}": 1.0}) + "\n" for i in range(MOST_NAMES))
+    run = read_run(folder)
+    assert run.damaged == 2 and run.last_step == 1001 + MOST_NAMES and len(run.train.scalars) <= MOST_NAMES
+    assert math.isnan(run.train.scalars["loss"][run.train.steps == 1001][0])
 
 
 def test_a_restart_repeats_steps_and_the_last_try_counts(tmp_path: Path) -> None:
