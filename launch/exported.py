@@ -12,7 +12,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Glm4MoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from data.cli import NotFound, UserError
@@ -61,6 +68,9 @@ def load_exported(
             config = config.with_rope_factor(rope_factor)
         model = load_model(folder, config, attn_implementation=attn_implementation or "sdpa")
     model.to(device).eval()  # type: ignore[arg-type]
+    # The flags say how text is made: beams, a cache or tokens kept out by a folder's settings would change it without a word.
+    ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
     return model, load_tokenizer(folder)
 
 

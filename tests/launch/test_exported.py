@@ -69,6 +69,23 @@ def test_an_export_from_before_still_loads(tmp_path: Path) -> None:
     assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_folder_does_not_decide_how_text_is_made(tmp_path: Path) -> None:
+    """Beams would give more rows than were asked for, a cache of its own name is refused beside ours, the rest changes tokens."""
+    written(tmp_path, trained(), "moe_gpt")
+    path = tmp_path / "generation_config.json"
+    theirs = {
+        "num_beams": 4,
+        "cache_implementation": "static",
+        "min_new_tokens": 50,
+        "suppress_tokens": [5],
+        "eos_token_id": [3, 4],
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **theirs}))
+    model, _ = load_exported(tmp_path, device="cpu")
+    kept = model.generation_config.to_diff_dict()
+    assert kept["eos_token_id"] == [3, 4] and not (set(theirs) - {"eos_token_id"}) & set(kept)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone", "header", "tokenizer"])
 def test_a_damaged_file_is_refused_by_its_name(damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
