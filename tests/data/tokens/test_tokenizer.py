@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,16 @@ def test_what_is_no_tokenizer_is_refused(tokenizer_text: str) -> None:
     del content["model"]["vocab"]["<|endoftext|>"]
     with pytest.raises(ValueError, match="no end-of-text token"):
         tokenizers.facts("x", TokenizerFiles(json.dumps(content)))
+
+
+def test_a_word_without_end_trains_in_pieces() -> None:
+    """The library's own time grows with the square of a word: 300,000 letters took 20 s of CPU. Others stay whole."""
+    long = "x" * 1000 + "{" * 700 + " " * 300 + "é9" * 500
+    pieces = list(tokenizers._short_words(long))
+    assert "".join(pieces) == long and [len(piece) for piece in pieces[:3]] == [256, 256, 256]
+    assert list(tokenizers._short_words("def f(x):\n    return x\n")) == ["def f(x):\n    return x\n"]
+    started = time.process_time()
+    text = tokenizers.train(["x" * 300_000, "ok = 1\n" * 50], 300)
+    assert time.process_time() - started < 10
+    ids = Tokenizer.from_str(text).encode("x" * 64 + "ok = 1\n")
+    assert len(ids.ids) < 20 and Tokenizer.from_str(text).decode(ids.ids) == "x" * 64 + "ok = 1\n"
