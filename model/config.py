@@ -37,7 +37,7 @@ class MoEGPTConfig(PreTrainedConfig):
     """
 
     model_type = "moe_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - a list: Trainer.evaluate adds another to it
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - a list: Trainer.evaluate adds another to it
     # Names of the project's first description, and Glm4Moe's own name for `qk_norm`.
     attribute_map = {  # noqa: RUF012 - transformers reads it as a plain class attribute
         "hidden_dim": "hidden_size",

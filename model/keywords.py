@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -27,6 +28,14 @@ def check_keywords(keywords: dict[str, Any], position_ids: Tensor | None) -> Non
     unknown = asked - KNOWN
     if unknown:
         logger.warning_once(f"the model's forward ignores {', '.join(sorted(unknown))}")
+
+
+def given_cache(past_key_values: Cache | None, keywords: dict[str, Any]) -> Cache | None:
+    """Takes `cache`, transformers' name for it from 5.24 on, out of the keywords. Raises ValueError where both are given."""
+    cache: Cache | None = keywords.pop("cache", None)
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give one of cache and past_key_values, which are two names of the same")
+    return past_key_values if cache is None else cache
 
 
 def check_export(dtype: torch.dtype) -> None:

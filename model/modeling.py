@@ -20,7 +20,7 @@ from .attention import Attention, prepare
 from .auxiliary import AuxiliaryLoss
 from .config import ATTENTION_ALIASES, ATTENTION_IMPLEMENTATIONS, MoEGPTConfig
 from .head import LMHead, head_loss
-from .keywords import check_export, check_keywords
+from .keywords import check_export, check_keywords, given_cache
 from .layers import ResidualLinear, ResidualNorm, RMSNorm
 from .loss import IGNORE
 from .mask import AttentionMask, causal_mask
@@ -79,7 +79,7 @@ class MoEGPTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - lists, as transformers wants them
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     # A bf16 bias would lose the balancer's step of 0.001.
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
@@ -142,6 +142,7 @@ class MoEGPTModel(MoEGPTPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        past_key_values = given_cache(past_key_values, kwargs)
         check_keywords(kwargs, position_ids)
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         check_export(x_BSH.dtype)

@@ -92,7 +92,7 @@ def _parts(job: Job, on_gpu: bool, load: float) -> dict[str, float]:
 def _fullest(job: Job, parts: dict[str, float]) -> float:
     """The most of them that is there at a time."""
     always, held, buckets = parts["weights"] + parts["optimizer"], parts["activations"], _buckets(job)
-    head = job.sizes.vocab_size * job.sizes.hidden_size
+    head = _head(job)
     block = parts["working"] + parts["exchange"]
     # Stages 1 and 2 make their buckets when a backward begins; forward and loss are over by then. Stage 3 gathers weights into one
     # buffer and copies each out of it; the buffer stays for the blocks' forward, but not for the loss.
@@ -102,13 +102,22 @@ def _fullest(job: Job, parts: dict[str, float]) -> float:
     # ZeRO-2 makes room for all of its shard's gradients when the first bucket is full: after the head's, which may be more than
     # that alone and then lies beside it, and those of as many layers as still go in.
     gone = min(1.0, max(0, job.bucket_elements - head) / (job.local_parameters - 2 * head))
-    beside = head * job.weight_bytes if head > job.bucket_elements else 0.0
-    flushing = parts["gradients"] + buckets + held * (1 - gone) + block + beside if job.zero_stage == 2 else 0.0
+    flushing = parts["gradients"] + buckets + held * (1 - gone) + block + _beside(job) if job.zero_stage == 2 else 0.0
     # In the last block's backward all gradients are there but the embedding's; then they are copied.
     last = max(block - head * job.weight_bytes, _flattened(job)) if job.zero_stage < 3 else 0.0
     end = parts["gradients"] + buckets + last
     stepping = remaining_gradients(job) + parts["step"] + (buckets if job.zero_stage == 3 else 0.0)
     return always + max(begin, flushing, end, stepping)
+
+
+def _head(job: Job) -> int:
+    """Elements of the largest parameter."""
+    return job.sizes.vocab_size * job.sizes.hidden_size
+
+
+def _beside(job: Job) -> float:
+    """The head's gradient where no bucket holds it."""
+    return _head(job) * job.weight_bytes if _head(job) > job.bucket_elements else 0.0
 
 
 def _gathered(job: Job) -> float:
@@ -162,10 +171,12 @@ def _buckets(job: Job) -> float:
 
 
 def _flattened(job: Job) -> float:
-    """What is copied on gradients' way to their sums. ZeRO-2: a bucket into sums of another type. ZeRO-1: at the end its shard;
-    where sums are apart, the dense gradients and then the experts' flat, and once more in the type that is sent."""
+    """What is copied on gradients' way to their sums. ZeRO-2: a bucket, or a head that is more than one, flat, and one parameter
+    after the other in the sums' type. ZeRO-1: at the end its shard; where sums are apart, the dense gradients and then the
+    experts' flat, and once more in the type that is sent."""
     if job.zero_stage == 2 and _summed_apart(job):
-        return min(job.bucket_elements, job.local_parameters) * job.weight_bytes
+        flat = min(max(job.bucket_elements, _head(job)), job.local_parameters)
+        return flat * job.weight_bytes + _head(job) * job.gradient_bytes + _beside(job)
     if job.zero_stage == 1 and _summed_apart(job):
         flat = min(max(job.dense_parameters, job.expert_parameters), REDUCED_AT_ONCE)
         return flat * (job.gradient_bytes + job.weight_bytes)

@@ -171,6 +171,18 @@ def test_a_static_cache_gives_the_same_logits() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_by_its_newer_name() -> None:
+    """transformers 5.24 gives `cache` where 5.23 gave `past_key_values`."""
+    model, inputs = made(), prompt(False)
+    filled = model(**inputs, use_cache=True)
+    new = torch.tensor([[3], [5]])
+    expected = model(torch.cat((inputs["input_ids"], new), dim=1), use_cache=False).logits[:, -1]
+    found = model(new, cache=filled.past_key_values).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="give one of cache and past_key_values"):
+        model(new, past_key_values=filled.past_key_values, cache=filled.past_key_values)
+
+
 def test_a_cache_that_forgets_is_refused() -> None:
     class Forgetful(DynamicCache):
         def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -64,8 +64,10 @@ class MoEGPTAttention(Glm4MoeAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,  # its name from transformers 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = past_key_values if cache is None else cache
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query_states = self.q_proj(hidden_states).view(hidden_shape)
@@ -76,8 +78,8 @@ class MoEGPTAttention(Glm4MoeAttention):
         query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)  # type: ignore[arg-type]
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)  # type: ignore[arg-type]
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_with_sinks
         )
