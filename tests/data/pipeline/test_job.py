@@ -54,7 +54,8 @@ def test_twenty_kills_at_random_moments_end_with_the_same_bytes(expected: Path, 
     done = run(*flags, "--output", tmp_path / "timed", "--workers", 1)
     whole = time.monotonic() - started
     kills = partial = 0
-    while kills < 20:
+    while kills < 20 or partial <= 3:
+        assert kills < 100, "no kill fell into the writing"
         process = subprocess.Popen(command(*flags, "--output", output, "--workers", 1), env=environment())
         time.sleep(rng.uniform(0.4, 1.0) * whole)
         if process.poll() is None:
@@ -66,9 +67,10 @@ def test_twenty_kills_at_random_moments_end_with_the_same_bytes(expected: Path, 
         if (output / "manifest.json").exists():
             assert contents(output) == contents(expected) or (output / "state.json").exists()
             shutil.rmtree(output)
+        elif list(output.glob("train/*.bin")):
+            partial += 1
         else:
-            partial += bool(list(output.glob("train/*.bin")))
-    assert partial > 3, "no kill fell into the writing"
+            whole *= 1.05  # and here less busy
     done = run(*flags, "--output", output, "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert contents(output) == contents(expected)
