@@ -61,7 +61,11 @@ def read_samples(path: Path, problems: Mapping[str, Problem]) -> list[Sample]:
     if not path.is_file():
         raise NotFound(f"--score {path}: there is no such file")
     found = []
-    for number, line in enumerate(path.read_bytes().decode("utf-8", "surrogatepass").split("\n"), 1):
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text at byte {error.start}: it is not a file of samples") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             found.append(checked(path, f"line {number}", line, problems))
     missing = set(problems) - {task for task, _ in found}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,17 +85,6 @@ def complete(
 
     Raises UserError where a prompt leaves too little room in the model's context.
     """
-    with stops_of_folder(sampling, model) as sampling:
-        return _complete(model, tokenizer, prompts, sampling, stream)
-
-
-def _complete(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    stream: Stream | None,
-) -> tuple[list[Completion], float]:
     longest = max(len(ids) for ids in prompts)
     check_length(model, longest, sampling.max_new_tokens)
     ends = end_ids(model)
@@ -119,18 +106,6 @@ def _complete(
     seconds = time.perf_counter() - started
     rows = out[:, longest:].tolist()
     return [finished(tokenizer, row, i // sampling.num_return_sequences, ends, sampling) for i, row in enumerate(rows)], seconds
-
-
-@contextmanager
-def stops_of_folder(sampling: Sampling, model: PreTrainedModel) -> Iterator[Sampling]:
-    """The stop strings of its generation_config.json become ours: `generate` hands them on to no decoding loop but its own."""
-    settings: Any = model.generation_config
-    theirs = settings.stop_strings
-    settings.stop_strings = None
-    try:
-        yield replace(sampling, stop=(*sampling.stop, *([theirs] if isinstance(theirs, str) else map(str, theirs or ()))))
-    finally:
-        settings.stop_strings = theirs
 
 
 def check_length(model: PreTrainedModel, prompt: int, new: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,14 @@ BROKEN = [
     ('{"task_id": "Own/9", "completion": ""}\n', "line 1: Own/9 is none of the 3 problems"),
     ('{"task_id": "Own/0", "completion": ""}\n', "has no sample of 2 of 3 problems, Own/1 the first of them"),
     ("nothing\n", "line 1: no JSON"),
+    ("\udcff\udcfe", "is no UTF-8 text at byte 0"),
 ]
 
 
 @pytest.mark.parametrize(("text", "sentence"), BROKEN)
 def test_samples_that_are_none_are_named(text: str, sentence: str, problem_files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    path.write_text(text)
+    path.write_bytes(os.fsencode(text))
     with pytest.raises(UserError) as error:
         read_samples(path, read_problems("humaneval", problem_files["humaneval"]))
     assert sentence in str(error.value)

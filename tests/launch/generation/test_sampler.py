@@ -92,19 +92,6 @@ def test_reasons_to_end(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast
     assert ended.finish == "eos" and ended.tokens == whole.text.split().index(third) + 1
 
 
-def test_stop_strings_of_the_folder_stop_every_time(
-    model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """generation_config.json may have some, and `generate` knows no tokenizer to find them with."""
-    sampling = Sampling(max_new_tokens=8, temperature=0)
-    ((whole,), _) = complete(model, words, [PROMPTS[1]], sampling)
-    third = whole.text.split()[2]
-    monkeypatch.setattr(model.generation_config, "stop_strings", [third])
-    for _ in range(2):
-        ((one,), _) = complete(model, words, [PROMPTS[1]], sampling)
-        assert one.text.split() == whole.text.split()[:2]
-
-
 def test_the_least_temperature_draws_the_likeliest(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
     for limit in ({}, {"top_k": 10**6}, {"top_p": 1e-9}):
         coldest = Sampling(max_new_tokens=6, **{"temperature": LEAST_TEMPERATURE, "top_p": 1.0, **limit})
