@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from model.accounting import Config
 
 RATE_EXPONENT, BATCH_EXPONENT = -0.1250, 0.3271
+#: A law that is further off than this on the size it did not see, or whose floor E is lower, predicts nothing.
+HELD_OUT_ERROR, FLOOR = 0.02, 1e-3
 SHARE = 0.9  # of the bootstrapped laws lies within an interval
 
 
@@ -64,6 +66,15 @@ class Ladder:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"--ladder {path} is not what launch/benchmark.py ladder --output writes ({error})") from error
 
+    def doubts(self) -> list[str]:
+        """Why this law is no prediction, in words; empty where nothing speaks against it."""
+        found = []
+        if (self.held_out_error or 0.0) > HELD_OUT_ERROR:
+            found.append(f"the law is {self.held_out_error:.1%} off on the size that it did not see, over {HELD_OUT_ERROR:.0%}")
+        if self.law.E < FLOOR:
+            found.append(f"the law has no floor (E is {self.law.E:.2g}): its runs do not reach where one would show")
+        return found
+
     def expectation(self, active: float, tokens: float, flops: float) -> dict[str, Any]:
         """`bits_per_byte`, its interval, how many times beyond the largest run that is, and the rate and batch to begin with.
 
@@ -79,6 +90,7 @@ class Ladder:
             "bits_per_byte": middle,
             "low": min(low, middle) * (1 - wider),
             "high": max(high, middle) * (1 + wider),
+            "doubts": self.doubts(),
             "beyond": {"parameters": active / self.largest["active"], "tokens": tokens / self.largest["tokens"]},
         }
         if self.preferred:
@@ -102,12 +114,13 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 
 def in_words(found: dict[str, Any], *, tokens: float) -> list[str]:
-    """Two lines for a terminal."""
+    """Lines for a terminal: two, and one for each doubt."""
     beyond, between = found["beyond"], f"{found['low']:.3f} to {found['high']:.3f}"
     lines = [
         f"expected after {tokens:.3g} tokens: {found['bits_per_byte']:.3f} bits per byte, {between} "
         f"({beyond['parameters']:,.3g} x the parameters and {beyond['tokens']:,.3g} x the tokens of the largest run measured)"
     ]
+    lines += [f"not to be believed: {doubt}" for doubt in found["doubts"]]
     if "learning_rate" in found:
         lines.append(
             f"to begin with, by compute: learning rate {found['learning_rate']:.2g}, {found['batch_tokens']:,.0f} tokens a step"

@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from data.cli import UserError
 from launch.benchmarks import ladder
 from launch.benchmarks.scaling_law import bootstrap, fit
 from launch.benchmarks.small_runs import SmallRun
-from launch.planning.ladder import Ladder, Law, active_parameters
+from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
 
 CHINCHILLA = Law(A=406.4, B=410.7, E=1.69, alpha=0.34, beta=0.28)
@@ -44,6 +45,14 @@ def test_the_truth_lies_in_the_interval_which_widens_with_distance() -> None:
     assert far["low"] < CHINCHILLA.bits(3e9, 6e10) < far["high"]
     assert far["high"] - far["low"] > 3 * (near["high"] - near["low"]) > 0
     assert far["beyond"] == pytest.approx({"parameters": 100, "tokens": 100})
+
+
+@pytest.mark.parametrize(("error", "floor", "doubts"), [(0.019, 0.5, 0), (None, 0.5, 0), (0.037, 0.5, 1), (0.037, 1e-10, 2)])
+def test_a_law_that_predicts_nothing_says_so(error: float | None, floor: float, doubts: int) -> None:
+    law = replace(CHINCHILLA, E=floor)
+    made = Ladder(law=law, bootstrap=[law], largest={"active": 1e6, "tokens": 1e6}, held_out_error=error, preferred=None)
+    said = in_words(made.expectation(1e9, 1e9, 1.0), tokens=1e9)
+    assert sum(line.startswith("not to be believed") for line in said) == doubts == len(said) - 1
 
 
 def test_too_few_losses_make_no_law() -> None:

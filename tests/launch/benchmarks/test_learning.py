@@ -16,6 +16,8 @@ from support import ROOT
 from data.cli import UserError
 from launch.benchmarks import learning, small_runs
 from launch.benchmarks.variants import built_in, chosen_variants, merged, read_variants
+from launch.engine.keys import check_keys
+from launch.engine.strategy import read_config
 from launch.reporting.read import read_run
 from model import MoEGPTConfig
 from model.accounting import forward_flops_per_token
@@ -46,6 +48,15 @@ def test_the_dense_twin_has_the_flops_of_a_token() -> None:
     assert dense.n_routed_experts == dense.num_experts_per_tok == config.num_experts_per_tok
     router = 2 * config.num_hidden_layers * config.hidden_size * (config.n_routed_experts - dense.n_routed_experts)
     assert forward_flops_per_token(config, 256) - forward_flops_per_token(dense, 256) == router
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("cpu_*.json")), ids=lambda path: path.stem)
+def test_every_variants_json_has_only_keys_that_are_read(path: Path) -> None:
+    """The optimizers take different parameters: of one that the variant replaces nothing may be left that the other refuses."""
+    for variant in built_in(MoEGPTConfig.preset("tiny")).values():
+        settings = variant.settings(read_config(path))
+        assert settings.get("optimizer", {}).get("type") in ("AdamW", "Muon")
+        check_keys(settings, path)
 
 
 def test_all_runs_have_the_same_flops_and_samples(tmp_path: Path) -> None:
