@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("any machine")
 RANKS = {"nursery", "run_train", "site"}
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With pytest-xdist (`--dist loadgroup`): real ranks one test after the other in one process, other files side by side."""
     for item in items:
