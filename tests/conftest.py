@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -24,16 +26,26 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 
-#: Fixtures of tests whose processes fill the cores, and which wait for each other by the clock.
-RANKS = {"nursery", "run_train", "site"}
+#: What tests with ranks of their own ask for: these fill the cores, and wait for each other by the clock.
+RANKS = ("nursery", "run_train", "site: Site", "deepspeed_command")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist (`--dist loadgroup`): real ranks one test after the other in one process, other files side by side."""
-    for item in items:
-        ranks = RANKS & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two processes: files with ranks of their own one after the other in one of them, all other files beside."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class RanksInOneProcess(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.split("::")[0])
+
+    return RanksInOneProcess(config, log)
+
+
+@functools.cache
+def group_of(path: str) -> str:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return "ranks" if any(word in text for word in RANKS) else path
 
 
 @pytest.fixture(scope="session")
