@@ -23,7 +23,7 @@ quickstart: install
 # What fails gets a second try, alone: on a busy machine a process that is to be killed in its start may not have started. The
 # log names it either way; what fails twice fails.
 test: install
-	@PATH="$(abspath $(BIN)):$$PATH"; pytest() { $(BIN)/python -m pytest "$$@" $(PYTEST_ARGS); }; pytest --numprocesses 2 --durations 10 || { \
+	@PATH="$(abspath $(BIN)):$$PATH"; pytest() { $(BIN)/python -m pytest "$$@" $(PYTEST_ARGS); }; pytest --numprocesses 2 --no-loadscope-reorder --durations 10 || { \
 		[ $$? = 1 ] && echo "A second try for each test that failed:" && \
 		pytest --verbose --last-failed --last-failed-no-failures none --maxfail 3; }
 
