@@ -90,6 +90,11 @@ def sentence(error: BaseException) -> str:
     return printable(said)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def printable(text: str) -> str:
     """`text` for any terminal: bytes of a file name that are no UTF-8 are written out."""
     return text.encode("utf-8", "backslashreplace").decode()

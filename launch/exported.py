@@ -121,9 +121,9 @@ def load_model(
     folder: Path, config: MoEGPTConfig, *, attn_implementation: str = "sdpa", dtype: torch.dtype | str = "auto"
 ) -> MoEGPTForCausalLM:
     """This repository's model with a folder's weights, bit for bit. Raises UserError with a file or a weight that is not right."""
-    check_weights(folder)
-    _check_layers(folder, config)
-    if config_type(folder) == MoEGPTConfig.model_type:
+    ours = config_type(folder) == MoEGPTConfig.model_type
+    _check_layers(folder, config, check_weights(folder), no_more=ours)
+    if ours:
         with _damage_named(folder):
             loaded: Any = MoEGPTForCausalLM.from_pretrained(
                 folder,
@@ -167,19 +167,16 @@ def _damage_named(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} does not hold the model of its config.json: {reason} ({type(error).__name__})") from error
 
 
-def _check_layers(folder: Path, config: MoEGPTConfig) -> None:
-    """Before a model of thousands of layers is built that the weights, by their headers, do not hold."""
-    from safetensors import safe_open
+def _check_layers(folder: Path, config: MoEGPTConfig, names: set[str], *, no_more: bool) -> None:
+    """Before a model of thousands of layers is built that the weights, by their names, do not hold.
 
-    layers = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            layers |= {name.split(".")[2] for name in file.keys() if name.startswith("model.layers.")}  # noqa: SIM118
-    more_are_right = config_type(folder) != MoEGPTConfig.model_type  # a stock folder's last one may be for predicting two tokens
-    if layers and len(layers) != config.num_hidden_layers and not (more_are_right and len(layers) > config.num_hidden_layers):
+    `no_more` False: a stock folder's last one may be for predicting two tokens.
+    """
+    layers = len({name.split(".")[2] for name in names if name.startswith("model.layers.")})
+    if layers and (layers < config.num_hidden_layers or (no_more and layers > config.num_hidden_layers)):
         raise UserError(
             f"{folder} does not hold the model of its config.json: num_hidden_layers is {config.num_hidden_layers} there, "
-            f"and the weights have {len(layers)} layers"
+            f"and the weights have {layers} layers"
         )
 
 
@@ -187,9 +184,10 @@ def config_type(folder: Path) -> Any:
     return MoEGPTConfig.get_config_dict(folder)[0].get("model_type")
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> set[str]:
     """Size and checksum of weights and tokenizer, as the export wrote them; of any folder that its shards are there and readable.
 
+    Returns the names of the weights by the headers of its safetensors files.
     The weights are then in memory for the reading that follows. Other files are the user's to edit.
     Raises UserError with the file that is damaged or missing.
     """
@@ -201,8 +199,9 @@ def check_weights(folder: Path) -> None:
         if path.stat().st_size != record["bytes"] or hash_file(path, "xxh3_128") != record["xxh3_128"]:
             raise UserError(f"{path} is damaged: it is not the file that was exported; export it again")
     _check_shards(folder)
-    _check_headers(folder)
+    names = _names_in_headers(folder)
     _check_generation(folder)
+    return names
 
 
 def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
@@ -247,16 +246,18 @@ def _check_generation(folder: Path) -> None:
         raise UserError(f"{path} is not a JSON object; mend or remove it")
 
 
-def _check_headers(folder: Path) -> None:
+def _names_in_headers(folder: Path) -> set[str]:
     from safetensors import SafetensorError, safe_open
 
+    names = set[str]()
     for path in sorted(folder.glob("*.safetensors")):
         refuse_pointer(path)
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    return names
 
 
 def check_arithmetic(folder: Path, config: MoEGPTConfig) -> None:

@@ -126,13 +126,9 @@ class MoEGPTConfig(PreTrainedConfig):
         if self.is_encoder_decoder:
             raise ValueError("is_encoder_decoder must be false: this is a decoder")
         for field in _FINITE_FIELDS:
-            if not _is_finite(getattr(self, field)):
+            if not _is_number(getattr(self, field)):
                 raise ValueError(f"{field} must be a finite number of at least 0, got {getattr(self, field)!r}")
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, field)
-            ids = value if isinstance(value, list) and field == "eos_token_id" else [value]
-            if value is not None and not all(isinstance(id_, int) for id_ in ids):
-                raise ValueError(f"{field} must be the number of a token, got {value!r}")
+        self._check_token_ids()
         self._check_attention()
         self._check_routing()
         for field in ("expert_dropout", "z_loss_weight", "router_bias_rate", "router_bias_average", "router_aux_loss_coef"):
@@ -142,6 +138,13 @@ class MoEGPTConfig(PreTrainedConfig):
             raise ValueError(f"router_bias_decay must be at least 0 and at most 1, got {self.router_bias_decay!r}")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act must be 'silu' (the experts are SwiGLU), got {self.hidden_act!r}")
+
+    def _check_token_ids(self) -> None:
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, field)
+            ids = value if isinstance(value, list) and field == "eos_token_id" else [value]
+            if value is not None and not all(isinstance(id_, int) for id_ in ids):
+                raise ValueError(f"{field} must be the number of a token, got {value!r}")
 
     def _check_attention(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -156,10 +159,10 @@ class MoEGPTConfig(PreTrainedConfig):
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters.rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
         for name in ("factor", "rope_theta", "original_max_position_embeddings"):
-            if name in rope and not (_is_finite(rope[name]) and rope[name] >= 1):
+            if name in rope and not _is_number(rope[name], least=1):
                 raise ValueError(f"rope_parameters.{name} must be a finite number of at least 1, got {rope[name]!r}")
         for name in ("beta_fast", "beta_slow", "attention_factor"):
-            if rope.get(name) is not None and not (_is_finite(rope[name]) and rope[name] > 0):
+            if rope.get(name) is not None and not (_is_number(rope[name]) and rope[name] > 0):
                 raise ValueError(f"rope_parameters.{name} must be a finite number above 0, got {rope[name]!r}")
 
     def _check_routing(self) -> None:
@@ -208,8 +211,9 @@ class MoEGPTConfig(PreTrainedConfig):
         return longer
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+def _is_number(value: Any, least: float = 0.0) -> bool:
+    """Finite, and at least that."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
 
 
 #: Above any model's; a damaged or hostile configuration would be built for minutes before its weights are seen to be missing.

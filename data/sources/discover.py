@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.cli import NotFound, UserError
+from data.cli import NotFound, UserError, counted
 
 #: Never plain `.json`: a source tree is full of those.
 DATA_SUFFIXES = (
@@ -137,7 +137,7 @@ def describe_endings(names: Sequence[str]) -> str:
     """How many files of which endings, the most frequent first: `192 files (100 .cpp, 92 .h)`."""
     counts = Counter(Path(name).suffix or "without an ending" for name in names).most_common()
     shown = ", ".join(f"{count} {ending}" for ending, count in counts[:5])
-    return f"{len(names)} {'file' if len(names) == 1 else 'files'} ({shown}{', ...' if len(counts) > 5 else ''})"
+    return f"{counted(len(names), 'file')} ({shown}{', ...' if len(counts) > 5 else ''})"
 
 
 def _tree(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str], exclude: Path | None) -> Source:

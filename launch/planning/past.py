@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data.cli import UserError
+from data.cli import UserError, counted
 from data.files import read_json
 from launch.planning.answer import SECONDS_PER_DAY
 from launch.planning.arguments import PlanArguments
@@ -85,7 +85,7 @@ def show_rest(answer: dict[str, Any]) -> str:
     """In words."""
     done = answer["done"]
     lines = [
-        f"{answer['run']}: {done['tokens']:,} tokens in {done['steps']:,} steps on {_ranks(answer['gpus'])}, "
+        f"{answer['run']}: {done['tokens']:,} tokens in {done['steps']:,} steps on {counted(answer['gpus'], 'rank')}, "
         f"{answer['tokens_per_second']:,.0f} tokens/s now",
         _left(answer),
     ]
@@ -95,10 +95,6 @@ def show_rest(answer: dict[str, Any]) -> str:
         lines.append(f"the plan for this card says {planned:,.0f} tokens/s; the run does {reached:.0%} of that")
     lines.append(f"memory of a rank by the plan: {answer['memory_gb']['total']:.2f} GB")
     return "\n".join(map(wrapped, lines))
-
-
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _left(answer: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from data.cli import counted
 from launch.reporting.checks import LEAST_ROWS, LEVELS, Flag, last_part, some_steps, window_medians
 from launch.reporting.experts import collapsed_experts, logits_grow
 from launch.reporting.learning import always_clipped, high_norm, loss_rises, not_finite, validation_apart
@@ -53,10 +54,10 @@ def skipped_steps(run: Run) -> Iterator[Flag]:
         return
     share = len(steps) / max(1, run.last_step)
     rolled = sum(mark.kind == "rollback" for mark in run.marks)
-    back = f" The run went back to a checkpoint {rolled} time{'s' * (rolled != 1)}." if rolled else ""
+    back = f" The run went back to a checkpoint {counted(rolled, 'time')}." if rolled else ""
     yield Flag(
         level="bad" if share > MANY_SKIPPED else "look" if share > SOME_SKIPPED or rolled else "note",
-        title=f"{len(steps)} spike{'s' * (len(steps) != 1)} skipped",
+        title=f"{counted(len(steps), 'spike')} skipped",
         detail=f"Steps whose loss or norm was far out were not taken: {some_steps(steps)} ({share:.2%} of the run).{back}",
         advice="Single ones are what the guard is for. Many, or more and more: lower the learning rate, or read their samples "
         "(skipped_samples in metrics.jsonl) for broken documents.",

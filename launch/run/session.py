@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from data.cli import Exit, as_user_error
+from data.cli import Exit, as_user_error, counted
 from data.dataset import PackedDataset
 from data.lock import FolderLock, take_folder
 from launch.checkpoint.choose import ResumeChoice, ResumeFrom
@@ -313,7 +313,7 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     counts = count_parameters(run.model)
     monitor.say(
         f"{arguments.model}: {counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active; "
-        f"{run.world_size} rank{'s' * (run.world_size != 1)}, expert parallel {config['ep_size']}, ZeRO {config['zero_stage']}, "
+        f"{counted(run.world_size, 'rank')}, expert parallel {config['ep_size']}, ZeRO {config['zero_stage']}, "
         f"{config['dtype']}"
     )
     samples = len(run.train_data)
