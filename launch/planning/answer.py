@@ -21,6 +21,7 @@ from model.accounting import count_parameters, training_flops_per_token
 from model.sizes import ModelSizes, load_sizes
 
 SECONDS_PER_DAY = 86_400
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def answer(arguments: PlanArguments) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
     path = arguments.deepspeed_config or strategy.default_path(arguments.num_gpus, arguments.ranks)
     base = strategy.read_config(path)
     sizes = read_sizes(arguments.model)
-    planned = candidate(read_job(arguments, sizes, base, path), device)
+    config, to_train = with_batch_for(base, arguments.ranks)
+    planned = candidate(read_job(arguments, sizes, config, path), device)
     better = search(planned.job, device)
     found = {
         "model": arguments.model,
@@ -42,6 +44,7 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
         **describe(planned),
         **budget(planned, arguments.tokens, arguments.price),
         "expected": expected(arguments, planned.job),
+        "to_train": to_train,
         "to_fit": to_fit(planned),
         "alternatives": [layout(one) for one in better],
         "curve": [{"gpus": p.gpus, **layout(p.found), "breaks": p.breaks} for p in curve(planned.job, device)],
@@ -58,6 +61,23 @@ def read_sizes(model: str) -> ModelSizes:
         return load_sizes(model)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
+
+
+def with_batch_for(base: dict[str, Any], ranks: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """`base` with a batch that `ranks` can share out, and what of it had to change, `[from, to]` by key.
+
+    Training refuses a batch that was made for another number of GPUs; a plan shows what it would have to be. The global batch
+    stays where every rank gets as many sequences of it, else it becomes the nearest that does.
+    """
+    train, micro, accumulation = (None if base.get(name, "auto") == "auto" else base[name] for name in BATCH)
+    unit = ranks * (micro or 1) * (accumulation or 1)
+    if train is None or train == unit or (train % unit == 0 and None in (micro, accumulation)):
+        return base, {}
+    share = max(1, round(train / ranks))
+    fitting = max(n for n in range(1, (micro or share) + 1) if share % n == 0)
+    wanted = (share * ranks, micro and fitting, accumulation and share // fitting)
+    pairs = {name: [base[name], new] for name, new in zip(BATCH, wanted, strict=True) if new and base[name] != new}
+    return {**base, **{name: new for name, (_, new) in pairs.items()}}, pairs
 
 
 def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], path: Path) -> Job:

@@ -48,17 +48,24 @@ def show(answer: dict[str, Any], *, with_curve: bool) -> str:
 
 def _head(answer: dict[str, Any]) -> str:
     parameters, batch, layout = answer["parameters"], answer["batch"], answer["layout"]
-    return "\n".join(
-        wrapped(line)
-        for line in [
-            f"{answer['model']}: {_count(parameters['total'])} parameters, {_count(parameters['active'])} active for a token, "
-            f"{answer['flops_per_token'] / 1e9:.3g} GFLOP a token",
-            f"{answer['gpus']} x {answer['gpu']}, {answer['deepspeed_config']}: EP {layout['expert_ranks']}, ZeRO "
-            f"{layout['zero_stage']}, recomputation {layout['activation_checkpointing']}",
-            f"a step: {batch['micro_batch']} sequences x {batch['accumulation']} micro-batches x {answer['gpus']} GPUs x "
-            f"{answer['sequence_length']:,} tokens = {batch['tokens_per_step']:,} tokens",
-        ]
+    lines = [
+        f"{answer['model']}: {_count(parameters['total'])} parameters, {_count(parameters['active'])} active for a token, "
+        f"{answer['flops_per_token'] / 1e9:.3g} GFLOP a token",
+        f"{answer['gpus']} x {answer['gpu']}, {answer['deepspeed_config']}: EP {layout['expert_ranks']}, ZeRO "
+        f"{layout['zero_stage']}, recomputation {layout['activation_checkpointing']}",
+    ]
+    if answer["to_train"]:
+        lines.append(f"this JSON does not train on {answer['gpus']} GPUs as it is; planned with {_changed(answer['to_train'])}")
+    lines.append(
+        f"a step: {batch['micro_batch']} sequences x {batch['accumulation']} micro-batches x {answer['gpus']} GPUs x "
+        f"{answer['sequence_length']:,} tokens = {batch['tokens_per_step']:,} tokens"
     )
+    return "\n".join(map(wrapped, lines))
+
+
+def _changed(pairs: dict[str, Sequence[object]]) -> str:
+    """Keys of the JSON, from what to what."""
+    return ", ".join(f"{key} from {old} to {new}" for key, (old, new) in pairs.items())
 
 
 def _memory(answer: dict[str, Any]) -> str:
@@ -72,7 +79,7 @@ def _memory(answer: dict[str, Any]) -> str:
     elif worst > memory["total"]:
         verdict += f"; {worst:.1f} GB when routing sends a rank three times its share"
     if answer["to_fit"]:
-        verdict += "; to fit, change " + ", ".join(f"{key} from {old} to {new}" for key, (old, new) in answer["to_fit"].items())
+        verdict += f"; to fit, change {_changed(answer['to_fit'])}"
     lines = ["memory of a GPU at its fullest, GB (10^9 bytes)", table(rows), wrapped(verdict)]
     if memory["host"]:
         lines.append(f"and {memory['host']:.1f} GB of host memory for each GPU")

@@ -66,6 +66,28 @@ def test_in_words() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("flags", "batch"),
+    [
+        (("--num_nodes", 8), {"train_micro_batch_size_per_gpu": [8, 4]}),
+        # 84 GPUs: 256 sequences are 3.05 each, so three, of which no 8 and no 2 make a micro-batch
+        (("--num_nodes", 12, "--num_gpus", 7, "--deepspeed_config", "ds_configs/ep1_zero2.json"), {"train_batch_size": [256, 252]}),
+        (("--num_nodes", 64), {"train_batch_size": [256, 512], "train_micro_batch_size_per_gpu": [8, 1]}),
+    ],
+)
+def test_a_batch_made_for_fewer_gpus_is_planned_as_it_could_train(flags: tuple, batch: dict) -> None:
+    asked = (*USUAL, *flags)
+    found = answer(*asked)
+    assert found["to_train"].items() >= batch.items()
+    assert found["batch"]["global_batch"] == found["batch"]["micro_batch"] * found["batch"]["accumulation"] * found["gpus"]
+    point = next((p for p in found["curve"] if p["gpus"] == found["gpus"]), found["layout"])
+    assert point["micro_batch"] == found["batch"]["micro_batch"]
+    said = " ".join(plan(*asked).stdout.split())
+    key, (old, new) = next(iter(batch.items()))
+    assert f"does not train on {found['gpus']} GPUs as it is; planned with" in said and f"{key} from {old} to {new}" in said
+    assert answer(*USUAL)["to_train"] == {}
+
+
 def test_answers_at_once_and_without_torch() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert plan(*USUAL).returncode == 0
