@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import launch  # noqa: F401 - first: it names what hides our packages
-from data.cli import UserError, printable
+from data.cli import UserError, printable, say
 from data.files import replace_file
 from data.flags import Parser
 from launch.cli import run_command
 from launch.reporting.evaluations import find_evaluations, read_evaluation
 from launch.reporting.page import build_page
 from launch.reporting.read import Run, read_run
-from launch.reporting.summary import state_of
+from launch.reporting.summary import QUIET_SECONDS, state_of
 
 EXAMPLES = """
 python launch/report.py runs/first
@@ -64,6 +64,20 @@ def write_report(arguments: argparse.Namespace, output: Path) -> list[Run]:
     return runs
 
 
+def wait_for_rows(folders: list[Path]) -> None:
+    """A run makes its folder, reads its data, builds its engine, and only then logs: until then there is nothing to show."""
+    starting = [folder for folder in folders if _is_starting(folder)]
+    for folder in starting:
+        say(f"{folder} is starting and has logged nothing yet; waiting (Ctrl-C ends this)")
+    while any(map(_is_starting, starting)):
+        time.sleep(0.5)
+
+
+def _is_starting(folder: Path) -> bool:
+    lock = folder / ".lock"
+    return not (folder / "metrics.jsonl").exists() and lock.exists() and time.time() - lock.stat().st_mtime < QUIET_SECONDS
+
+
 def main() -> int:
     arguments = build_parser().parse_args()
     output = arguments.output or arguments.runs[0] / "report.html"
@@ -71,6 +85,8 @@ def main() -> int:
         raise UserError(f"--seconds must be at least 1, not {arguments.seconds:g}")
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
+    if arguments.follow:
+        wait_for_rows(arguments.runs)
     runs = write_report(arguments, output)
     print(f"wrote {output} ({output.stat().st_size / 1000:,.0f} KB); open it in a browser", flush=True)
     while arguments.follow and any(state_of(run)[1] == "running" for run in runs):

@@ -73,6 +73,25 @@ def test_follow_writes_anew_until_the_run_is_done(tmp_path: Path) -> None:
     assert '"follow":0' in text and "finished" in text
 
 
+def test_follow_waits_for_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").rename(tmp_path / "later")
+    (folder / ".lock").write_text("4711 host")
+    command = [sys.executable, "launch/report.py", str(folder), "--follow"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as follower:
+        assert follower.stderr is not None and "has logged nothing yet" in follower.stderr.readline()
+        (tmp_path / "later").rename(folder / "metrics.jsonl")
+        assert follower.wait(timeout=60) == 0
+    assert "finished" in (folder / "report.html").read_text()
+
+
+def test_a_start_that_never_came_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("4711 host")
+    os.utime(tmp_path / ".lock", (0, 0))
+    done = report(tmp_path, "--follow")
+    assert done.returncode == 2 and "it has no metrics.jsonl" in done.stderr
+
+
 def test_a_hundred_thousand_steps_are_built_in_five_seconds(tmp_path: Path) -> None:
     """CPU time of the whole command, for this machine may be busy: 24 layers, each step logged."""
     block = [json.dumps(row) for row in healthy_rows(1000, 1, layers=24) if "loss" in row]
