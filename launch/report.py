@@ -19,7 +19,7 @@ from launch.cli import run_command
 from launch.reporting.evaluations import find_evaluations, read_evaluation
 from launch.reporting.page import build_page
 from launch.reporting.read import Run, read_run
-from launch.reporting.summary import QUIET_SECONDS, state_of
+from launch.reporting.summary import QUIET_SECONDS, goes_on
 
 EXAMPLES = """
 python launch/report.py runs/first
@@ -89,7 +89,7 @@ def main() -> int:
         wait_for_rows(arguments.runs)
     runs = write_report(arguments, output)
     print(f"wrote {output} ({output.stat().st_size / 1000:,.0f} KB); open it in a browser", flush=True)
-    while arguments.follow and any(state_of(run)[1] == "running" for run in runs):
+    while arguments.follow and any(map(goes_on, runs)):
         time.sleep(arguments.seconds)
         runs = write_report(arguments, output)
     if arguments.follow:

@@ -63,6 +63,14 @@ def state_of(run: Run, now: float | None = None) -> tuple[str, str]:
     return "note", "running"
 
 
+def goes_on(run: Run) -> bool:
+    """Whether more is to come. After the last step there is an evaluation, then a checkpoint: its row is a run's last."""
+    color, _ = state_of(run)
+    saved = any(mark.kind in {"checkpoint", "save_failed"} and mark.step >= run.last_step for mark in run.marks)
+    quiet = time.time() - (run.folder / "metrics.jsonl").stat().st_mtime
+    return color == "note" or (color == "good" and not saved and quiet <= QUIET_SECONDS)
+
+
 def recent(column: Floats, rows: int = 20) -> float:
     """Mean of the last few finite values: one step says little."""
     finite = column[np.isfinite(column)][-rows:]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from made_up_runs import CONFIG, healthy_rows, write_run
+from made_up_runs import CONFIG, Row, healthy_rows, write_run
 from support import ROOT
 
 SECONDS, STEPS = 5.0, 100_000
@@ -66,11 +66,21 @@ def test_follow_writes_anew_until_the_run_is_done(tmp_path: Path) -> None:
         while not page.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert '"follow":1.0' in page.read_text() and follower.poll() is None
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows[100:])
+        log(folder, rows[100:-2])  # the last step; its evaluation and its checkpoint are still to come
+        written = {page.stat().st_mtime_ns}
+        while len(written) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            written.add(page.stat().st_mtime_ns)
+        assert follower.poll() is None
+        log(folder, rows[-2:])
         assert follower.wait(timeout=60) == 0
     text = page.read_text()
-    assert '"follow":0' in text and "finished" in text
+    assert '"follow":0' in text and "finished" in text and f"{rows[-2]['val_loss']:.4f}"[:5] in text
+
+
+def log(folder: Path, rows: list[Row]) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def test_follow_waits_for_a_run_that_has_only_begun(tmp_path: Path) -> None:
