@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PRESETS_FOLDER = Path(__file__).resolve().parent / "presets"
+USUAL_CONTEXT = 2048
 #: The names of the project's first description, and of other MoE configurations; `MoEGPTConfig.attribute_map`.
 ALIASES = {
     "hidden_dim": "hidden_size",
@@ -56,6 +57,11 @@ class ModelSizes:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed n_routed_experts ({self.n_routed_experts})"
             )
+
+    @property
+    def usual_context(self) -> int:
+        """Tokens of a sample where nobody asks for another number."""
+        return min(USUAL_CONTEXT, self.max_position_embeddings)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ModelSizes:

@@ -40,7 +40,7 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
         "num_nodes": arguments.num_nodes,
         "gpus": arguments.ranks,
         "deepspeed_config": str(path),
-        "sequence_length": arguments.sequence_length,
+        "sequence_length": planned.job.sequence_length,
         **describe(planned),
         **budget(planned, arguments.tokens, arguments.price),
         "expected": expected(arguments, planned.job),
@@ -82,18 +82,16 @@ def with_batch_for(base: dict[str, Any], ranks: int) -> tuple[dict[str, Any], di
 
 def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], path: Path) -> Job:
     """The job that `launch/train.py` would run under the same flags, refused where it would refuse it."""
-    if arguments.sequence_length > sizes.max_position_embeddings:
-        raise UserError(
-            f"--sequence_length {arguments.sequence_length} is beyond the {sizes.max_position_embeddings} positions of "
-            f"{arguments.model}"
-        )
+    length = arguments.sequence_length or sizes.usual_context
+    if length > sizes.max_position_embeddings:
+        raise UserError(f"--sequence_length {length} is beyond the {sizes.max_position_embeddings} positions of {arguments.model}")
     resolved = strategy.resolve_config(base, path, world_size=arguments.ranks, num_experts=sizes.n_routed_experts, max_steps=1000)
     return job_from(
         sizes,
         resolved,
         ranks=arguments.ranks,
         ranks_per_node=arguments.num_gpus,
-        sequence_length=arguments.sequence_length,
+        sequence_length=length,
         recompute=arguments.activation_checkpointing,
     )
 

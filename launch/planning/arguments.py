@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data.cli import UserError
 from data.flags import Parser
+from model.sizes import USUAL_CONTEXT
 
 EXAMPLES = """
   python launch/plan.py --model 800m --gpu a100-80gb --num_gpus 8 --deepspeed_config ds_configs/ep8_zero2.json --tokens 131e9
@@ -32,7 +33,7 @@ class PlanArguments:
     num_gpus: int
     num_nodes: int
     deepspeed_config: Path | None
-    sequence_length: int
+    sequence_length: int | None
     activation_checkpointing: str | None
     tokens: float | None
     price: float | None
@@ -44,8 +45,9 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         for name in ("num_gpus", "num_nodes", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
         if self.tokens is not None and not (math.isfinite(self.tokens) and self.tokens >= 1):
             raise UserError(f"--tokens must be at least 1, such as 131e9, not {self.tokens}")
         if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
@@ -72,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/ (default: by the number of GPUs)"
     )
-    what.add_argument("--sequence_length", type=int, default=2048, metavar="N", help="tokens of a sample")
+    what.add_argument(
+        "--sequence_length", type=int, metavar="N", help=f"tokens of a sample (default: {USUAL_CONTEXT}, or all the model can)"
+    )
     what.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), help="overrides the JSON's mode")
     what.add_argument("--from", dest="from_run", type=Path, metavar="RUN", help="plan the rest of a run from what it does")
     where = p.add_argument_group("on what")

@@ -11,6 +11,7 @@ from typing import Any
 from data.cli import NotFound, UserError
 from data.flags import Parser
 from launch.engine.strategy import read_config
+from model.sizes import USUAL_CONTEXT, load_sizes
 
 EXAMPLES = """
 deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first
@@ -112,7 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
     what.add_argument("--output", type=Path, required=True, metavar="RUN", help="the run's folder; the same command goes on in it")
     what.add_argument("--model", default="800m", help="a preset (tiny, 60m, 800m, 4b) or a config.json")
-    what.add_argument("--sequence_length", type=int, default=2048, metavar="N", help="tokens of one sample")
+    what.add_argument(
+        "--sequence_length", type=int, metavar="N", help=f"tokens of one sample (default: {USUAL_CONTEXT}, or all the model can)"
+    )
     what.add_argument("--document_mask", action="store_true", help="attention and positions stay inside a document")
     what.add_argument("--rope_factor", type=float, metavar="X", help="YaRN: take a trained model to this many times its context")
     what.add_argument("--init_from", type=Path, metavar="DIR", help="start from the weights of an exported folder, at step 0")
@@ -189,9 +192,19 @@ def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
     """Parse and validate. Errors: `ValueError` with the flag's name."""
     values = vars(build_parser().parse_args(argv))
     values["data"], values["eval_tasks"] = tuple(values["data"]), tuple(values["eval_tasks"])
+    if values["sequence_length"] is None:
+        values["sequence_length"] = USUAL_CONTEXT if values["rope_factor"] else _usual_context(values["model"])
     values["tracker"] = tuple(dict.fromkeys(values["tracker"]))
     known = {f.name for f in fields(TrainArguments)}
     return TrainArguments(**{k: v for k, v in values.items() if k in known})
+
+
+def _usual_context(model: str) -> int:
+    """A model that cannot be read is refused later, in words of its own."""
+    try:
+        return load_sizes(model).usual_context
+    except (ValueError, OSError):
+        return USUAL_CONTEXT
 
 
 def check_paths(arguments: TrainArguments) -> None:
