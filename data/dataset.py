@@ -140,6 +140,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         source, sample = self.locate(numbers)
         length = self.sequence_length
         tokens_BT1 = self._gather(source, sample * length)
+        self._check_ids(tokens_BT1, source)
         found = {
             "input_ids": torch.from_numpy(tokens_BT1[:, :-1].astype(np.int64)),
             "shift_labels": torch.from_numpy(tokens_BT1[:, 1:].astype(np.int64)),
@@ -173,6 +174,17 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             self.streams[k].gather(starts[rows], part)
             tokens_BT1[rows] = part
         return tokens_BT1
+
+    def _check_ids(self, tokens_BT1: np.ndarray, source: np.ndarray) -> None:
+        """Shards are not verified when they are opened; a GPU would answer an id past the embedding with a device-side assert."""
+        if tokens_BT1.size and not 0 <= int(tokens_BT1.min()) <= int(tokens_BT1.max()) < self.vocab_size:
+            wrong = (tokens_BT1 < 0) | (tokens_BT1 >= self.vocab_size)
+            row = int(np.argmax(wrong.any(1)))
+            folder = self.streams[int(source[row])].folder
+            raise UserError(
+                f"the {self.split} split of {folder} holds a token {int(tokens_BT1[row][wrong[row]][0])}, the vocabulary has "
+                f"{self.vocab_size}: it is damaged; python data/verify.py {folder} says where"
+            )
 
     def _mask(self, batch: dict[str, torch.Tensor], source: np.ndarray, sample: np.ndarray) -> None:
         length = self.sequence_length

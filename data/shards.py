@@ -89,6 +89,19 @@ def read_index(path: Path) -> Index:
     )
 
 
+def index_faults(path: Path, index: Index, tokens: int) -> Iterator[str]:
+    """What of an index does not fit a shard of `tokens` tokens, as sentences that name the file. Reads all of it."""
+    sizes = index.sizes.astype(np.int64)
+    if (sizes < 1).any():
+        yield f"{path}: document {int(np.argmax(sizes < 1))} has no token"
+    if int(sizes.sum()) != tokens:
+        yield f"{path}: documents of {int(sizes.sum())} tokens together, the manifest says {tokens}"
+    if not np.array_equal(index.offsets, (np.cumsum(sizes) - sizes) * np.dtype(index.dtype).itemsize):
+        yield f"{path}: offsets that are not the sums of the sizes before them"
+    if not np.array_equal(index.documents, np.arange(len(sizes) + 1)):
+        yield f"{path}: document numbers that do not count up"
+
+
 def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete folder. Raises NotFound where there is none, UserError where it is not ours."""
     path = folder / MANIFEST
@@ -131,6 +144,7 @@ def _checks(manifest: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         yield f"splits.{split}", isinstance(entry, dict) and isinstance(entry.get("shards"), list)
         assert isinstance(entry, dict)
         yield f"splits.{split}", all(_is_count(entry.get(key)) for key in ("documents", "tokens", "text_bytes"))
+        names = set[str]()
         for number, shard in enumerate(entry["shards"]):
             where = f"splits.{split}.shards[{number}]"
             yield (
@@ -140,6 +154,8 @@ def _checks(manifest: dict[str, Any]) -> Iterator[tuple[str, bool]]:
             yield f"{where}.sha256", all(isinstance(shard.get(key), str) for key in ("sha256", "index_sha256"))
             # A manifest of somebody else must not make us read (or hash without end) what lies outside its folder.
             yield f"{where}.name", is_inside(shard.get("name")) and "/" not in shard["name"]
+            yield f"{where}.name, which comes twice,", shard["name"] not in names
+            names.add(shard["name"])
 
 
 def _is_count(value: Any) -> bool:

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # or a `data` on PYTHONPATH would come before ours
 from data.cli import Exit, Progress, UserError, exit_code, leave, say, stdout
 from data.files import hash_file
 from data.flags import Parser
-from data.shards import SPLITS, Index, check_shard, load_manifest, read_index
+from data.shards import SPLITS, Index, check_shard, index_faults, load_manifest, read_index
 from data.tokens import tokenizer as tokenizers
 
 CHUNK_TOKENS = 1 << 22
@@ -75,7 +75,11 @@ def _shard_faults(folder: Path, split: str, shard: dict[str, Any], manifest: dic
     try:
         check_shard(folder, split, shard, manifest["dtype"])
         index = read_index(stem.with_suffix(".idx"))
-        return [*_checksum_faults(stem, shard), *_index_faults(stem, index, shard), *_token_faults(stem, index, manifest)]
+        return [
+            *_checksum_faults(stem, shard),
+            *index_faults(stem.with_suffix(".idx"), index, shard["tokens"]),
+            *_token_faults(stem, index, manifest),
+        ]
     except (OSError, ValueError) as error:
         return [str(error)]
 
@@ -85,19 +89,6 @@ def _checksum_faults(stem: Path, shard: dict[str, Any]) -> Iterator[str]:
         path = stem.with_suffix(suffix)
         if hash_file(path) != shard[key]:
             yield f"{path} has another sha256 than the manifest says"
-
-
-def _index_faults(stem: Path, index: Index, shard: dict[str, Any]) -> Iterator[str]:
-    path = stem.with_suffix(".idx")
-    sizes = index.sizes.astype(np.int64)
-    if (sizes < 1).any():
-        yield f"{path}: document {int(np.argmax(sizes < 1))} has no token"
-    if int(sizes.sum()) != shard["tokens"]:
-        yield f"{path}: documents of {int(sizes.sum())} tokens together, the manifest says {shard['tokens']}"
-    if not np.array_equal(index.offsets, (np.cumsum(sizes) - sizes) * np.dtype(index.dtype).itemsize):
-        yield f"{path}: offsets that are not the sums of the sizes before them"
-    if not np.array_equal(index.documents, np.arange(len(sizes) + 1)):
-        yield f"{path}: document numbers that do not count up"
 
 
 def _token_faults(stem: Path, index: Index, manifest: dict[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from data_helpers import ROOT, environment, read_documents
 
+from data.cli import UserError
 from data.dataset import LOCATED_AT_ONCE, PackedDataset
 from data.pipeline.writer import SplitWriter
 from data.shards import SPLITS
@@ -221,3 +223,32 @@ def test_a_hundred_billion_tokens_open_without_a_scan(tmp_path: Path) -> None:
     opened = json.loads(done.stdout)
     assert opened["open_mb"] < 50  # an index of the samples alone would be 390 MB
     assert opened["open_seconds"] < 20  # a scan of the 200 GB would take longer; on an idle core it is 0.05
+
+
+def test_a_token_past_the_vocabulary_is_refused_by_its_folder(tmp_path: Path) -> None:
+    """It was an IndexError in the embedding, and on a GPU would be a device-side assert."""
+    documents = random_documents(3)
+    documents[20][0] = 5000
+    folder = make(tmp_path / "wrong", documents)
+    data = PackedDataset([make(tmp_path / "right", random_documents(4)), folder], split="train", sequence_length=16)
+    with pytest.raises(UserError, match=f"{folder} holds a token 5000, the vocabulary has 5000: it is damaged"):
+        for number in range(len(data)):
+            data.batch([number])
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [lambda o: o // 2, lambda o: o + 10**12, lambda o: -o, lambda o: o[::-1]],
+    ids=["overlap", "past", "negative", "order"],
+)
+def test_an_index_that_lies_makes_no_masks(tmp_path: Path, offsets: Callable[[np.ndarray], np.ndarray]) -> None:
+    """At its right size and with its right header: only the masks that are read by it would be wrong."""
+    folder = make(tmp_path / "a", random_documents(5), shard_tokens=10**6)
+    (path,) = (folder / "train").glob("*.idx")
+    content, count = bytearray(path.read_bytes()), len(random_documents(5))
+    place = slice(34 + 4 * count, 34 + 12 * count)
+    content[place] = offsets(np.frombuffer(bytes(content[place]), "<i8")).astype("<i8").tobytes()
+    path.write_bytes(content)
+    PackedDataset([folder], split="train", sequence_length=16).batch([0])  # which needs no index
+    with pytest.raises(UserError, match=r"idx: offsets that are not the sums of the sizes before them; it is damaged"):
+        PackedDataset([folder], split="train", sequence_length=16, document_mask=True).batch([0])

@@ -119,3 +119,13 @@ def test_a_shard_that_is_no_file_is_refused_and_not_read(shards: Path) -> None:
     os.mkfifo(shards / BIN)
     with pytest.raises(UserError, match=f"{BIN} is not a regular file"):
         PackedDataset([shards], split="train", sequence_length=64)
+
+
+def test_a_manifest_that_names_a_shard_a_hundred_thousand_times_is_refused(shards: Path) -> None:
+    """Each would be verified: days of work by a file of some MB."""
+    manifest = json.loads((shards / "manifest.json").read_text())
+    listed = manifest["splits"]["train"]["shards"]
+    listed += listed * 100_000
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"damaged: splits\.train\.shards\[\d+\]\.name, which comes twice, is"):
+        verify(shards)
