@@ -1,6 +1,6 @@
 """Benchmarks: each measures ours beside a peer on the same work in one run, and prints ratios.
 
-python launch/benchmark.py moe|attention|loss|step|generate|growth|roofline|data|preprocess|learning|ladder|all [options]
+python launch/benchmark.py moe|attention|loss|step|generate|growth|roofline|data|preprocess|learning|ladder|balance|all [options]
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ BENCHMARKS = {
     "step": "a training step against Glm4Moe under stock AutoEP, and both models without DeepSpeed",
     "growth": "time, bytes and memory a token as tokens and experts become more",
     "data": "packed samples against HF datasets on the same tokens",
+    "balance": "what part of the experts' uneven load is the step's own tokens, by tokens a step",
     "ladder": "a family of small models, a scaling law through them, and what it says of the large ones",
     "learning": "variants of a model trained alike: validation bits per byte for equal active FLOPs",
     "preprocess": "text to shards against one reader and a pool of HF tokenizers",

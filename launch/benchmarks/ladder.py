@@ -19,7 +19,7 @@ from launch.benchmarks import small_runs
 from launch.benchmarks.scaling_law import Point, bootstrap, fit
 from launch.benchmarks.small_runs import SmallRun
 from launch.benchmarks.variants import merged
-from launch.engine.strategy import read_config
+from launch.engine.strategy import lookup, read_config
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
 from model.accounting import training_flops_per_token
@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held_out", type=int, metavar="N", help="one of them, which the law must predict without having seen it")
     parser.add_argument(
         "--tokens", type=float, nargs="+", default=[4e5, 8e5, 1.6e6], metavar="T", help="of a run, with its schedule"
+    )
+    parser.add_argument(
+        "--rate_exponent",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="the JSON's learning rate is the smallest width's, another has it times (smallest / width)^X; muP's matrices: 1",
     )
     parser.add_argument("--learning_rates", type=float, nargs="*", default=[], metavar="LR", help="tried on the smallest width")
     parser.add_argument(
@@ -96,12 +103,19 @@ def plan_runs(arguments: argparse.Namespace) -> dict[tuple[int, float], SmallRun
     batch = settings.get("train_batch_size")
     if not isinstance(batch, int):
         raise UserError(f"{arguments.deepspeed_config}: the ladder needs a train_batch_size that is a number, got {batch!r}")
+    if arguments.rate_exponent and not isinstance(lookup(settings, "optimizer.params.lr"), float):
+        raise UserError(f"{arguments.deepspeed_config}: --rate_exponent needs optimizer.params.lr, the smallest width's")
 
     def make(hidden: int, tokens: float) -> SmallRun:
+        own, name = settings, f"tokens_{tokens:.0f}"
+        if arguments.rate_exponent:
+            rate = rate_of(hidden, min(arguments.hidden), settings["optimizer"]["params"]["lr"], arguments.rate_exponent)
+            own = merged(settings, {"optimizer": {"params": {"lr": rate}}})
+            name += f"_lr_{rate:.3g}"  # beside the runs of a ladder at one rate
         return SmallRun(
-            folder=arguments.folder / f"hidden_{hidden}" / f"tokens_{tokens:.0f}",
+            folder=arguments.folder / f"hidden_{hidden}" / name,
             config=family(hidden, vocabulary, arguments.sequence_length),
-            deepspeed=settings,
+            deepspeed=own,
             data=tuple(arguments.data),
             steps=max(1, round(tokens / batch / arguments.sequence_length)),
             seed=arguments.seed,
@@ -114,6 +128,11 @@ def plan_runs(arguments: argparse.Namespace) -> dict[tuple[int, float], SmallRun
     return {
         (hidden, tokens): make(hidden, tokens) for hidden in sorted(set(arguments.hidden)) for tokens in sorted(arguments.tokens)
     }
+
+
+def rate_of(hidden: int, smallest: int, rate: float, exponent: float) -> float:
+    """The learning rate of a width, from that of the smallest."""
+    return float(rate * (smallest / hidden) ** exponent)
 
 
 def plan_tuning(arguments: argparse.Namespace, base: SmallRun) -> list[SmallRun]:

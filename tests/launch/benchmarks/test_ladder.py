@@ -96,6 +96,20 @@ def test_a_ladder_of_a_known_law(small_shards: Path, tmp_path: Path, monkeypatch
     check_the_plan(tmp_path / "l.json")
 
 
+def test_a_width_trains_at_its_own_rate_beside_the_runs_at_one_rate(small_shards: Path, tmp_path: Path) -> None:
+    flags = ["--data", small_shards, "--hidden", 64, 128, 256, "--tokens", 409600, 819200, "--folder", tmp_path]
+    flags += ["--deepspeed_config", ROOT / "ds_configs/cpu_ep1_zero2.json"]  # at 0.002
+    same, scaled = ladder.plan_runs(parse(*flags)), ladder.plan_runs(parse(*flags, "--rate_exponent", 1))
+    rates = {hidden: one.deepspeed["optimizer"]["params"]["lr"] for (hidden, _), one in scaled.items()}
+    assert rates == {64: 0.002, 128: 0.001, 256: 0.0005}
+    assert {one.deepspeed["optimizer"]["params"]["lr"] for one in same.values()} == {0.002}
+    assert len({one.folder for one in (*same.values(), *scaled.values())}) == 12
+    without = tmp_path / "without.json"
+    without.write_text(json.dumps({"train_batch_size": 16, "optimizer": {"type": "AdamW", "params": {}}}))
+    with pytest.raises(UserError, match=r"--rate_exponent needs optimizer\.params\.lr"):
+        ladder.plan_runs(parse(*flags[:-1], without, "--rate_exponent", 1))
+
+
 def check_the_plan(path: Path) -> None:
     """`launch/plan.py --ladder` says what the file says."""
     command = [sys.executable, "launch/plan.py", "--model", "800m", "--gpu", "h100-80gb", "--tokens", "2e10", "--ladder", str(path)]
