@@ -59,7 +59,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` when the block ends without an error: readers see the old content or the new.
 
     The data is on the disk before the name changes, and the name before this returns. After an error nothing is left behind.
+    Raises OSError where something has the name that must not lose it: root could replace /dev/null.
     """
+    if _is_special(path):
+        raise OSError(errno.EMEDIUMTYPE, "there is something of this name that is not a regular file", os.fspath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with naming(temporary), open(temporary, "wb") as file:
@@ -71,6 +74,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def _is_special(path: Path) -> bool:
+    """A device, a pipe, a socket; or a link to one, or into /proc, where /dev/stdout leads."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or (path.is_symlink() and os.readlink(path).startswith("/proc/"))
 
 
 def replace_file(path: Path, data: bytes) -> None:

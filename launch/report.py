@@ -26,6 +26,7 @@ python launch/report.py runs/first
 python launch/report.py runs/first runs/second --output comparison.html
 python launch/report.py runs/first --follow
 """
+SECONDS_MOST = 86_400
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,8 +82,8 @@ def _is_starting(folder: Path) -> bool:
 def main() -> int:
     arguments = build_parser().parse_args()
     output = arguments.output or arguments.runs[0] / "report.html"
-    if arguments.seconds < 1:
-        raise UserError(f"--seconds must be at least 1, not {arguments.seconds:g}")
+    if not 1 <= arguments.seconds <= SECONDS_MOST:
+        raise UserError(f"--seconds must be at least 1 and at most {SECONDS_MOST:,}, not {arguments.seconds:g}")
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
     if arguments.follow:

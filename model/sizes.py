@@ -6,7 +6,9 @@ holds the two against each other.
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,19 @@ ALIASES = {
     "context_length": "max_position_embeddings",
     "use_qk_norm": "qk_norm",
 }
+#: Every other field of `MoEGPTConfig`, and what transformers writes beside them.
+_OTHER = """
+    hidden_act rms_norm_eps rope_parameters n_group topk_group scoring_func norm_topk_prob routed_scaling_factor router_balance
+    router_bias_rate router_bias_decay router_bias_average router_aux_loss_coef expert_dropout z_loss_weight initializer_range
+    embedding_initializer_range use_cache bos_token_id eos_token_id pad_token_id transformers_version architectures
+    output_hidden_states output_attentions return_dict dtype torch_dtype chunk_size_feed_forward is_encoder_decoder id2label
+    label2id num_labels problem_type model_type auto_map attn_implementation
+"""
+OTHER_FIELDS = frozenset(_OTHER.split())
+_ROPE = "rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow attention_factor"
+ROPE_FIELDS = frozenset(_ROPE.split())
+#: Whose config.json describes a model that this one can be; a stock Glm4Moe has fields of its own, which are passed over.
+MODEL_TYPES = ("moe_gpt", "glm4_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +96,29 @@ def load_sizes(model: str) -> ModelSizes:
         raise FileNotFoundError(f"--model {model} is neither a preset ({', '.join(presets)}) nor a config.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"the top level must be an object of configuration fields, not a {type(values).__name__}")
+        check_fields(values)
         return ModelSizes.of(values)
     except (ValueError, RecursionError) as error:  # of JSON or of a field
         raise ValueError(f"--model {path}: {error}") from None
+
+
+def check_fields(values: Any) -> None:
+    """Refuse, by ValueError, a config.json that says something which nobody would read: the default would be trained instead."""
+    if not isinstance(values, dict):
+        raise ValueError(f"the top level must be an object of configuration fields, not a {type(values).__name__}")
+    if isinstance(values.get("model"), dict):
+        raise ValueError('this is a run\'s config.json; write what stands under its "model" into a file of its own')
+    kind = values.get("model_type", MODEL_TYPES[0])
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"model_type must be {' or '.join(MODEL_TYPES)}, not {kind!r}")
+    if kind == MODEL_TYPES[0]:
+        _check_names(values, {field.name for field in fields(ModelSizes)} | OTHER_FIELDS | ALIASES.keys(), "the model")
+        rope = values.get("rope_parameters")
+        _check_names(rope if isinstance(rope, dict) else {}, ROPE_FIELDS, "rope_parameters")
+
+
+def _check_names(values: dict[str, Any], known: Collection[str], whole: str) -> None:
+    for name in values:
+        if name not in known and not name.startswith("_"):
+            nearest = difflib.get_close_matches(name, sorted(known), n=1)
+            raise ValueError(f"{name} is not a field of {whole}" + (f"; did you mean {nearest[0]}?" if nearest else ""))

@@ -16,11 +16,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from data.cli import NotFound, UserError, sentence
+from data.files import read_json
 from launch.engine import activation_checkpointing, expert_parallel
 from launch.engine.regions import compile_regions
 from launch.engine.strategy import Strategy
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.glm4_moe import from_glm4_moe
+from model.sizes import check_fields
 
 
 def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
@@ -38,6 +40,7 @@ def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
 
 def _read_config(path: Path) -> MoEGPTConfig:
     """Ours, or a stock Glm4Moe folder's: that is this model without sinks, and `--init_from` takes its weights."""
+    check_fields(read_json(path))
     fields, _ = MoEGPTConfig.get_config_dict(path)
     return from_glm4_moe(fields) if fields.get("model_type") == "glm4_moe" else MoEGPTConfig.from_json_file(path)
 

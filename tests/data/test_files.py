@@ -72,6 +72,22 @@ def test_a_file_system_that_cannot_fsync_a_folder_is_good_enough(
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to /proc"])
+def test_what_is_no_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    """`--output /dev/null`, as root: the device would be a file from then on."""
+    pipe, path = tmp_path / "pipe", tmp_path / "output"
+    os.mkfifo(pipe)
+    if kind == "pipe":
+        path = pipe
+    else:
+        path.symlink_to(pipe if kind == "link to a pipe" else "/proc/self/fd/1")
+    before = os.lstat(path)
+    with pytest.raises(OSError, match="not a regular file") as refused:
+        replace_file(path, b"page")
+    assert refused.value.filename == str(path) and os.lstat(path) == before
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_hashes_are_the_libraries_(tmp_path: Path) -> None:
     data = bytes(range(256)) * 20_000  # several blocks and a part
     (tmp_path / "x").write_bytes(data)

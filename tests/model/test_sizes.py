@@ -9,11 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import Glm4MoeConfig
 
 from model import MoEGPTConfig
 from model.accounting import count_parameters, training_flops_per_token
-from model.config import PRESETS
-from model.sizes import ALIASES, ModelSizes, load_sizes
+from model.config import PRESETS, RopeParameters
+from model.sizes import ALIASES, OTHER_FIELDS, ROPE_FIELDS, ModelSizes, check_fields, load_sizes
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -60,6 +61,11 @@ def test_parameters_are_those_of_the_model() -> None:
         ('{"qk_norm": 1}', "qk_norm must be true or false, got 1"),
         ('{"num_experts_per_tok": 9}', "num_experts_per_tok (9) must not exceed n_routed_experts (8)"),
         ("[1]", "the top level must be an object"),
+        ('{"num_hiden_layers": 2}', "num_hiden_layers is not a field of the model; did you mean num_hidden_layers?"),
+        ('{"hidden_size": 64, "n_layer": 2}', "n_layer is not a field of the model"),
+        ('{"rope_parameters": {"facter": 4}}', "facter is not a field of rope_parameters; did you mean factor?"),
+        ('{"model_type": "llama", "hidden_size": 64}', "model_type must be moe_gpt or glm4_moe, not 'llama'"),
+        ('{"model": {"hidden_size": 64}, "deepspeed": {}}', "this is a run's config.json"),
         ("{", "Expecting property name"),
         ("[" * 100_000, "recursion"),
     ],
@@ -69,6 +75,17 @@ def test_mistakes_name_the_file_and_the_field(content: str, said: str, tmp_path:
     with pytest.raises(ValueError, match=r"config\.json") as refused:
         load_sizes(str(tmp_path / "config.json"))
     assert said in str(refused.value)
+
+
+def test_every_field_of_a_configuration_is_known() -> None:
+    """What transformers' newest or oldest supported version writes as well: it would be refused otherwise."""
+    config = MoEGPTConfig.preset("tiny")
+    written = {field.name for field in fields(MoEGPTConfig)} | config.to_dict().keys() | config.to_diff_dict().keys()
+    assert OTHER_FIELDS.isdisjoint(field.name for field in fields(ModelSizes))
+    assert {name for name in written if not name.startswith("_")} <= OTHER_FIELDS | {field.name for field in fields(ModelSizes)}
+    check_fields({**dict.fromkeys(OTHER_FIELDS), **dict.fromkeys(ALIASES), "model_type": "moe_gpt", "_comment": "mine"})
+    check_fields(Glm4MoeConfig().to_dict())
+    assert (config.rope_parameters or {}).keys() <= ROPE_FIELDS >= RopeParameters.__annotations__.keys()
 
 
 def test_a_preset_that_is_not_there() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.cli import UserError
 from launch.engine import build
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
@@ -42,6 +43,11 @@ def test_a_config_file_or_a_preset(tmp_path: Path) -> None:
     small_model(hidden_size=64).config.save_pretrained(tmp_path)
     assert build.load_model_config(str(tmp_path / "config.json")).hidden_size == 64
     assert build.load_model_config("800m").hidden_size == 1536
+    (tmp_path / "misspelt.json").write_text('{"num_hiden_layers": 2}')
+    with pytest.raises(
+        UserError, match=r"misspelt\.json: num_hiden_layers is not a field of the model; did you mean num_hidden_layers"
+    ):
+        build.load_model_config(str(tmp_path / "misspelt.json"))
     with pytest.raises(FileNotFoundError, match="is not a file"):
         build.load_model_config(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="the presets are tiny, 60m, 800m, 4b"):

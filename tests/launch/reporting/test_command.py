@@ -46,7 +46,8 @@ def test_several_runs_of_one_name_into_a_file_elsewhere(tmp_path: Path) -> None:
         (["{}/nothing"], "is not a run's folder"),
         (["{}/run", "--output", "{}"], "is a folder; name a file"),
         (["{}/run", "--evaluation", "{}/run/config.json"], "is not a result of launch/evaluate.py"),
-        (["{}/run", "--follow", "--seconds", "0"], "--seconds must be at least 1"),
+        *((["{}/run", "--follow", "--seconds", bad], "--seconds must be at least 1") for bad in ("0", "nan", "1e400")),
+        (["{}/run", "--output", "/dev/null"], "/dev/null"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
