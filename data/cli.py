@@ -4,8 +4,9 @@ There are two kinds of error. A `UserError` is raised on purpose; it says in one
 right: `error: <sentence>`, exit code 2. Everything else is a fault of the program: it keeps its traceback, exit code 1.
 
 The operating system's errors can be either, and `as_user_error` is the one place that decides: a file that is missing, a
-permission, a full or read-only disk, a name too long are the user's, wherever they come up, unless the path belongs to Python
-or its packages. So code that opens a user's path need not catch OSError; it does so only where it knows a better sentence.
+permission, a full or read-only disk, a name too long, a limit on memory, processes or open files are the user's, wherever they
+come up, unless the path belongs to Python or its packages. So code that opens a user's path need not catch OSError; it does so
+only where it knows a better sentence.
 
 MOE_TRACEBACK=1 in the environment prints the traceback before the sentence, for whoever debugs.
 """
@@ -50,13 +51,21 @@ class NotFound(UserError, FileNotFoundError):
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _HANDLES = frozenset({errno.EMFILE, errno.ENFILE})
+_ROOM = frozenset({errno.ENOMEM, errno.EAGAIN})  # EAGAIN: of a fork
+#: What a process may not have, which says nothing about the file that it was to be for.
+LIMITS = _HANDLES | _ROOM
 #: What the operating system says where a path, a disk or a limit is not as the command needs it.
 MENDABLE = (
     _FULL
-    | _HANDLES
+    | LIMITS
     | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
     | {errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.EMEDIUMTYPE}
 )
+
+
+_MORE_ROOM = "give it less to do, or raise its limits (ulimit -v, ulimit -u, a container's memory and pids)"
+#: How Python and torch say it where they raise a bare RuntimeError.
+NO_ROOM = ("can't start new thread", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 def as_user_error(error: BaseException) -> UserError | None:
@@ -65,6 +74,9 @@ def as_user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, OSError) and error.errno in MENDABLE and not _is_programs(error.filename):
         return UserError(sentence(error))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in NO_ROOM)):
+        reason = " ".join(str(error).split())[:200]
+        return UserError(f"not enough memory or threads for this process{': ' * bool(reason)}{reason}; {_MORE_ROOM}")
     return None
 
 
@@ -87,6 +99,8 @@ def sentence(error: BaseException) -> str:
         said += "; make room and run the same command again, it goes on from what is there"
     elif error.errno in _HANDLES:
         said += "; raise the limit (ulimit -n) and run the same command again"
+    elif error.errno in _ROOM:
+        said += f"; {_MORE_ROOM}"
     return printable(said)
 
 
@@ -180,11 +194,22 @@ class Voice:
         if self.stream is not None:  # None for a process without one
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-                    self._thread.start()
+                    self._thread = self._start()
+                if self._thread is None:
+                    self._put_if_possible(text)
+                    return len(text)
             with contextlib.suppress(queue.Full):
                 self._waiting.put_nowait(text)
         return len(text)
+
+    def _start(self) -> threading.Thread | None:
+        """The thread that writes, or None where the system has no room for one."""
+        thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return None
+        return thread
 
     def flush(self) -> None:
         """Nothing: tqdm flushes at every step, and must not wait for a terminal."""
@@ -202,8 +227,11 @@ class Voice:
 
     def _run(self) -> None:
         while (text := self._waiting.get()) is not None:
-            with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
-                self._put(text)
+            self._put_if_possible(text)
+
+    def _put_if_possible(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
+            self._put(text)
 
     def _put(self, text: str) -> None:
         """To the descriptor itself: a thread that hangs in a buffered stream would hold a lock that the interpreter's end needs."""

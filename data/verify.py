@@ -19,7 +19,7 @@ import numpy as np
 if __name__ == "__main__":  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import Exit, Progress, UserError, exit_code, leave, say, stdout
+from data.cli import LIMITS, Exit, Progress, UserError, exit_code, leave, say, sentence, stdout
 from data.files import hash_file
 from data.flags import Parser
 from data.shards import SPLITS, Index, check_shard, index_faults, load_manifest, read_index
@@ -81,7 +81,9 @@ def _shard_faults(folder: Path, split: str, shard: dict[str, Any], manifest: dic
             *_token_faults(stem, index, manifest),
         ]
     except (OSError, ValueError) as error:
-        return [str(error)]
+        if isinstance(error, OSError) and error.errno in LIMITS:
+            raise
+        return [sentence(error)]
 
 
 def _checksum_faults(stem: Path, shard: dict[str, Any]) -> Iterator[str]:

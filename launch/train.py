@@ -27,6 +27,7 @@ def main() -> int:
     # Where the user has set either of PyTorch's two names for it, that stays.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    join.raise_open_files()
     rank, world_size = join.set_environment()
     if rank and {"-h", "--help"} & set(sys.argv):
         return 0  # rank 0 prints it

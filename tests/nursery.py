@@ -103,7 +103,7 @@ class Ranks:
         while not condition():
             if time.monotonic() > deadline:
                 alive = [r for r in range(len(self.pids)) if r not in self.poll()]
-                self.signal(signal.SIGUSR2)  # their stacks, into the log
+                self.signal(signal.SIGQUIT)  # their stacks, into the log
                 time.sleep(1)
                 self.signal(signal.SIGKILL)
                 raise AssertionError(f"no {what} after {timeout} s; ranks {alive} lived:\n{self.text()[-6000:]}")
@@ -167,7 +167,7 @@ def run_rank(environment: dict[str, str], argv: list[str], log: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    faulthandler.register(signal.SIGUSR2)
+    faulthandler.register(signal.SIGQUIT)
     os.environ.update(environment)
     sys.argv = argv
     sys.path[0] = str(Path(argv[0]).resolve().parent)

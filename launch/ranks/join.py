@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import sys
 import threading
@@ -23,7 +24,27 @@ JOIN_SECONDS = 600.0
 #: What NCCL does when a peer fails, as torch counts its ways: abort the communicators and keep the process. By default torch ends
 #: the process in C++ (exit code 134), before it can say whom the run ends for.
 CLEAN_UP_ONLY = "2"
+#: A rank on one host takes some 50: PyTorch's store and gloo, logs, shards, the files of a save.
+LEAST_OPEN_FILES = 64
+#: Enough for any job; where a container's hard limit is 2^30, programs that a rank starts may walk through all of them.
+MOST_OPEN_FILES = 1 << 16
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def raise_open_files() -> None:
+    """As many open files as this process may have, within reason: peers, shards and logs take one each.
+
+    The soft limit is for programs that use `select`; this one may go to the hard limit by itself. Raises UserError for too few.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    if soft < LEAST_OPEN_FILES:
+        raise UserError(f"this process may open {soft} files and needs {LEAST_OPEN_FILES}; raise the limit (ulimit -n)")
 
 
 def set_environment() -> tuple[int, int]:

@@ -112,6 +112,9 @@ def write_config(folder: Path, config: dict[str, Any], tokenizer_folder: Path) -
     if not (folder / "tokenizer").exists():
         partial = folder / ".tokenizer"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(tokenizer_folder, partial)
+        partial.mkdir()
+        for file in sorted(tokenizer_folder.iterdir()):  # not copytree, whose error is text about errors
+            if file.is_file():
+                replace_file(partial / file.name, small_file(file))
         partial.rename(folder / "tokenizer")
     replace_file(folder / "config.json", (json.dumps(redact(config), indent=2) + "\n").encode())

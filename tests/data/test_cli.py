@@ -145,3 +145,27 @@ def test_progress_counts_steps_too() -> None:
     progress.start -= 10
     progress.done = 60
     assert progress.line("loss 3.2") == "train: loss 3.2, 2.00 step/s, 60 %, 20 s to go"
+
+
+WITHOUT_ROOM = """
+import resource, threading
+from pathlib import Path
+from data.cli import drain, report
+mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**21, mapped + 2**21))  # less than a thread's stack
+try:
+    threading.Thread(target=print).start()
+except RuntimeError as error:
+    code = report(error)
+    drain()
+    raise SystemExit(code)
+"""
+
+
+def test_what_is_said_needs_no_thread() -> None:
+    """Where the address space is used up (a container's limits, `ulimit -v`) no thread starts, and the sentence is still said."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ROOM], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    said = "error: not enough memory or threads for this process: can't start new thread; give it less to do"
+    assert done.returncode == 2 and done.stderr.startswith(said), done.stderr

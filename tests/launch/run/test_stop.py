@@ -37,13 +37,26 @@ def start(then: str = "") -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_first_signal_asks(number: int) -> None:
     process = start()
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (0, f"asked by {signal.Signals(number).name}\n")
     assert err == f"{signal.Signals(number).name}: saving after this step; once more stops at once\n"
+
+
+def test_what_the_kernel_repeats_every_second_does_not_stop_at_once() -> None:
+    """Over the soft limit of CPU time SIGXCPU comes again and again: here three times."""
+    process = start(WAIT)
+    for _ in range(3):
+        process.send_signal(signal.SIGXCPU)
+        time.sleep(0.2)
+    assert process.stdout and process.stdout.readline() == "asked by SIGXCPU\n"
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.kill()
+    assert process.communicate()[1] == "SIGXCPU: saving after this step; once more stops at once\n"
 
 
 def test_a_terminal_that_goes_away_asks_nothing() -> None:
