@@ -34,7 +34,7 @@ from model.quantile import BINS, add_to_histogram, bias_lift, quantile_step
 from model.router import Router, expert_scores, router_logits, tokens_per_expert
 
 ROUNDS = 30  # towards the bias that evens given tokens, half of the way each
-OWN_STEPS = 16  # on which that is done; the others only count
+OWN_TOKENS = 1 << 16  # of the first steps, on which that is done (one step at least); the others only count
 ROWS = 16  # of a forward
 
 
@@ -132,7 +132,7 @@ def compare(choice: Choice, scores_YTE: Tensor, best_YE: Tensor, tokens: int, av
         found.setdefault("shuffled", []).append([choice.max_vio(scores_TE[rows], best_E) for rows in drawn])
         for average in averages:
             found.setdefault(f"average {average:g}", []).append(followed(choice, steps, best_E, average))
-        own = [choice.max_vio(step, choice.evening(step, best_E)) for step in steps[:OWN_STEPS]]
+        own = [choice.max_vio(step, choice.evening(step, best_E)) for step in steps[: max(1, OWN_TOKENS // tokens)]]
         found.setdefault("own", []).append(own)
     return {"steps": count} | {name: medians(torch.tensor(of_layers)) for name, of_layers in found.items()}
 

@@ -24,7 +24,7 @@ def draw(path: Path, panels: dict[str, list[Curve]], title: str, *, unit: str) -
     """Panels `{what x is: curves}` in a row, over the same `unit` of y; x is logarithmic."""
     names = list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))
     colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
-    body = [_text(10, 20, title, size=15)]
+    body = ['<rect width="100%" height="100%" fill="white"/>', _text(10, 20, title, size=15)]  # a page may be dark
     for number, (label, curves) in enumerate(panels.items()):
         body += [f'<g transform="translate({number * WIDTH} 0)">', *_panel(label, curves, colors, unit), "</g>"]
     for number, name in enumerate(names):
@@ -54,7 +54,7 @@ def _panel(label: str, curves: list[Curve], colors: dict[str, str], unit: str) -
         body.append(f'<path d="M {x} {y} L {end}" stroke="#ddd"/>' + _text(8, float(y) + 4, f"{value:.3f}"))
     for value in sorted({point[0] for point in max(curves, key=lambda curve: len(curve.points)).points}):
         x, _ = at(value, low).split(",")
-        body.append(_text(min(float(x) - 12, WIDTH - 50), HEIGHT - BOTTOM + 18, f"{value:.2g}"))
+        body.append(_text(float(x), HEIGHT - BOTTOM + 18, short(value), anchor="middle"))
     for curve in curves:
         there = [at(x, greatest) for x, _, _, greatest in curve.points]
         back = [at(x, least) for x, least, _, _ in reversed(curve.points)]
@@ -65,5 +65,11 @@ def _panel(label: str, curves: list[Curve], colors: dict[str, str], unit: str) -
     return [*body, _text(LEFT, HEIGHT - 8, f"{unit} over {label}")]
 
 
-def _text(x: float, y: float, text: str, *, size: int = 12) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}">{escape(text)}</text>'
+def short(value: float) -> str:
+    """`410k`, `1.64M`, `8.3T`: three digits at most, and what a thousand of them is called."""
+    power = min(4, max(0, int(math.log10(value) // 3)))
+    return f"{value / 1000**power:.3g}{('', 'k', 'M', 'G', 'T')[power]}"
+
+
+def _text(x: float, y: float, text: str, *, size: int = 12, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'
