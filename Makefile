@@ -32,6 +32,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy model data launch tests/reference.py
 
+# Exports in vLLM, its server and lm-eval, and with SERVED_ARGS="--llama_cpp DIR" in llama.cpp, each in an environment of its own
+# below runs/served. Downloads some 2 GB, takes about half an hour on two cores.
+served: install
+	$(BIN)/python tests/served/compare_all.py $(SERVED_ARGS)
+
 # Every fault test with a table of what struck at the end, then what else is too slow for CI. About an hour on two cores.
 soak: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/faults $(PYTEST_ARGS)
