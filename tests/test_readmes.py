@@ -68,6 +68,16 @@ def test_the_command_exists(command: Command) -> None:
         parser.parse_args(command.flags)
 
 
+def test_each_target_of_make_does_something() -> None:
+    """Without a rule a target named in .PHONY ends with 0, and nothing was done."""
+    named = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
+    targets = named.split()[1:]
+    assert "served" in targets
+    for target in targets:
+        said = subprocess.run(["make", "--always-make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True, text=True)
+        assert "Nothing to be done" not in said.stdout, target
+
+
 def parser_of(script: str) -> ArgumentParser | None:
     """None for a script that makes its parser when it runs; those are run."""
     module = importlib.import_module(PARSERS.get(script, script.removesuffix(".py").replace("/", ".")))
