@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from launch.generation.stop import Stream
 from model.cache import GrowingCache
+from model.decode_step import DecodeStep, can_step
 
 
 def fast(model: PreTrainedModel, stream: Stream | None = None) -> dict[str, Any]:
@@ -38,19 +39,25 @@ def decode(
     pad, drawn = settings._pad_token_tensor, settings.do_sample
     unfinished_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     new_BS, positions_BS = input_ids, None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
+    cache, step = given["past_key_values"], None
     if stream is not None:
         stream.put(input_ids.cpu())
     while True:
-        out = model(
-            new_BS,
-            attention_mask=attention_mask,
-            position_ids=positions_BS,
-            past_key_values=given["past_key_values"],
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,  # whatever the folder's configuration says
-        )
-        scores_BV = logits_processor(input_ids, out.logits[:, -1].float())  # type: ignore[arg-type]
+        if step is None:
+            out = model(
+                new_BS,
+                attention_mask=attention_mask,
+                position_ids=positions_BS,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                return_dict=True,  # whatever the folder's configuration says
+            )
+            logits_BV = out.logits[:, -1]
+            step = DecodeStep(model) if isinstance(cache, GrowingCache) and can_step(model) else None
+        else:
+            logits_BV = step(new_BS[:, 0], cache, attention_mask, positions_BS)
+        scores_BV = logits_processor(input_ids, logits_BV.float())  # type: ignore[arg-type]
         next_B = scores_BV.softmax(dim=-1).multinomial(1)[:, 0] if drawn else scores_BV.argmax(dim=-1)
         if pad is not None:
             next_B = torch.where(unfinished_B, next_B, pad)

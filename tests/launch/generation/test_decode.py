@@ -13,6 +13,7 @@ from launch.exporting.formats import exported_config
 from launch.generation.decode import decode, fast
 from launch.generation.sampler import left_padded
 from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.decode_step import DecodeStep
 
 PROMPTS = [[11, 12, 13], [40, 41, 42, 43, 44, 45, 46], [7]]
 FIELDS: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}
@@ -53,8 +54,12 @@ class AfterFour(StoppingCriteria):
     "more", [{"do_sample": False}, {"do_sample": True, "temperature": 0.9, "top_k": 20}], ids=["greedy", "drawn"]
 )
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[1:2]], ids=["padded", "alone"])
-def test_tokens_are_those_of_transformers(make: Any, more: dict[str, Any], prompts: list[list[int]]) -> None:
+def test_tokens_are_those_of_transformers(
+    make: Any, more: dict[str, Any], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model: Any = make()
+    stepped: list[DecodeStep] = []
+    monkeypatch.setattr("launch.generation.decode.DecodeStep", lambda model: (stepped.append(DecodeStep(model)), stepped[-1])[1])
     ids, mask = left_padded(prompts, 7, pad=0)
     rows, streams = [], []
     for ours in (False, True):
@@ -75,6 +80,7 @@ def test_tokens_are_those_of_transformers(make: Any, more: dict[str, Any], promp
         rows.append(out.tolist())
         streams.append(stream and stream.values)
     assert keywords["custom_generate"] is decode
+    assert len(stepped) == (make is of_ours)
     assert rows[0] == rows[1] and streams[0] == streams[1]
     if len(prompts) == 3:
         assert len(set(map(tuple, rows[0]))) == 3 and not any(rows[0][1][11:])  # the second was stopped, and padded
