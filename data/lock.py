@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
+import stat
 import weakref
 from pathlib import Path
 from typing import IO
 
 from data.cli import UserError, say
+
+WHO = "process "  # what a lock begins with
 
 
 class LockHeld(BlockingIOError):
@@ -37,21 +41,26 @@ class FolderLock:
     def take(self) -> bool:
         """True when it is held; False where the file system has no locks, of which `take_folder` warns. Raises LockHeld."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = open(self.folder / self.NAME, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - held
+        path = self.folder / self.NAME
+        file = open(path, "r+", encoding="utf-8", errors="replace", opener=_ours)  # noqa: SIM115 - held
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
         except (BlockingIOError, PermissionError):
             with file:
-                file.seek(0)
                 raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
         except OSError:
             locked = False
+        held_before = file.read(200)
+        if held_before and not held_before.startswith(WHO):
+            file.close()
+            raise UserError(f"{path} is not a lock of this program, or a link to another file; remove it")
         self._file = file
         _held.add(self)
         with contextlib.suppress(OSError):  # a full disk: the name is only for the message
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.seek(0)
+            file.truncate()
+            file.write(f"{WHO}{os.getpid()} on {socket.gethostname()}")
             file.flush()
         return locked
 
@@ -61,6 +70,15 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
+
+
+def _ours(path: str, flags: int) -> int:
+    """Open a lock; whoever can write to the folder could have it truncate a file elsewhere by a link, or wait for a FIFO."""
+    handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EMEDIUMTYPE, "not a regular file", path)
+    return handle
 
 
 def take_folder(folder: Path, who: str) -> FolderLock:

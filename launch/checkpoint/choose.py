@@ -67,6 +67,7 @@ class CheckpointChooser:
         message names the damaged file. No checkpoint at all is a fresh start; checkpoints of which none is whole are refused.
         Raises AgreedError in one sentence, the same on all ranks.
         """
+        self.ranks.run_on_rank0(self.own.check)
         if resume == "never":
             return self.ranks.run_on_rank0(self._start_over)
         if resume == "auto":

@@ -9,10 +9,12 @@ Only names are looked at here; whether a checkpoint is whole says its manifest.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.cli import UserError
 from data.files import replace_file, small_file
 
 LATEST, BEST = "latest", "best"
@@ -29,6 +31,16 @@ class CheckpointFolder:
     """A run's, or one that a user names with `--resume`. It need not exist."""
 
     path: Path
+
+    def check(self) -> None:
+        """Nothing lies where a save will want to write, which could be days from now. Raises UserError that names it."""
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(f"{self.path} is no folder, so no checkpoint can be written there; move it away")
+        for pointer in (self.path / LATEST, self.path / BEST):
+            if pointer.is_dir():
+                raise UserError(f"{pointer} is a folder and must be a file that names one; move it away")
+        if self.path.is_dir() and not os.access(self.path, os.W_OK):
+            raise UserError(f"{self.path} cannot be written, so no checkpoint can be; change its permissions or remount it")
 
     def steps(self) -> dict[int, Path]:
         """The checkpoints by step, in no order."""

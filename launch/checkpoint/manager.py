@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from data.cli import UserError
+from data.cli import UserError, say
 from launch.checkpoint import universal
 from launch.checkpoint.buffers import BUFFERS, persistent_buffers
 from launch.checkpoint.choose import CheckpointChooser, ResumeChoice, ResumeFrom
@@ -134,7 +134,7 @@ class CheckpointManager:
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder)
         for dead in leftovers(folder):
-            discard(dead)
+            remove(dead)
         free = shutil.disk_usage(folder).free
         if needed * SPACE_MARGIN > free:
             raise UserError(
@@ -176,4 +176,12 @@ class CheckpointManager:
         if is_best:
             self.folder.point(BEST, final.name)
         for old in self.folder.expendable(keep_last=self.keep_last, keep_every=self.keep_every):
-            discard(old)
+            remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Of what is no longer kept; the save that it was kept for is complete, and does not fail where this does."""
+    try:
+        discard(folder)
+    except OSError as error:  # it is mounted, or somebody else's
+        say(f"warning: {folder} is no longer kept and cannot be deleted ({error.strerror or error})")

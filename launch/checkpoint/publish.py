@@ -7,6 +7,7 @@ cannot, two renames do, and `recover` undoes the first if the second never came.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from data.files import sync_folder
+from launch.checkpoint.manifest import MANIFEST
 
 #: Folders that only this module makes: being written, on the way to deletion, replaced by another of the same name.
 _OURS = re.compile(r"\.(tmp|trash|replaced)-.+-[0-9a-f]{8}")
@@ -41,10 +43,13 @@ def publish(temporary: Path, final: Path) -> None:
         discard(temporary)
     else:
         old = working_name(final, "replaced")
-        os.rename(final, old)
-        os.rename(temporary, final)
-        sync_folder(final.parent)
-        discard(old)
+        if rename_if_possible(final, old):
+            os.rename(temporary, final)
+            sync_folder(final.parent)
+            discard(old)
+        else:
+            discard(final)
+            os.rename(temporary, final)
     sync_folder(final.parent)
 
 
@@ -67,8 +72,23 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder. It loses its name first, so that a half-deleted one is never taken for complete."""
-    trash = working_name(folder, "trash") if not folder.name.startswith(".trash-") else folder
-    if trash != folder:
-        os.rename(folder, trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    """Delete a folder. It loses its name first, or else its manifest, so that a half-deleted one is never taken for complete."""
+    if not folder.name.startswith(".trash-"):
+        trash = working_name(folder, "trash")
+        if rename_if_possible(folder, trash):
+            folder = trash
+        else:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            sync_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def rename_if_possible(folder: Path, name: Path) -> bool:
+    """False where the file system renames no folders: overlayfs, those that came with a container's image."""
+    try:
+        os.rename(folder, name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True

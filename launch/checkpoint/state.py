@@ -18,6 +18,7 @@ from launch.checkpoint.identity import RunIdentity
 
 STATE = "state.json"
 STATE_FORMAT = 1
+MOST = 1 << 53  # above any count, and the whole numbers that JSON holds exactly everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,11 @@ def _first_nonsense(body: Any, name: str) -> str:
             return f"{key} must be a whole number from 0 up, not {_shown(body.get(key))}"
     if name.startswith("step_") and name != f"step_{body['step']}":
         return f"step is {body['step']} in a folder named {name}"
+    batch = body["identity"].get("global_batch") if isinstance(body.get("identity"), dict) else None
+    if _is_count(batch) and body["samples"] < body["step"] * batch:  # more are of steps that a rollback took back
+        return f"samples is {body['samples']} at step {body['step']} of {batch} samples each"
     best = body.get("best_loss")
-    if best is not None and (isinstance(best, bool) or not isinstance(best, (int, float))):
+    if best is not None and not _is_number(best):
         return f"best_loss must be a number or null, not {_shown(best)}"
     for key in ("extra", "identity", "optimizer"):
         if not isinstance(body.get(key), dict):
@@ -83,8 +87,8 @@ def _first_nonsense(body: Any, name: str) -> str:
 
 
 def _first_nonsense_of_the_optimizer(facts: dict[str, Any]) -> str:
-    rate = facts.get("lr")
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
+    rate: Any = facts.get("lr")
+    if not _is_number(rate) or not math.isfinite(rate):
         return f"optimizer.lr must be a finite number, not {_shown(rate)}"
     for key in ("state", *(("parameters",) if "parameters" in facts else ())):
         names = facts.get(key)
@@ -94,7 +98,12 @@ def _first_nonsense_of_the_optimizer(facts: dict[str, Any]) -> str:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
+
+
+def _is_number(value: object) -> bool:
+    """Also NaN and infinity, which JSON does not know and Python writes; not a whole number that no float holds."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST)
 
 
 def _shown(value: object) -> str:

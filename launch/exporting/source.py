@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.cli import NotFound, UserError, sentence
+from data.files import read_json
 from launch.checkpoint import manifest
 from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
 from launch.redact import redact
@@ -15,6 +16,7 @@ from launch.redact import redact
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from launch.checkpoint.identity import RunIdentity
     from model import MoEGPTConfig
 
 # AutoEP's names and the model's; its experts are handled apart.
@@ -47,11 +49,27 @@ def model_config(checkpoint: Path) -> MoEGPTConfig:
     from model import MoEGPTConfig
 
     manifest.read_manifest(checkpoint)  # a folder that was never completed is named as that
-    saved = read_state(checkpoint).identity.model
+    identity = read_state(checkpoint).identity
+    _check_run(checkpoint, identity)
+    saved = identity.model
     try:
         return MoEGPTConfig.from_dict(redact(saved))  # a config.json of the user's may hold more than a model
     except (ValueError, TypeError) as error:
         raise UserError(f"{checkpoint / STATE}: identity.model is no model: {sentence(error)}") from error
+
+
+def _check_run(checkpoint: Path, identity: RunIdentity) -> None:
+    """Raises UserError where another run's checkpoint lies in this one, whose tokenizer it would be exported with."""
+    from launch.checkpoint.identity import RunIdentity, listed
+
+    config = checkpoint.parent.parent / "config.json"
+    try:
+        run = RunIdentity.from_json(read_json(config))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # a checkpoint that was taken out of its run, or whose run lost the file
+    both_are_models = run.model and isinstance(run.model, dict) and isinstance(identity.model, dict)
+    if both_are_models and (found := run.conflicts(identity)):
+        raise UserError(f"{checkpoint} belongs to another run than {config}: {listed(found)}; name it where it was made")
 
 
 def weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:

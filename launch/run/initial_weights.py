@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.cli import UserError
 from launch.checkpoint.finite import is_finite
-from launch.exported import check_arithmetic
+from launch.exported import check_arithmetic, check_weights
 from model import MoEGPTForCausalLM
 from model.glm4_moe import expert_name, expert_place
 
@@ -25,6 +25,7 @@ def load_weights(model: MoEGPTForCausalLM, folder: Path) -> None:
     if not (folder / "config.json").is_file() or not files:
         raise UserError(f"--init_from {folder} is not an exported model; make one with launch/export.py")
     check_arithmetic(folder, model.config)
+    check_weights(folder)
     wanted = model.state_dict()
     missing = set(wanted)
     for file in files:

@@ -8,6 +8,7 @@ loss and the stop flags of all ranks in one all-reduce, the optimizer (or the re
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -313,7 +314,7 @@ class Trainer:
                 tokens=state.tokens,
                 best_loss=state.best_loss,
                 bad_evaluations=int(state.extra["bad_evaluations"]),
-                wandb_id=str(state.extra["wandb_id"]),
+                wandb_id=_checked_id(state.extra["wandb_id"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -321,6 +322,13 @@ class Trainer:
                 "go on from another checkpoint with --resume"
             ) from error
         self.saving.saved_at = state.step
+
+
+def _checked_id(wandb_id: str) -> str:
+    """W&B makes the names of folders of it. Raises ValueError for what could lead out of them."""
+    if not re.fullmatch(r"[\w-]{0,64}", wandb_id, re.ASCII):
+        raise ValueError(f"wandb_id {wandb_id[:80]!r}")
+    return wandb_id
 
 
 class StepTimer:

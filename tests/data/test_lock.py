@@ -13,6 +13,7 @@ import pytest
 from data_helpers import ROOT, environment
 
 from data import lock
+from data.cli import UserError, as_user_error
 from data.lock import FolderLock, LockHeld, take_folder
 
 HOLD = """
@@ -63,6 +64,25 @@ def test_a_forked_child_does_not_hold_the_folder(tmp_path: Path) -> None:
         other.release()
         os.close(write)
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "link to nothing", "FIFO"])
+def test_a_lock_that_leads_to_another_file_leaves_it_alone(kind: str, tmp_path: Path) -> None:
+    """The file was emptied: whoever could write to a folder could have the next run of it empty any file of its user."""
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    folder.mkdir()
+    if kind != "link to nothing":
+        victim.write_text("precious")
+    if kind == "FIFO":
+        os.mkfifo(folder / ".lock")
+    elif kind == "hard link":
+        os.link(victim, folder / ".lock")
+    else:
+        (folder / ".lock").symlink_to(victim)
+    with pytest.raises((UserError, OSError), match=r"\.lock") as raised:
+        take_folder(folder, "run")
+    assert as_user_error(raised.value) is not None
+    assert victim.read_text() == "precious" if kind != "link to nothing" else not victim.exists()
 
 
 def test_a_file_system_without_locks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

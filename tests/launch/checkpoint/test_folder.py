@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data.cli import UserError
 from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
 
 
@@ -47,3 +48,20 @@ def test_what_may_go(tmp_path: Path) -> None:
     gone = [path.name for path in folder.expendable(keep_last=1, keep_every=3)]
     assert gone == ["step_4", "step_2", "step_5.universal"]  # 1 is the best, 3 a multiple, 5 the newest, 6 beyond it
     assert [path.name for path in folder.expendable(keep_last=0, keep_every=0)] == ["step_5.universal"]
+
+
+def test_what_lies_where_a_save_will_write_is_refused_at_the_start(tmp_path: Path) -> None:
+    """It was found at the first save, which by default is 50,000 steps later."""
+    CheckpointFolder(tmp_path / "none").check()
+    (tmp_path / "checkpoints").mkdir()
+    folder = folder_with(tmp_path / "checkpoints", 4, latest="step_4")
+    folder.check()
+    (folder.path / LATEST).unlink()
+    (folder.path / LATEST).mkdir()
+    with pytest.raises(UserError, match="latest is a folder and must be a file that names one"):
+        folder.check()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match=f"{name} is no folder, so no checkpoint can be written there"):
+            CheckpointFolder(tmp_path / name).check()

@@ -1,6 +1,7 @@
 """A folder gets its name whole or not at all, whatever was there and whenever the process dies."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,46 @@ def test_only_our_own_leftovers_are_found(tmp_path):
     assert publish.leftovers(tmp_path) == sorted(ours)
     publish.discard(tmp_path / "step_7")
     assert not (tmp_path / "step_7").exists()
+
+
+@pytest.fixture
+def image(tmp_path):
+    """A folder on overlayfs, as a container sees what came with its image; `step_4` is of the image."""
+    lower, upper, work, merged, memory = (tmp_path / name for name in ("lower", "memory/upper", "memory/work", "merged", "memory"))
+    for folder in (lower / "step_4", merged, memory):
+        folder.mkdir(parents=True)
+    (lower / "step_4" / "manifest.json").write_text("{}")
+    (lower / "step_4" / "x").write_text("old")
+    mounted = []
+    try:
+        for *kind, where in (
+            ["-t", "tmpfs", "tmpfs", memory],
+            ["-t", "overlay", "-o", f"lowerdir={lower},upperdir={upper},workdir={work}", "overlay", merged],
+        ):
+            done = subprocess.run(["mount", *kind, str(where)], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+            mounted.append(where)
+            for folder in (upper, work):
+                folder.mkdir(exist_ok=True)
+        with pytest.raises(OSError, match="cross-device"):  # the fault strikes
+            os.rename(merged / "step_4", merged / "moved")
+        yield merged
+    finally:
+        for where in reversed(mounted):
+            subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+def test_a_folder_of_a_containers_image_is_deleted(image):
+    """Every save failed there as soon as an old checkpoint was to go."""
+    publish.discard(image / "step_4")
+    assert os.listdir(image) == []
+
+
+def test_a_folder_of_a_containers_image_is_replaced(image):
+    new = publish.working_name(image / "step_4", "tmp")
+    new.mkdir()
+    (new / "x").write_text("new")
+    publish.publish(new, image / "step_4")
+    assert os.listdir(image) == ["step_4"] and os.listdir(image / "step_4") == ["x"]
+    assert (image / "step_4" / "x").read_text() == "new"

@@ -153,3 +153,13 @@ def test_a_secret_in_the_users_model_file_is_not_exported(checkpoint: Path) -> N
     replace_file(checkpoint, "state.json", json.dumps(state).encode())
     for said in (exported_config(model_config(checkpoint), "moe_gpt").to_json_string(), str(model_config(checkpoint))):
         assert not any(secret in said for secret in SECRETS)
+
+
+def test_another_runs_checkpoint_is_not_exported_with_this_ones_tokenizer(checkpoint: Path) -> None:
+    run = checkpoint.parent.parent
+    identity = json.loads((checkpoint / "state.json").read_text())["identity"]
+    (run / "config.json").write_text(json.dumps({**identity, "host": "a"}))
+    model_config(checkpoint)
+    (run / "config.json").write_text(json.dumps({**identity, "seed": 99}))
+    with pytest.raises(UserError, match=r"step_\d+ belongs to another run than .*config\.json: seed: 99 -> \d+"):
+        model_config(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.checkpoint.manifest import record_all, write_manifest
 from launch.run.initial_weights import load_weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
@@ -72,3 +74,15 @@ def test_another_size_and_damage_are_named(folder: Path, tmp_path: Path) -> None
         load_weights(small(), folder)
     with pytest.raises(ValueError, match="is not an exported model"):
         load_weights(small(), tmp_path / "nothing")
+
+
+def test_an_export_that_is_not_what_was_written_is_refused(folder: Path) -> None:
+    """A hole in a file reads as zeros, which are finite and fit: training began from them."""
+    path = min(folder.glob("*.safetensors"))
+    write_manifest(folder, record_all(folder), kind="export")
+    load_weights(small(), folder)
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    os.truncate(path, size)
+    with pytest.raises(ValueError, match="is damaged: it is not the file that was exported"):
+        load_weights(small(), folder)
