@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     Glm4MoeForCausalLM,
@@ -26,12 +25,11 @@ from data.cli import NotFound, UserError
 from data.files import hash_file, is_inside, pointer, read_json, small_file
 from data.tokens.folder import read_text
 from data.tokens.tokenizer import library_tokenizer
+from launch.model_config import OtherModel, read_model_config
 from model import MoEGPTConfig, MoEGPTForCausalLM
-from model.glm4_moe import from_glm4_moe
 
 POINTER_BYTES = 1024  # what git-LFS limits its own to
 INDEX_BYTES = 1 << 28  # of an index: 100 bytes a weight
-MOST_LABELS = 1_000_000
 MANIFEST = "manifest.json"  # what launch/checkpoint/manifest.py writes last
 # Fields that change what the model computes without changing a weight's shape.
 ARITHMETIC = (
@@ -98,23 +96,9 @@ def own_config(folder: Path) -> MoEGPTConfig | None:
     Raises UserError for one that is damaged, or whose type transformers does not know.
     """
     try:
-        raw = read_json(folder / "config.json")
-        if not isinstance(raw, dict):
-            raise UserError("it is no JSON object")
-        if isinstance(labels := raw.get("num_labels"), int) and labels > MOST_LABELS:
-            raise UserError(f"num_labels is {labels}, for each of which transformers makes a name")
-        fields, _ = MoEGPTConfig.get_config_dict(folder)
-        if fields.get("model_type") == MoEGPTConfig.model_type:
-            return MoEGPTConfig.from_pretrained(folder, trust_remote_code=False)
-        if fields.get("model_type") == "glm4_moe":
-            try:
-                return from_glm4_moe(fields)
-            except ValueError:
-                return None  # transformers' own class computes what ours does not
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)  # a sentence about an unknown type, before the weights are read
-    except (ValueError, OSError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
-    return None
+        return read_model_config(folder / "config.json")
+    except OtherModel:
+        return None  # transformers' own class computes what ours does not
 
 
 def load_model(

@@ -2,7 +2,7 @@
 
 import copy
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -212,8 +212,8 @@ class MoEGPTConfig(PreTrainedConfig):
 
 
 def _is_number(value: Any, least: float = 0.0) -> bool:
-    """Finite, and at least that."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+    """At least that, and what a float holds: not NaN, infinite, or a whole number of 400 digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= sys.float_info.max
 
 
 #: Above any model's; a damaged or hostile configuration would be built for minutes before its weights are seen to be missing.

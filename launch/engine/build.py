@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -17,12 +17,15 @@ from torch import nn
 
 from data.cli import NotFound, UserError, sentence
 from data.files import read_json
-from launch.engine import activation_checkpointing, expert_parallel
+from launch.engine import activation_checkpointing, expert_parallel, hardware
 from launch.engine.regions import compile_regions
 from launch.engine.strategy import Strategy
+from launch.model_config import read_model_config
 from model import MoEGPTConfig, MoEGPTForCausalLM
-from model.glm4_moe import from_glm4_moe
+from model.accounting import count_parameters
 from model.sizes import check_fields
+
+T = TypeVar("T")
 
 
 def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
@@ -32,25 +35,20 @@ def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
         return _valid(model, lambda: MoEGPTConfig.preset(model, **overrides))
     if not path.is_file():
         raise NotFound(f"--model {model} is not a file; name a config.json or a preset")
-    config = _valid(model, lambda: _read_config(path))
+    _valid(model, lambda: check_fields(read_json(path)))
+    config = _valid(model, lambda: read_model_config(path, default=MoEGPTConfig.model_type))
     for name, value in overrides.items():
         setattr(config, name, value)
     return config
 
 
-def _read_config(path: Path) -> MoEGPTConfig:
-    """Ours, or a stock Glm4Moe folder's: that is this model without sinks, and `--init_from` takes its weights."""
-    check_fields(read_json(path))
-    fields, _ = MoEGPTConfig.get_config_dict(path)
-    return from_glm4_moe(fields) if fields.get("model_type") == "glm4_moe" else MoEGPTConfig.from_json_file(path)
-
-
-def _valid(model: str, make: Callable[[], MoEGPTConfig]) -> MoEGPTConfig:
+def _valid(model: str, make: Callable[[], T]) -> T:
     """The model's own ValueErrors name the field, but not the file, and are not yet a user's mistake."""
     try:
         return make()
     except ValueError as error:
-        raise UserError(f"--model {model}: {sentence(error)}") from error
+        said = sentence(error)
+        raise UserError(f"--model {said}" if said.startswith(model) else f"--model {model}: {said}") from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -61,6 +59,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": decayed, "weight_decay": weight_decay, "name": "decay"},
         {"params": kept, "weight_decay": 0.0, "name": "no_decay"},
     ]
+
+
+def check_room(config: MoEGPTConfig) -> None:
+    """Raises UserError where the model that `build_model` makes is larger than all the memory of its device."""
+    count, room = count_parameters(config).total, hardware.memory()
+    if 4 * count > room:
+        raise UserError(
+            f"the model has {count:,} parameters, which each rank builds in fp32: {4e-9 * count:,.1f} GB, and its device has "
+            f"{room / 1e9:,.1f} GB of memory; train a smaller one, or on another device"
+        )
 
 
 def build_model(config: MoEGPTConfig, *, seed: int, attn_implementation: str) -> MoEGPTForCausalLM:

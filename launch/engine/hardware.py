@@ -1,7 +1,9 @@
-"""What a GPU can do at most, by its vendor's data sheet: the denominator of the model FLOP utilisation (MFU)."""
+"""What a device has and can do. Of a GPU at most, by its vendor's data sheet,
+which is the denominator of the model FLOP utilisation (MFU)."""
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
@@ -38,6 +40,13 @@ def peak_bf16_flops(device_name: str) -> float | None:
     words = set(re.split(r"[\s_-]+", device_name))
     known = [key for key in PEAK_BF16_FLOPS if words.issuperset(key)]
     return PEAK_BF16_FLOPS[max(known, key=len)] if known else None
+
+
+def memory() -> int:
+    """Bytes of this process's GPU, or of the host where it trains on the CPU: all there are, free or not."""
+    if get_accelerator().device_name() == "cuda":
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_flops() -> float | None:

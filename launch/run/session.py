@@ -19,7 +19,7 @@ from launch.checkpoint.choose import ResumeChoice, ResumeFrom
 from launch.checkpoint.identity import RunIdentity, listed
 from launch.checkpoint.manager import CheckpointManager
 from launch.cli import AgreedError, end_at_once
-from launch.engine.build import build_engine, build_model
+from launch.engine.build import build_engine, build_model, check_room
 from launch.engine.hardware import peak_flops
 from launch.engine.settings import EngineSettings
 from launch.engine.step_hook import StepHook
@@ -152,6 +152,7 @@ class Session:
         self.watchdog.phase("building the engine")
         self.memory_before = memory_bytes()
         arguments = self.arguments
+        ranks.run_everywhere(lambda: check_room(self.run.model))
         model = build_model(self.run.model, seed=arguments.seed, attn_implementation=arguments.attn_implementation)
         source = arguments.init_from
         if source is not None and not isinstance(choice, ResumeFrom):

@@ -1,0 +1,57 @@
+"""A model's `config.json`, whoever wrote it: one reading for `--model` of training and for exported folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from data.cli import UserError
+from data.files import read_json
+from model import MoEGPTConfig
+from model.glm4_moe import from_glm4_moe
+
+MOST_BYTES = 1 << 24  # of the file; no model's has a hundredth
+MOST_LABELS = 1_000_000
+
+
+class OtherModel(UserError):
+    """A model that is not this repository's, and why not. transformers may know it."""
+
+
+def read_model_config(path: Path, default: str | None = None) -> MoEGPTConfig:
+    """Ours, or a stock Glm4Moe folder's where that is this model without sinks; `default`: the type of one that names none.
+
+    Raises OtherModel for another architecture, UserError for what is damaged, makes no sense or is unknown to transformers too.
+    """
+    try:
+        fields = _fields(path)
+        kind = fields.get("model_type") or default
+        if kind == "glm4_moe":
+            return _of_glm4_moe(path, fields)
+        if kind == MoEGPTConfig.model_type:
+            return MoEGPTConfig.from_dict(fields)
+        AutoConfig.from_pretrained(path, trust_remote_code=False)  # a sentence about an unknown type
+    except OtherModel:
+        raise
+    except (ValueError, OSError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    raise OtherModel(f"{path}: it is a {kind}, and must be a {MoEGPTConfig.model_type} or glm4_moe")
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    raw = read_json(path, MOST_BYTES)
+    if not isinstance(raw, dict):
+        raise UserError("it is no JSON object")
+    if isinstance(labels := raw.get("num_labels"), int) and labels > MOST_LABELS:
+        raise UserError(f"num_labels is {labels}, for each of which transformers makes a name")
+    fields, _ = MoEGPTConfig.get_config_dict(path)
+    return fields
+
+
+def _of_glm4_moe(path: Path, fields: dict[str, Any]) -> MoEGPTConfig:
+    try:
+        return from_glm4_moe(fields)
+    except ValueError as error:
+        raise OtherModel(f"{path}: {error}") from error

@@ -1,0 +1,67 @@
+"""A `config.json` of anybody: the same refusal by training's `--model` and by every command that reads an exported folder."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.cli import UserError
+from launch.engine.build import check_room, load_model_config
+from launch.exported import own_config
+from model import MoEGPTConfig
+
+HOSTILE: list[dict[str, Any]] = [
+    *({"num_labels": 10**9}, {"num_labels": 10**8}, {"num_labels": "x"}, {"num_labels": 2.5}),
+    *({"id2label": 5}, {"id2label": {"a": "b"}}, {"num_hidden_layers": 10**7}, {"num_hidden_layers": "7"}),
+    *({"rope_parameters": "x"}, {"rope_parameters": {"factor": "x"}}, {"rope_parameters": {"factor": [1]}}),
+    *({"rope_parameters": {"factor": 1e300}}, {"expert_dropout": "x"}, {"z_loss_weight": None}, {"router_bias_rate": [1]}),
+    *({"scoring_func": [1]}, {"router_balance": {}}, {"hidden_act": 5}, {"model_type": "evil"}, {"model_type": 5}),
+    *({"vocab_size": 512.5}, {"rms_norm_eps": 10**400}, {"eos_token_id": "x"}, {"is_encoder_decoder": True}),
+]
+NESTED, LARGE = b'{"a":' * 10**5 + b"1" + b"}" * 10**5, b'{"x":"' + b"y" * (1 << 24) + b'"}'
+CONTENT = [b"[" * 10**6, NESTED, LARGE, b"[1]", b"", b"\xff\xfe\x00{", b"5"]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    MoEGPTConfig.preset("tiny").save_pretrained(tmp_path)
+    return tmp_path / "config.json"
+
+
+def refused_by_both(path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (lambda: load_model_config(str(path)), lambda: own_config(path.parent)):
+        with pytest.raises(UserError, match=r"config\.json"):
+            read()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KB: a name for each of 1e9 labels has 100 GB
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=lambda change: str(change)[:50])
+def test_a_value_without_sense(path: Path, change: dict[str, Any]) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refused_by_both(path)
+
+
+@pytest.mark.parametrize("content", CONTENT, ids=lambda content: str(content[:8]))
+def test_what_is_no_configuration(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    refused_by_both(path)
+
+
+def test_another_model_is_not_read_as_ours(path: Path) -> None:
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    with pytest.raises(UserError, match=r"config\.json: model_type must be moe_gpt or glm4_moe"):
+        load_model_config(str(path))
+    assert own_config(path.parent) is None
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 2**40}, {"n_routed_experts": 10**9}, {"hidden_size": 2**70, "head_dim": 64}])
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built(change: dict[str, int]) -> None:
+    """It was torch's error of an allocation, or 20 s of a growing process."""
+    with pytest.raises(UserError, match=r"[\d,]+ parameters, which each rank builds in fp32: .* GB, and its device has"):
+        check_room(MoEGPTConfig.preset("tiny", **change))
+    check_room(MoEGPTConfig.preset("60m"))
