@@ -14,6 +14,7 @@ from .flash import load_kernel, pick_kernel
 from .layers import ResidualLinear, RMSNorm
 from .mask import AttentionMask
 from .operators import usable
+from .rebuild import rebuildable
 from .rope import apply_rope, norm_and_rope
 from .sinks import attend_with_sinks
 
@@ -170,7 +171,11 @@ class Attention(nn.Module):
         if q_BSND.shape[1] == 1 and not torch.is_grad_enabled():  # a new token: the number of calls is what costs
             q, k = apply_rope(torch.cat((q_BSND, k_BSMD), dim=2), *rope).split((q_BSND.shape[2], k_BSMD.shape[2]), dim=2)
             return q, k
-        return apply_rope(q_BSND, *rope), apply_rope(k_BSMD, *rope)
+        q, k = (apply_rope(x, *rope) for x in (q_BSND, k_BSMD))
+        if self.qk_norm:  # else what it was given is kept by nobody, and as large
+            rebuildable(q, apply_rope, q_BSND, *rope)
+            rebuildable(k, apply_rope, k_BSMD, *rope)
+        return q, k
 
     def _update(self, cache: Cache, k_BSMD: Tensor, v_BSMD: Tensor, keys: int) -> tuple[Tensor, Tensor]:
         """Adds to the cache, which keeps heads before positions, and returns its first `keys` positions.

@@ -6,6 +6,7 @@ Shapes: T tokens, H hidden, I expert width, E experts, K experts per token, R = 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import ops, usable
+from .rebuild import rebuildable
 
 
 def expert_order(indices_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,10 +64,11 @@ def gathered(x: Tensor, index_R: Tensor, inverse_R: Tensor, copies: int) -> Tens
 
 def gather_beside(x: Tensor, index_R: Tensor, inverse_R: Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor]:
     """`gather_rows`, and x twice for others: on a GPU one pass then adds up all of x's gradient."""
-    if not usable(x):
-        return gather_rows(x, index_R, inverse_R, copies), x, x
-    rows, first, second = GatherBeside.apply(x, index_R, inverse_R, copies)  # type: ignore[no-untyped-call]
-    return rows, first, second
+    if usable(x):
+        rows, first, second = GatherBeside.apply(x, index_R, inverse_R, copies)  # type: ignore[no-untyped-call]
+    else:
+        rows, first, second = gather_rows(x, index_R, inverse_R, copies), x, x
+    return rebuildable(rows, partial(gathered, copies=copies), x, index_R, inverse_R), first, second
 
 
 class GatherBeside(torch.autograd.Function):
@@ -90,18 +93,22 @@ def swiglu(*gate_up: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         gate, up = _halves(gate_up)
         return F.silu(gate) * up
-    hidden: Tensor = SwiGLU.apply(*gate_up)  # type: ignore[no-untyped-call]
+    hidden: Tensor = rebuildable(SwiGLU.apply(*gate_up), _activated, *gate_up)  # type: ignore[no-untyped-call]
     return hidden
+
+
+def _activated(*gate_up: Tensor) -> Tensor:
+    if usable(gate_up[0]):
+        return ops.swiglu(gate_up)  # type: ignore[no-any-return]
+    gate, up = _halves(gate_up)
+    return F.silu(gate) * up
 
 
 class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(*gate_up)
-        if usable(gate_up[0]):
-            return ops.swiglu(gate_up)  # type: ignore[no-any-return]
-        gate, up = _halves(gate_up)
-        return F.silu(gate) * up
+        return _activated(*gate_up)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:

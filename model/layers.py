@@ -1,5 +1,6 @@
 """Small layers that several parts share."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .operators import ops, usable
+from .rebuild import is_rebuilding, rebuildable, rebuilt
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -38,7 +40,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if usable(x):
             return _fused_norm(x, None, self.weight, self.eps)[1]
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _plain_norm(x, self.weight, self.eps)
 
 
 class ResidualNorm(RMSNorm):
@@ -48,12 +50,33 @@ class ResidualNorm(RMSNorm):
         if usable(x):
             return _fused_norm(x, added, self.weight, self.eps)
         stream = x if added is None else x + added
-        return stream, F.rms_norm(stream, self.weight.shape, self.weight, self.eps)
+        return stream, _plain_norm(stream, self.weight, self.eps)
+
+
+def _plain_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    if not is_rebuilding():
+        return F.rms_norm(x, weight_H.shape, weight_H, eps)
+    if x.dtype in (torch.float32, torch.float64):  # which PyTorch reads twice as it is, and adds two gradients to the stream's
+        return rebuilt(partial(_norm_of_two, eps=eps), x, x, weight_H)
+    return rebuilt(partial(_norm_of_one, eps=eps), x, weight_H)
+
+
+def _norm_of_one(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight_H.shape, weight_H, eps)
+
+
+def _norm_of_two(x: Tensor, same: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(same.pow(2).mean(dim=-1, keepdim=True) + eps) * weight_H
 
 
 def _fused_norm(x: Tensor, added: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     stream, out = FusedNorm.apply(x, added, weight_H, eps)  # type: ignore[no-untyped-call]
-    return stream, out
+    return stream, rebuildable(out, partial(_normed, eps=eps), stream, weight_H)
+
+
+def _normed(stream: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    out: Tensor = ops.norm(stream.flatten(0, -2), None, weight_H, eps)[1]
+    return out
 
 
 class FusedNorm(torch.autograd.Function):

@@ -25,6 +25,7 @@ from .layers import ResidualLinear, ResidualNorm, RMSNorm
 from .loss import IGNORE
 from .mask import AttentionMask, causal_mask
 from .moe import Experts, MoE
+from .rebuild import rebuilding
 from .replay import RouterReplay
 from .rope import RotaryTable
 from .router import Gate
@@ -37,8 +38,11 @@ class Block(GradientCheckpointingLayer):
     """`x + attention(norm(x))`, then `x + moe(norm(x))`.
 
     The base class checkpoints `forward` where that is switched on. Its caller makes a new `replay` for each forward, so that a
-    recomputation, which gets the same one again, routes every token as before.
+    recomputation, which gets the same one again, routes every token as before. Where `rebuilds`, nothing is recomputed, and
+    what a cheap pass can make again is not saved.
     """
+
+    rebuilds = False
 
     def __init__(self, config: MoEGPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -57,10 +61,11 @@ class Block(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         with_weights: bool = False,
     ) -> Tensor:
-        x_BSH, normed_BSH = self.attend(x_BSH, rope, mask, past_key_values, with_weights)
-        with replay:
-            out_BSH: Tensor = self.mlp(normed_BSH, x_BSH)  # which adds x_BSH
-            return out_BSH
+        with rebuilding(self.rebuilds):
+            x_BSH, normed_BSH = self.attend(x_BSH, rope, mask, past_key_values, with_weights)
+            with replay:
+                out_BSH: Tensor = self.mlp(normed_BSH, x_BSH)  # which adds x_BSH
+                return out_BSH
 
     def attend(
         self, x_BSH: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: Cache | None, with_weights: bool

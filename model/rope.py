@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, L positions in the table, D head dim, C = D / 2 fre
 """
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .config import ROPE_TYPES, MoEGPTConfig, RopeParameters
 from .layers import to_device
 from .operators import ops
+from .rebuild import rebuildable
 
 
 def yarn_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
@@ -75,8 +77,18 @@ def norm_and_rope(
     q_BSND: Tensor, k_BSMD: Tensor, weights_D: tuple[Tensor, ...], cos_BSD: Tensor, sin_BSD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """On a GPU, in one pass: q and k normed by head with the two weights, if there are any, and rotated."""
-    q, k = NormAndRope.apply(q_BSND, k_BSMD, cos_BSD, sin_BSD, eps, *weights_D)  # type: ignore[no-untyped-call]
+    given = q_BSND, k_BSMD, cos_BSD, sin_BSD, *weights_D
+    turned = NormAndRope.apply(eps, *given)  # type: ignore[no-untyped-call]
+    q, k = rebuildable(turned, partial(_normed_and_turned, eps), *given) if weights_D else turned
     return q, k
+
+
+def _normed_and_turned(
+    eps: float, q_BSND: Tensor, k_BSMD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *weights_D: Tensor
+) -> tuple[Tensor, Tensor]:
+    tables = cos_BSD.flatten(0, 1), sin_BSD.flatten(0, 1)
+    q, k = ops.norm_rope(q_BSND.flatten(0, 1), k_BSMD.flatten(0, 1), weights_D, *tables, eps)
+    return q.view(q_BSND.shape), k.view(k_BSMD.shape)
 
 
 class NormAndRope(torch.autograd.Function):
@@ -84,13 +96,11 @@ class NormAndRope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BSND: Tensor, k_BSMD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, eps: float, *weights_D: Tensor
+        ctx: Any, eps: float, q_BSND: Tensor, k_BSMD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *weights_D: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q_BSND, k_BSMD, cos_BSD, sin_BSD, *weights_D)
         ctx.eps = eps
-        tables = cos_BSD.flatten(0, 1), sin_BSD.flatten(0, 1)
-        q, k = ops.norm_rope(q_BSND.flatten(0, 1), k_BSMD.flatten(0, 1), weights_D, *tables, eps)
-        return q.view(q_BSND.shape), k.view(k_BSMD.shape)
+        return _normed_and_turned(eps, q_BSND, k_BSMD, cos_BSD, sin_BSD, *weights_D)
 
     @staticmethod
     def backward(ctx: Any, dq_BSND: Tensor, dk_BSMD: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,7 +108,7 @@ class NormAndRope(torch.autograd.Function):
         rows = [x.flatten(0, 1) for x in (dq_BSND, dk_BSMD, q_BSND, k_BSMD)]
         dq, dk, dweights = ops.norm_rope_backward(*rows, weights_D, cos_BSD.flatten(0, 1), sin_BSD.flatten(0, 1), ctx.eps)
         dweights_D = (dweights[i].to(weight.dtype) for i, weight in enumerate(weights_D))
-        return dq.view(q_BSND.shape), dk.view(k_BSMD.shape), None, None, None, *dweights_D
+        return None, dq.view(q_BSND.shape), dk.view(k_BSMD.shape), None, None, *dweights_D
 
 
 class RotaryTable(nn.Module):

@@ -4,6 +4,7 @@ Shapes: T tokens, H hidden, E experts, K experts per token, N bins.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -15,13 +16,14 @@ from .choice import group_limited_topk
 from .config import MoEGPTConfig
 from .operators import ops, usable
 from .quantile import BINS, add_to_histogram, bias_lift
+from .rebuild import rebuildable
 from .replay import RouterReplay
 
 
 def router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     """`[T, E]` in fp32 (float64 stays), whatever dtype the engine trains in: bf16 logits move tokens near a tie."""
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
-    return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+    return F.linear(rebuildable(x_TH.to(dtype), partial(torch.Tensor.to, dtype=dtype), x_TH), weight_EH.to(dtype))
 
 
 def expert_scores(logits_TE: Tensor, scoring_func: str) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from launch.benchmarks.contestants import peer_model
 from launch.benchmarks.counting import declare, declare_host_wait, uncounted
-from launch.engine import expert_parallel
+from launch.engine import activation_checkpointing, expert_parallel
 from launch.engine.exchange import Exchange
 from launch.ranks import join
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -219,6 +219,13 @@ def ours(config: MoEGPTConfig, ep: int) -> nn.Module:
     return nn.Module.to(model, torch.bfloat16)
 
 
+def saving_less(config: MoEGPTConfig, ep: int) -> nn.Module:
+    model: Any = ours(config, ep)
+    activation_checkpointing.enable(model, "selective", {})
+    less: nn.Module = model
+    return less
+
+
 def stock(config: MoEGPTConfig, ep: int, **knobs: Any) -> nn.Module:
     return with_auto_ep(peer_model(config, device="meta"), ep, **knobs).to(torch.bfloat16)
 
@@ -233,6 +240,7 @@ def glm(config: MoEGPTConfig, _ep: int) -> nn.Module:
 
 CONTESTANTS: dict[str, Callable[[MoEGPTConfig, int], nn.Module]] = {
     "ours": ours,
+    "ours, selective": saving_less,
     "stock AutoEP": stock,
     "stock AutoEP with knobs": lambda c, ep: stock(c, ep, gate_up_impl="fused"),
     "transformers Glm4Moe": glm,

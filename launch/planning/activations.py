@@ -42,7 +42,11 @@ def kept_activations(job: Job, *, kernels: bool = True, load: float = 1.0) -> Ke
     kept = {"none": plain_block(job, kernels), "selective": selective_block(job, kernels), "full": boundary(job, kernels)}
     rows = {"none": plain_rows(job), "selective": selective_rows(job), "full": 0.0}
     block, row = kept[job.recompute], rows[job.recompute] * load
-    again = kept["none"] + rows["none"] * load - block - row
+    again = {
+        "none": 0.0,
+        "selective": selective_again(job) * load,
+        "full": kept["none"] + rows["none"] * load - block - row,
+    }[job.recompute]
     return Kept(
         layers=job.tokens * (layers * block + norm(job, c.hidden_size, kernels)),  # and the last norm
         experts=job.tokens * layers * row,
@@ -88,19 +92,27 @@ def boundary(job: Job, kernels: bool) -> float:
 
 
 def selective_block(job: Job, kernels: bool) -> float:
-    """`boundary`, and what matrix products and attention put out."""
+    """`plain_block` without what norms, RoPE and SwiGLU put out, and without fp32 copies: those are made again."""
     c, w = job.sizes, job.weight_bytes
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    turned = query + key  # before their norm; where there is none the kernel keeps them besides
+    turned *= 1 if c.qk_norm or not kernels else 2
+    attention = (turned + key + query) * w + c.num_attention_heads * FP32
     shared = c.n_shared_experts * c.moe_intermediate_size
-    products = query + 2 * key + c.hidden_size + 2 * shared + c.hidden_size
-    attention = query * w + c.num_attention_heads * FP32
-    return boundary(job, kernels) + products * w + attention + c.n_routed_experts * FP32
+    return 2 * c.hidden_size * w + attention + c.n_routed_experts * FP32 + choice(job, kernels) + 2 * shared * w
 
 
 def selective_rows(job: Job) -> float:
-    """Gate and up, and the result."""
+    """`plain_rows` without the product of gate and up, and without the rows where they come from no other rank."""
+    c, w = job.sizes, job.weight_bytes
+    again = c.moe_intermediate_size + (c.hidden_size if job.expert_ranks == 1 else 0)
+    return plain_rows(job) - c.num_experts_per_tok * again * w
+
+
+def selective_again(job: Job) -> float:
+    """Of what is made again, what is there at a block's fullest moment: the rows beside their gradient, or SwiGLU's product."""
     c = job.sizes
-    return c.num_experts_per_tok * (2 * c.moe_intermediate_size + c.hidden_size) * job.weight_bytes
+    return c.num_experts_per_tok * (c.hidden_size if job.expert_ranks == 1 else c.moe_intermediate_size) * job.weight_bytes
 
 
 def loss_bytes(job: Job, kernels: bool) -> float:

@@ -2,8 +2,7 @@
 
 DeepSpeed 0.19.8: ZeRO-2 reduces at every micro-batch, ZeRO-1 at the step's end, both by all-reduce of whole buckets; after the
 step the shards of the weights are gathered. ZeRO-3 gathers weights before each forward and backward and scatters gradients.
-Expert parallelism exchanges rows four times a layer and micro-batch, and two times more
-where a block is recomputed, selectively too: what it keeps are products and attention.
+Expert parallelism exchanges rows four times a layer and micro-batch, and two times more where a block is recomputed whole.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def groups(job: Job) -> tuple[Group, Group, Group]:
 def _exchange(job: Job, device: Device, group: Group, load: float) -> Traffic:
     rows = job.tokens * job.sizes.num_experts_per_tok * load
     away = rows * job.sizes.hidden_size * job.weight_bytes * (group.size - 1) / group.size
-    turns = (4 + 2 * (job.recompute != "none")) * job.sizes.num_hidden_layers * job.accumulation
+    turns = (4 + 2 * (job.recompute == "full")) * job.sizes.num_hidden_layers * job.accumulation
     # An all-to-all is not a ring: what leaves the node goes over this GPU's own share of the network.
     outside = (group.size - group.members) / max(1, group.size - 1)
     seconds = turns * (away * (1 - outside) / device.link_speed + away * outside / device.network_speed + start(group))

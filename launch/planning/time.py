@@ -23,6 +23,8 @@ HIDING = 0.9
 HOST_SECONDS_PER_LAYER, HOST_SECONDS_PER_STEP = 2.8e-3, 5e-3
 #: Of them in the forward, which a recomputed block issues once more: 40 of 83 kernels by `launch/benchmark.py roofline`.
 FORWARD_SHARE = 0.5
+#: And what `selective` makes again: 6 of them.
+AGAIN_SHARE = 0.07
 #: Bytes that a GPU's host moves to and from it a second, and its memory's speed for one rank's share of CPU Adam.
 PCIE_SPEED, HOST_MEMORY_SPEED = 20e9, 20e9
 
@@ -76,14 +78,15 @@ def plan_time(job: Job, device: Device) -> StepTime:
     dense, expert, head = _products(job, device, peak)
     attention = tokens * _attention_flops(job) / (peak * device.efficiency.attention)
     moved, forward = tokens * sum(_moved(job)) / device.memory_speed, tokens * _moved(job)[0] / device.memory_speed
-    # A block that is recomputed whole does its forward again, a third of its products; one that keeps them only moves data.
-    again = {"none": 0.0, "selective": forward, "full": forward + (tokens * (dense + expert) + attention) / 3}[job.recompute]
+    passes = tokens * job.sizes.num_hidden_layers * moved_again(job) / device.memory_speed
+    # A block that is recomputed whole does its forward again, a third of its products; `selective` repeats a few passes.
+    again = {"none": 0.0, "selective": passes, "full": forward + (tokens * (dense + expert) + attention) / 3}[job.recompute]
     load = USUAL_LOAD if job.expert_ranks > 1 else 1.0
     sent = traffic(job, device, load)
     backward = (2 / 3) * (tokens * (dense + expert + head) + attention + moved)
     exposed = _exposed(sent, backward)
     busy = tokens * (dense + expert + head) + attention + moved + again
-    issued = 1.0 if job.recompute == "none" else 1.0 + FORWARD_SHARE
+    issued = 1.0 + {"none": 0.0, "selective": AGAIN_SHARE, "full": FORWARD_SHARE}[job.recompute]
     host = issued * HOST_SECONDS_PER_LAYER * job.sizes.num_hidden_layers * job.accumulation + HOST_SECONDS_PER_STEP
     return StepTime(
         matrix=tokens * (dense + expert + head),
@@ -143,6 +146,16 @@ def moved_by_layer(job: Job) -> tuple[float, float]:
     if job.expert_ranks > 1:  # packed to be sent, and grouped by expert where they arrive, and so the results
         forward, backward = forward + 3 * r, backward + 3 * r
     return float(forward), float(backward)
+
+
+def moved_again(job: Job) -> float:
+    """Bytes a token that a layer's `selective` passes read and write: two norms, q/k norm with RoPE, SwiGLU, and the rows where
+    they come from no other rank."""
+    c, w = job.sizes, job.weight_bytes
+    turned = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim if c.qk_norm else 0
+    width = (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size
+    rows = (1 + c.num_experts_per_tok) * c.hidden_size if job.expert_ranks == 1 else 0
+    return float(w * (4 * c.hidden_size + 2 * turned + 3 * width + rows))
 
 
 def _moved(job: Job) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from launch.benchmarks.counting import Entry
 from launch.benchmarks.roofline import SHORTEST_KERNEL, operation_seconds
 from launch.planning.activations import kept_activations
 from launch.planning.devices import find_device
-from launch.planning.time import moved_by_layer
+from launch.planning.time import moved_again, moved_by_layer
 from model import MoEGPTConfig
 from model.accounting import forward_flops_per_token
 
@@ -39,7 +39,7 @@ def roofline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_flops_are_the_formulas(roofline: dict[str, Any]) -> None:
     config = MoEGPTConfig.preset("800m")
     layer = (forward_flops_per_token(config, 2048) - 2 * config.vocab_size * config.hidden_size) / config.num_hidden_layers
-    for name in ("ours", *PEERS):
+    for name in ("ours", "ours, selective", *PEERS):
         # alignment to 8 rows for each expert is what AutoEP multiplies beyond it
         assert roofline[name]["flops_per_token_layer"] == pytest.approx(3 * layer, rel=0.005), name
 
@@ -68,6 +68,22 @@ def test_the_planner_keeps_what_is_counted(roofline: dict[str, Any]) -> None:
     assert a_layer == pytest.approx(ours["saved_bytes_per_token_layer"], rel=0.005)
     assert last_norm + kept.loss_kept == pytest.approx(ours["saved_bytes_beside_layers"], rel=0.005)
     assert kept.loss - kept.loss_kept == pytest.approx(ours["loss_bytes_at_most"], rel=0.005)
+
+
+def test_selective_repeats_passes_and_no_exchange(roofline: dict[str, Any]) -> None:
+    """Its bytes and what it keeps are the planner's; a kernel for each of six passes, of five where rows come by exchange."""
+    plain, less = roofline["ours"], roofline["ours, selective"]
+    planned = job(ranks=roofline["ep"], expert_ranks=roofline["ep"], recompute="selective")
+    more = less["bytes_per_token_layer"] - plain["bytes_per_token_layer"]
+    assert more == pytest.approx(moved_again(planned), rel=0.01)
+    assert less["launches_per_layer"] - plain["launches_per_layer"] == (5 if roofline["ep"] > 1 else 6)
+    assert less["all_to_all_bytes_per_token_layer"] == plain["all_to_all_bytes_per_token_layer"]
+    kept, last_norm = kept_activations(planned), planned.tokens * planned.sizes.hidden_size * planned.weight_bytes
+    a_layer = (kept.held - last_norm) / planned.tokens / planned.sizes.num_hidden_layers
+    assert a_layer == pytest.approx(less["saved_bytes_per_token_layer"], rel=0.005)
+    # the goal was 24 KiB: the experts' rows, which a weight's gradient wants, are 6, and as many where they arrive
+    assert less["saved_bytes_per_token_layer"] < (32.5 if roofline["ep"] > 1 else 26.5) * 1024
+    assert less["mfu"] > 0.95 * plain["mfu"]
 
 
 def test_parts_and_families_add_up(roofline: dict[str, Any]) -> None:

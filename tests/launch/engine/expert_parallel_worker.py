@@ -5,13 +5,16 @@ expert_parallel_worker.py MODEL_CONFIG OUTPUT
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.cli import make_quiet
 from launch.engine import strategy
@@ -35,6 +38,19 @@ def make(model_config: str, *, mode: str, dropout: float) -> Any:
     return engine
 
 
+class Collectives(TorchDispatchMode):
+    """The number of calls, by the operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls[func._schema.name.split("::")[-1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def batch(vocabulary: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(0, vocabulary, (ROWS, LENGTH + 1), generator=generator)
@@ -48,12 +64,17 @@ def loads(engine: Any) -> list[int]:
 def train(engine: Any, steps: int = 3) -> dict[str, Any]:
     guard, losses, norms = StepHook(engine), [], []
     for _ in range(steps):
-        loss = engine(**batch(engine.module.config.vocab_size)).loss
-        engine.backward(loss)
+        with Collectives() as seen:
+            loss = engine(**batch(engine.module.config.vocab_size)).loss
+            engine.backward(loss)
         guard.step(lambda norm: None)
         losses.append(float(loss.detach()))
         norms.append(guard.grad_norm)
-    return {"losses": losses, "norms": norms, "loads": loads(engine)}
+    weights = hashlib.sha256()
+    for parameter in engine.module.parameters():
+        weights.update(parameter.detach().view(torch.uint8).numpy().tobytes())
+    # the last step's, forward and backward
+    return {"losses": losses, "norms": norms, "loads": loads(engine), "weights": weights.hexdigest(), "collectives": seen.calls}
 
 
 def evaluate(engine: Any) -> float:

@@ -23,9 +23,18 @@ def ranks(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputation_repeats_routing_and_dropout(ranks: list[dict], mode: str) -> None:
-    """To the bit: losses and gradient norms of three steps, with dropout in the experts."""
+    """To the bit: losses, gradient norms and weights of three steps, with dropout in the experts."""
     for result in ranks:
-        assert result[f"dropout_{mode}"] == result["dropout_none"]
+        found, plain = ({**result[name], "collectives": None} for name in (f"dropout_{mode}", "dropout_none"))
+        assert found == plain
+
+
+def test_selective_repeats_no_collective(ranks: list[dict]) -> None:
+    """Per layer the counts, the rows there and back, their gradients there and back; recomputation repeats three of them."""
+    for result in ranks:
+        plain, selective, full = (result[f"dropout_{mode}"]["collectives"] for mode in ("none", "selective", "full"))
+        assert selective == plain
+        assert plain["alltoall_base_"] == 5 * LAYERS and full["alltoall_base_"] == 8 * LAYERS
 
 
 def test_dropout_drops_in_training_only(ranks: list[dict]) -> None:

@@ -33,6 +33,10 @@ def test_outputs_and_gradients_equal_stock_autoep(ranks: list[dict]) -> None:
     assert not wrong, json.dumps(wrong, indent=1)
 
 
+def test_saving_less_changes_no_bit(ranks: list[dict]) -> None:
+    assert all(case["rebuilt_equal"] for result in ranks for case in result["cases"])
+
+
 def test_the_cases_are_what_they_say(ranks: list[dict]) -> None:
     """Every gradient is there where rows went; experts were empty; a rank got no row."""
     for result in ranks:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.benchmarks import counted
 from launch.benchmarks.counting import Count
+from launch.engine import activation_checkpointing
 from model import MoEGPTConfig
 
 #: Model, sequences, tokens of each, layers.
@@ -27,6 +28,8 @@ def measure(ranks: int, preset: str, batch: int, length: int, layers: int, mode:
     model: Any = counted.ours(config, ranks).train()
     if mode == "full":
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=True))
+    elif mode == "selective":
+        activation_checkpointing.enable(model, mode, {})
     ids = torch.empty((batch, length), dtype=torch.int64, device="meta")
     with counted.as_on_cuda(ids.numel() * config.num_experts_per_tok), Count() as count:
         loss = model(input_ids=ids, shift_labels=ids, num_items_in_batch=torch.empty((), device="meta")).loss
@@ -42,4 +45,4 @@ def measure(ranks: int, preset: str, batch: int, length: int, layers: int, mode:
 if __name__ == "__main__":
     ranks = int(sys.argv[1])
     counted.join_fake_group(ranks)
-    print(json.dumps([measure(ranks, *case, mode) for case in CASES for mode in ("none", "full")]))
+    print(json.dumps([measure(ranks, *case, mode) for case in CASES for mode in ("none", "selective", "full")]))

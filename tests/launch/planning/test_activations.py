@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
-from launch.engine.activation_checkpointing import selective_contexts
+from launch.engine import activation_checkpointing
 from launch.planning.activations import chunk_rows, kept_activations
 from launch.planning.job import Job
 from launch.planning.memory import exchange_bytes
@@ -67,12 +67,10 @@ def total(tracker: MemTracker, kind: str) -> int:
 
 def recompute(network: MoEGPTForCausalLM, mode: str) -> None:
     """As `launch.engine.activation_checkpointing` does; DeepSpeed's own function needs a process group."""
-    if mode == "none":
+    if mode != "full":
+        activation_checkpointing.enable(network, mode, {})
         return
-    settings: dict[str, Any] = {"use_reentrant": mode == "full"}
-    if mode == "selective":
-        settings["context_fn"] = selective_contexts
-    network._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, **settings))
+    network._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=True))
 
 
 def off(model: str, mode: str, dtype: torch.dtype, length: int, batch: int, **changes: int) -> list[str]:
