@@ -11,7 +11,7 @@ from transformers import Cache
 from .config import MoEGPTConfig
 from .decode import attend_one
 from .flash import load_kernel, pick_kernel
-from .layers import ResidualLinear, RMSNorm
+from .layers import ResidualLinear, RMSNorm, project
 from .mask import AttentionMask
 from .operators import usable
 from .rebuild import rebuildable
@@ -145,8 +145,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`(out [B, S, H], probabilities [B, N, S, L] or None)`; whoever wants these gets `eager`, which alone holds them."""
         heads = (*x_BSH.shape[:2], -1, self.head_dim)
-        q_BSND, k_BSMD = self.q_proj(x_BSH).view(heads), self.k_proj(x_BSH).view(heads)
-        v_BSMD = self.v_proj(x_BSH).view(heads)
+        q_BSND, k_BSMD, v_BSMD = (x.view(heads) for x in project(x_BSH, self.q_proj, self.k_proj, self.v_proj))
         q_BSND, k_BSMD = self._turned(q_BSND, k_BSMD, rope)
         if cache is not None:
             k_BSMD, v_BSMD = self._update(cache, k_BSMD, v_BSMD, mask.keys)

@@ -25,6 +25,43 @@ class ResidualLinear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
 
+def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """What each of the layers makes of x. On a GPU each product of the backward adds to x's gradient as it writes it."""
+    if usable(x) and all(_is_plain(layer, x) for layer in layers):
+        projected: tuple[Tensor, ...] = Project.apply(x, *(layer.weight for layer in layers))  # type: ignore[no-untyped-call]
+        return projected
+    return tuple(layer(x) for layer in layers)
+
+
+def _is_plain(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether calling it does no more than the product: no adapter, no hook, no autocast, no weight that ZeRO 3 has elsewhere."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    plain = type(layer) is nn.Linear and layer.bias is None and not any(hooks) and not hasattr(layer.weight, "ds_id")
+    return plain and layer.weight.dtype == x.dtype and not torch.is_autocast_enabled("cuda")
+
+
+class Project(torch.autograd.Function):
+    """`x @ weight^T` of several weights `[B, A]`, x `[..., A]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows = [dout.flatten(0, -2) for dout in douts]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = rows[0] @ weights[0]
+            for dout, weight in zip(rows[1:], weights[1:], strict=True):
+                dx = dx.addmm_(dout, weight)
+            dx = dx.view_as(x)
+        wanted = zip(rows, ctx.needs_input_grad[1:], strict=True)
+        return dx, *(dout.mT @ x.flatten(0, -2) if wants else None for dout, wants in wanted)
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 

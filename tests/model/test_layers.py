@@ -1,9 +1,11 @@
-"""RMSNorm against its formula: statistics and product in fp32, rounded once."""
+"""RMSNorm against its formula: statistics and product in fp32, rounded once. Several projections of one input."""
 
 import pytest
 import torch
+from torch import nn
 
-from model.layers import ResidualLinear, RMSNorm
+from model import layers
+from model.layers import Project, ResidualLinear, RMSNorm, project
 from tests import reference
 
 
@@ -21,3 +23,38 @@ def test_rms_norm_is_rounded_once(dtype: torch.dtype, limit: float) -> None:
 
 def test_a_residual_projection_has_no_bias() -> None:
     assert ResidualLinear(3, 4).bias is None
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2)])
+def test_projections_of_one_input_are_three_layers(frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients; in float64 on a CPU, made to go the way of a GPU."""
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    three = [nn.Linear(6, width, bias=False, dtype=torch.float64) for width in (8, 3, 3)]
+    for index in frozen:
+        three[index].weight.requires_grad_(False)
+    leaves = [x, *(layer.weight for layer in three if layer.weight.requires_grad)]
+    expected = [layer(x) for layer in three]
+    douts = [torch.randn_like(out) for out in expected]
+    assert type(project(x, *three)[0].grad_fn) is type(expected[0].grad_fn)
+    monkeypatch.setattr(layers, "usable", lambda _: True)
+    found = project(x, *three)
+    assert all(isinstance(out.grad_fn, Project._backward_cls) for out in found)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    pairs = zip(torch.autograd.grad(found, leaves, douts), torch.autograd.grad(expected, leaves, douts), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs)
+
+
+def test_a_layer_that_does_more_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "usable", lambda _: True)
+    x = torch.randn(4, 6, requires_grad=True)
+
+    def joined(*ours: nn.Linear) -> bool:
+        return isinstance(project(x, *ours)[0].grad_fn, Project._backward_cls)
+
+    plain = nn.Linear(6, 8, bias=False)
+    hooked, gathered = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
+    hooked.register_forward_hook(lambda module, given, out: out * 2)
+    gathered.weight.ds_id = 0  # type: ignore[attr-defined]
+    assert joined(plain, plain)
+    assert not joined(plain, hooked) and torch.equal(project(x, plain, hooked)[1], 2 * (x @ hooked.weight.T))
+    assert not joined(plain, gathered) and not joined(plain, ResidualLinear(6, 8)) and not joined(plain, nn.Linear(6, 8))
