@@ -25,6 +25,8 @@ def check_keywords(keywords: dict[str, Any], position_ids: Tensor | None) -> Non
         raise ValueError("is_causal=False: this model is a decoder, and its kernels compute causal attention only")
     if "cu_seq_lens_q" in asked and position_ids is None:
         raise ValueError("cu_seq_lens_q alone is not read: give position_ids that restart at each document")
+    if "read_index" in asked:
+        raise ValueError("generate_batch: this model has no paged attention for continuous batching; use generate, or vLLM")
     unknown = asked - KNOWN
     if unknown:
         logger.warning_once(f"the model's forward ignores {', '.join(sorted(unknown))}")

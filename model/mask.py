@@ -56,14 +56,19 @@ class AttentionMask:
         query_S = key_L[self.keys - self.queries :]
         itself_SL = key_L == query_S[:, None]
         if self.given_B1SL is not None:
-            return self.given_B1SL | (itself_SL & ~self.given_B1SL.any(dim=-1, keepdim=True))
+            return _never_none(self.given_B1SL, itself_SL)
         allowed_B1SL = (key_L <= query_S[:, None])[None, None]
         if self.document_BS is not None:
             document_BS = to_device(self.document_BS, self.device)
             allowed_B1SL = allowed_B1SL & (document_BS[:, None, :, None] == document_BS[:, None, None, :])
         if self.padding_BL is not None:
-            allowed_B1SL = allowed_B1SL & (self.padding_BL[:, None, None, :] | itself_SL)
+            allowed_B1SL = _never_none(allowed_B1SL & self.padding_BL[:, None, None, :], itself_SL)
         return allowed_B1SL
+
+
+def _never_none(allowed_B1SL: Tensor, itself_SL: Tensor) -> Tensor:
+    """The same, and itself for a query that may look at none."""
+    return allowed_B1SL | (itself_SL & ~allowed_B1SL.any(dim=-1, keepdim=True))
 
 
 def causal_mask(

@@ -157,7 +157,7 @@ class MoEGPTModel(MoEGPTPreTrainedModel):
         rope = self.rotary(position_ids, past, x_BSH.shape[1], x_BSH.device)
         prepare(self.config._attn_implementation, x_BSH, self.config.head_dim, mask)
         with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        for block in self.layers:
+        for block in self.layers[: self.config.num_hidden_layers]:  # fewer where `generate(assistant_early_exit=...)` drafts
             shared = {"rope": rope, "mask": mask, "past_key_values": past_key_values, "with_weights": with_weights}
             x_BSH = block(x_BSH, replay=RouterReplay(), **shared)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BSH), past_key_values=past_key_values)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, Glm4MoeForCausalLM, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model import MoEGPTConfig, MoEGPTForCausalLM, MoEGPTModel
+from model.glm4_moe import to_glm4_moe
 from model.head import LMHead
 from tests import reference
 
@@ -37,7 +38,7 @@ def prompt(padded: bool = False) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def continued(model: MoEGPTForCausalLM, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+def continued(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     return model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
 
 
@@ -122,9 +123,12 @@ def test_logits_come_beside_the_loss_outside_training() -> None:
 
 def test_keywords_that_would_change_the_result_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = made(), prompt()
-    for keyword, value in (("output_router_logits", True), ("is_causal", False), ("cu_seq_lens_q", torch.tensor([0, 11, 22]))):
+    wrong = {"output_router_logits": True, "is_causal": False, "cu_seq_lens_q": torch.tensor([0, 11, 22])}
+    for keyword, value in wrong.items():
         with pytest.raises(ValueError, match=keyword):
             model(**inputs, **{keyword: value})
+    with pytest.raises(ValueError, match="no paged attention for continuous batching"):  # what generate_batch's forwards pass
+        model(**inputs, read_index=[torch.arange(11)], write_index=[torch.arange(11)])
     model(**inputs, output_router_logits=False, is_causal=True, cache_position=torch.arange(11))
 
 
@@ -219,6 +223,29 @@ def test_assisted_generation_gives_the_models_own_tokens(attention: str) -> None
     greedy = continued(model, one)
     assert torch.equal(continued(model, one, assistant_model=draft), greedy)
     assert torch.equal(continued(model, one, prompt_lookup_num_tokens=3), greedy)
+    assert torch.equal(continued(model, one, assistant_early_exit=1), greedy)  # its own first layer as the draft
+
+
+def test_a_model_of_fewer_layers_by_its_configuration() -> None:
+    """What an early exit asks for while it drafts: the first layers, as a model has them that has no others."""
+    model, short, inputs = made(num_hidden_layers=3), made(num_hidden_layers=1), prompt()
+    short.load_state_dict(model.state_dict(), strict=False)
+    whole = model(**inputs).logits
+    model.config.num_hidden_layers = 1
+    torch.testing.assert_close(model(**inputs).logits, short(**inputs).logits)
+    assert not torch.allclose(model(**inputs).logits, whole)
+
+
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+def test_a_query_on_padding_sees_what_transformers_lets_it(attention: str) -> None:
+    """Padding on the right is answered from the last place, which is padding: the text before it, and not itself."""
+    model = made(attn_implementation=attention, attention_sinks=False)
+    theirs = Glm4MoeForCausalLM(to_glm4_moe(model.config)).eval()
+    theirs.load_state_dict(model.state_dict())
+    inputs = prompt()
+    inputs["attention_mask"][0, 7:] = 0
+    torch.testing.assert_close(model(**inputs).logits, theirs(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(continued(model, inputs), continued(theirs, inputs))
 
 
 def test_generation_from_embeddings() -> None:
