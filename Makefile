@@ -33,7 +33,7 @@ check: install
 	$(BIN)/mypy model data launch tests/reference.py
 
 # Exports in vLLM, its server and lm-eval, and with SERVED_ARGS="--llama_cpp DIR" in llama.cpp, each in an environment of its own
-# below runs/served. Downloads some 2 GB, takes about half an hour on two cores.
+# below runs/served (5 GB on disk). About ten minutes on two idle cores beside the downloads.
 served: install
 	$(BIN)/python tests/served/compare_all.py $(SERVED_ARGS)
 
