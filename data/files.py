@@ -61,8 +61,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     The data is on the disk before the name changes, and the name before this returns. After an error nothing is left behind.
     Raises OSError where something has the name that must not lose it: root could replace /dev/null.
     """
-    if _is_special(path):
-        raise OSError(errno.EMEDIUMTYPE, "there is something of this name that is not a regular file", os.fspath(path))
+    _refuse_special(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with naming(temporary), open(temporary, "wb") as file:
@@ -74,6 +73,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise, before the hours of work whose result `path` is to hold, the OSError that `replacing` would raise after them."""
+    _refuse_special(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file in it", os.fspath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to write to", os.fspath(path.parent))
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "this folder may not be written to", os.fspath(path.parent))
+
+
+def _refuse_special(path: Path) -> None:
+    if _is_special(path):
+        raise OSError(errno.EMEDIUMTYPE, "there is something of this name that is not a regular file", os.fspath(path))
 
 
 def _is_special(path: Path) -> bool:

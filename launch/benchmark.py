@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import launch  # noqa: F401 - first: it names what hides our packages
-from data.files import finite
+from data.files import check_replaceable, finite, replace_file
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
 
@@ -50,9 +50,11 @@ def main() -> int:
             importlib.import_module(f"launch.benchmarks.{name}").add_arguments(sub)
         sub.add_argument("--output", type=Path, metavar="FILE", help="also write the figures there as JSON")
     arguments = parser.parse_args()
+    if arguments.output:
+        check_replaceable(arguments.output)
     result = importlib.import_module(f"launch.benchmarks.{arguments.benchmark}").run(arguments)
     if arguments.output:
-        arguments.output.write_text(json.dumps(finite(result), indent=2) + "\n", encoding="utf-8")
+        replace_file(arguments.output, (json.dumps(finite(result), indent=2) + "\n").encode())
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import replace_file
+from data.files import check_replaceable, replace_file
 from launch.evaluation.arguments import task_of
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.sandbox.limits import Limits
@@ -18,6 +18,8 @@ from launch.evaluation.scoring import available_cores, prepare_isolation, score
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """The result, which is written to --output as well. What can be refused is, before a model is loaded."""
+    for path in filter(None, (arguments.output, arguments.samples_file)):
+        check_replaceable(path)
     task = task_of(arguments)
     problems = read_problems(*task, most=arguments.problems) if task else {}
     limits = Limits(seconds=arguments.execution_timeout)

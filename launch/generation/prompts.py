@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, AnyStr
 
 from transformers import PreTrainedTokenizerFast
 
@@ -12,6 +14,7 @@ from data.cli import UserError
 from data.files import read_json
 
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # in the order in which data/preprocess.py writes them (PSM)
+PROMPT_MOST = 1 << 24  # characters, or bytes of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,12 @@ class Prompt:
 
 def read_prompts(texts: list[str], files: list[Path], suffix: str | None) -> list[Prompt]:
     """`--prompt`s, then `--prompt_file`s; `-` is standard input. Raises UserError for an empty or unreadable one."""
-    found = [("--prompt", sys.stdin.read() if text == "-" else text) for text in texts]
+    found = [("--prompt", _bounded("--prompt -", sys.stdin) if text == "-" else text) for text in texts]
     for path in files:
         try:
-            found.append((f"--prompt_file {path}", path.read_text(encoding="utf-8")))
+            with path.open("rb") as file:
+                text = _bounded(f"--prompt_file {path}", file).decode()
+            found.append((f"--prompt_file {path}", io.StringIO(text, newline=None).read()))  # a line ends in \n alone
         except UnicodeDecodeError as error:
             raise UserError(
                 f"--prompt_file {path} is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
@@ -36,6 +41,14 @@ def read_prompts(texts: list[str], files: list[Path], suffix: str | None) -> lis
         if not text and suffix is None:
             raise UserError(f"{name} is empty; give the text to continue")
     return [Prompt(text=text, suffix=suffix) for _, text in found]
+
+
+def _bounded(name: str, file: IO[AnyStr]) -> AnyStr:
+    """All of it, unless it has no end: a device, or a program that writes on and on."""
+    read = file.read(PROMPT_MOST + 1)
+    if len(read) > PROMPT_MOST:
+        raise UserError(f"{name} has more than {PROMPT_MOST:,} characters, which no model continues; give the end of it")
+    return read
 
 
 def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:

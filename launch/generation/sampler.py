@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from launch.generation.stop import StopStrings, Stream, cut
 #: Logits over less than this can be more than a float holds.
 LEAST_TEMPERATURE = 1e-5
 TEMPERATURES = f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}"
+
+
+#: Positions of all rows together that one batch may take: more sequences follow one another, so that the cache stays in memory.
+BATCH_POSITIONS = 65_536
 
 
 def may_be_temperature(value: float) -> bool:
@@ -58,7 +63,6 @@ class Sampling:
         return {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
-            "num_return_sequences": self.num_return_sequences,
             "repetition_penalty": self.repetition_penalty,
             **(drawn if self.temperature > 0 else dict.fromkeys(drawn)),
         }
@@ -87,12 +91,42 @@ def complete(
     """
     longest = max(len(ids) for ids in prompts)
     check_length(model, longest, sampling.max_new_tokens)
+    torch.manual_seed(sampling.seed)
+    started = time.perf_counter()
+    completions: list[Completion] = []
+    for part, copies in batches(
+        len(prompts), sampling.num_return_sequences, BATCH_POSITIONS // (longest + sampling.max_new_tokens)
+    ):
+        rows = _complete(model, tokenizer, [prompts[i] for i in part], sampling, copies, stream)
+        completions += [finished(tokenizer, row, part[i // copies], end_ids(model), sampling) for i, row in enumerate(rows)]
+    return completions, time.perf_counter() - started
+
+
+def batches(prompts: int, copies: int, most: int) -> Iterator[tuple[range, int]]:
+    """`(prompts, copies of each)`, in order and of at most `most` sequences each, but at least one."""
+    if copies <= most:
+        step = most // copies
+        yield from ((range(first, min(first + step, prompts)), copies) for first in range(0, prompts, step))
+    else:
+        most = max(most, 1)
+        for prompt in range(prompts):
+            yield from ((range(prompt, prompt + 1), min(most, copies - done)) for done in range(0, copies, most))
+
+
+def _complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    copies: int,
+    stream: Stream | None,
+) -> list[list[int]]:
+    """The new tokens of `copies` sequences of each prompt, in one batch."""
+    longest = max(len(ids) for ids in prompts)
     ends = end_ids(model)
     pad = ends[0] if ends else 0
     ids, mask = left_padded(prompts, longest, pad)
-    torch.manual_seed(sampling.seed)
     criteria = [StopStrings(tokenizer, sampling.stop, longest)] if sampling.stop else []
-    started = time.perf_counter()
     generating: Any = model  # typed as a module, whose attributes may be tensors
     out = generating.generate(
         ids.to(model.device),
@@ -100,12 +134,12 @@ def complete(
         eos_token_id=ends or None,
         pad_token_id=pad,
         stopping_criteria=StoppingCriteriaList(criteria),
+        num_return_sequences=copies,
         **fast(model, stream),
         **sampling.keywords(),
     )
-    seconds = time.perf_counter() - started
-    rows = out[:, longest:].tolist()
-    return [finished(tokenizer, row, i // sampling.num_return_sequences, ends, sampling) for i, row in enumerate(rows)], seconds
+    new: list[list[int]] = out[:, longest:].tolist()
+    return new
 
 
 def check_length(model: PreTrainedModel, prompt: int, new: int) -> None:

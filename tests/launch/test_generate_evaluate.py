@@ -24,6 +24,9 @@ def test_generation_is_greedy_sampled_and_seeded(exported: Path) -> None:
 
 
 MISTAKES = [
+    ("evaluate", ["--model", "EXPORTED", "--data", "x", "--output", "/no/folder/e.json"], "there is no such folder to write to"),
+    ("evaluate", ["--model", "EXPORTED", "--data", "x", "--output", "/dev/null"], "not a regular file"),
+    ("evaluate", ["--model", "EXPORTED", "--data", "x", "--output", "/tmp"], "is a folder; name a file in it"),
     ("generate", ["--model", "nowhere", "--prompt", "x"], "--model nowhere has no config.json"),
     ("generate", ["--model", "EXPORTED", "--prompt", ""], "--prompt is empty"),
     ("generate", ["--model", "EXPORTED", "--prompt", "x", "--max_new_tokens", 5000], "beyond the model's 1024 positions"),

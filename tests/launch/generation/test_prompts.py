@@ -21,6 +21,15 @@ def tokenizer(*special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
+def test_a_prompt_without_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--prompt_file /dev/zero has more than 16,777,216 characters"):
+        read_prompts([], [Path("/dev/zero")], None)
+    with open("/dev/zero", encoding="utf-8") as endless:
+        monkeypatch.setattr("sys.stdin", endless)
+        with pytest.raises(UserError, match="--prompt - has more than"):
+            read_prompts(["-"], [], None)
+
+
 def test_sources_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").write_text("file")
     monkeypatch.setattr("sys.stdin", io.StringIO("standard input"))

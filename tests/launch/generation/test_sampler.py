@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError
-from launch.generation.sampler import LEAST_TEMPERATURE, Sampling, complete, left_padded
+from launch.generation import sampler
+from launch.generation.sampler import LEAST_TEMPERATURE, Sampling, batches, complete, left_padded
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.cache import GrowingCache
 
@@ -35,6 +36,32 @@ def test_a_batch_is_its_prompts(model: MoEGPTForCausalLM, words: PreTrainedToken
     assert [one.text for one in together] == [one.text for one in alone]
     assert [one.prompt for one in together] == [0, 1, 2]
     assert len({one.text for one in together}) == 3
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 5])
+@pytest.mark.parametrize("copies", [1, 2, 7])
+@pytest.mark.parametrize("most", [0, 1, 2, 4, 100])
+def test_batches_cover_each_sequence_once_in_order(prompts: int, copies: int, most: int) -> None:
+    found = list(batches(prompts, copies, most))
+    assert [prompt for part, count in found for prompt in part for _ in range(count)] == [
+        prompt for prompt in range(prompts) for _ in range(copies)
+    ]
+    assert all(len(part) * count <= max(most, 1) for part, count in found)
+    assert len(found) == 1 or prompts * copies > most
+
+
+def test_what_is_too_much_for_one_batch_is_several(
+    model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy, drawn = Sampling(max_new_tokens=6, temperature=0), Sampling(max_new_tokens=6, temperature=1.0, num_return_sequences=5)
+    whole = complete(model, words, PROMPTS, greedy)[0]
+    sizes, real = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **given: sizes.append(given["num_return_sequences"]) or real(ids, **given))
+    monkeypatch.setattr(sampler, "BATCH_POSITIONS", 2 * (max(map(len, PROMPTS)) + 6))
+    assert complete(model, words, PROMPTS, greedy)[0] == whole and sizes == [1, 1]
+    found = complete(model, words, PROMPTS[:2], drawn)[0]
+    assert [one.prompt for one in found] == [0] * 5 + [1] * 5 and sizes[2:] == [2, 2, 1, 2, 2, 1]
+    assert len({one.text for one in found[:5]}) > 1
 
 
 def test_greedy_is_the_likeliest_token_each_time(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
