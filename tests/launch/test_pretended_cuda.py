@@ -173,6 +173,7 @@ RUN_BY = {
     "launch/checkpoint/random_state.py:set_random_state": HERE,
     "launch/cli.py:make_quiet": HERE,
     "launch/engine/exchange.py:Exchange._copy_to_host": GPU,
+    "launch/engine/hardware.py:memory": GPU,
     "launch/engine/hardware.py:peak_flops": "tests/launch/engine/test_hardware.py",
     "launch/exported.py:default_device": GPU,
     "launch/ranks/join.py:start": HERE,
@@ -183,6 +184,7 @@ RUN_BY = {
     "launch/run/toolchain.py:check_toolchain": "tests/launch/run/test_toolchain.py",
     "model/flash.py:kernel_preference": "tests/model/test_flash.py",
     "model/flash.py:pick_kernel": GPU,
+    "model/layers.py:_is_plain": "tests/model/test_layers.py",
     "model/layers.py:to_device": HERE,
     "model/operators.py:fits": GPU,
 }
