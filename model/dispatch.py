@@ -57,7 +57,7 @@ class GatherRows(torch.autograd.Function):
 
 def gathered(x: Tensor, index_R: Tensor, inverse_R: Tensor, copies: int) -> Tensor:
     if usable(x):
-        rows: Tensor = ops.spread(x, inverse_R, copies)
+        rows: Tensor = ops.spread(x, inverse_R, copies, None)
         return rows
     return x.index_select(0, index_R // copies if copies > 1 else index_R)
 
@@ -88,12 +88,44 @@ class GatherBeside(torch.autograd.Function):
         return ops.collect(drows, inverse_R, ctx.copies, first, second), None, None, None
 
 
-def swiglu(*gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up`, of packed `[R, 2I]` or of gate and up; keeps what it is given, and nothing that follows from it."""
+def tally(weights_TK: Tensor, inverse_R: Tensor) -> Tensor | None:
+    """`[R]` without a value: by what `swiglu` gives it as its gradient, the weights have theirs, which `combine` does not give.
+
+    What the loss sees of a row is `weight * W hidden`, so the weight's gradient is `<hidden, dhidden> / weight`. The hidden
+    activations are there in the backward anyway; the experts' output, as wide as the model, need not be kept for it. arXiv
+    2512.14080 has it so.
+    """
+    if not torch.is_grad_enabled() or not weights_TK.requires_grad:
+        return None
+    tally_R: Tensor = Tally.apply(weights_TK, inverse_R)  # type: ignore[no-untyped-call]
+    return tally_R
+
+
+class Tally(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights_TK: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(weights_TK, inverse_R)
+        return weights_TK.new_empty(1).expand(inverse_R.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, products_R: Tensor) -> tuple[Tensor, None]:
+        weights_TK, inverse_R = ctx.saved_tensors
+        if usable(products_R):
+            return ops.weight_gradient(products_R, inverse_R, weights_TK), None
+        products_TK = products_R.index_select(0, inverse_R).view_as(weights_TK)
+        # The score of an expert that has underflowed has no gradient either.
+        return torch.where(weights_TK > 0, products_TK / weights_TK, 0), None
+
+
+def swiglu(*gate_up: Tensor, tally_R: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up`, of packed `[R, 2I]` or of gate and up; keeps what it is given, and nothing that follows from it.
+
+    The gradient of `tally_R` is `<hidden, dhidden>` of each row.
+    """
     if not torch.is_grad_enabled():
         gate, up = _halves(gate_up)
         return F.silu(gate) * up
-    hidden: Tensor = rebuildable(SwiGLU.apply(*gate_up), _activated, *gate_up)  # type: ignore[no-untyped-call]
+    hidden: Tensor = rebuildable(SwiGLU.apply(tally_R, *gate_up), _activated, *gate_up)  # type: ignore[no-untyped-call]
     return hidden
 
 
@@ -106,24 +138,28 @@ def _activated(*gate_up: Tensor) -> Tensor:
 
 class SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, tally_R: Tensor | None, *gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(*gate_up)
+        ctx.products = None if tally_R is None else tally_R.dtype
         return _activated(*gate_up)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: a checkpoint recomputes for one answer
         if usable(dout):
-            return tuple(ops.swiglu_backward(dout, saved))
+            *gradients, products_R = ops.swiglu_backward(dout, saved, ctx.products is not None)
+            return products_R if ctx.products is not None else None, *gradients
         gate, up = _halves(saved)
         if torch.compiler.is_compiling():  # which writes to no halves, and joins them in the same pass
             dgate, dup = torch.ops.aten.silu_backward(dout * up, gate), F.silu(gate) * dout
-            return (dgate, dup) if len(saved) == 2 else (torch.cat((dgate, dup), dim=-1),)
-        gradients = tuple(torch.empty_like(x) for x in saved)  # packed again, so that no pass joins them
-        dgate, dup = _halves(gradients)
-        torch.mul(F.silu(gate), dout, out=dup)
-        torch.ops.aten.silu_backward.grad_input(dout * up, gate, grad_input=dgate)
-        return gradients
+            gradients = [dgate, dup] if len(saved) == 2 else [torch.cat((dgate, dup), dim=-1)]
+        else:
+            gradients = [torch.empty_like(x) for x in saved]  # packed again, so that no pass joins them
+            dgate, dup = _halves(tuple(gradients))
+            torch.mul(F.silu(gate), dout, out=dup)
+            torch.ops.aten.silu_backward.grad_input(dout * up, gate, grad_input=dgate)
+        # <silu(gate) * up, dout> is <up, dup>
+        return None if ctx.products is None else row_dots(up, dup, ctx.products), *gradients
 
 
 def _halves(gate_up: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -215,10 +251,11 @@ def combine(
     shared_TH: Tensor | None = None,
     residual_TH: Tensor | None = None,
 ) -> Tensor:
-    """`residual + (sum over k of weight * row + shared)`, `[T, H]`: one sum in fp32, rounded once."""
+    """`residual + (sum over k of weight * row + shared)`, `[T, H]`: one sum in fp32, rounded once. The weights' gradient is not
+    given here but by `tally`."""
     if not torch.is_grad_enabled():
         return combined(out_RH, inverse_R, weights_TK, shared_TH, residual_TH)
-    total: Tensor = Combine.apply(out_RH, sorted_R, inverse_R, weights_TK, shared_TH, residual_TH)  # type: ignore[no-untyped-call]
+    total: Tensor = Combine.apply(out_RH, sorted_R, inverse_R, weights_TK.detach(), shared_TH, residual_TH)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -244,21 +281,20 @@ class Combine(torch.autograd.Function):
         shared_TH: Tensor | None,
         residual_TH: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(out_RH, sorted_R, inverse_R, weights_TK)
+        ctx.save_for_backward(sorted_R, inverse_R, weights_TK)
         return combined(out_RH, inverse_R, weights_TK, shared_TH, residual_TH)
 
     @staticmethod
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
-        out_RH, sorted_R, inverse_R, weights_TK = ctx.saved_tensors
+        sorted_R, inverse_R, weights_TK = ctx.saved_tensors
         dshared, dresidual = (dout_TH if ctx.needs_input_grad[i] else None for i in (4, 5))
-        if usable(dout_TH):
-            drow_RH, dweights_TK = ops.combine_backward(dout_TH, out_RH, inverse_R, weights_TK)
-            return drow_RH, None, None, dweights_TK, dshared, dresidual
         top_k = weights_TK.shape[1]
-        drow_RH = dout_TH.index_select(0, sorted_R // top_k)
-        dweight_R = row_dots(out_RH, drow_RH, weights_TK.dtype)
-        drow_RH = scale_rows(drow_RH, weights_TK.flatten().index_select(0, sorted_R))
-        return drow_RH, None, None, dweight_R.index_select(0, inverse_R).view_as(weights_TK), dshared, dresidual
+        if usable(dout_TH):
+            drow_RH = ops.spread(dout_TH, inverse_R, top_k, weights_TK)
+        else:
+            drow_RH = dout_TH.index_select(0, sorted_R // top_k)
+            drow_RH = scale_rows(drow_RH, weights_TK.flatten().index_select(0, sorted_R))
+        return drow_RH, None, None, None, dshared, dresidual
 
 
 #: Rows of one pass of the plain sums below: their fp32 copies then stay in a CPU's cache.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import MoEGPTConfig
 from .decode import few_experts, takes_few
-from .dispatch import combine, expert_order, gather_beside, grouped_linear, swiglu
+from .dispatch import combine, expert_order, gather_beside, grouped_linear, swiglu, tally
 from .layers import ResidualLinear
 from .router import Gate, Router, route, router_logits
 
@@ -26,15 +26,16 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # [E, H, I], W2
         self.dropout = config.expert_dropout
 
-    def forward(self, x_RH: Tensor, counts_E: Tensor, few_TK: Tensor | None = None) -> Tensor:
-        """`[R, H]`: rows in expert order, `counts_E` for each expert; one without rows gets a gradient of 0.
+    def forward(self, x_RH: Tensor, counts_E: Tensor, few_TK: Tensor | None = None, *, tally_R: Tensor | None = None) -> Tensor:
+        """`[R, H]`: rows in expert order, `counts_E` for each expert; one without rows gets a gradient of 0. `dispatch.tally`
+        has the rows' weights.
 
         With `few_TK`, the experts of a few tokens that are no rows yet: `[T, K, H]`, without gradients.
         """
         if few_TK is not None:
             return few_experts(x_RH, few_TK, self.gate_up_proj, self.down_proj)
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        hidden_RI = swiglu(grouped_linear(x_RH, ends_E, self.gate_up_proj))
+        hidden_RI = swiglu(grouped_linear(x_RH, ends_E, self.gate_up_proj), tally_R=tally_R)
         return grouped_linear(F.dropout(hidden_RI, self.dropout, self.training), ends_E, self.down_proj)
 
 
@@ -79,6 +80,6 @@ class MoE(nn.Module):
             return sum_TH.to(x_BSH.dtype).view_as(x_BSH)
         sorted_R, inverse_R = expert_order(indices_TK)
         x_RH, *beside_TH = gather_beside(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
-        out_RH = self.experts(x_RH, counts_E)
+        out_RH = self.experts(x_RH, counts_E, tally_R=tally(weights_TK, inverse_R))
         shared_TH = self.shared_experts(*beside_TH)
         return combine(out_RH, sorted_R, inverse_R, weights_TK, shared_TH, residual_TH).view_as(x_BSH)

@@ -134,15 +134,15 @@ def _(dout_BSND: Tensor, out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> 
 
 
 @_operator("moe_gpt::spread")
-def spread(x_TH: Tensor, places_R: Tensor, copies: int) -> Tensor:
-    """`[R, H]`: copy k of token t at row `places[t * K + k]`."""
+def spread(x_TH: Tensor, places_R: Tensor, copies: int, weights_TK: Tensor | None) -> Tensor:
+    """`[R, H]`: copy k of token t at row `places[t * K + k]`, times its weight if there are any."""
     spread = _kernels("rows").spread
 
-    return spread(x_TH.contiguous(), places_R, copies)
+    return spread(x_TH.contiguous(), places_R, copies, _contiguous(weights_TK))
 
 
 @spread.register_fake
-def _(x_TH: Tensor, places_R: Tensor, copies: int) -> Tensor:
+def _(x_TH: Tensor, places_R: Tensor, copies: int, weights_TK: Tensor | None) -> Tensor:
     return x_TH.new_empty((places_R.shape[0], x_TH.shape[1]))
 
 
@@ -173,17 +173,17 @@ def _(rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor, shared_TH: Tensor |
     return rows_RH.new_empty((weights_TK.shape[0], rows_RH.shape[1]))
 
 
-@_operator("moe_gpt::combine_backward")
-def combine_backward(dout_TH: Tensor, rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """`(drows, dweights)`."""
-    combine_backward = _kernels("rows").combine_backward
+@_operator("moe_gpt::weight_gradient")
+def weight_gradient(products_R: Tensor, places_R: Tensor, weights_TK: Tensor) -> Tensor:
+    """`[T, K]`: of each row what it has in `products`, over its weight; 0 where that is 0."""
+    weight_gradient = _kernels("rows").weight_gradient
 
-    return combine_backward(dout_TH.contiguous(), rows_RH.contiguous(), places_R, weights_TK.contiguous())
+    return weight_gradient(products_R.contiguous(), places_R, weights_TK.contiguous())
 
 
-@combine_backward.register_fake
-def _(dout_TH: Tensor, rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-    return rows_RH.new_empty(rows_RH.shape), weights_TK.new_empty(weights_TK.shape)
+@weight_gradient.register_fake
+def _(products_R: Tensor, places_R: Tensor, weights_TK: Tensor) -> Tensor:
+    return weights_TK.new_empty(weights_TK.shape)
 
 
 @_operator("moe_gpt::swiglu")
@@ -201,16 +201,17 @@ def _(gate_up: Sequence[Tensor]) -> Tensor:
 
 
 @_operator("moe_gpt::swiglu_backward")
-def swiglu_backward(dout: Tensor, gate_up: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of what was given, packed where that was."""
+def swiglu_backward(dout: Tensor, gate_up: Sequence[Tensor], with_products: bool) -> list[Tensor]:
+    """Gradients of what was given, packed where that was; then `<out, dout>` of each row, fp32, or nothing."""
     swiglu_backward = _kernels("rows").swiglu_backward
 
-    return swiglu_backward(dout.contiguous(), [x.contiguous() for x in gate_up])
+    return swiglu_backward(dout.contiguous(), [x.contiguous() for x in gate_up], with_products)
 
 
 @swiglu_backward.register_fake
-def _(dout: Tensor, gate_up: Sequence[Tensor]) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in gate_up]
+def _(dout: Tensor, gate_up: Sequence[Tensor], with_products: bool) -> list[Tensor]:
+    products = dout.new_empty(dout.shape[:-1] if with_products else 0, dtype=torch.float32)
+    return [*(x.new_empty(x.shape) for x in gate_up), products]
 
 
 @_operator("moe_gpt::route")

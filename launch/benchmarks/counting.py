@@ -36,7 +36,7 @@ KINDS = {
     **dict.fromkeys(PRODUCTS, "matrix product"),
     **dict.fromkeys(GATHERS | SCATTERS | {"embedding_dense_backward"}, "gather and scatter"),
     **dict.fromkeys(("norm", "norm_backward", "norm_rope", "norm_rope_backward"), "norm"),
-    **dict.fromkeys(("spread", "collect", "combine", "combine_backward"), "gather and scatter"),
+    **dict.fromkeys(("spread", "collect", "combine", "weight_gradient"), "gather and scatter"),
     **dict.fromkeys(("sort", "argsort", "topk", "cumsum", "repeat_interleave", "bincount"), "sort and count"),
     **dict.fromkeys(("copy_", "_to_copy", "cat", "clone", "stack", "contiguous"), "copy and cast"),
 }

@@ -57,11 +57,18 @@ class Exchange:
         back.sizes = self.sizes[1], self.sizes[0]
         return back
 
+    def of_gradients(self) -> Exchange:
+        """Of something with a number a row whose value nobody needs: in the forward nothing moves, in the backward its gradient."""
+        assert self.sizes is not None
+        beside = object.__new__(_GradientExchange)
+        beside.group, beside.pending, beside.landing, beside.sizes = self.group, None, None, self.sizes
+        return beside
+
     def start(self, rows_RH: Tensor, *, backward: bool = False) -> Tensor:
         """The buffer in which `rows_RH` of other ranks land; not to be read before `finish`."""
         assert self.sizes is not None
         sent, received = reversed(self.sizes) if backward else self.sizes
-        self.landing = rows_RH.new_empty((sum(received), rows_RH.shape[1]))
+        self.landing = rows_RH.new_empty((sum(received), *rows_RH.shape[1:]))
         self.pending = dist.all_to_all_single(
             self.landing,
             rows_RH.contiguous(),
@@ -77,8 +84,18 @@ class Exchange:
         landed, self.landing = self.landing, None
         assert landed is not None
         pending, self.pending = self.pending, None  # it holds the rows that were sent, which would stay until the backward
-        pending.wait()
+        if pending is not None:
+            pending.wait()
         return landed
+
+
+class _GradientExchange(Exchange):
+    def start(self, rows_RH: Tensor, *, backward: bool = False) -> Tensor:
+        if backward:
+            return super().start(rows_RH, backward=True)
+        assert self.sizes is not None
+        self.landing = rows_RH.new_empty(1).expand(sum(self.sizes[1]))
+        return self.landing
 
 
 class Departure(torch.autograd.Function):

@@ -45,10 +45,10 @@ class Experts(GroupedExperts):  # type: ignore[misc]
 
     dropout = 0.0
 
-    def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
-        """`[N, H]` of rows in expert order."""
+    def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor, tally_N: torch.Tensor | None = None) -> torch.Tensor:
+        """`[N, H]` of rows in expert order; `model.dispatch.tally` has their weights."""
         ends_L = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
-        hidden_NI = swiglu(self._product(x, ends_L, self.w1, self.w3))
+        hidden_NI = swiglu(self._product(x, ends_L, self.w1, self.w3), tally_R=tally_N)
         return self._product(F.dropout(hidden_NI, self.dropout, self.training), ends_L, self.w2)
 
     def _product(self, x_NA: torch.Tensor, ends_L: torch.Tensor, *weights_LBA: torch.Tensor) -> torch.Tensor:

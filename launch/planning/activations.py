@@ -81,9 +81,9 @@ def choice(job: Job, kernels: bool) -> float:
 
 
 def plain_rows(job: Job) -> float:
-    """Bytes a token of its routed rows: row, gate and up, their product, result; order, place and weight."""
+    """Bytes a token of its routed rows: row, gate and up, their product; order, place and weight."""
     c, w = job.sizes, job.weight_bytes
-    return c.num_experts_per_tok * (2 * c.hidden_size * w + 3 * c.moe_intermediate_size * w + 2 * INDEX + FP32)
+    return c.num_experts_per_tok * (c.hidden_size * w + 3 * c.moe_intermediate_size * w + 2 * INDEX + FP32)
 
 
 def boundary(job: Job, kernels: bool) -> float:

@@ -140,9 +140,9 @@ def moved_by_layer(job: Job) -> tuple[float, float]:
     i = (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size * w
     # norms 2h and 4h, q/k norm with RoPE 2a, sinks 2q, router h, rows h + r, SwiGLU 3i, their sum r + 3h
     forward = 11 * h + 2 * a + 2 * q + 2 * r + 3 * i
-    # their sum h + 2r, SwiGLU 5i, rows r + 3h, router 4h, norms 4h each, sinks 2q, q/k norm with RoPE 3a, and
+    # their sum h + r, SwiGLU 5i, rows r + 3h, router 4h, norms 4h each, sinks 2q, q/k norm with RoPE 3a, and
     # what else is copied 3h
-    backward = 19 * h + 3 * a + 2 * q + 3 * r + 5 * i
+    backward = 19 * h + 3 * a + 2 * q + 2 * r + 5 * i
     if job.zero_stage == 3:  # q, k and v are three modules, whose input gradients are added up
         backward += 6 * h
     if job.expert_ranks > 1:  # packed to be sent, and grouped by expert where they arrive, and so the results

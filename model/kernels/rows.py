@@ -14,13 +14,16 @@ from .norm import warps
 
 
 @triton.jit
-def spread_kernel(x, places, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
+def spread_kernel(x, places, weights, out, width, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     value = tl.load(x + t * width + cols, mask=inside)
     for k in tl.static_range(K):
-        tl.store(out + tl.load(places + t * K + k) * width + cols, value, mask=inside)
+        row = value
+        if WEIGHTED:
+            row = (value.to(tl.float32) * tl.load(weights + t * K + k)).to(out.dtype.element_ty)
+        tl.store(out + tl.load(places + t * K + k) * width + cols, row, mask=inside)
 
 
 @triton.jit
@@ -58,16 +61,12 @@ def combine_kernel(
 
 
 @triton.jit
-def combine_backward_kernel(dout, rows, places, weights, drows, dweights, width, K: tl.constexpr, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < width
-    grad = tl.load(dout + t * width + cols, mask=inside, other=0.0).to(tl.float32)
-    for k in tl.static_range(K):
-        at = tl.load(places + t * K + k) * width + cols
-        row = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dweights + t * K + k, tl.sum(row * grad, axis=0))
-        tl.store(drows + at, (grad * tl.load(weights + t * K + k)).to(drows.dtype.element_ty), mask=inside)
+def weight_gradient_kernel(products, places, weights, out, count, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    product = tl.load(products + tl.load(places + index, mask=inside, other=0), mask=inside, other=0.0)
+    weight = tl.load(weights + index, mask=inside, other=1.0)
+    tl.store(out + index, tl.where(weight > 0, product / weight, 0.0), mask=inside)
 
 
 @triton.jit
@@ -80,16 +79,25 @@ def swiglu_kernel(gate, up, out, count, width, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_backward_kernel(dout, gate, up, dgate, dup, count, width, stride, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = index // width * stride + index % width
-    inside = index < count
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(dout + index, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(g)
-    tl.store(dup + at, (grad * g * sigmoid).to(dup.dtype.element_ty), mask=inside)
-    tl.store(dgate + at, (grad * u * sigmoid * (1 + g * (1 - sigmoid))).to(dgate.dtype.element_ty), mask=inside)
+def swiglu_backward_kernel(
+    dout, gate, up, dgate, dup, products, width, stride, PRODUCTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside, at = cols < width, row * stride + cols
+        g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dout + row * width + cols, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(g)
+        du = grad * g * sigmoid
+        tl.store(dup + at, du.to(dup.dtype.element_ty), mask=inside)
+        tl.store(dgate + at, (grad * u * sigmoid * (1 + g * (1 - sigmoid))).to(dgate.dtype.element_ty), mask=inside)
+        if PRODUCTS:
+            total += u * du
+    if PRODUCTS:
+        tl.store(products + row, tl.sum(total, axis=0))
 
 
 def _row(x: Tensor) -> dict[str, int]:
@@ -97,10 +105,11 @@ def _row(x: Tensor) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": warps(block)}
 
 
-def spread(x_TH: Tensor, places_R: Tensor, copies: int) -> Tensor:
-    """`[R, H]`: copy k of token t at row `places[t * K + k]`."""
+def spread(x_TH: Tensor, places_R: Tensor, copies: int, weights_TK: Tensor | None) -> Tensor:
+    """`[R, H]`: copy k of token t at row `places[t * K + k]`, times its weight if there are any."""
     out = x_TH.new_empty((places_R.numel(), x_TH.shape[1]))
-    spread_kernel[(x_TH.shape[0],)](x_TH, places_R, out, x_TH.shape[1], K=copies, **_row(x_TH))
+    given = {"K": copies, "WEIGHTED": weights_TK is not None}
+    spread_kernel[(x_TH.shape[0],)](x_TH, places_R, weights_TK, out, x_TH.shape[1], **given, **_row(x_TH))
     return out
 
 
@@ -123,17 +132,15 @@ def combine(rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor, shared_TH: Te
     return out
 
 
-def combine_backward(dout_TH: Tensor, rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """`(drows, dweights)`."""
-    tokens, copies = weights_TK.shape
-    drows, dweights = torch.empty_like(rows_RH), torch.empty_like(weights_TK)
-    combine_backward_kernel[(tokens,)](
-        dout_TH, rows_RH, places_R, weights_TK, drows, dweights, rows_RH.shape[1], K=copies, **_row(rows_RH)
-    )
-    return drows, dweights
-
-
 BLOCK = 1024
+
+
+def weight_gradient(products_R: Tensor, places_R: Tensor, weights_TK: Tensor) -> Tensor:
+    """`[T, K]`: of each row what it has in `products`, over its weight; 0 where that is 0."""
+    out = torch.empty_like(weights_TK)
+    if count := out.numel():
+        weight_gradient_kernel[(triton.cdiv(count, BLOCK),)](products_R, places_R, weights_TK, out, count, BLOCK=BLOCK)
+    return out
 
 
 def halves(gate_up: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -150,13 +157,15 @@ def swiglu(gate_up: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def swiglu_backward(dout: Tensor, gate_up: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of what was given, packed where that was."""
+def swiglu_backward(dout: Tensor, gate_up: Sequence[Tensor], with_products: bool) -> list[Tensor]:
+    """Gradients of what was given, packed where that was; then `<out, dout>` of each row, fp32, or nothing."""
     gate, up = halves(gate_up)
     grads = [torch.empty_like(x) for x in gate_up]
     dgate, dup = halves(grads)
-    width, stride = gate.shape[-1], gate_up[0].shape[-1]
+    products = dout.new_empty(dout.shape[:-1] if with_products else 0, dtype=torch.float32)
     if dout.numel():
-        grid = (triton.cdiv(dout.numel(), BLOCK),)
-        swiglu_backward_kernel[grid](dout, gate, up, dgate, dup, dout.numel(), width, stride, BLOCK=BLOCK)
-    return grads
+        width, stride = gate.shape[-1], gate_up[0].shape[-1]
+        block = min(BLOCK, triton.next_power_of_2(width))
+        more = {"PRODUCTS": with_products, "BLOCK": block, "num_warps": warps(block)}
+        swiglu_backward_kernel[(dout.numel() // width,)](dout, gate, up, dgate, dup, products, width, stride, **more)
+    return [*grads, products]

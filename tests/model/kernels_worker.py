@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model import MoEGPTConfig, MoEGPTForCausalLM, operators
 from model.attention import Attention
-from model.dispatch import combine, expert_order, gather_beside, gather_rows, swiglu
+from model.dispatch import combine, expert_order, gather_beside, gather_rows, swiglu, tally
 from model.layers import ResidualNorm, RMSNorm
 from model.loss import token_loss
 from model.mask import causal_mask
@@ -76,8 +76,11 @@ def mixture(x: Tensor, weights: Tensor, shared: Tensor, residual: Tensor, indice
     weights = weights.to(torch.promote_types(x.dtype, torch.float32))
     order, inverse = expert_order(indices)
     rows, first, second = gather_beside(x, order, inverse, indices.shape[1])
-    whole = combine(rows * 1, order, inverse, weights, shared, residual)
-    return rows, first * 2, second * 3, whole, combine(gather_rows(x, order, inverse, indices.shape[1]), order, inverse, weights)
+    hidden = swiglu(rows * 1, rows.flip(-1), tally_R=tally(weights, inverse))
+    whole = combine(hidden, order, inverse, weights, shared, residual)
+    alone = gather_rows(x, order, inverse, indices.shape[1])
+    packed = swiglu(torch.cat((alone, alone * 2), dim=-1), tally_R=tally(weights, inverse))
+    return rows, first * 2, second * 3, whole, combine(packed, order, inverse, weights)
 
 
 def routed(config: MoEGPTConfig, replay: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:

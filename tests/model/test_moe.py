@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model.config import MoEGPTConfig
-from model.dispatch import combine, expert_order, gather_rows, grouped_linear, joined, swiglu
+from model.dispatch import combine, expert_order, gather_rows, grouped_linear, joined, swiglu, tally
 from model.moe import MoE
 from tests import reference
 from tests.model.small_moe import config, initialised
@@ -65,12 +65,12 @@ def test_dispatch_and_combine_undo_each_other() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [5, 700])  # 700 are several passes of the plain sums
 @pytest.mark.parametrize("others", ["both", "residual", "none"])
-def test_combine_and_all_gradients_against_the_formula(dtype: torch.dtype, tokens: int, others: str) -> None:
+def test_combine_and_its_gradients_against_the_formula(dtype: torch.dtype, tokens: int, others: str) -> None:
     top_k, hidden = 3, 16
     order_R, place_R = expert_order(torch.randint(0, 5, (tokens, top_k)))
     wide = torch.promote_types(dtype, torch.float32)
     rows = torch.randn(tokens * top_k, hidden, dtype=dtype, requires_grad=True)
-    weights = torch.rand(tokens, top_k, dtype=wide, requires_grad=True)
+    weights = torch.rand(tokens, top_k, dtype=wide)
     shared, residual = (torch.randn(tokens, hidden, dtype=dtype, requires_grad=True) for _ in range(2))
     given = [shared if others == "both" else None, None if others == "none" else residual]
     out = combine(rows, order_R, place_R, weights, *given)
@@ -79,11 +79,56 @@ def test_combine_and_all_gradients_against_the_formula(dtype: torch.dtype, token
         for k in range(top_k):
             row = int((order_R == t * top_k + k).nonzero())
             expected = expected.index_add(0, torch.tensor([t]), (weights[t, k].double() * rows[row].double()).unsqueeze(0))
-    leaves, dout = [rows, weights, *(x for x in given if x is not None)], torch.randn_like(out)
+    leaves, dout = [rows, *(x for x in given if x is not None)], torch.randn_like(out)
     ours, theirs = torch.autograd.grad(out, leaves, dout), torch.autograd.grad(expected, leaves, dout.double())
     limit = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
     for a, b in zip([out, *ours], [expected, *theirs], strict=True):
         assert float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm()) < limit
+
+
+def rows_way(hidden_size: int, width: int, weights: Tensor, given: list[Tensor], order: Tensor, place: Tensor) -> Tensor:
+    """Rows through two products to their tokens, as the layers do it; `given` are rows, gate and up, down."""
+    rows, gate_up, down = given
+    ends = torch.tensor([rows.shape[0]], dtype=torch.int32)
+    hidden = swiglu(grouped_linear(rows, ends, gate_up.unsqueeze(0)), tally_R=tally(weights, place))
+    return combine(grouped_linear(hidden, ends, down.unsqueeze(0)), order, place, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 700])
+def test_the_weights_gradient_comes_from_the_hidden_activations(dtype: torch.dtype, tokens: int) -> None:
+    """Against the formula in float64, in which it comes from the experts' output; with weights from nothing to 1."""
+    top_k, hidden, width = 3, 16, 8
+    order, place = expert_order(torch.randint(0, 5, (tokens, top_k)))
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = torch.rand(tokens, top_k, dtype=wide)
+    weights[0, 0], weights[1, 1] = 1e-12, 0
+    weights.requires_grad_()
+    shapes = (tokens * top_k, hidden), (2 * width, hidden), (hidden, width)
+    given = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    out = rows_way(hidden, width, weights, given, order, place)
+    rows, gate_up, down = (x.double() for x in given)
+    gate, up = (rows @ gate_up.mT).chunk(2, dim=1)
+    results = (gate / (1 + torch.exp(-gate)) * up) @ down.mT
+    expected = (results[place].view(tokens, top_k, hidden) * weights.double().unsqueeze(-1)).sum(dim=1)
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, [weights, *given], dout)
+    theirs = torch.autograd.grad(expected, [weights, *given], dout.double())
+    limit = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
+    assert theirs[0][1, 1] and ours[0][1, 1] == 0  # a weight of 0 is a score of 0, which a sigmoid no longer moves
+    scored = theirs[0].clone()
+    scored[1, 1] = 0
+    for a, b in zip(ours, [scored, *theirs[1:]], strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < limit
+    tiny = float(theirs[0][0, 0])
+    assert abs(float(ours[0][0, 0]) - tiny) < 10 * limit * float(theirs[0].abs().mean())
+
+
+def test_no_tally_where_nobody_wants_it() -> None:
+    weights, place = torch.rand(4, 2), torch.arange(8)
+    assert tally(weights, place) is None
+    with torch.no_grad():
+        assert tally(weights.requires_grad_(), place) is None
 
 
 @pytest.mark.parametrize("packed", [True, False])

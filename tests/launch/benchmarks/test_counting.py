@@ -120,20 +120,20 @@ def test_the_kernels_operators_cost_what_their_shapes_say() -> None:
         "norm": (lambda: operators.norm(x, stream, weight, 1e-5), 1, 4 * token + H * BF16),
         # dout, dstream, x, weight; dx, dweight; of each token a row of partial sums written and read
         "norm_backward": (lambda: operators.norm_backward(x, x, x, weight, 1e-5), 2, 4 * token + 2 * H * BF16 + 2 * T * H * FP32),
-        "spread": (lambda: operators.spread(x, places, K), 1, (1 + K) * token + index_bytes),
+        "spread": (lambda: operators.spread(x, places, K, weights), 1, (1 + K) * token + index_bytes + T * K * FP32),
         "collect": (lambda: operators.collect(rows, places, K, x, x), 1, (K + 3) * token + index_bytes),
         "combine": (
             lambda: operators.combine(rows, places, weights, x, x),
             1,
             (K + 3) * token + index_bytes + T * K * FP32,
         ),
-        "combine_backward": (
-            lambda: operators.combine_backward(x, rows, places, weights),
+        "weight_gradient": (
+            lambda: operators.weight_gradient(weights.view(-1), places, weights),
             1,
-            (1 + 2 * K) * token + index_bytes + 2 * T * K * FP32,
+            3 * T * K * FP32 + index_bytes,
         ),
         "swiglu": (lambda: operators.swiglu([wide, wide]), 1, 3 * T * W * BF16),
-        "swiglu_backward": (lambda: operators.swiglu_backward(wide, [wide, wide])[0], 1, 5 * T * W * BF16),
+        "swiglu_backward": (lambda: operators.swiglu_backward(wide, [wide, wide], True)[2], 1, 5 * T * W * BF16 + T * FP32),
         "route": (
             lambda: operators.route(x, gate, tensor(E, dtype=torch.float32), None, K, 1, 1, True, True, 1.0),
             2,
