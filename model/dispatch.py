@@ -166,52 +166,58 @@ def _halves(gate_up: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, dim=-1)
 
 
-def grouped_linear(x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
-    """`[R, B]`: each expert's weights on its own run of rows; several weights `[E, Bi, A]` give columns side by side.
+def grouped_linear(x_RA: Tensor, ends_E: Tensor, weight_EBA: Tensor) -> Tensor:
+    """`[R, B]`: each expert's weight on its own run of rows.
 
     `ends_E` holds the int32 ends of the runs; the host is not asked for them. An expert without rows gets a gradient of 0.
     """
+    (out_RB,) = grouped_linears(x_RA, ends_E, weight_EBA)
+    return out_RB
+
+
+def grouped_linears(x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """`grouped_linear` of several weights `[E, Bi, A]`: what each makes of the rows, or all of it side by side in one tensor."""
     if not torch.is_grad_enabled():
         return products(x_RA, ends_E, weights)
-    out: Tensor = GroupedLinear.apply(x_RA, ends_E, *weights)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, ...] = GroupedLinears.apply(x_RA, ends_E, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
-def products(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    parts = [product(x_RA, weight.mT, ends_E) for weight in joined(weights)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def products(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(product(x_RA, weight.mT, ends_E) for weight in joined(weights, x_RA.shape[0]))
 
 
-class GroupedLinear(torch.autograd.Function):
+class GroupedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_RA, ends_E, *weights)
         return products(x_RA, ends_E, weights)
 
     @staticmethod
-    def backward(ctx: Any, dout_RB: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         x_RA, ends_E, *weights = ctx.saved_tensors
-        whole = joined(weights)
-        douts = dout_RB.split([weight.shape[1] for weight in whole], dim=1)
+        whole = joined(weights, x_RA.shape[0])
         dx_RA = None
         if ctx.needs_input_grad[0]:
             first, *others = (product(dout, weight, ends_E) for dout, weight in zip(douts, whole, strict=True))
-            dx_RA = first if not others else torch.add(first, others[0])
+            dx_RA = first if not others else first.add_(others[0])
         dwhole = [outer(dout, x_RA, ends_E) for dout in douts]
         if len(whole) < len(weights):
             dwhole = list(dwhole[0].split([weight.shape[1] for weight in weights], dim=1))
         return dx_RA, None, *dwhole
 
 
-def joined(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights as they are multiplied: several `[E, Bi, A]` as one `[E, sum of Bi, A]` on a GPU.
+def joined(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """The weights as they multiply so many rows: several `[E, Bi, A]` as one `[E, sum of Bi, A]` on a GPU, where that moves less.
 
-    There each further product would read the rows once more and add an input gradient in memory, which is more than the copy
-    of the weights; a CPU has the rows in its cache. They cannot lie side by side for good: they are AutoEP's `w1` and `w3`, and
-    another order in ZeRO's flat buffer would make the optimizer states of older checkpoints those of other weights.
+    A further product reads the rows once more in either direction and adds an input gradient in memory, six passes over them
+    in all. Joining copies the weights twice and their gradients apart once, six passes over those. A CPU has the rows in its
+    cache. They cannot lie side by side for good: they are AutoEP's `w1` and `w3`, and another order in ZeRO's flat buffer would
+    make the optimizer states of older checkpoints those of other weights.
     """
-    on_gpu = weights[0].device.type != "cpu"
-    return [torch.cat(tuple(weights), dim=1)] if on_gpu and len(weights) > 1 else list(weights)
+    experts, columns = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
+    pays = weights[0].device.type != "cpu" and len(weights) > 1 and experts * columns < rows
+    return [torch.cat(tuple(weights), dim=1)] if pays else list(weights)
 
 
 def _fits_grouped_mm(x_RA: Tensor, columns: int) -> bool:

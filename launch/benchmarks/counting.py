@@ -153,8 +153,9 @@ class Count(TorchDispatchMode):
         self.add(name, kind, bytes=bytes_of(name, func, inputs, outputs), launches=LAUNCHES.get(name, 1))
 
     def _exchange(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        sent = max((size(t) for t in tensors_of((args, kwargs))), default=0)
-        self.add(name, "all-to-all" if "alltoall" in name else "collective", bytes=2 * sent, sent=sent)
+        whole, ranks = max((size(t) for t in tensors_of((args, kwargs))), default=0), torch.distributed.get_world_size()
+        sent = whole * (ranks - 1) // ranks if "alltoall" in name else whole  # an even share stays here
+        self.add(name, "all-to-all" if "alltoall" in name else "collective", bytes=2 * whole, sent=sent)
         return func(*args, **kwargs)
 
     def _follow(self, tensor: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from launch.engine.moe_layer import MoELayer
 from model import MoEGPTConfig
-from model.dispatch import grouped_linear, swiglu
+from model.dispatch import grouped_linears, swiglu
 from model.router import Router
 
 
@@ -48,17 +48,17 @@ class Experts(GroupedExperts):  # type: ignore[misc]
     def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor, tally_N: torch.Tensor | None = None) -> torch.Tensor:
         """`[N, H]` of rows in expert order; `model.dispatch.tally` has their weights."""
         ends_L = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
-        hidden_NI = swiglu(self._product(x, ends_L, self.w1, self.w3), tally_R=tally_N)
-        return self._product(F.dropout(hidden_NI, self.dropout, self.training), ends_L, self.w2)
+        hidden_NI = swiglu(*self._products(x, ends_L, self.w1, self.w3), tally_R=tally_N)
+        (out_NH,) = self._products(F.dropout(hidden_NI, self.dropout, self.training), ends_L, self.w2)
+        return out_NH
 
-    def _product(self, x_NA: torch.Tensor, ends_L: torch.Tensor, *weights_LBA: torch.Tensor) -> torch.Tensor:
+    def _products(self, x_NA: torch.Tensor, ends_L: torch.Tensor, *weights_LBA: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not self.use_triton_grouped_mm or self.num_experts == 1:
-            return grouped_linear(x_NA, ends_L, *weights_LBA)
+            return grouped_linears(x_NA, ends_L, *weights_LBA)
         # Several experts on a GPU before sm90, where PyTorch's grouped_mm is a loop that waits for the device.
         from deepspeed.ops.triton_ops.group_gemm_triton import group_gemm_triton
 
-        out_NB: torch.Tensor = group_gemm_triton(x_NA, torch.cat(weights_LBA, dim=1), ends_L, trans_b=True)
-        return out_NB
+        return (group_gemm_triton(x_NA, torch.cat(weights_LBA, dim=1), ends_L, trans_b=True),)
 
 
 def _experts_class(rate: float) -> type[GroupedExperts]:

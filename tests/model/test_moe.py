@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model.config import MoEGPTConfig
-from model.dispatch import combine, expert_order, gather_rows, grouped_linear, joined, swiglu, tally
+from model.dispatch import combine, expert_order, gather_rows, grouped_linear, grouped_linears, joined, swiglu, tally
 from model.moe import MoE
 from tests import reference
 from tests.model.small_moe import config, initialised
@@ -150,7 +150,7 @@ def test_grouped_product_equals_one_expert_at_a_time(dtype: torch.dtype, sizes: 
     counts = torch.tensor([5, 0, 17, 0, 0, 1, 9, 0]) if experts == 8 else torch.tensor([32])
     x = torch.randn(32, sizes[0], dtype=dtype, requires_grad=True)
     weights = [torch.randn(experts, sizes[1], sizes[0], dtype=dtype, requires_grad=True) for _ in range(halves)]
-    out = grouped_linear(x, counts.cumsum(0, dtype=torch.int32), *weights)
+    out = torch.cat(grouped_linears(x, counts.cumsum(0, dtype=torch.int32), *weights), dim=1)
     expert = torch.repeat_interleave(torch.arange(experts), counts)
     expected = torch.cat([torch.einsum("ra,rba->rb", x.double(), w.double()[expert]) for w in weights], dim=1)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
@@ -167,7 +167,7 @@ def test_no_row_for_any_expert() -> None:
     """A rank to which nobody sent a row: gradients of 0, not none."""
     x = torch.randn(0, 16, requires_grad=True)
     weights = [torch.randn(4, 8, 16, requires_grad=True) for _ in range(2)]
-    out = grouped_linear(x, torch.zeros(4, dtype=torch.int32), *weights)
+    out = torch.cat(grouped_linears(x, torch.zeros(4, dtype=torch.int32), *weights), dim=1)
     assert out.shape == (0, 16)
     for gradient in torch.autograd.grad(out.sum(), weights):
         assert gradient.shape == (4, 8, 16) and not gradient.any()
@@ -175,9 +175,27 @@ def test_no_row_for_any_expert() -> None:
 
 def test_two_weights_are_one_product_off_the_cpu() -> None:
     weights = [torch.empty(4, 8, 16), torch.empty(4, 8, 16)]
-    assert len(joined(weights)) == 2
-    (whole,) = joined([weight.to("meta") for weight in weights])
+    assert len(joined(weights, 1000)) == 2
+    on_gpu = [weight.to("meta") for weight in weights]
+    (whole,) = joined(on_gpu, 65)
     assert whole.shape == (4, 16, 16)
+    assert len(joined(on_gpu, 64)) == 2  # where their copy is more than the rows
+
+
+def test_joined_or_apart_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's way on a CPU."""
+    x = torch.randn(20, 16, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(4, 8, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    ends = torch.tensor([5, 5, 12, 20], dtype=torch.int32)
+    results = []
+    for join in (joined, lambda weights, rows: [torch.cat(tuple(weights), dim=1)]):
+        monkeypatch.setattr("model.dispatch.joined", join)
+        parts = grouped_linears(x, ends, *weights)
+        results.append([len(parts), torch.cat(parts, dim=1)])
+        results[-1] += torch.autograd.grad(results[-1][1].square().sum(), [x, *weights])
+    (apart, *first), (whole, *second) = results
+    assert (apart, whole) == (2, 1)
+    torch.testing.assert_close(first, second)
 
 
 def test_expert_dropout_only_in_training() -> None:
