@@ -96,7 +96,7 @@ def test_parts_and_families_add_up(roofline: dict[str, Any]) -> None:
 
 
 def test_rows_travel_twice_each_way(roofline: dict[str, Any]) -> None:
-    """To the experts and back, in forward and in backward; K rows of H in bf16, of which an even share stays; beside them counts, and a number a row."""
+    """To the experts and back, in forward and in backward: K rows of H in bf16, of which an even share stays; and the counts."""
     config = MoEGPTConfig.preset("800m")
     rows = 4 * config.num_experts_per_tok * config.hidden_size * 2
     wanted = rows * (roofline["ep"] - 1) / roofline["ep"]
