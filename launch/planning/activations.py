@@ -139,6 +139,11 @@ def working_block(job: Job, kernels: bool, load: float) -> float:
     part of them is fp32 whatever the type, and not all are there at once: 0.25 of both sizes fits what was counted."""
     c, w = job.sizes, job.weight_bytes
     if kernels:
-        return (c.num_experts_per_tok * load + 1) * c.hidden_size * w
+        beside = c.hidden_size
+        if job.recompute == "full":  # at the end of its second forward: results, the shared expert's, their sum, and its gradient
+            beside *= 3
+        elif job.recompute == "selective" and job.expert_ranks == 1:  # the shared expert's two wait, its gate and up are gone
+            beside += max(0, 2 * (c.hidden_size - c.n_shared_experts * c.moe_intermediate_size))
+        return (c.num_experts_per_tok * load * c.hidden_size + beside) * w
     rows = c.num_experts_per_tok * load * (2 * c.hidden_size + 3 * c.moe_intermediate_size)
     return (rows + 3 * c.hidden_size) * 0.25 * (w + FP32)
