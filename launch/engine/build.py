@@ -83,13 +83,20 @@ def build_model(config: MoEGPTConfig, *, seed: int, attn_implementation: str) ->
 def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, mode: str | None = None) -> DeepSpeedEngine:
     """`deepspeed.initialize` with AutoEP, activation checkpointing and the checks after it. Collective.
 
-    `mode` overrides the JSON's `activation_checkpointing.mode`.
+    `mode` overrides the JSON's `activation_checkpointing.mode`. Raises UserError for what DeepSpeed does not combine.
     """
     strategy = Strategy.of(deepspeed_config)
     activation_checkpointing.enable(model, mode or strategy.activation_checkpointing, deepspeed_config)
     groups = parameter_groups(model, strategy.weight_decay)
     with expert_parallel.model_parts(model.config), _without_memory_prints():
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=without_our_keys(deepspeed_config, strategy))
+        theirs = without_our_keys(deepspeed_config, strategy)
+        try:
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=theirs)
+        except (
+            AssertionError,
+            NotImplementedError,
+        ) as error:  # how it says that settings, each right in itself, do not go together
+            raise UserError(f"DeepSpeed refuses these settings of --deepspeed_config: {sentence(error)}") from error
     expert_parallel.check_swapped(engine.module, model.config)
     if strategy.zero_stage == 3:
         expert_parallel.register_router_weights(engine.module)

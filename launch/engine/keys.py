@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import BaseModel, ValidationError
 
 from data.cli import UserError, sentence
+from launch.engine.strategy import lookup
+from launch.engine.values import another_kind, check_optimizer_values, check_values
 
 #: Held as a whole by DeepSpeed and handed to a class: checked by that class's signature.
 SIGNATURES = ("optimizer.params", "scheduler.params")
@@ -32,11 +35,12 @@ class _Keys(KeysView[str]):
 
 
 class Section(dict[str, Any]):
-    """A section of the JSON that notes which keys it is asked for, whether or not it has them."""
+    """A section of the JSON that notes which keys it is asked for, whether or not it has them, and what else would be taken."""
 
     def __init__(self, values: dict[str, Any], name: str, last_read: list[str]) -> None:
         super().__init__()
         self.name, self.asked, self._last_read, self._is_taken = name, set[str](), last_read, False
+        self.defaults: dict[str, Any] = {}
         for key, value in values.items():
             inner = f"{name}.{key}" if name else key
             is_section = isinstance(value, dict) and inner not in SIGNATURES
@@ -44,7 +48,7 @@ class Section(dict[str, Any]):
 
     def _note(self, key: object) -> None:
         self.asked.add(str(key))
-        self._last_read[0] = self.name
+        self._last_read[:] = self.name, f"{self.name}.{key}" if self.name else str(key)
 
     def __getitem__(self, key: str) -> Any:
         self._note(key)
@@ -52,6 +56,7 @@ class Section(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         self._note(key)
+        self.defaults[key] = default
         return super().get(key, default)
 
     def pop(self, key: str, *default: Any) -> Any:
@@ -81,6 +86,14 @@ class Section(dict[str, Any]):
     def __deepcopy__(self, memo: Any) -> Section:
         return self
 
+    def of_another_kind(self) -> Iterator[tuple[str, Any, str]]:
+        """(dotted key, value, what it must be) where the default says true or false, or a number, and the value is none."""
+        for key, value in super().items():
+            if key in self.defaults and (wanted := another_kind(value, self.defaults[key])):
+                yield f"{self.name}.{key}" if self.name else key, value, wanted
+            elif isinstance(value, Section):
+                yield from value.of_another_kind()
+
     def unread(self) -> Iterator[tuple[str, str, set[str]]]:
         """(section, key, names that are read there) of every key that nobody has asked for."""
         for key, value in super().items():
@@ -91,10 +104,10 @@ class Section(dict[str, Any]):
 
 
 def check_keys(config: dict[str, Any], path: Path) -> None:
-    """Every key of a resolved JSON. Raises UserError with the first that nobody reads, and the nearest right name."""
+    """Every key of a resolved JSON, and its value. Raises UserError; for a key that nobody reads with the nearest right name."""
     _check_optimizer(config.get("optimizer"), config, path)
     _check_scheduler(config.get("scheduler"), path)
-    last_read = [""]
+    last_read = ["", ""]
     # DeepSpeed checks their product against the ranks that it knows of, which have not joined yet; ours is checked already.
     batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1)
     recorder = Section({**config, **batch}, "", last_read)
@@ -106,8 +119,14 @@ def check_keys(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: {_first_complaint(error, last_read[0])}") from error
     except (ValueError, AssertionError, TypeError, deepspeed_config.DeepSpeedConfigError) as error:
         raise UserError(f"{path}: {sentence(error)}") from error
+    except AttributeError as error:  # a text, a list where it goes on to ask a section
+        wrong = json.dumps(lookup(config, last_read[1]))[:60]
+        raise UserError(f"{path}: {last_read[1]} must not be {wrong}: DeepSpeed reads something else there") from error
+    for key, value, wanted in recorder.of_another_kind():
+        raise UserError(f"{path}: {key} must be {wanted}, not {json.dumps(value)[:60]}")
     for section, key, known in recorder.unread():
         raise UserError(f"{path}: {_unknown(section, key, known)}")
+    check_values(config, path)
 
 
 def _unknown(section: str, key: str, known: Iterable[str]) -> str:
@@ -150,7 +169,7 @@ def _check_optimizer(section: Any, config: dict[str, Any], path: Path) -> None:
     if not isinstance(section, dict) or "type" not in section:
         raise UserError(f'{path}: "optimizer" must name a type, as in "optimizer": {{"type": "AdamW", "params": {{"lr": 0.001}}}}')
     kind, params = str(section["type"]), dict(section.get("params") or {})
-    accepted = _accepted_by(kind, params, config)
+    accepted, takes = _accepted_by(kind, params, config)
     if accepted is None:
         named = {*deepspeed_config.DEEPSPEED_OPTIMIZERS, *(n for n in dir(torch.optim) if n[0].isupper())}
         by_lower = {name.lower(): name for name in sorted(named)}
@@ -160,10 +179,11 @@ def _check_optimizer(section: Any, config: dict[str, Any], path: Path) -> None:
     for key in params:
         if key not in accepted:
             raise UserError(f"{path}: {_unknown('optimizer.params', key, accepted)}")
+    check_optimizer_values(kind, takes or torch.optim.AdamW, params, path)
 
 
-def _accepted_by(kind: str, params: dict[str, Any], config: dict[str, Any]) -> set[str] | None:
-    """What the optimizer that DeepSpeed would choose takes; None where there is no such optimizer."""
+def _accepted_by(kind: str, params: dict[str, Any], config: dict[str, Any]) -> tuple[set[str] | None, type | None]:
+    """(what the optimizer that DeepSpeed would choose takes, its class); no names where there is no such optimizer."""
     name = kind.lower()
     if name in (deepspeed_config.ADAM_OPTIMIZER, deepspeed_config.ADAMW_OPTIMIZER, deepspeed_config.MUON_OPTIMIZER):
         left, engine = dict(params), _engine(config)
@@ -172,13 +192,14 @@ def _accepted_by(kind: str, params: dict[str, Any], config: dict[str, Any]) -> s
         own = {deepspeed_config.ADAM_W_MODE, deepspeed_config.TORCH_ADAM_PARAM, "fp32_optimizer_states"}
         own |= params.keys() - left.keys()  # what DeepSpeed takes out for itself
         if name == deepspeed_config.MUON_OPTIMIZER:
-            return {*own, *DeepSpeedEngine._MUON_HALF_KEYS, *DeepSpeedEngine._ADAM_HALF_KEYS, "muon_lr", "adam_lr"}
-        return own | _parameters(chosen)
+            return {*own, *DeepSpeedEngine._MUON_HALF_KEYS, *DeepSpeedEngine._ADAM_HALF_KEYS, "muon_lr", "adam_lr"}, chosen
+        return own | _parameters(chosen), chosen
     if name in deepspeed_config.DEEPSPEED_OPTIMIZERS:
         classes = [getattr(torch.optim, kind.capitalize(), None), *_deepspeed_classes(name)]
-        return set().union(*(_parameters(each) for each in classes if each is not None)) or set(params)
+        found = [each for each in classes if each is not None]
+        return set().union(*map(_parameters, found)) or set(params), found[0] if found else None
     chosen = getattr(torch.optim, kind, None)
-    return _parameters(chosen) if inspect.isclass(chosen) else None
+    return (_parameters(chosen), chosen) if inspect.isclass(chosen) else (None, None)
 
 
 def _engine(config: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,51 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
 
 
 @pytest.mark.parametrize(
+    "key, value, wanted",
+    [
+        ("gradient_clipping", -1, "gradient_clipping must be 0 (none) or a norm, not -1"),
+        ("steps_per_print", "10", "steps_per_print must be of type int"),
+        ("optimizer.params.lr", float("inf"), "optimizer.params.lr must be a finite number, not inf"),
+        ("optimizer.params.lr", -1, "AdamW refuses them: Invalid learning rate: -1"),
+        ("optimizer.params.eps", "1e-8", 'optimizer.params.eps must be a number, not "1e-8"'),
+        ("optimizer.params.eps", None, "optimizer.params.eps must be a number, not null"),
+        ("optimizer.params.betas", [], "optimizer.params.betas must be a list of 2 numbers, not []"),
+        ("optimizer.params.betas", ["0.9", "0.95"], "must be a list of 2 numbers"),
+        ("optimizer.params.betas", [0.9, 1.5], "Invalid beta parameter at index 1: 1.5"),
+        ("optimizer.params.weight_decay", -1, "Invalid weight_decay value: -1"),
+        ("optimizer.params.fused", "true", 'optimizer.params.fused must be true or false, not "true"'),
+        ("optimizer.params.torch_adam", "false", 'optimizer.params.torch_adam must be true or false, not "false"'),
+        ("zero_optimization.reduce_bucket_size", "auto", 'zero_optimization.reduce_bucket_size cannot be "auto"'),
+        ("scheduler.params.warmup_type", "cubic", "scheduler.params.warmup_type must be one of ('log', 'linear'), not \"cubic\""),
+        ("scheduler.params.cos_min_ratio", "0.1", 'scheduler.params.cos_min_ratio must be a number, not "0.1"'),
+        ("scheduler.params.cos_min_ratio", None, "scheduler.params.cos_min_ratio must be a number, not null"),
+        ("scheduler.params.warmup_num_steps", 0, "WarmupCosineLR refuses them: warmup_num_steps must be a positive integer, got 0"),
+        ("scheduler.params.total_num_steps", 0, "scheduler.params.total_num_steps must be at least 1, not 0"),
+        ("scheduler", {"type": "StepLR", "params": {}}, "StepLR refuses them"),
+        ("data_types", "fp32", "data_types must be of type dict"),
+        ("data_types.grad_accum_dtype", "float33", 'must be one of "fp16", "fp32", "int8", "bf16", not "float33"'),
+        ("expert_parallel.preset_model", "mixtral", 'expert_parallel.preset_model must be "deepseek_v3"'),
+        ("expert_parallel.preset_model", None, 'expert_parallel.preset_model must be "deepseek_v3"'),
+        ("prescale_gradients", "false", 'prescale_gradients must be true or false, not "false"'),
+        ("gradient_predivide_factor", "2", 'gradient_predivide_factor must be a number, not "2"'),
+        ("zero_allow_untested_optimizer", {}, "zero_allow_untested_optimizer must be true or false, not {}"),
+        ("torch_autocast", {"enabled": "x"}, 'torch_autocast.enabled must be true or false, not "x"'),
+        ("flops_profiler", True, "flops_profiler must not be true: DeepSpeed reads something else there"),
+        ("checkpoint", None, "checkpoint must not be null"),
+        ("communication_data_type", [], "communication_data_type must not be []"),
+    ],
+)
+def test_a_right_key_with_a_wrong_value_is_refused(key: str, value: Any, wanted: str, tmp_path: Path) -> None:
+    """Some were a traceback in the engine, some (`"false"` is true) trained otherwise, some ended a run after its warm-up."""
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(changed(key, value)))
+    with pytest.raises(UserError) as caught:
+        check(read_config(path))
+    said = str(caught.value)
+    assert ".json: " in said and wanted in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
     "section, value",
     [
         ("zero_force_ds_cpu_optimizer", False),
@@ -114,6 +160,10 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("optimizer", {"type": "Adam", "params": {"lr": 0.1, "adam_w_mode": True, "bias_correction": True}}),
         ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}),
         ("scheduler", {"type": "StepLR", "params": {"step_size": 10}}),
+        ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": None}}),
+        ("scheduler", {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}),
+        ("optimizer.params.fused", None),
+        ("communication_data_type", None),
     ],
 )
 def test_what_deepspeed_reads_is_not_refused(section: str, value: Any) -> None:

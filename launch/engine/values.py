@@ -1,0 +1,135 @@
+"""A value of the DeepSpeed JSON that cannot be meant: refused before there are ranks, in a sentence.
+
+DeepSpeed's pydantic models check the values of their sections. Optimizer and schedule are not held by a model: `"false"` there is
+true, a text is noticed in the middle of the warm-up or never, an unknown kind of warm-up is replaced. So their values are compared
+with the defaults of the signatures that take them, and then given to the classes themselves, for their own checks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import ADAM_W_MODE, TORCH_ADAM_PARAM, DtypeEnum
+from torch.optim.lr_scheduler import LRScheduler
+
+from data.cli import UserError, sentence
+from launch.engine.strategy import AUTO
+
+WARMUP_TYPES = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
+#: What DeepSpeed takes out of an Adam's parameters before it makes one.
+SWITCHES = {ADAM_W_MODE, TORCH_ADAM_PARAM, "fp32_optimizer_states"}
+PRESET = "deepseek_v3"  # of AutoEP: how the model names and computes its experts
+
+
+def check_values(config: dict[str, Any], path: Path) -> None:
+    """Of a resolved JSON whose keys are known. Raises UserError with the file, the key, the value and what would be right."""
+    for key, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: {key} must be a finite number, not {value}")
+        if value == "auto":
+            filled = ", ".join(AUTO)
+            raise UserError(f'{path}: {key} cannot be "auto": that is filled in for {filled}; give a value, or leave the key out')
+    if (clipping := config.get("gradient_clipping", 0.0)) < 0:
+        raise UserError(f"{path}: gradient_clipping must be 0 (none) or a norm, not {clipping}")
+    if (preset := config["expert_parallel"]["preset_model"]) != PRESET:
+        raise UserError(
+            f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {_json(preset)}'
+        )
+    _check_grad_accum(config, path)
+    _check_schedule(config.get("scheduler"), path)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is no section."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(inner, f"{key}.{name}" if key else name)
+
+
+def _check_grad_accum(config: dict[str, Any], path: Path) -> None:
+    wanted = config.get("data_types", {}).get("grad_accum_dtype")
+    if wanted is None:
+        return
+    try:
+        DtypeEnum(wanted)
+    except ValueError:
+        known = ", ".join(f'"{each.name}"' for each in DtypeEnum)
+        raise UserError(f"{path}: data_types.grad_accum_dtype must be one of {known}, not {_json(wanted)}") from None
+
+
+def check_optimizer_values(kind: str, takes: type, params: Mapping[str, Any], path: Path) -> None:
+    """`takes`: a class of torch.optim that checks what it is given, or of DeepSpeed, which does not and may need a compiler."""
+    _check_kinds("optimizer.params", takes, params, path)
+    for name in SWITCHES & params.keys():
+        if not isinstance(params[name], bool):
+            raise UserError(f"{path}: optimizer.params.{name} must be true or false, not {_json(params[name])}")
+    torchs = takes if takes.__module__.startswith("torch.optim") else torch.optim.AdamW
+    accepted = inspect.signature(torchs).parameters
+    try:
+        torchs([torch.nn.Parameter(torch.zeros(1))], **{name: value for name, value in params.items() if name in accepted})
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path}: optimizer.params: {kind} refuses them: {sentence(error)}") from error
+
+
+def _check_schedule(section: Any, path: Path) -> None:
+    if not isinstance(section, dict):
+        return
+    kind, params = str(section["type"]), section.get("params") or {}
+    takes = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind)
+    _check_kinds("scheduler.params", takes, params, path)
+    if params.get("warmup_type", WARMUP_TYPES[0]) not in WARMUP_TYPES:
+        raise UserError(f"{path}: scheduler.params.warmup_type must be one of {WARMUP_TYPES}, not {_json(params['warmup_type'])}")
+    if params.get("total_num_steps", 1) < 1:
+        raise UserError(f"{path}: scheduler.params.total_num_steps must be at least 1, not {params['total_num_steps']}")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, momentum=0.9)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            schedule: LRScheduler = takes(optimizer, **params)
+            schedule.step()
+    except (ValueError, TypeError, IndexError, KeyError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: scheduler.params: {kind} refuses them: {sentence(error)}") from error
+
+
+def _check_kinds(where: str, takes: Any, params: Mapping[str, Any], path: Path) -> None:
+    for name, parameter in inspect.signature(takes).parameters.items():
+        is_default = name in params and params[name] is None and parameter.default is None
+        if name in params and not is_default and (wanted := another_kind(params[name], _example(parameter))):
+            raise UserError(f"{path}: {where}.{name} must be {wanted}, not {_json(params[name])}")
+
+
+def _example(parameter: inspect.Parameter) -> Any:
+    """The default or, where there is none, a value of the annotated type."""
+    annotation = str(parameter.annotation)
+    if parameter.default in (None, parameter.empty):
+        return False if "bool" in annotation else 1 if annotation in ("<class 'int'>", "<class 'float'>") else None
+    return parameter.default
+
+
+def another_kind(value: Any, default: Any) -> str:
+    """What the value must be, in words, where it is of another kind than the default; empty where it is not, or none can tell."""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, (int, float)):
+        return "" if _is_number(value) else "a number"
+    if isinstance(default, tuple):
+        is_like = isinstance(value, list) and len(value) == len(default) and all(map(_is_number, value))
+        return "" if is_like else f"a list of {len(default)} numbers"
+    return "a text" if isinstance(default, str) and not isinstance(value, str) else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)[:60]
