@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],  # what the tests ran on
     packages=find_packages(include=["model", "model.*", "data", "data.*", "launch", "launch.*"]),
     package_data={"model": ["presets/*.json"], "launch.reporting": ["assets/*"], "launch.evaluation.lm_eval": ["*.yaml"]},
     install_requires=[

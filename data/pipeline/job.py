@@ -206,6 +206,8 @@ class Job:
         summaries = {s: w.summary() for s, w in self.writers.items()}
         if not any(s["documents"] for s in summaries.values()):
             why = ", ".join(f"{n} x {reason}" for reason, n in (self.rejected + self.removed).items()) or "the input is empty"
+            if f"no field {self.args.text_field}" in self.rejected:
+                why += "; name the field that holds the text with --text_field (rejected.jsonl says which there are)"
             raise UserError(f"no documents in {' '.join(self.args.input)}: {self.counts['read']} read; {why}")
         manifest = {
             "format": FORMAT_NAME,

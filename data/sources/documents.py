@@ -13,7 +13,7 @@ import orjson
 
 from data.sources import blocks
 from data.sources.blocks import Block, Fault, Rejection, Row
-from data.sources.formats import check_text
+from data.sources.formats import bare_line, check_text
 
 #: Why a text of nothing but white space is refused. A source tree has many such files, so no warning names them.
 EMPTY = "empty text"
@@ -32,7 +32,11 @@ class Document:
 
 
 class Refused(Exception):
-    """One document cannot be used: the reason."""
+    """One document cannot be used: the kind of reason, under which it is counted, and what else there is to say of it."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind)
+        self.detail = detail
 
 
 def read_documents(block: Block, text_field: str) -> Iterator[Document | Rejection]:
@@ -44,7 +48,7 @@ def read_documents(block: Block, text_field: str) -> Iterator[Document | Rejecti
         try:
             yield Document(name=row.name, line=row.line, text=_text(row.value, text_field), row=row.value)
         except Refused as reason:
-            yield Rejection(row.name, row.line, str(reason))
+            yield Rejection(row.name, row.line, str(reason), reason.detail)
 
 
 def read_rows(block: Block, text_field: str = "content") -> Iterator[Row | Rejection]:
@@ -98,7 +102,7 @@ def parse_json(line: bytes) -> Any:
     try:
         return orjson.loads(line)
     except ValueError:
-        pass
+        line = bare_line(line)
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -131,7 +135,7 @@ def field_of(row: Mapping[str, Any], name: str) -> Any:
 def _text(row: dict[str, Any], text_field: str) -> str:
     text = field_of(row, text_field)
     if text is MISSING:
-        raise Refused(f"no field {text_field}")
+        raise Refused(f"no field {text_field}", f"only {', '.join(list(row)[:8])}")
     if isinstance(text, bytes):
         try:
             text = text.decode()

@@ -20,6 +20,8 @@ HEAD_BYTES = 1 << 20
 #: So many first lines without one JSON object are not broken lines but another kind of file.
 OTHER_LINES = 20
 
+BOM = b"\xef\xbb\xbf"
+
 COMPRESSIONS = ((b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ\x00", "xz"))
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
@@ -155,7 +157,7 @@ def check_lines(head: bytes, *, complete: bool) -> None:
 
     One line that is an object in itself is enough: what is broken beside it is then counted line by line.
     """
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    text = head.removeprefix(BOM).lstrip(b" \t\r\n")
     line, _, rest = text.partition(b"\n")
     if _is_object(line.strip()):
         return
@@ -179,8 +181,14 @@ def check_lines(head: bytes, *, complete: bool) -> None:
         raise Fault("not JSON Lines", "binary data of no kind that is known here")
 
 
+def bare_line(line: bytes) -> bytes:
+    """Without the byte order mark that files put together have inside, and the separator of JSON text sequences (RFC 7464)."""
+    return line.removeprefix(b"\x1e").removeprefix(BOM)
+
+
 def _is_object(line: bytes) -> bool:
     """A JSON object from the first column on: inside JSON that is spread over lines they are indented."""
+    line = bare_line(line)
     if not line.startswith(b"{"):
         return False
     try:

@@ -45,7 +45,13 @@ def facts(name: str, files: TokenizerFiles, tokenizer: Any = None) -> TokenizerF
 
     `tokenizer`: the library's, where it is at hand: to make one of a large vocabulary takes 0.1 s.
     """
-    vocabulary = (tokenizer or library_tokenizer(name, files.text)).get_vocab(with_added_tokens=True)
+    tokenizer = tokenizer or library_tokenizer(name, files.text)
+    if dropout := getattr(tokenizer.model, "dropout", None):
+        raise UserError(
+            f"tokenizer {name} draws merges by chance (model.dropout is {dropout:g}), so that a text has other ids each time; "
+            "set it to null: shards hold one way to write a text"
+        )
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise UserError(f"tokenizer {name} has an empty vocabulary")
     largest = max(vocabulary, key=vocabulary.__getitem__)

@@ -20,7 +20,7 @@ import pytest
         (["--decontaminate", "/nowhere.jsonl"], "--decontaminate /nowhere.jsonl"),
         (["--dedup", "fuzzy"], "invalid choice"),
         (["--no_such_flag"], "unrecognized arguments"),
-        (["--text_field", "body"], "no documents in"),
+        (["--text_field", "body"], "x no field body; name the field that holds the text with --text_field"),
     ],
 )
 def test_a_mistake_is_one_sentence(

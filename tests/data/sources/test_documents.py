@@ -39,7 +39,7 @@ def only(lines: bytes) -> str:
         (b'["content"]', "not a JSON object"),
         (b'"content"', "not a JSON object"),
         (b"null", "not a JSON object"),
-        (b'{"Content": "x"}', "no field content"),
+        (b'{"Content": "x", "id": 3}', "no field content (only Content, id)"),
         (b'{"content": null}', "content is not a string"),
         (b'{"content": ["x"]}', "content is not a string"),
         (b'{"content": 1e999}', "content is not a string"),
@@ -58,6 +58,8 @@ def test_refused_with_the_reason(line: bytes, reason: str) -> None:
     [
         (b'{"content": "a\\r\\nb\\rc"}\r', "a\r\nb\rc"),
         (b'\xef\xbb\xbf{"content": "after a BOM"}', "after a BOM"),
+        (b'\n\xef\xbb\xbf{"content": "of files put together"}', "of files put together"),
+        (b'\x1e{"content": "of a JSON text sequence"}', "of a JSON text sequence"),
         (b' \t{"content": "x"} ', "x"),
         ('{"content": "a\u2028b\u2029c\x85d"}'.encode(), "a\u2028b\u2029c\x85d"),
         (b'{"content": "a\\u0000b"}', "a\0b"),

@@ -11,6 +11,7 @@ import pytest
 from data_helpers import shared_data
 from tokenizers import Tokenizer
 
+from data.cli import UserError
 from data.tokens import tokenizer as tokenizers
 from data.tokens.folder import TokenizerFiles, load
 
@@ -100,6 +101,15 @@ def test_what_is_no_tokenizer_is_refused(tokenizer_text: str) -> None:
     del content["model"]["vocab"]["<|endoftext|>"]
     with pytest.raises(ValueError, match="no end-of-text token"):
         tokenizers.facts("x", TokenizerFiles(json.dumps(content)))
+
+
+def test_merges_by_chance_are_refused(tokenizer_text: str) -> None:
+    content = json.loads(tokenizer_text)
+    content["model"]["dropout"] = 0.1
+    with pytest.raises(UserError, match=r"model\.dropout is 0\.1"):
+        tokenizers.facts("x", TokenizerFiles(json.dumps(content)))
+    content["model"]["dropout"] = 0.0
+    assert tokenizers.facts("x", TokenizerFiles(json.dumps(content))).eos_token_id == 0
 
 
 def test_a_word_without_end_trains_in_pieces() -> None:
