@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from data.cli import NotFound, UserError
@@ -35,12 +36,17 @@ TYPES: dict[str, tuple[type, ...]] = {
     "scheduler.params.total_num_steps": (int,),
     "scheduler.params.warmup_num_steps": (int,),
     "data_types": (dict,),
+    "data_types.grad_accum_dtype": (str, NoneType),
     "bf16": (dict,),
     "bf16.enabled": (bool,),
     "fp16": (dict,),
     "fp16.enabled": (bool,),
     "zero_optimization": (dict,),
     "zero_optimization.stage": (int,),
+    "zero_optimization.reduce_bucket_size": (int, float),
+    "zero_optimization.stage3_max_live_parameters": (int, float),
+    "zero_optimization.stage3_prefetch_bucket_size": (int, float),
+    "zero_optimization.offload_optimizer": (dict, NoneType),
     "expert_parallel": (dict,),
     "expert_parallel.enabled": (bool,),
     "expert_parallel.autoep_size": (int,),
@@ -148,7 +154,7 @@ def _check_types(path: Path, config: dict[str, Any]) -> None:
             continue
         # bool is an int in Python, and `"stage": true` is a mistake
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join(t.__name__ for t in types) + (' or "auto"' if dotted in AUTO else "")
+            wanted = " or ".join("null" if t is NoneType else t.__name__ for t in types) + (' or "auto"' if dotted in AUTO else "")
             raise UserError(f"{path}: {dotted} must be of type {wanted}, not {json.dumps(value)}")
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if isinstance(config.get(name), int) and config[name] < 1:
