@@ -24,6 +24,7 @@ from .layers import ResidualLinear, ResidualNorm, RMSNorm
 from .mask import AttentionMask, causal_mask
 from .modeling import Block, MoEGPTForCausalLM, MoEGPTModel
 from .moe import Experts, MoE, SharedExpert
+from .onednn import linear
 from .rope import RotaryTable
 from .router import Gate, route, router_logits
 
@@ -70,7 +71,7 @@ class DecodeStep:
         mask = causal_mask((len(x_BH), 1), past, x_BH.device, position_ids, attention_mask)
         for layer, held in zip(self.layers, cast("list[CacheLayerMixin]", cache.layers), strict=True):
             x_BH = layer(x_BH, rope, mask, held)
-        return F.linear(F.rms_norm(x_BH, self.norm.weight.shape, self.norm.weight, self.norm.eps), self.head)
+        return linear(F.rms_norm(x_BH, self.norm.weight.shape, self.norm.weight, self.norm.eps), self.head)
 
 
 class LayerStep:
@@ -101,7 +102,7 @@ class LayerStep:
         q_B1ND, k_B1MD = self._turned(qk_B1PD, rope).split((self.heads, self.kv_heads), dim=2)
         k_BMLD, v_BMLD = held.update(k_B1MD.transpose(1, 2), v_B1MD.transpose(1, 2))
         out_B1ND = attend_one(q_B1ND, k_BMLD.transpose(1, 2), v_BMLD.transpose(1, 2), self.sinks, mask)
-        return F.linear(out_B1ND.flatten(1), self.o_proj)
+        return linear(out_B1ND.flatten(1), self.o_proj)
 
     def _turned(self, qk_B1PD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """q and k, side by side, with their norms and positions; rounded where the modules round."""
@@ -113,7 +114,7 @@ class LayerStep:
 
     def _mixture(self, x_BH: Tensor, residual_BH: Tensor) -> Tensor:
         weights_BK, indices_BK = route(router_logits(x_BH, self.gate), self.bias, **self.settings)
-        shared_BH = F.linear(swiglu(_columns(x_BH, self.gate_up)), self.down)
+        shared_BH = linear(swiglu(_columns(x_BH, self.gate_up)), self.down)
         if takes_few(x_BH, indices_BK, len(self.gate)):
             few_BKH = few_experts(x_BH, indices_BK, *self.experts)
         else:
@@ -128,7 +129,7 @@ def joined(*weights: Tensor) -> tuple[Tensor, ...]:
 
 def _columns(x_BH: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     """The products with weights of one input, side by side."""
-    products = [F.linear(x_BH, weight) for weight in weights]
+    products = [linear(x_BH, weight) for weight in weights]
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from launch.generation.stop import Stream
 from model.cache import GrowingCache
 from model.decode_step import DecodeStep, can_step
+from model.onednn import FasterProducts
 
 
 def fast(model: PreTrainedModel, stream: Stream | None = None) -> dict[str, Any]:
@@ -44,15 +45,16 @@ def decode(
         stream.put(input_ids.cpu())
     while True:
         if step is None:
-            out = model(
-                new_BS,
-                attention_mask=attention_mask,
-                position_ids=positions_BS,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                return_dict=True,  # whatever the folder's configuration says
-            )
+            with FasterProducts():
+                out = model(
+                    new_BS,
+                    attention_mask=attention_mask,
+                    position_ids=positions_BS,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    return_dict=True,  # whatever the folder's configuration says
+                )
             logits_BV = out.logits[:, -1]
             step = DecodeStep(model) if isinstance(cache, GrowingCache) and can_step(model) else None
         else:
