@@ -33,7 +33,7 @@ check: install
 	$(BIN)/mypy model data launch tests/reference.py
 
 # Exports in vLLM, its server and lm-eval, and with SERVED_ARGS="--llama_cpp DIR" in llama.cpp, each in an environment of its own
-# below runs/served (5 GB on disk). About ten minutes on two idle cores beside the downloads.
+# below runs/served (5 GB on disk). Eleven minutes on two cores with other work on them, 5 of CPU time, downloads included.
 served: install
 	$(BIN)/python tests/served/compare_all.py $(SERVED_ARGS)
 
