@@ -27,6 +27,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn, TextIO
 
+from data.redact import redact_text
+
 #: For numpy's linear algebra, which would start a thread a core when it is loaded and is not used by the commands of `data/`.
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -258,7 +260,8 @@ def drain() -> None:
 
 
 def say(text: str, out: Voice = stderr) -> None:
-    """One line for a person, above the progress bar if there is one."""
+    """One line for a person, above the progress bar if there is one, without secrets."""
+    text = redact_text(text)
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
         out.write(text + "\n")

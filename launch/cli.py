@@ -7,7 +7,9 @@ MOE_DEEPSPEED_LOG=info|warning|error in the environment sets DeepSpeed's log lev
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import locale
 import logging
 import os
 import sys
@@ -30,6 +32,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and end the process: a user's mistake as its sentence, anything else with its traceback."""
     rank = int(os.environ.get("RANK", "0"))
     try:
+        check_interpreter()
         code = main() or Exit.DONE
     except SystemExit as left:  # argparse has spoken already
         leave(left.code if isinstance(left.code, int) else Exit.USER_ERROR)
@@ -37,6 +40,16 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         # Not sys.exit: threads of NCCL, gloo or W&B must not keep a failed rank (and with it the whole job) alive.
         end_at_once(speak(error, rank))
     leave(code)
+
+
+def check_interpreter() -> None:
+    """Refuse how Python was started where the libraries cannot work: without docstrings, which transformers fills in when it is
+    imported, and with ASCII for all text, so that files of DeepSpeed's and every argument beyond it are unreadable."""
+    if sys.flags.optimize > 1:
+        raise AgreedError("Python runs without docstrings, and transformers needs them; unset PYTHONOPTIMIZE, or leave out -OO")
+    encoding = locale.getpreferredencoding(False)
+    if codecs.lookup(encoding).name == "ascii":
+        raise AgreedError(f"Python reads all text as ASCII ({encoding}) here; unset PYTHONUTF8, or set LC_ALL=C.UTF-8")
 
 
 def speak(error: BaseException, rank: int) -> int:

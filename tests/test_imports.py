@@ -56,7 +56,7 @@ def test_imports_run_one_way(package: str, foreign: tuple[str, ...]) -> None:
     assert not set(done.stdout.split()) & set(foreign)
 
 
-FLOORS = {"data": 4, "launch": 5}
+FLOORS = {"data": 5, "launch": 5}
 #: Longest chain inside one sub-package, module by module.
 FLOORS_OF_A_ROOM = {"data": 5, "launch": 7}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import read_json, small_file
-from launch.redact import redact
+from data.redact import redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from data.cli import NotFound, UserError, sentence
 from data.files import read_json
+from data.redact import redact
 from launch.checkpoint import manifest
 from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
-from launch.redact import redact
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,9 +14,9 @@ from typing import Any
 
 from data.cli import UserError, say
 from data.files import read_json, replace_file, small_file
+from data.redact import redact
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
-from launch.redact import redact
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 

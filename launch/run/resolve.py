@@ -75,6 +75,8 @@ def parse_source(text: str) -> str | tuple[str, float]:
     folder, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():
         return text
+    if "://" in text:
+        raise UserError(f"--data {text} is a URL; give a folder of shards on this machine, or a mounted one")
     try:
         return folder, float(weight)
     except ValueError:

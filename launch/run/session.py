@@ -15,6 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from data.cli import Exit, as_user_error, counted
 from data.dataset import PackedDataset
 from data.lock import FolderLock, take_folder
+from data.redact import redact
 from launch.checkpoint.choose import ResumeChoice, ResumeFrom
 from launch.checkpoint.identity import RunIdentity, listed
 from launch.checkpoint.manager import CheckpointManager
@@ -29,7 +30,6 @@ from launch.profiling.ranges import STEP
 from launch.ranks.control_group import ControlGroup
 from launch.ranks.join import JOIN_SECONDS, start, within
 from launch.ranks.watchdog import Watchdog
-from launch.redact import redact
 from launch.run import folder as run_folder
 from launch.run import preflight
 from launch.run.arguments import TrainArguments

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import say
-from launch.redact import redact
+from data.redact import redact
 from launch.run.tracker_names import grouped
 
 CLOSE_SECONDS = 15.0  # that a tracker gets at the end of a run; W&B offline takes one or two

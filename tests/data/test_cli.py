@@ -115,6 +115,15 @@ def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout == b"caf\\xe9 \\udcff\n"
 
 
+@pytest.mark.parametrize("error", [UserError("no model at https:/me:S3CR@h"), RuntimeError("at https://h?token=S3CR")])
+def test_no_secret_is_said(error: Exception, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither in a sentence nor in a traceback."""
+    cli.report(error)
+    cli.drain()
+    said = capfd.readouterr().err
+    assert "[redacted]" in said and "S3CR" not in said
+
+
 def test_nothing_is_lost_where_somebody_listens(tmp_path: Path) -> None:
     code = "from data.cli import say, stdout, leave\nfor n in range(900): say(str(n), stdout)\nleave(3)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())

@@ -60,6 +60,7 @@ MISTAKES = {
     "fp16": ({"deepspeed_config": FP16}, "fp16.enabled: the CPU cannot train in fp16; use bf16.enabled"),
     "pattern": ({"output": "runs/br[lr=1]"}, "DeepSpeed takes '[' in a path for a pattern"),
     "weight": ({"data": "shards:much"}, "the weight after the colon must be a number"),
+    "url": ({"data": "https://h/shards"}, "--data https://h/shards is a URL; give a folder of shards"),
 }
 LATER_MISTAKES = {
     "resume": ({"resume": "elsewhere"}, "--resume elsewhere: no checkpoint there"),

@@ -1,0 +1,76 @@
+"""Secrets stay out of what is said and written down."""
+
+from __future__ import annotations
+
+import pytest
+
+from data.redact import redact, redact_text
+
+
+def test_secrets_are_redacted_everywhere() -> None:
+    config = {
+        "api_key": "x",
+        "url": "https://me:pw@host/p",
+        "args": ["--x", "s3://k:v@b"],
+        "n": {"HF_TOKEN": "t"},
+        "tokens": 5,
+    }
+    assert redact(config) == {
+        "api_key": "[redacted]", "url": "https://[redacted]@host/p", "args": ["--x", "s3://[redacted]@b"],
+        "n": {"HF_TOKEN": "[redacted]"}, "tokens": 5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("https://h/p?token=S", "https://h/p?token=[redacted]"),
+        ("https://h/p?a=1&api_key=S#part", "https://h/p?a=1&api_key=[redacted]#part"),
+        ("https://h/p?X-Amz-Signature=S&b=2", "https://h/p?X-Amz-Signature=[redacted]&b=2"),
+        ("https://h/p?max_steps=7", "https://h/p?max_steps=7"),
+    ],
+)
+def test_tokens_in_the_query_of_a_url(url: str, shown: str) -> None:
+    assert redact(["--wandb_project", url]) == ["--wandb_project", shown]
+
+
+@pytest.mark.parametrize(("start", "length"), [("hf_", 34), ("ghp_", 36), ("github_pat_", 40), ("sk-proj-", 40), ("AKIA", 16)])
+def test_tokens_that_give_themselves_away(start: str, length: int) -> None:
+    token = start + "A" * length
+    assert redact(["--model", f"x/{token}/y"]) == ["--model", "x/[redacted]/y"]
+    others = {"commit": "0123456789abcdef0123456789abcdef01234567", "name": "hf_small"}
+    assert redact(others) == others
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("error: https://me:pw@h/p is not there", "error: https://[redacted]@h/p is not there"),
+        ("error: https:/me:pw@h/p is not there", "error: https:/[redacted]@h/p is not there"),  # what pathlib makes of it
+        ("PosixPath('s3:/me:pw@h')", "PosixPath('s3:/[redacted]@h')"),
+        ("no 'https://h/p?token=S': none", "no 'https://h/p?token=[redacted]': none"),
+        ("unrecognized arguments: --api_key S --epochs 3", "unrecognized arguments: --api_key [redacted] --epochs 3"),
+        ("unrecognized arguments: --hf-token=S; --help", "unrecognized arguments: --hf-token=[redacted]; --help"),
+        ("WANDB_API_KEY=S is refused", "WANDB_API_KEY=[redacted] is refused"),
+    ],
+)
+def test_secrets_in_a_line(text: str, shown: str) -> None:
+    assert redact_text(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unknown key: lr; key 'betas' is a list",
+        "--eos_token S --keyword b --max_tokens 5 --monkey c --api_key --next",
+        "/data/run:/me@host and C:/me@host and gs://bucket/a@b and git@github.com:x/y",
+    ],
+)
+def test_other_lines_stay(text: str) -> None:
+    assert redact_text(text) == text
+
+
+def test_values_of_a_command_line_follow_their_flags() -> None:
+    assert redact(["--api_key", "S", "--hf-token", "T", "--steps", "5"]) == [
+        "--api_key", "[redacted]", "--hf-token", "[redacted]", "--steps", "5",
+    ]  # fmt: skip
