@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import check_replaceable, replace_file
+from data.files import check_replaceable, hash_file, replace_file
 from launch.evaluation.arguments import task_of
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.sandbox.limits import Limits
@@ -86,12 +87,21 @@ def sample(
     settings = {
         "task": task,
         "model": str(arguments.model),
+        "weights": weights_hash(arguments.model),
+        "rope_factor": arguments.rope_factor,
         "problems": len(problems),
+        "prompts": hashlib.sha256(repr([(p.task_id, p.prompt, p.suffix) for p in problems.values()]).encode()).hexdigest(),
         "total": len(problems) * sampling.samples,
         **asdict(sampling),
     }
     generate_samples(model, tokenizer, list(problems.values()), sampling, SampleFile(samples_file, settings))
     return settings
+
+
+def weights_hash(folder: Path) -> str:
+    """Of all files: a later export has the same name."""
+    hashes = [(path.name, hash_file(path, "xxh3_128")) for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
 def describe(result: dict[str, Any]) -> str:

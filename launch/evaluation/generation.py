@@ -5,6 +5,7 @@ Shapes: B prompts, S tokens of the longest of them, N new tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from data.cli import Progress, UserError
 from launch.evaluation.problems import Problem, cut_at_stops
 from launch.evaluation.samples import SampleFile
 from launch.generation.decode import fast
-from launch.generation.sampler import TEMPERATURES, may_be_temperature
+from launch.generation.sampler import SEEDS, TEMPERATURES, may_be_seed, may_be_temperature
 
 #: Tokens at the end in which a new stop string is looked for; the longest has eight characters, which are at most eight tokens.
 TAIL_TOKENS = 16
@@ -43,6 +44,8 @@ class Sampling:
             raise UserError(f"--temperature must be {TEMPERATURES}, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        if not may_be_seed(self.seed):
+            raise UserError(f"--seed must be {SEEDS}, not {self.seed}")
         if self.temperature == 0 and self.samples > 1:
             raise UserError(
                 f"--temperature 0 makes {self.samples} equal samples of a problem; ask for one, or a temperature above 0"
@@ -123,14 +126,15 @@ def generate_samples(
     """Fills the file up. Every batch has a seed of its own, so that one that is resumed makes what an uninterrupted one would."""
     check_infilling(tokenizer, problems)
     wanted = [problem for problem in problems for _ in range(sampling.samples)]
-    done = file.begin(sampling.batch_size)
-    progress = Progress(len(wanted), what="sampling", unit="samples", done=done)
-    for first, batch in batches(wanted, done, sampling.batch_size):
-        torch.manual_seed(sampling.seed + first)
-        completions = complete(model, tokenizer, batch, sampling)
-        file.append([(problem.task_id, text) for problem, text in zip(batch, completions, strict=True)])
-        progress.update(first + len(batch))
-    progress.close()
+    with contextlib.closing(file):
+        done = file.begin(sampling.batch_size)
+        progress = Progress(len(wanted), what="sampling", unit="samples", done=done)
+        for first, batch in batches(wanted, done, sampling.batch_size):
+            torch.manual_seed(sampling.seed + first)
+            completions = complete(model, tokenizer, batch, sampling)
+            file.append([(problem.task_id, text) for problem, text in zip(batch, completions, strict=True)])
+            progress.update(first + len(batch))
+        progress.close()
 
 
 def batches(wanted: Sequence[Problem], done: int, size: int) -> Iterator[tuple[int, Sequence[Problem]]]:

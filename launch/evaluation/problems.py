@@ -64,6 +64,8 @@ def read_problems(task: str, path: Path | None, *, most: int = 0) -> dict[str, P
             problem = make(row)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, {where}: no problem of {task}, its {error} is missing or of another type") from None
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}, {where}: half a surrogate pair, which is no text: {error}") from None
         except SyntaxError as error:
             raise UserError(f"{path}, {where}: the tests are no Python: {error}") from None
         if task == "infilling" and not problem.infill:
@@ -171,6 +173,7 @@ def text_of(row: dict[str, Any], field: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise TypeError(field)
+    text.encode()
     return text
 
 

@@ -6,10 +6,11 @@ continued; they stand in `samples.jsonl.settings.json`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data.cli import NotFound, UserError
 from data.files import replace_file, sync_file
@@ -23,15 +24,17 @@ class SampleFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
+        self.held: IO[bytes] | None = None
 
     def begin(self, batch_size: int) -> int:
         """How many samples are there already, in whole batches; what an interrupted write left behind them is cut off.
 
-        Raises UserError if they were made with other settings.
+        Raises UserError if they were made with other settings, or are being made.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.hold()
         noted = self.path.with_name(self.path.name + ".settings.json")
-        if not self.path.exists():
+        if not self.path.stat().st_size:
             replace_file(noted, json.dumps(self.settings, indent=2).encode())
             return 0
         before = json.loads(noted.read_text()) if noted.is_file() else {}
@@ -46,6 +49,22 @@ class SampleFile:
         with open(self.path, "r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines[:whole]))
         return whole
+
+    def hold(self) -> None:
+        """Against a second evaluation, which would write between these lines. The kernel frees it when the process ends."""
+        self.held = open(self.path, "ab")  # noqa: SIM115 - held
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.close()
+            raise UserError(f"another evaluation is writing {self.path}; wait for it, or name another --samples_file") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def close(self) -> None:
+        if self.held is not None:
+            self.held.close()
+            self.held = None
 
     def append(self, samples: Sequence[Sample]) -> None:
         text = "".join(json.dumps({"task_id": task, "completion": completion}) + "\n" for task, completion in samples)

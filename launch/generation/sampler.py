@@ -16,11 +16,17 @@ from launch.generation.stop import StopStrings, Stream, cut
 
 #: Logits over less than this can be more than a float holds.
 LEAST_TEMPERATURE = 1e-5
+SEEDS = "a number of 64 bits"
 TEMPERATURES = f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}"
 
 
 #: Positions of all rows together that one batch may take: more sequences follow one another, so that the cache stays in memory.
 BATCH_POSITIONS = 65_536
+
+
+def may_be_seed(value: int) -> bool:
+    """What torch takes, with room for a batch's number."""
+    return -(1 << 63) <= value < 1 << 63
 
 
 def may_be_temperature(value: float) -> bool:
@@ -47,6 +53,7 @@ class Sampling:
             "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
             "temperature": (may_be_temperature(self.temperature), TEMPERATURES),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "seed": (may_be_seed(self.seed), SEEDS),
             "top_k": (self.top_k >= 0, "0 or more"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),

@@ -48,6 +48,7 @@ def test_gzip_and_empty_lines(problem_files: dict[str, Path], tmp_path: Path) ->
 BROKEN = [
     ("humaneval", "{}\n", "line 1: no problem of humaneval, its 'task_id' is missing"),
     ("humaneval", '{"task_id": "a", "prompt": 3, "test": "", "entry_point": "f"}\n', "line 1: no problem of humaneval"),
+    ("humaneval", '{"task_id": "a", "prompt": "\\ud800", "test": "", "entry_point": "f"}', "half a surrogate pair"),
     ("humaneval", "[1, 2]", "entry 1: no problem"),
     ("humaneval", "{} x\n", "line 1: no JSON"),
     ("humaneval", "", "has no problems"),

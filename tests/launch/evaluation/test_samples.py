@@ -87,6 +87,17 @@ def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems:
         SampleFile(part.path, {**settings, "temperature": 0.5}).begin(2)
 
 
+def test_two_evaluations_do_not_write_one_file(tmp_path: Path) -> None:
+    first, second = (SampleFile(tmp_path / "s.jsonl", {"total": 2}) for _ in range(2))
+    assert first.begin(1) == 0
+    first.append([("a", "x")])
+    with pytest.raises(UserError, match=r"another evaluation is writing .*s.jsonl; wait for it, or name another --samples_file"):
+        second.begin(1)
+    first.close()
+    assert second.begin(1) == 1
+    second.close()
+
+
 def test_infilling_needs_its_tokens(loaded: tuple, problem_files: dict[str, Path]) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast

@@ -144,6 +144,7 @@ def test_padding_stands_on_the_left() -> None:
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
         {"num_return_sequences": 0},
+        {"seed": 1 << 64},
     ],
     ids=str,
 )
