@@ -21,6 +21,7 @@ from launch.benchmarks.counting import Count, Entry, Ledger
 from launch.benchmarks.measure import print_table
 from launch.engine.build import load_model_config
 from launch.planning.devices import Device, find_device
+from launch.planning.time import HELD_BYTES, SHARD_BYTES, STEP_BYTES
 from launch.profiling.parts import parts_of
 from model import MoEGPTConfig
 from model.accounting import count_parameters, training_flops_per_token
@@ -29,9 +30,6 @@ from model.accounting import count_parameters, training_flops_per_token
 SHORTEST_KERNEL = 2.5e-6
 #: A product narrower than this reaches less; several experts in one grouped product reach this share of a plain one; assumed.
 NARROW, GROUPED = 1024, 0.8
-#: Bytes a parameter of this rank's shard of ZeRO-2 in bf16 with fp32 sums, read in DeepSpeed 0.19.8: every micro-step (bucket
-#: copy, scaling, adding to the fp32 sum), every optimizer step (AdamW 28, norm 4, clipping 8, cast 6, zeroing 8).
-MICRO_STEP_BYTES, STEP_BYTES = 18, 54
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,8 +103,9 @@ class Prediction:
             for entry in ledger.entries:
                 times[entry.part, entry.kind] += factor * operation_seconds(entry, self.device)
         count = count_parameters(self.config)
-        held = count.total - count.routed_experts * (1 - 1 / self.ep)
-        moved = held * (MICRO_STEP_BYTES + STEP_BYTES / self.accumulation)
+        dense, experts = count.total - count.routed_experts, count.routed_experts / self.ep
+        shard = dense / self.ep + experts
+        moved = HELD_BYTES * (dense + experts) + (SHARD_BYTES + STEP_BYTES / self.accumulation) * shard
         times["optimizer", "elementwise and sums"] = moved / self.device.memory_speed
         return times
 

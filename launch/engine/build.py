@@ -17,7 +17,7 @@ from torch import nn
 
 from data.cli import NotFound, UserError, sentence
 from data.files import read_json
-from launch.engine import activation_checkpointing, expert_parallel, hardware
+from launch.engine import activation_checkpointing, expert_parallel, hardware, passes
 from launch.engine.regions import compile_regions
 from launch.engine.strategy import Strategy
 from launch.model_config import read_model_config
@@ -88,6 +88,7 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, 
     strategy = Strategy.of(deepspeed_config)
     activation_checkpointing.enable(model, mode or strategy.activation_checkpointing, deepspeed_config)
     groups = parameter_groups(model, strategy.weight_decay)
+    passes.before_engine()
     with expert_parallel.model_parts(model.config), _without_memory_prints():
         theirs = without_our_keys(deepspeed_config, strategy)
         try:
@@ -97,6 +98,7 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, 
             NotImplementedError,
         ) as error:  # how it says that settings, each right in itself, do not go together
             raise UserError(f"DeepSpeed refuses these settings of --deepspeed_config: {sentence(error)}") from error
+    passes.after_engine(engine.optimizer)
     expert_parallel.check_swapped(engine.module, model.config)
     if strategy.zero_stage == 3:
         expert_parallel.register_router_weights(engine.module)
