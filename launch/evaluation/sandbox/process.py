@@ -7,6 +7,7 @@ import platform
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ class Confined:
         if sum(resident_memory(process) for process in tree) > self.limits.memory:
             return "memory"
         size, files = folder_use(self.folder) if self.leash is not None and self.folder else (0, temporary_files(tree[-1]))
+        if self.leash is not None:
+            size += sum(nameless_files(tree).values())
         return "files" if size > self.limits.temporary_size or files > self.limits.temporary_files else None
 
     def end(self) -> None:
@@ -172,6 +175,19 @@ def folder_use(folder: str) -> tuple[int, int]:
             with suppress(OSError):
                 sizes.append(os.lstat(os.path.join(path, name)).st_size)
     return sum(sizes), len(sizes)
+
+
+def nameless_files(processes: Sequence[int]) -> dict[tuple[int, int], int]:
+    """Bytes of each file that is open there and lies in no folder, by device and inode. Only root may look."""
+    found = {}
+    for process in processes:
+        with suppress(OSError):
+            for entry in os.scandir(f"/proc/{process}/fd"):
+                with suppress(OSError):
+                    about = entry.stat()
+                    if stat.S_ISREG(about.st_mode) and about.st_nlink == 0:
+                        found[about.st_dev, about.st_ino] = about.st_size
+    return found
 
 
 def temporary_files(process: int) -> int:

@@ -59,6 +59,7 @@ ESCAPES = {
     "leaves a daemon": "leave_daemon(t['marker']); return True",
 }
 FOR_ROOT = {
+    "fills the disk with files that have no name": "return nameless(t['own'], 8, 3 << 20)",
     "becomes root": "os.setuid(0); return True",
     "raises its limits": "[resource.setrlimit(limit, (5000, 5000)) for limit in (resource.RLIMIT_NOFILE, 0)]; return 1",
     "opens the kernel's settings": "return bool(open('/proc/sys/kernel/hostname', 'a'))",
@@ -93,6 +94,15 @@ def fork_many(most, memory):
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
+
+def nameless(folder, count, size):
+    opened = []
+    for number in range(count):
+        opened.append(open(f'{folder}/{number}', 'wb', buffering=0))
+        opened[-1].write(bytes(size))
+        os.unlink(opened[-1].name)
+    time.sleep(1)
+    return True
 
 def leave_daemon(marker):
     child = os.fork()

@@ -41,6 +41,7 @@ FORGERIES = {
         def successor(x): return None
     """,
     "exits well": "import os\nos._exit(0)\n",
+    "exits well at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef successor(x): return None\n",
     "prints what it reads in its own command": """
         import sys, os
         text = "".join(sys.orig_argv)
@@ -90,6 +91,7 @@ def naive_passes(program: str, way: str) -> bool:
 FOOLED = {
     "walks the stack": "list",
     "exits well": "exit code",
+    "exits well at the end": "exit code",
     "prints what it reads in its own command": "sentinel",
     "equals everything": "list",
     "disarms assertions": "exit code",
