@@ -141,6 +141,9 @@ def _text(row: dict[str, Any], text_field: str) -> str:
             text = text.decode()
         except UnicodeDecodeError:
             raise Refused("not UTF-8") from None
+    if isinstance(text, Mapping):
+        inside = ", ".join(f"{text_field}.{name}" for name in list(text)[:8])
+        raise Refused(f"{text_field} is not a string", f"an object; --text_field takes {inside}" if inside else "an empty object")
     if not isinstance(text, str):
         raise Refused(f"{text_field} is not a string")
     if not VISIBLE.search(text):

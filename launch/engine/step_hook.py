@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -42,6 +44,9 @@ class StepHook:
         elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             self._norm_groups = optimizer._get_norm_groups
             optimizer._get_norm_groups = self._norm_groups_or_invalid
+        elif isinstance(optimizer, BF16_Optimizer):
+            self._step = optimizer.step
+            optimizer.step = self._step_with_norm_judged
         else:
             self._step = optimizer.step
             optimizer.step = self._step_unless_objected
@@ -76,6 +81,16 @@ class StepHook:
     def _norm_groups_or_invalid(self) -> list[torch.Tensor]:
         groups = self._norm_groups()
         return [torch.full_like(groups[0], INVALID_NORM)] if self._objects_to(float(combine_grad_norm_groups(groups))) else groups
+
+    def _step_with_norm_judged(self, *args: Any, **kwargs: Any) -> Any:
+        """ZeRO 1 in bf16. What the parameters hold there are this rank's own gradients; those of all ranks are the optimizer's,
+        and it asks a function of its module whether their norm is valid."""
+        theirs = bf16_optimizer.is_invalid_grad_norm
+        bf16_optimizer.is_invalid_grad_norm = lambda norm: self._objects_to(float(norm)) or theirs(norm)
+        try:
+            return self._step(*args, **kwargs)
+        finally:
+            bf16_optimizer.is_invalid_grad_norm = theirs
 
     def _step_unless_objected(self, *args: Any, **kwargs: Any) -> Any:
         norm = unsharded_grad_norm(self.engine.module)

@@ -59,10 +59,13 @@ def train(model_config: str, path: Path) -> dict[str, Any]:
         balancer.step()
         losses.append(float(total))
         norms.append(guard.grad_norm)
+    of_all_ranks: list[Any] = [None] * ranks
+    dist.all_gather_object(of_all_ranks, norms)
     checkpointing = engine.module.model.gradient_checkpointing
     return {
         "losses": losses,
         "norms": norms,
+        "ranks_agree": all(other == norms for other in of_all_ranks),  # they judge a step by it, each for itself
         "recomputes": checkpointing,
         "stage": engine.zero_optimization_stage(),
         "ep_size": moe_layers(engine.module)[0].ep_size,

@@ -40,6 +40,11 @@ def only(lines: bytes) -> str:
         (b'"content"', "not a JSON object"),
         (b"null", "not a JSON object"),
         (b'{"Content": "x", "id": 3}', "no field content (only Content, id)"),
+        (
+            b'{"content": {"text": "x", "lang": "py"}}',
+            "content is not a string (an object; --text_field takes content.text, content.lang)",
+        ),
+        (b'{"content": {}}', "content is not a string (an empty object)"),
         (b'{"content": null}', "content is not a string"),
         (b'{"content": ["x"]}', "content is not a string"),
         (b'{"content": 1e999}', "content is not a string"),

@@ -29,7 +29,8 @@ LEFT = {
     "launch.run.trainer:Trainer.reduce_loss_and_flags": 1,  # the loss and the flags, which decide whether to take the step
     "launch.engine.step_hook:StepHook._norm_or_invalid": 1,  # the gradient norm, likewise; ZeRO 1 and 2
     "launch.engine.step_hook:StepHook._norm_groups_or_invalid": 1,  # ZeRO 3's
-    "launch.engine.step_hook:unsharded_grad_norm": 1,  # ZeRO 0's: one of these three runs
+    "launch.engine.step_hook:StepHook._step_with_norm_judged": 1,  # ZeRO 1's in bf16
+    "launch.engine.step_hook:unsharded_grad_norm": 1,  # ZeRO 0's: one of these four runs
 }
 
 
