@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 #: glibc's names in malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-#: Elements of a gradient that are fp64 at a time: 1 MiB.
-PIECE = 1 << 17
+#: Elements of a gradient that are fp64 at a time: 8 MiB. Each is two parallel regions, whose threads wait for each other.
+PIECE = 1 << 20
 
 
 def before_engine() -> None:
