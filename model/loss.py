@@ -74,7 +74,7 @@ class FusedLoss(torch.autograd.Function):
         for start in range(0, x_TH.shape[0], rows):
             chunk = slice(start, start + rows)
             loss, dlogits_CV = chunk_loss(x_TH[chunk], head_VH, targets_T[chunk], scale, z_weight, with_grad)
-            total += loss
+            total = total + loss  # torch 2.11's dynamo takes an input changed in place and returned for one without a gradient
             if dx_TH is not None and dhead_VH is not None and dlogits_CV is not None:
                 torch.mm(dlogits_CV, head_VH, out=dx_TH[chunk])
                 accumulate_outer(dhead_VH, dlogits_CV, x_TH[chunk])

@@ -40,7 +40,7 @@ def decode(
     pad, drawn = settings._pad_token_tensor, settings.do_sample
     unfinished_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     new_BS, positions_BS = input_ids, None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    cache, step = given["past_key_values"], None
+    cache, step = given["cache" if "cache" in given else "past_key_values"], None  # its name since transformers 5.24, and before
     if stream is not None:
         stream.put(input_ids.cpu())
     while True:

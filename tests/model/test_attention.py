@@ -75,7 +75,8 @@ def test_bf16_is_as_close_as_its_rounding(name: str) -> None:
         error = (ours.double() - theirs).norm() / theirs.norm()
         # bf16 has 8 bits: 2^-8 is 0.004 on each rounding. sdpa carries the sink's gradient through bf16 scores, and
         # its terms cancel; the flash rule computes it in fp32.
-        limit = 0.03 if name == "sdpa" and index == 4 else 0.01
+        # torch 2.11's kernel, which gives it the output, is a third worse than 2.13's: 0.014.
+        limit = {"sdpa": 0.03, "flash": 0.02}.get(name, 0.01) if index == 4 else 0.01
         assert error < limit, (index, float(error))
 
 

@@ -48,7 +48,7 @@ def test_through_a_recomputed_model(kind: str) -> None:
     def trained(coefficient: float, kind: str | None = None) -> tuple[Any, list[torch.Tensor]]:
         model = build(router_aux_loss_coef=coefficient, attn_implementation="sdpa")
         if kind:
-            model.activation_checkpointing_enable(FUNCTIONS[kind])
+            model.gradient_checkpointing_enable(FUNCTIONS[kind])
         loss, gradients, _ = run(model)
         return loss, gradients
 

@@ -63,7 +63,8 @@ def test_workers_die_with_a_killed_job_and_a_killed_worker_is_a_sentence(flags: 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_running_out_of_memory_is_a_sentence(workers: int, tmp_path: Path, corpus: Path, tokenizer_file: Path) -> None:
     script = (
-        "import sys; from data import preprocess; from data.pipeline import worker\n"
+        "import sys; from data import preprocess; from data.pipeline import pool, worker\n"
+        "pool._threads = lambda: 1\n"  # a library that has started one would have workers spawned, without what follows
         "def out_of_memory(*_): raise MemoryError\n"
         "worker.Worker.select = out_of_memory\n"
         "sys.exit(preprocess.main(sys.argv[1:]))\n"
