@@ -17,7 +17,7 @@ from data.cli import UserError
 from launch.benchmarks import learning, small_runs
 from launch.benchmarks.variants import built_in, chosen_variants, merged, read_variants
 from launch.engine.keys import check_keys
-from launch.engine.strategy import read_config
+from launch.engine.strategy import read_config, resolve_config
 from launch.reporting.read import read_run
 from model import MoEGPTConfig
 from model.accounting import forward_flops_per_token
@@ -55,6 +55,7 @@ def test_every_variants_json_has_only_keys_that_are_read(path: Path) -> None:
     """The optimizers take different parameters: of one that the variant replaces nothing may be left that the other refuses."""
     for variant in built_in(MoEGPTConfig.preset("tiny")).values():
         settings = variant.settings(read_config(path))
+        settings = resolve_config(settings, path, world_size=2, num_experts=8, max_steps=100)
         assert settings.get("optimizer", {}).get("type") in ("AdamW", "Muon")
         check_keys(settings, path)
 
