@@ -147,12 +147,12 @@ def test_other_tokenizers_go_to_the_library(tokenizer_text: str, change: object)
 
 
 def test_two_tokens_of_one_id_go_to_the_library(tokenizer_text: str, texts: list[str]) -> None:
-    """gigatoken refuses them, with an error of its own."""
+    """gigatoken refuses them in some runs, with an error of its own, and in others not."""
     content = json.loads(tokenizer_text)
     content["model"]["vocab"]["another"] = content["model"]["vocab"]["!"]
     changed = json.dumps(content)
     encoder, tokenizer = make_encoder(changed), Tokenizer.from_str(changed)
-    assert isinstance(encoder, ReferenceEncoder)
+    assert not can_be_fast(changed) and isinstance(encoder, ReferenceEncoder)
     assert documents(encoder, texts[:3], [0] * 3) == [[*library_ids(tokenizer, t), 0] for t in texts[:3]]
 
 
