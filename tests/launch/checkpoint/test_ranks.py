@@ -72,7 +72,7 @@ def test_a_kill_of_all_ranks_in_a_conversion_loses_nothing(tmp_path, seed):
     while not started.exists():
         assert all(p.poll() is None for p in processes)
         time.sleep(0.02)
-    time.sleep(random.Random(seed).uniform(0, 8))
+    time.sleep(random.Random(seed).uniform(0, 8) if seed else 0.5)  # on a fast machine seven seconds are too late
     running = [p.poll() is None for p in processes]
     for process in processes:
         process.kill()
@@ -83,4 +83,4 @@ def test_a_kill_of_all_ranks_in_a_conversion_loses_nothing(tmp_path, seed):
     result = taken["zero2-float32-to-zero2-float32-ep1"]
     assert result["state"] == made["state"] and result["bias"] == made["bias"]
     assert result["after_save"] == ["latest", "step_3", "step_4"]
-    assert any(running) or seed, "the first kill strikes while the ranks are at it"
+    assert all(running) or seed, "the first kill strikes while the ranks are at it"
