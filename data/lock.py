@@ -10,7 +10,7 @@ import socket
 import stat
 import weakref
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from data.cli import UserError, say
 
@@ -44,13 +44,10 @@ class FolderLock:
         path = self.folder / self.NAME
         file = open(path, "r+", encoding="utf-8", errors="replace", opener=_ours)  # noqa: SIM115 - held
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except (BlockingIOError, PermissionError):
+            locked = try_lock(file)
+        except BlockingIOError:
             with file:
                 raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
-        except OSError:
-            locked = False
         held_before = file.read(200)
         if held_before and not held_before.startswith(WHO):
             file.close()
@@ -70,6 +67,17 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Hold an open file by the kernel's lock; False where the file system has none. Raises BlockingIOError if another holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise BlockingIOError(*error.args) from None
+    except OSError:
+        return False
+    return True
 
 
 def _ours(path: str, flags: int) -> int:

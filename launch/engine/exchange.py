@@ -52,17 +52,19 @@ class Exchange:
     def reversed(self) -> Exchange:
         """The way back, whose sizes are known."""
         assert self.sizes is not None
-        back = object.__new__(Exchange)
-        back.group, back.pending, back.landing = self.group, None, None
-        back.sizes = self.sizes[1], self.sizes[0]
-        return back
+        sent, received = self.sizes
+        return self._beside(Exchange, (received, sent))
 
     def of_gradients(self) -> Exchange:
         """Of something with a number a row whose value nobody needs: in the forward nothing moves, in the backward its gradient."""
         assert self.sizes is not None
-        beside = object.__new__(_GradientExchange)
-        beside.group, beside.pending, beside.landing, beside.sizes = self.group, None, None, self.sizes
-        return beside
+        return self._beside(_GradientExchange, self.sizes)
+
+    def _beside(self, kind: type[Exchange], sizes: tuple[list[int], list[int]]) -> Exchange:
+        """One of the same ranks that need not ask for its sizes."""
+        made = object.__new__(kind)
+        made.group, made.pending, made.landing, made.sizes = self.group, None, None, sizes
+        return made
 
     def start(self, rows_RH: Tensor, *, backward: bool = False) -> Tensor:
         """The buffer in which `rows_RH` of other ranks land; not to be read before `finish`."""

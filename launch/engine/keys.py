@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from data.cli import UserError, sentence
 from launch.engine.strategy import lookup
-from launch.engine.values import another_kind, check_optimizer_values, check_values
+from launch.engine.values import another_kind, check_optimizer_values, check_values, shown
 
 #: Held as a whole by DeepSpeed and handed to a class: checked by that class's signature.
 SIGNATURES = ("optimizer.params", "scheduler.params")
@@ -120,10 +119,10 @@ def check_keys(config: dict[str, Any], path: Path) -> None:
     except (ValueError, AssertionError, TypeError, deepspeed_config.DeepSpeedConfigError) as error:
         raise UserError(f"{path}: {sentence(error)}") from error
     except AttributeError as error:  # a text, a list where it goes on to ask a section
-        wrong = json.dumps(lookup(config, last_read[1]))[:60]
+        wrong = shown(lookup(config, last_read[1]))
         raise UserError(f"{path}: {last_read[1]} must not be {wrong}: DeepSpeed reads something else there") from error
     for key, value, wanted in recorder.of_another_kind():
-        raise UserError(f"{path}: {key} must be {wanted}, not {json.dumps(value)[:60]}")
+        raise UserError(f"{path}: {key} must be {wanted}, not {shown(value)}")
     for section, key, known in recorder.unread():
         raise UserError(f"{path}: {_unknown(section, key, known)}")
     check_values(config, path)

@@ -41,7 +41,7 @@ def check_values(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: gradient_clipping must be 0 (none) or a norm, not {clipping}")
     if (preset := config["expert_parallel"]["preset_model"]) != PRESET:
         raise UserError(
-            f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {_json(preset)}'
+            f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {shown(preset)}'
         )
     _check_grad_accum(config, path)
     _check_schedule(config.get("scheduler"), path)
@@ -64,7 +64,7 @@ def _check_grad_accum(config: dict[str, Any], path: Path) -> None:
         DtypeEnum(wanted)
     except ValueError:
         known = ", ".join(f'"{each.name}"' for each in DtypeEnum)
-        raise UserError(f"{path}: data_types.grad_accum_dtype must be one of {known}, not {_json(wanted)}") from None
+        raise UserError(f"{path}: data_types.grad_accum_dtype must be one of {known}, not {shown(wanted)}") from None
 
 
 def check_optimizer_values(kind: str, takes: type, params: Mapping[str, Any], path: Path) -> None:
@@ -72,7 +72,7 @@ def check_optimizer_values(kind: str, takes: type, params: Mapping[str, Any], pa
     _check_kinds("optimizer.params", takes, params, path)
     for name in SWITCHES & params.keys():
         if not isinstance(params[name], bool):
-            raise UserError(f"{path}: optimizer.params.{name} must be true or false, not {_json(params[name])}")
+            raise UserError(f"{path}: optimizer.params.{name} must be true or false, not {shown(params[name])}")
     torchs = takes if takes.__module__.startswith("torch.optim") else torch.optim.AdamW
     accepted = inspect.signature(torchs).parameters
     try:
@@ -88,7 +88,7 @@ def _check_schedule(section: Any, path: Path) -> None:
     takes = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind)
     _check_kinds("scheduler.params", takes, params, path)
     if params.get("warmup_type", WARMUP_TYPES[0]) not in WARMUP_TYPES:
-        raise UserError(f"{path}: scheduler.params.warmup_type must be one of {WARMUP_TYPES}, not {_json(params['warmup_type'])}")
+        raise UserError(f"{path}: scheduler.params.warmup_type must be one of {WARMUP_TYPES}, not {shown(params['warmup_type'])}")
     if params.get("total_num_steps", 1) < 1:
         raise UserError(f"{path}: scheduler.params.total_num_steps must be at least 1, not {params['total_num_steps']}")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, momentum=0.9)
@@ -104,7 +104,7 @@ def _check_kinds(where: str, takes: Any, params: Mapping[str, Any], path: Path) 
     for name, parameter in inspect.signature(takes).parameters.items():
         is_default = name in params and params[name] is None and parameter.default is None
         if name in params and not is_default and (wanted := another_kind(params[name], _example(parameter))):
-            raise UserError(f"{path}: {where}.{name} must be {wanted}, not {_json(params[name])}")
+            raise UserError(f"{path}: {where}.{name} must be {wanted}, not {shown(params[name])}")
 
 
 def _example(parameter: inspect.Parameter) -> Any:
@@ -131,5 +131,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _json(value: Any) -> str:
+def shown(value: Any) -> str:
+    """As the file has it, cut."""
     return json.dumps(value)[:60]

@@ -6,7 +6,6 @@ continued; they stand in `samples.jsonl.settings.json`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import IO, Any
 
 from data.cli import NotFound, UserError
 from data.files import replace_file, sync_file
+from data.lock import try_lock
 from launch.evaluation.problems import Problem, parsed
 
 Sample = tuple[str, str]  # task_id, completion
@@ -54,12 +54,10 @@ class SampleFile:
         """Against a second evaluation, which would write between these lines. The kernel frees it when the process ends."""
         self.held = open(self.path, "ab")  # noqa: SIM115 - held
         try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            try_lock(self.held)
+        except BlockingIOError:
             self.close()
             raise UserError(f"another evaluation is writing {self.path}; wait for it, or name another --samples_file") from None
-        except OSError:  # a file system without locks
-            pass
 
     def close(self) -> None:
         if self.held is not None:
