@@ -7,56 +7,56 @@ checkpointing. DeepSpeed itself knows no `"auto"` and reports a wrong type by a 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from data.cli import NotFound, UserError
 from data.files import read_json
+from launch.engine.kinds import NUMBER, OBJECT, SWITCH, TEXT, WHOLE, is_kind, shown
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 CHECKPOINTING_MODES = ("none", "selective", "full")
-#: What a key must be; "auto" is always allowed where `launch/train.py` fills it in.
-TYPES: dict[str, tuple[type, ...]] = {
-    "train_batch_size": (int,),
-    "train_micro_batch_size_per_gpu": (int,),
-    "gradient_accumulation_steps": (int,),
-    "gradient_clipping": (int, float),
-    "steps_per_print": (int,),
-    "optimizer": (dict,),
-    "optimizer.params": (dict,),
-    "optimizer.params.lr": (int, float),
-    "optimizer.params.betas": (list,),
-    "optimizer.params.weight_decay": (int, float),
-    "scheduler": (dict,),
-    "scheduler.params": (dict,),
-    "scheduler.params.total_num_steps": (int,),
-    "scheduler.params.warmup_num_steps": (int,),
-    "data_types": (dict,),
-    "data_types.grad_accum_dtype": (str, NoneType),
-    "bf16": (dict,),
-    "bf16.enabled": (bool,),
-    "fp16": (dict,),
-    "fp16.enabled": (bool,),
-    "zero_optimization": (dict,),
-    "zero_optimization.stage": (int,),
-    "zero_optimization.reduce_bucket_size": (int, float),
-    "zero_optimization.stage3_max_live_parameters": (int, float),
-    "zero_optimization.stage3_prefetch_bucket_size": (int, float),
-    "zero_optimization.offload_optimizer": (dict, NoneType),
-    "expert_parallel": (dict,),
-    "expert_parallel.enabled": (bool,),
-    "expert_parallel.autoep_size": (int,),
-    "expert_parallel.use_grouped_mm": (bool,),
-    "compile": (dict,),
-    "compile.autoep_non_moe": (bool,),
-    "activation_checkpointing": (dict,),
-    "activation_checkpointing.mode": (str,),
-    "activation_checkpointing.cpu_checkpointing": (bool,),
+#: What a key must be that is read before, or without, DeepSpeed; of the others `keys.py` asks its own models and signatures.
+KINDS = {
+    "train_batch_size": WHOLE,
+    "train_micro_batch_size_per_gpu": WHOLE,
+    "gradient_accumulation_steps": WHOLE,
+    "gradient_clipping": NUMBER,
+    "steps_per_print": WHOLE,
+    "optimizer": OBJECT,
+    "optimizer.params": OBJECT,
+    "optimizer.params.weight_decay": NUMBER,
+    "scheduler": OBJECT,
+    "scheduler.params": OBJECT,
+    "scheduler.params.total_num_steps": WHOLE,
+    "scheduler.params.warmup_num_steps": WHOLE,
+    "data_types": OBJECT,
+    "data_types.grad_accum_dtype": TEXT,
+    "bf16": OBJECT,
+    "bf16.enabled": SWITCH,
+    "fp16": OBJECT,
+    "fp16.enabled": SWITCH,
+    "zero_optimization": OBJECT,
+    "zero_optimization.stage": WHOLE,
+    "zero_optimization.reduce_bucket_size": NUMBER,
+    "zero_optimization.stage3_max_live_parameters": NUMBER,
+    "zero_optimization.stage3_prefetch_bucket_size": NUMBER,
+    "zero_optimization.offload_optimizer": OBJECT,
+    "expert_parallel": OBJECT,
+    "expert_parallel.enabled": SWITCH,
+    "expert_parallel.autoep_size": WHOLE,
+    "expert_parallel.use_grouped_mm": SWITCH,
+    "compile": OBJECT,
+    "compile.autoep_non_moe": SWITCH,
+    "activation_checkpointing": OBJECT,
+    "activation_checkpointing.mode": TEXT,
+    "activation_checkpointing.cpu_checkpointing": SWITCH,
 }
+#: Which of them may be null as well.
+NULLABLE = ("data_types.grad_accum_dtype", "zero_optimization.offload_optimizer")
+#: Which may be "auto": `launch/train.py` fills it in.
 AUTO = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -132,7 +132,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: the top level must be an object of DeepSpeed settings, not a {type(config).__name__}")
-    _check_types(path, config)
+    check_kinds(path, config)
     return config
 
 
@@ -146,16 +146,16 @@ def lookup(config: dict[str, Any], dotted: str, default: Any = None) -> Any:
     return value
 
 
-def _check_types(path: Path, config: dict[str, Any]) -> None:
+def check_kinds(path: Path, config: dict[str, Any]) -> None:
+    """KINDS, and the numbers and names of which only a few are right. Raises UserError for the first that is not."""
     missing = object()
-    for dotted, types in TYPES.items():
+    for dotted, kind in KINDS.items():
         value = lookup(config, dotted, missing)
-        if value is missing or (value == "auto" and dotted in AUTO):
+        other = None if dotted in NULLABLE else "auto" if dotted in AUTO else missing
+        if value in (missing, other) or is_kind(value, kind):
             continue
-        # bool is an int in Python, and `"stage": true` is a mistake
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join("null" if t is NoneType else t.__name__ for t in types) + (' or "auto"' if dotted in AUTO else "")
-            raise UserError(f"{path}: {dotted} must be of type {wanted}, not {json.dumps(value)}")
+        more = "" if other is missing else f" or {shown(other)}"
+        raise UserError(f"{path}: {dotted} must be {kind}{more}, not {shown(value)}")
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if isinstance(config.get(name), int) and config[name] < 1:
             raise UserError(f"{path}: {name} must be at least 1, not {config[name]}")

@@ -8,7 +8,6 @@ with the defaults of the signatures that take them, and then given to the classe
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from deepspeed.runtime.config import ADAM_W_MODE, TORCH_ADAM_PARAM, DtypeEnum
 from torch.optim.lr_scheduler import LRScheduler
 
 from data.cli import UserError, sentence
+from launch.engine.kinds import SWITCH, another_kind, is_kind, shown
 from launch.engine.strategy import AUTO
 
 WARMUP_TYPES = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
@@ -71,8 +71,8 @@ def check_optimizer_values(kind: str, takes: type, params: Mapping[str, Any], pa
     """`takes`: a class of torch.optim that checks what it is given, or of DeepSpeed, which does not and may need a compiler."""
     _check_kinds("optimizer.params", takes, params, path)
     for name in SWITCHES & params.keys():
-        if not isinstance(params[name], bool):
-            raise UserError(f"{path}: optimizer.params.{name} must be true or false, not {shown(params[name])}")
+        if not is_kind(params[name], SWITCH):
+            raise UserError(f"{path}: optimizer.params.{name} must be {SWITCH}, not {shown(params[name])}")
     torchs = takes if takes.__module__.startswith("torch.optim") else torch.optim.AdamW
     accepted = inspect.signature(torchs).parameters
     try:
@@ -113,24 +113,3 @@ def _example(parameter: inspect.Parameter) -> Any:
     if parameter.default in (None, parameter.empty):
         return False if "bool" in annotation else 1 if annotation in ("<class 'int'>", "<class 'float'>") else None
     return parameter.default
-
-
-def another_kind(value: Any, default: Any) -> str:
-    """What the value must be, in words, where it is of another kind than the default; empty where it is not, or none can tell."""
-    if isinstance(default, bool):
-        return "" if isinstance(value, bool) else "true or false"
-    if isinstance(default, (int, float)):
-        return "" if _is_number(value) else "a number"
-    if isinstance(default, tuple):
-        is_like = isinstance(value, list) and len(value) == len(default) and all(map(_is_number, value))
-        return "" if is_like else f"a list of {len(default)} numbers"
-    return "a text" if isinstance(default, str) and not isinstance(value, str) else ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def shown(value: Any) -> str:
-    """As the file has it, cut."""
-    return json.dumps(value)[:60]

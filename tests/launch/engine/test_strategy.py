@@ -100,17 +100,17 @@ def test_auto_schedule_follows_the_run(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    ({"gradient_clipping": "1"}, 'gradient_clipping must be of type int or float, not "1"'),
-    ({"train_batch_size": True}, "train_batch_size must be of type int"),
+    ({"gradient_clipping": "1"}, 'gradient_clipping must be a number, not "1"'),
+    ({"train_batch_size": True}, 'train_batch_size must be a whole number or "auto", not true'),
     ({"train_batch_size": 100}, "train_batch_size 100 is not train_micro_batch_size_per_gpu 8"),
     ({"train_batch_size": 0}, "must be at least 1"),
     ({"zero_optimization__stage": 4}, "stage must be 0, 1, 2 or 3"),
-    ({"zero_optimization": 2}, "zero_optimization must be of type dict"),
+    ({"zero_optimization": 2}, "zero_optimization must be an object"),
     ({"expert_parallel__autoep_size": 3}, "autoep_size 3 does not divide the model's 8 experts"),
-    ({"expert_parallel__autoep_size": "auto"}, "autoep_size must be of type int"),
+    ({"expert_parallel__autoep_size": "auto"}, "autoep_size must be a whole number"),
     ({"expert_parallel__enabled": False}, "expert_parallel.enabled must be true"),
     ({"activation_checkpointing__mode": "half"}, "mode must be one of"),
-    ({"optimizer__params__lr": None}, "lr must be of type int or float, not null"),
+    ({"optimizer__params__weight_decay": None}, "weight_decay must be a number, not null"),
 ]
 
 

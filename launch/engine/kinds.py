@@ -1,0 +1,31 @@
+"""What kind of value stands in the DeepSpeed JSON, and what should: in the words of the refusals. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+WHOLE, NUMBER, SWITCH, TEXT, OBJECT = "a whole number", "a number", "true or false", "a text", "an object"
+_TYPES: dict[str, Any] = {WHOLE: int, NUMBER: (int, float), SWITCH: bool, TEXT: str, OBJECT: dict}
+
+
+def is_kind(value: Any, kind: str) -> bool:
+    """bool is an int in Python, and `"stage": true` is a mistake."""
+    return isinstance(value, _TYPES[kind]) and (kind == SWITCH or not isinstance(value, bool))
+
+
+def another_kind(value: Any, default: Any) -> str:
+    """What the value must be, in words, where it is of another kind than the default; empty where it is not, or none can tell.
+
+    A default of 0 may stand for 0.0: any number is of its kind.
+    """
+    if isinstance(default, tuple):
+        is_like = isinstance(value, list) and len(value) == len(default) and all(is_kind(each, NUMBER) for each in value)
+        return "" if is_like else f"a list of {len(default)} numbers"
+    kind = next((kind for kind in (SWITCH, NUMBER, TEXT) if is_kind(default, kind)), "")
+    return "" if not kind or is_kind(value, kind) else kind
+
+
+def shown(value: Any) -> str:
+    """As the file has it, cut."""
+    return json.dumps(value)[:60]
