@@ -130,10 +130,15 @@ def check_keys(config: dict[str, Any], path: Path) -> None:
 
 
 def _unknown(section: str, key: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(key, sorted(set(known) - {key}), n=1, cutoff=0.6)
     whole = f"{section}.{key}" if section else key
-    hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
-    return f'unknown key "{whole}", which neither DeepSpeed nor this system reads{hint}'
+    return f'unknown key "{whole}", which neither DeepSpeed nor this system reads{_hint(key, set(known) - {key})}'
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What was meant, perhaps, whatever its case; empty where nothing is near."""
+    by_lower = {each.lower(): each for each in sorted(known)}
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f'; did you mean "{by_lower[nearest[0]]}"?' if nearest else ""
 
 
 def _first_complaint(error: ValidationError, section: str) -> str:
@@ -172,10 +177,7 @@ def _check_optimizer(section: Any, config: dict[str, Any], path: Path) -> None:
     accepted, takes = _accepted_by(kind, params, config)
     if accepted is None:
         named = {*deepspeed_config.DEEPSPEED_OPTIMIZERS, *(n for n in dir(torch.optim) if n[0].isupper())}
-        by_lower = {name.lower(): name for name in sorted(named)}
-        nearest = difflib.get_close_matches(kind.lower(), by_lower, n=1)
-        hint = f'; did you mean "{by_lower[nearest[0]]}"?' if nearest else ""
-        raise UserError(f"{path}: optimizer.type \"{kind}\" is none of DeepSpeed's or torch.optim's{hint}")
+        raise UserError(f"{path}: optimizer.type \"{kind}\" is none of DeepSpeed's or torch.optim's{_hint(kind, named)}")
     for key in params:
         if key not in accepted:
             raise UserError(f"{path}: {_unknown('optimizer.params', key, accepted)}")
@@ -232,9 +234,7 @@ def _check_scheduler(section: Any, path: Path) -> None:
     chosen = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
     if not inspect.isclass(chosen):
         names = [*lr_schedules.VALID_LR_SCHEDULES, *(n for n in dir(torch.optim.lr_scheduler) if n[0].isupper())]
-        nearest = difflib.get_close_matches(kind, names, n=1)
-        hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
-        raise UserError(f"{path}: scheduler.type \"{kind}\" is none of DeepSpeed's or torch's{hint}")
+        raise UserError(f"{path}: scheduler.type \"{kind}\" is none of DeepSpeed's or torch's{_hint(kind, names)}")
     accepted = _parameters(chosen)
     for key in section.get("params") or {}:
         if key not in accepted:
