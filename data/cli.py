@@ -116,6 +116,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def check_utf8(text: str, name: str) -> None:
+    """Raises UserError for half a surrogate pair, which is how Python holds bytes that are no UTF-8. `name`: what the text is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is no UTF-8: character {error.start} is half a surrogate pair, {text[error.start]!r}") from None
+
+
 def report(error: BaseException, *, who: str = "", interrupted: str = "interrupted") -> int:
     """Say why a command ends, as `error: <sentence>` or with a traceback, and return its exit code. `who`: such as `rank 3`."""
     known = as_user_error(error)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cli import NotFound, UserError
+from data.cli import NotFound, UserError, check_utf8
 from launch.evaluation.job import Job
 
 TASKS = ("humaneval", "mbpp", "infilling")
@@ -64,8 +64,8 @@ def read_problems(task: str, path: Path | None, *, most: int = 0) -> dict[str, P
             problem = make(row)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, {where}: no problem of {task}, its {error} is missing or of another type") from None
-        except UnicodeEncodeError as error:
-            raise UserError(f"{path}, {where}: half a surrogate pair, which is no text: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}, {where}: {error}") from None
         except SyntaxError as error:
             raise UserError(f"{path}, {where}: the tests are no Python: {error}") from None
         if task == "infilling" and not problem.infill:
@@ -158,11 +158,13 @@ def from_mbpp(row: dict[str, Any]) -> Problem:
         return from_humaneval(row)
     tests = list(row["test_list"])  # the challenge tests are no part of the task as it is reported
     imports = row.get("test_setup_code") or "\n".join(row.get("test_imports", ()))
+    test = "\n".join([imports, *tests]) + "\n"
+    check_utf8(test, "the text of its tests")
     description = text_of(row, "text" if "text" in row else "prompt").strip()
     return Problem(
         task_id=str(row["task_id"]) if "/" in str(row["task_id"]) else f"MBPP/{row['task_id']}",
         prompt=f'"""\n{description}\n{tests[0]}\n"""\n',
-        test="\n".join([imports, *tests]) + "\n",
+        test=test,
         entry_point=called_name(tests[0]),
         canonical_solution=text_of(row, "code") if "code" in row else "",
         stops=DOCSTRING_STOPS,
@@ -173,7 +175,7 @@ def text_of(row: dict[str, Any], field: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise TypeError(field)
-    text.encode()
+    check_utf8(text, f"its {field}")
     return text
 
 

@@ -10,7 +10,7 @@ from typing import IO, AnyStr
 
 from transformers import PreTrainedTokenizerFast
 
-from data.cli import UserError
+from data.cli import UserError, check_utf8
 from data.files import read_json
 
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # in the order in which data/preprocess.py writes them (PSM)
@@ -55,7 +55,7 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Raises UserError where nothing is left to continue."""
 
     def encode(text: str) -> list[int]:
-        check_text(text)
+        check_utf8(text, "the text to continue")
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
@@ -67,14 +67,6 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     before, after, middle = (int(tokenizer.get_vocab()[token]) for token in FIM)
     # Each part by itself, as the documents were encoded that the model was trained on.
     return [before, *encode(prompt.text), after, *encode(prompt.suffix), middle]
-
-
-def check_text(text: str) -> None:
-    """Raises UserError for half a surrogate pair, which is how Python holds bytes that are no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the text to continue is no UTF-8: character {error.start} is {text[error.start]!r}") from None
 
 
 def check_filling_in(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:

@@ -90,7 +90,7 @@ def test_filling_in_says_what_it_does_not_know(run) -> None:  # type: ignore[no-
         (("--prompt", "x", "--min_p", 2), "--min_p must be from 0 to 1"),
         (("--prompt", "x", "--stop_at", "y"), "unrecognized arguments: --stop_at"),
         (("--prompt", "-", "--prompt", "-"), "can be done once"),
-        (("--prompt", "def \udcff"), r"no UTF-8: character 4 is '\\udcff'"),
+        (("--prompt", "def \udcff"), r"the text to continue is no UTF-8: character 4 is half a surrogate pair, '\\udcff'"),
         (("--prompt", "x", "--seed", 1 << 70), "--seed must be a number of 64 bits"),
         ((), "give --prompt or --prompt_file"),
     ],

@@ -48,7 +48,16 @@ def test_gzip_and_empty_lines(problem_files: dict[str, Path], tmp_path: Path) ->
 BROKEN = [
     ("humaneval", "{}\n", "line 1: no problem of humaneval, its 'task_id' is missing"),
     ("humaneval", '{"task_id": "a", "prompt": 3, "test": "", "entry_point": "f"}\n', "line 1: no problem of humaneval"),
-    ("humaneval", '{"task_id": "a", "prompt": "\\ud800", "test": "", "entry_point": "f"}', "half a surrogate pair"),
+    (
+        "humaneval",
+        '{"task_id": "a", "prompt": "\\ud800", "test": "", "entry_point": "f"}',
+        "line 1: its prompt is no UTF-8: character 0 is half",
+    ),
+    (
+        "mbpp",
+        '{"task_id": 1, "text": "t", "test_list": ["assert f(1)", "assert f(\\udfff)"]}',
+        "the text of its tests is no UTF-8: character 22 is",
+    ),
     ("humaneval", "[1, 2]", "entry 1: no problem"),
     ("humaneval", "{} x\n", "line 1: no JSON"),
     ("humaneval", "", "has no problems"),
