@@ -5,6 +5,7 @@ The model is always this repository's own where it can be, with its kernels; cod
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,6 +187,17 @@ def check_weights(folder: Path) -> set[str]:
     names = _names_in_headers(folder)
     _check_generation(folder)
     return names
+
+
+def weights_hash(folder: Path) -> str:
+    """Of all weights of a folder that `load_exported` has just read: a later export has the same name.
+
+    What the export recorded `check_weights` has found to be so; the weights of somebody else's folder are read for it.
+    """
+    recorded = _recorded(folder)
+    paths = sorted(folder.glob("*.safetensors"))
+    hashes = [(p.name, recorded[p.name]["xxh3_128"] if p.name in recorded else hash_file(p, "xxh3_128")) for p in paths]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
 def _recorded(folder: Path) -> dict[str, dict[str, Any]]:

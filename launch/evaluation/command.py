@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import check_replaceable, hash_file, replace_file
+from data.files import check_replaceable, replace_file
 from launch.evaluation.arguments import task_of
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.sandbox.limits import Limits
@@ -81,6 +81,7 @@ def sample(
 ) -> dict[str, Any]:
     from launch.evaluation.generation import Sampling, generate_samples
     from launch.evaluation.samples import SampleFile
+    from launch.exported import weights_hash
 
     names = ("samples", "temperature", "top_p", "max_new_tokens", "batch_size", "seed")
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
@@ -96,12 +97,6 @@ def sample(
     }
     generate_samples(model, tokenizer, list(problems.values()), sampling, SampleFile(samples_file, settings))
     return settings
-
-
-def weights_hash(folder: Path) -> str:
-    """Of all files: a later export has the same name."""
-    hashes = [(path.name, hash_file(path, "xxh3_128")) for path in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models
 from transformers import Glm4MoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from data.cli import UserError
+from launch import exported
 from launch.checkpoint import manifest
-from launch.exported import check_arithmetic, check_weights, load_exported, load_tokenizer
+from launch.exported import check_arithmetic, check_weights, load_exported, load_tokenizer, weights_hash
 from launch.exporting.formats import build, exported_config
 from launch.run.initial_weights import load_weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -115,6 +116,24 @@ def test_what_a_user_may_edit_is_not_checked(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{}")
     check_weights(tmp_path)
     load_exported(tmp_path, device="cpu")
+
+
+def test_weights_are_read_once_for_their_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the manifest, which the loading has compared with the files, or from them: the same, and another for other weights."""
+    hashed: list[str] = []
+    hash_file = exported.hash_file
+    monkeypatch.setattr(exported, "hash_file", lambda path, kind: hashed.append(path.name) or hash_file(path, kind))
+    written(tmp_path / "hf", trained(), "moe_gpt", shard="200KB")
+    check_weights(tmp_path / "hf")
+    names = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(names) > 1 and sorted(hashed) == [*names, "tokenizer.json"]
+    hashed.clear()
+    recorded = weights_hash(tmp_path / "hf")
+    assert hashed == []
+    (tmp_path / "hf" / exported.MANIFEST).unlink()
+    assert weights_hash(tmp_path / "hf") == recorded and hashed == names
+    written(tmp_path / "hf", trained(), "moe_gpt", shard="200KB")
+    assert weights_hash(tmp_path / "hf") != recorded
 
 
 def test_a_missing_weight_is_not_made_up(tmp_path: Path) -> None:
