@@ -11,7 +11,6 @@ MB of text per CPU second, StarCoder2's tokenizer on 39 MB of Python: tokenizers
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
 import unicodedata
@@ -21,11 +20,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import orjson
 
-from data.cli import UserError
+from data.cli import UserError, say
 
 NO_TOKEN = -1  # among `end_ids`: no token follows the text
 CHECKED_CHARACTERS = 8192
 DIGITS = "0123456789"
+SPARSE_MOST = 8  # ids up to the largest, for each that there is
 _DIGIT = re.compile("[0-9]")
 _BOUNDARY = 0xFF  # never a byte of UTF-8
 _UNKNOWN_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
@@ -81,8 +81,12 @@ class Piece(NamedTuple):
     rare: bool
 
 
+class NotFast(Exception):
+    """gigatoken does not read a tokenizer that the tokenizers library has read."""
+
+
 class FastEncoder:
-    """gigatoken for texts of safe code points, the tokenizers library for the others."""
+    """gigatoken for texts of safe code points, the tokenizers library for the others. Raises NotFast."""
 
     def __init__(self, tokenizer_json: str, reference: ReferenceEncoder) -> None:
         import gigatoken
@@ -92,7 +96,10 @@ class FastEncoder:
         self.source = gigatoken.BytesSource
         self.digits = _splits_digits(content)
         self.vocab_size = _complete(content)
-        self.tokenizer = gigatoken.Tokenizer.from_json(orjson.dumps(content).decode())
+        try:
+            self.tokenizer = gigatoken.Tokenizer.from_json(orjson.dumps(content).decode())
+        except RuntimeError as error:  # all that it raises
+            raise NotFast(str(error).partition("\n")[0]) from error
         vocabulary = content["model"]["vocab"]
         # What a separator stands for: the id of its digit; a boundary's is the `end_ids` of its text.
         self.separator_ids = np.full(256, NO_TOKEN, np.int32)
@@ -263,6 +270,8 @@ def can_be_fast(tokenizer_json: str) -> bool:
         and not any(model.get(option) for option in _UNKNOWN_OPTIONS)
         and all(token.get("special") for token in content.get("added_tokens", []))
         and all(digit in model["vocab"] for digit in DIGITS)
+        # gigatoken has 16 bytes for each id up to the largest, and ends the process where there is no room for them
+        and max(model["vocab"].values()) < SPARSE_MOST * len(model["vocab"])
         # gigatoken refuses two tokens of one id, or takes one of them: which, changes from run to run
         and len(set(model["vocab"].values())) == len(model["vocab"])
     )
@@ -272,6 +281,8 @@ def make_encoder(tokenizer_json: str, backend: str = "auto") -> Encoder:
     """`auto`: the fast path where it applies; `reference`: always the tokenizers library."""
     reference = ReferenceEncoder(tokenizer_json)
     if backend == "auto" and can_be_fast(tokenizer_json):
-        with contextlib.suppress(RuntimeError, ValueError):  # where gigatoken is stricter
+        try:
             return FastEncoder(tokenizer_json, reference)
+        except NotFast as error:
+            say(f"note: gigatoken does not read this tokenizer ({error}); the tokenizers library encodes, some 50 times slower")
     return reference

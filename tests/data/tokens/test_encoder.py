@@ -12,7 +12,8 @@ import pytest
 from data_helpers import ROOT, shared_data
 from tokenizers import Tokenizer
 
-from data.tokens.encoder import NO_TOKEN, FastEncoder, ReferenceEncoder, can_be_fast, make_encoder
+from data.cli import drain
+from data.tokens.encoder import NO_TOKEN, FastEncoder, ReferenceEncoder, _complete, can_be_fast, make_encoder
 
 HARD = [
     "",
@@ -154,6 +155,33 @@ def test_two_tokens_of_one_id_go_to_the_library(tokenizer_text: str, texts: list
     encoder, tokenizer = make_encoder(changed), Tokenizer.from_str(changed)
     assert not can_be_fast(changed) and isinstance(encoder, ReferenceEncoder)
     assert documents(encoder, texts[:3], [0] * 3) == [[*library_ids(tokenizer, t), 0] for t in texts[:3]]
+
+
+def test_what_gigatoken_refuses_goes_to_the_library_in_one_line(
+    tokenizer_text: str, texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_a_byte(changed: dict) -> int:
+        size = _complete(changed)
+        del changed["model"]["vocab"]["!"]
+        return size
+
+    monkeypatch.setattr("data.tokens.encoder._complete", without_a_byte)
+    made, tokenizer = make_encoder(tokenizer_text), Tokenizer.from_str(tokenizer_text)
+    drain()
+    said = capsys.readouterr().err
+    assert isinstance(made, ReferenceEncoder) and said.count("\n") == 1
+    assert "(Byte remapping failed: no single-byte vocab entry for byte 0x21)" in said
+    assert documents(made, texts[:3], [0] * 3) == [[*library_ids(tokenizer, t), 0] for t in texts[:3]]
+    monkeypatch.setattr("data.tokens.encoder._splits_digits", lambda content: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a fault of ours stays one
+        make_encoder(tokenizer_text)
+
+
+def test_an_id_far_beyond_the_others_goes_to_the_library(tokenizer_text: str) -> None:
+    """gigatoken's table up to 2**31 would be 32 GiB, for want of which it aborts."""
+    content = json.loads(tokenizer_text)
+    content["model"]["vocab"]["another"] = 2**31 - 1
+    assert not can_be_fast(json.dumps(content)) and isinstance(make_encoder(json.dumps(content)), ReferenceEncoder)
 
 
 def test_without_digit_splitting(tokenizer_text: str, texts: list[str]) -> None:
