@@ -11,7 +11,7 @@ from data.files import replace_file
 from launch.engine import strategy
 from launch.planning.arguments import PlanArguments
 from launch.planning.devices import Device, find_device
-from launch.planning.job import Job, job_from
+from launch.planning.job import Job, job_from, micro_batches
 from launch.planning.ladder import Ladder, active_parameters
 from launch.planning.memory import GB, WORST_LOAD
 from launch.planning.scale import curve
@@ -74,7 +74,7 @@ def with_batch_for(base: dict[str, Any], ranks: int) -> tuple[dict[str, Any], di
     if train is None or train == unit or (train % unit == 0 and None in (micro, accumulation)):
         return base, {}
     share = max(1, round(train / ranks))
-    fitting = max(n for n in range(1, (micro or share) + 1) if share % n == 0)
+    fitting = max(micro_batches(share, micro or share))
     wanted = (share * ranks, micro and fitting, accumulation and share // fitting)
     pairs = {name: [base[name], new] for name, new in zip(BATCH, wanted, strict=True) if new and base[name] != new}
     return {**base, **{name: new for name, (_, new) in pairs.items()}}, pairs

@@ -73,6 +73,11 @@ class Job:
         return dataclasses.replace(self, micro_batch=micro_batch, accumulation=accumulation, **changes)
 
 
+def micro_batches(share: int, most: int) -> list[int]:
+    """Sizes of a micro-batch, rising, that a rank's share of the global batch can be cut into."""
+    return [n for n in range(1, min(share, most) + 1) if share % n == 0]
+
+
 def job_from(
     sizes: ModelSizes,
     config: dict[str, Any],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from launch.planning.devices import Device
-from launch.planning.job import Job
+from launch.planning.job import Job, micro_batches
 from launch.planning.search import Candidate, candidate
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -43,12 +44,12 @@ def curve(job: Job, device: Device) -> list[Point]:
 def _point(job: Job, device: Device, gpus: int) -> Point:
     in_node = min(gpus, device.gpus_per_node)
     share = job.global_batch // gpus if job.global_batch % gpus == 0 else 0
-    micro_batch = max((n for n in range(1, job.micro_batch + 1) if share and share % n == 0), default=1)
+    micro_batch = max(micro_batches(share, job.micro_batch), default=1)
     scaled = dataclasses.replace(
         job,
         ranks=gpus,
         ranks_per_node=in_node,
-        expert_ranks=max(n for n in range(1, job.expert_ranks + 1) if job.expert_ranks % n == 0 and in_node % n == 0),
+        expert_ranks=math.gcd(job.expert_ranks, in_node),
         micro_batch=micro_batch,
         accumulation=max(1, share // micro_batch),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.planning.devices import Device
-from launch.planning.job import Job
+from launch.planning.job import Job, micro_batches
 from launch.planning.memory import Memory, plan_memory
 from launch.planning.time import StepTime, plan_time
 
@@ -92,14 +92,12 @@ def variants(job: Job) -> Iterator[Job]:
 
 def _expert_ranks(job: Job) -> list[int]:
     """Sizes that divide the experts and the ranks and stay inside a node, where the exchange has the fast links."""
-    limit = min(job.ranks, job.ranks_per_node)
-    return [n for n in range(1, limit + 1) if job.sizes.n_routed_experts % n == 0 and limit % n == 0]
+    common = math.gcd(job.sizes.n_routed_experts, min(job.ranks, job.ranks_per_node))
+    return [n for n in range(1, common + 1) if common % n == 0]
 
 
 def _micro_batches(job: Job) -> list[int]:
-    share = job.global_batch // job.ranks
-    most = max(1, MOST_TOKENS // job.sequence_length)
-    return [n for n in range(1, share + 1) if share % n == 0 and n <= most]
+    return micro_batches(job.global_batch // job.ranks, max(1, MOST_TOKENS // job.sequence_length))
 
 
 def changes(job: Job, other: Job) -> dict[str, tuple[object, object]]:
