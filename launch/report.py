@@ -13,7 +13,7 @@ from pathlib import Path
 
 import launch  # noqa: F401 - first: it names what hides our packages
 from data.cli import UserError, printable, say
-from data.files import replace_file
+from data.files import check_replaceable, replace_file
 from data.flags import Parser
 from launch.cli import run_command
 from launch.reporting.evaluations import find_evaluations, read_evaluation
@@ -84,8 +84,8 @@ def main() -> int:
     output = arguments.output or arguments.runs[0] / "report.html"
     if not 1 <= arguments.seconds <= SECONDS_MOST:
         raise UserError(f"--seconds must be at least 1 and at most {SECONDS_MOST:,}, not {arguments.seconds:g}")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
+    if output.parent.is_dir():  # else it is made, if there is a run to report
+        check_replaceable(output)
     if arguments.follow:
         wait_for_rows(arguments.runs)
     runs = write_report(arguments, output)

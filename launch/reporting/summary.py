@@ -52,23 +52,28 @@ def planned_steps(run: Run) -> int:
     return min(steps, stop) if isinstance(stop, int) and stop else steps
 
 
-def state_of(run: Run, now: float | None = None) -> tuple[str, str]:
+def _is_through(run: Run) -> bool:
+    return 0 < planned_steps(run) <= run.last_step
+
+
+def _quiet_seconds(run: Run) -> float:
+    """Since its last line."""
+    return time.time() - (run.folder / "metrics.jsonl").stat().st_mtime
+
+
+def state_of(run: Run) -> tuple[str, str]:
     """(a word for its color, the state in words)"""
-    planned = planned_steps(run)
-    quiet = (time.time() if now is None else now) - (run.folder / "metrics.jsonl").stat().st_mtime
-    if planned and run.last_step >= planned:
+    if _is_through(run):
         return "good", "finished"
-    if quiet > QUIET_SECONDS:
+    if (quiet := _quiet_seconds(run)) > QUIET_SECONDS:
         return "bad", f"not running: nothing new for {duration(quiet / 3600)}"
     return "note", "running"
 
 
 def goes_on(run: Run) -> bool:
     """Whether more is to come. After the last step there is an evaluation, then a checkpoint: its row is a run's last."""
-    color, _ = state_of(run)
     saved = any(mark.kind in {"checkpoint", "save_failed"} and mark.step >= run.last_step for mark in run.marks)
-    quiet = time.time() - (run.folder / "metrics.jsonl").stat().st_mtime
-    return color == "note" or (color == "good" and not saved and quiet <= QUIET_SECONDS)
+    return _quiet_seconds(run) <= QUIET_SECONDS and not (_is_through(run) and saved)
 
 
 def recent(column: Floats, rows: int = 20) -> float:
