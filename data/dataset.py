@@ -177,8 +177,9 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def _check_ids(self, tokens_BT1: np.ndarray, source: np.ndarray) -> None:
         """Shards are not verified when they are opened; a GPU would answer an id past the embedding with a device-side assert."""
-        if tokens_BT1.size and not 0 <= int(tokens_BT1.min()) <= int(tokens_BT1.max()) < self.vocab_size:
-            wrong = (tokens_BT1 < 0) | (tokens_BT1 >= self.vocab_size)
+        unsigned_BT1 = tokens_BT1.view(f"u{tokens_BT1.itemsize}")  # a negative id is then one past every vocabulary: one pass
+        if unsigned_BT1.size and int(unsigned_BT1.max()) >= self.vocab_size:
+            wrong = unsigned_BT1 >= self.vocab_size
             row = int(np.argmax(wrong.any(1)))
             folder = self.streams[int(source[row])].folder
             raise UserError(

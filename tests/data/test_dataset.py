@@ -22,17 +22,25 @@ from data.shards import SPLITS
 FACTS = {"name": "t", "fingerprint": "f", "vocab_size": 5000, "eos_token_id": 0}
 
 
-def make(folder: Path, documents: list[list[int]], *, shard_tokens: int = 50, fingerprint: str = "f", text_bytes: int = 3) -> Path:
+def make(
+    folder: Path,
+    documents: list[list[int]],
+    *,
+    shard_tokens: int = 50,
+    fingerprint: str = "f",
+    text_bytes: int = 3,
+    dtype: str = "uint16",
+) -> Path:
     """A complete folder of given documents, the same in both splits."""
     folder.mkdir()
     splits = {}
     for split in SPLITS:
-        writer = SplitWriter(folder / split, "uint16", shard_tokens)
+        writer = SplitWriter(folder / split, dtype, shard_tokens)
         sizes = np.array([len(d) for d in documents], np.int32)
-        writer.add(np.concatenate([np.array(d, np.uint16) for d in documents]), sizes, np.full(len(sizes), text_bytes))
+        writer.add(np.concatenate([np.array(d, dtype) for d in documents]), sizes, np.full(len(sizes), text_bytes))
         writer.close_shard()
         splits[split] = writer.summary()
-    manifest = {"format": "moe-code-gpt-shards", "version": 1, "dtype": "uint16", "arguments": {}, "splits": splits}
+    manifest = {"format": "moe-code-gpt-shards", "version": 1, "dtype": dtype, "arguments": {}, "splits": splits}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": FACTS | {"fingerprint": fingerprint}}))
     return folder
 
@@ -225,13 +233,15 @@ def test_a_hundred_billion_tokens_open_without_a_scan(tmp_path: Path) -> None:
     assert opened["open_seconds"] < 20  # a scan of the 200 GB would take longer; on an idle core it is 0.05
 
 
-def test_a_token_past_the_vocabulary_is_refused_by_its_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "token"), [("uint16", 5000), ("int32", 5000), ("int32", -1), ("int32", -(2**31))])
+def test_a_token_outside_the_vocabulary_is_refused_by_its_folder(dtype: str, token: int, tmp_path: Path) -> None:
     """It was an IndexError in the embedding, and on a GPU would be a device-side assert."""
     documents = random_documents(3)
-    documents[20][0] = 5000
-    folder = make(tmp_path / "wrong", documents)
-    data = PackedDataset([make(tmp_path / "right", random_documents(4)), folder], split="train", sequence_length=16)
-    with pytest.raises(UserError, match=f"{folder} holds a token 5000, the vocabulary has 5000: it is damaged"):
+    documents[20][0] = token
+    folder = make(tmp_path / "wrong", documents, dtype=dtype)
+    right = make(tmp_path / "right", random_documents(4), dtype=dtype)
+    data = PackedDataset([right, folder], split="train", sequence_length=16)
+    with pytest.raises(UserError, match=f"{folder} holds a token {token}, the vocabulary has 5000: it is damaged"):
         for number in range(len(data)):
             data.batch([number])
 
