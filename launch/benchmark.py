@@ -5,8 +5,10 @@ python launch/benchmark.py moe|attention|loss|step|generate|growth|roofline|data
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +42,7 @@ BENCHMARKS = {
 
 def main() -> int:
     parser = Parser(prog="python launch/benchmark.py", description=__doc__.splitlines()[0], examples=EXAMPLES)
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     chosen = next((argument for argument in sys.argv[1:] if argument in BENCHMARKS), None)
     if chosen:
@@ -53,7 +56,7 @@ def main() -> int:
     if arguments.output:
         check_replaceable(arguments.output)
     result = importlib.import_module(f"launch.benchmarks.{arguments.benchmark}").run(arguments)
-    if arguments.output:
+    if arguments.output and os.environ.get("RANK", "0") == "0":
         replace_file(arguments.output, (json.dumps(finite(result), indent=2) + "\n").encode())
     return 0
 

@@ -3,26 +3,23 @@
 python launch/benchmark.py step --model 800m --layers 4 --deepspeed_config ds_configs/ep1_zero2.json
 deepspeed --num_gpus 8 launch/benchmark.py step --model 800m --deepspeed_config ds_configs/ep8_zero2.json
 
-Same sizes, tokens, optimizer, recomputation. All are alive at once and take turns step by step, so that a machine that is busy
-is busy for all of them; a ratio is the median of what pairs of such steps give.
+Same sizes, tokens, optimizer, recomputation. Each has a process of its own on every rank, as whoever uses it has; all are alive at
+once and take turns step by step, so that a machine that is busy is busy for all of them, and a ratio is the median of what pairs
+of such steps give.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from launch.benchmarks.turns import PHASES, TIMEOUT, Remote, contestants
 
-    from launch.benchmarks.contestants import Contestant
-
-PHASES = ("forward", "backward", "optimizer")
-COLUMNS = (*(f"{phase}_ms" for phase in PHASES), "total_ms", "tokens_per_second_per_rank", "ratio", "ratio_without_optimizer")
+RATIOS = ("ratio", "ratio_without_optimizer", "cpu_ratio")
+COLUMNS = (*(f"{phase}_ms" for phase in PHASES), "total_ms", "tokens_per_second_per_rank", *RATIOS)
 UNTIMED = 2
 
 
@@ -39,31 +36,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes = ("none", "selective", "full")
     parser.add_argument("--activation_checkpointing", choices=modes, help="of all; default: the JSON's mode")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="some of those in the table, beside ours")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """`{"contestants": {name: {"forward_ms", ..., "total_ms", "tokens_per_second_per_rank", "ratio", ...}}}` on every rank."""
-    import torch.distributed as dist
-
     from launch.benchmarks.contestants import OURS, Stage
     from launch.benchmarks.measure import print_table
     from launch.ranks import join
 
-    join.set_environment()
-    join.start(timeout=600)
-    names = chosen(arguments.contestants, dist.get_world_size())
-    stage = Stage(arguments)
-    seconds = take_turns(arguments, stage, names)
+    rank, ranks = join.set_environment()
+    names = chosen(arguments.contestants, ranks)
+    with contestants(names, arguments) as remotes:
+        join.start(TIMEOUT, backend="gloo")  # to agree on turns; the contestants have groups of their own
+        stage = Stage(arguments)
+        seconds = take_turns(remotes, arguments.steps)
     result: dict[str, Any] = {
         "settings": {k: str(v) for k, v in vars(arguments).items()} | {"json": str(stage.path), "recomputation": stage.mode},
-        "ranks": dist.get_world_size(),
+        "ranks": ranks,
         "contestants": {name: summary(seconds[name], seconds[OURS], stage, arguments) for name in names},
     }
-    if dist.get_rank() == 0:
+    if rank == 0:
         rows = [[name, *(result["contestants"][name][column] for column in COLUMNS)] for name in names]
-        print_table(title(arguments, stage.path, stage.mode, dist.get_world_size()), ["", *COLUMNS], rows)
-        print("ratio: how many times as long as ours, median over turns")
+        print_table(title(arguments, stage.path, stage.mode, ranks), ["", *COLUMNS], rows)
+        print("ratio: how many times as long as ours, median over turns; cpu_ratio: in CPU time, which a busy machine changes less")
     return result
 
 
@@ -82,60 +77,21 @@ def chosen(wanted: Sequence[str] | None, ranks: int) -> list[str]:
     return [name for name in here if name == OURS or name in wanted]
 
 
-def take_turns(arguments: argparse.Namespace, stage: Any, names: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+def take_turns(remotes: Sequence[Remote], steps: int) -> dict[str, list[dict[str, float]]]:
     """Seconds of each phase of each timed step. The order turns as well: who comes after whom matters to caches."""
-    import torch
     import torch.distributed as dist
 
-    from launch.benchmarks.contestants import CONTESTANTS
-
-    contestants = [CONTESTANTS[name](stage, name) for name in names]
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    shape = (arguments.micro_batch, arguments.sequence_length + 1)
-    device = torch.device(deepspeed_device())
-    tokens = [
-        torch.randint(0, min(4096, stage.config.vocab_size), shape, generator=generator).to(device)
-        for _ in range(arguments.accumulation)
-    ]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in range(UNTIMED + arguments.steps):
-        for place in range(len(contestants)):
-            contestant = contestants[(place + turn) % len(contestants)]
+    for remote in remotes:  # one after the other: each holds most while it builds
+        remote.build()
+    found: dict[str, list[dict[str, float]]] = {remote.name: [] for remote in remotes}
+    for turn in range(UNTIMED + steps):
+        for place in range(len(remotes)):
+            remote = remotes[(place + turn) % len(remotes)]
             dist.barrier()
-            seconds = timed_step(contestant, tokens, device)
+            seconds = remote.step()
             if turn >= UNTIMED:
-                found[contestant.name].append(seconds)
+                found[remote.name].append(seconds)
     return found
-
-
-def deepspeed_device() -> str:
-    from deepspeed.accelerator import get_accelerator
-
-    return str(get_accelerator().current_device_name())
-
-
-def timed_step(contestant: Contestant, micro_batches: Sequence[Tensor], device: Any) -> dict[str, float]:
-    """One optimizer step; each phase ends when the device has."""
-    from launch.benchmarks.measure import synchronize
-
-    seconds = dict.fromkeys(PHASES, 0.0)
-    synchronize(device)
-    now = time.perf_counter()
-
-    def end(phase: str) -> None:
-        nonlocal now
-        synchronize(device)
-        before, now = now, time.perf_counter()
-        seconds[phase] += now - before
-
-    for number, tokens in enumerate(micro_batches):
-        loss = contestant.forward(tokens)
-        end("forward")
-        contestant.backward(loss, last=number == len(micro_batches) - 1)
-        end("backward")
-    contestant.update()
-    end("optimizer")
-    return seconds
 
 
 def summary(
@@ -145,13 +101,15 @@ def summary(
     from launch.engine.hardware import peak_flops
     from model.accounting import training_flops_per_token
 
-    totals, ours_totals = [sum(step.values()) for step in steps], [sum(step.values()) for step in ours]
+    totals, ours_totals = ([sum(step[phase] for phase in PHASES) for step in each] for each in (steps, ours))
     computing, ours_computing = ([step["forward"] + step["backward"] for step in each] for each in (steps, ours))
+    cpu, ours_cpu = ([step["cpu"] for step in each] for each in (steps, ours))
     tokens = arguments.micro_batch * arguments.sequence_length * arguments.accumulation
     speed = tokens / statistics.median(totals)
     row: dict[str, Any] = {f"{phase}_ms": 1e3 * statistics.median(step[phase] for step in steps) for phase in PHASES}
     row.update(total_ms=1e3 * statistics.median(totals), tokens_per_second_per_rank=speed)
     row.update(ratio=paired(totals, ours_totals), ratio_without_optimizer=paired(computing, ours_computing))
+    row["cpu_ratio"] = paired(cpu, ours_cpu)
     if peak := peak_flops():
         row["mfu"] = speed * training_flops_per_token(stage.config, arguments.sequence_length) / peak
     row["steps"] = steps

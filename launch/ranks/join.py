@@ -95,8 +95,8 @@ def compile_nothing() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def start(timeout: float) -> None:
-    """Join the process group: NCCL on GPUs, gloo elsewhere. `timeout` seconds bound every collective."""
+def start(timeout: float, backend: str | None = None) -> None:
+    """Join the process group, by default with NCCL on GPUs and gloo elsewhere. `timeout` seconds bound every collective."""
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -112,6 +112,7 @@ def start(timeout: float) -> None:
     compile_nothing()
     try:
         deepspeed.init_distributed(
+            dist_backend=backend,
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timedelta(seconds=timeout),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,10 @@ import pytest
 from nursery import Nursery
 
 from data.cli import UserError
+from launch.benchmarks import turns
 from launch.benchmarks.contestants import ALONE, CONTESTANTS
-from launch.benchmarks.step import COLUMNS, PHASES, chosen
+from launch.benchmarks.step import COLUMNS, chosen
+from launch.benchmarks.turns import PHASES
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,10 @@ def test_all_take_part_and_the_figures_are_those_of_their_steps(measured: dict[s
         assert set(COLUMNS) <= set(row) and len(row["steps"]) == 2 and name in measured["said"]
         totals = [sum(step[phase] for phase in PHASES) for step in row["steps"]]
         assert row["total_ms"] == pytest.approx(1e3 * statistics.median(totals))
-        pairs = [total / sum(step.values()) for total, step in zip(totals, ours["steps"], strict=True)]
+        pairs = [total / sum(step[phase] for phase in PHASES) for total, step in zip(totals, ours["steps"], strict=True)]
         assert row["ratio"] == pytest.approx(statistics.median(pairs))
+        pairs = [theirs["cpu"] / step["cpu"] for theirs, step in zip(row["steps"], ours["steps"], strict=True)]
+        assert row["cpu_ratio"] == pytest.approx(statistics.median(pairs))
         assert all(step[phase] > 0 for step in row["steps"] for phase in PHASES)
     assert ours["ratio"] == 1
 
@@ -50,3 +58,19 @@ def test_several_ranks_have_no_plain_contestants() -> None:
     assert chosen(["stock AutoEP"], 2) == ["ours", "stock AutoEP"]
     with pytest.raises(UserError, match=r"'ours without DeepSpeed' is none of 'ours', .* on 2 ranks"):
         chosen(["ours without DeepSpeed"], 2)
+
+
+ENDS = [(lambda: os._exit(3), None), (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL")]
+
+
+@pytest.mark.parametrize(("end", "by"), ENDS)
+def test_a_contestant_that_ends_ends_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], by: str | None
+) -> None:
+    """With its own exit code where it has said why, else with a sentence."""
+    monkeypatch.setattr(turns, "START", "fork")
+    monkeypatch.setattr(turns, "serve", lambda *_: end())
+    error = pytest.raises(UserError, match=f"ours: its process has ended by {by}") if by else pytest.raises(SystemExit, match="3")
+    with error, turns.contestants(["ours", "stock AutoEP"], Namespace()) as remotes:
+        remotes[0].build()
+    assert not any(remote.process.is_alive() for remote in remotes)
