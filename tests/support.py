@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,3 +21,10 @@ def deepspeed_command(ranks: int) -> list[str]:
 def metrics(run: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint_layers(model: Any, on: bool = True, **options: Any) -> None:
+    """By transformers' own switch: its next major version has the new name alone, the oldest that works has the old one alone."""
+    names = [f"{what}_checkpointing_{'enable' if on else 'disable'}" for what in ("activation", "gradient")]
+    switch = next(getattr(model, name) for name in names if hasattr(model, name))
+    switch(*([options] if options else []))

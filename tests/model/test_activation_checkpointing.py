@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import checkpoint_layers
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -51,7 +52,7 @@ def run(model: MoEGPTForCausalLM) -> tuple[torch.Tensor, list[torch.Tensor], lis
 def test_bit_equal(kind: str, attention: str, dropout: float) -> None:
     plain = run(build(attn_implementation=attention, expert_dropout=dropout))
     model = build(attn_implementation=attention, expert_dropout=dropout)
-    model.gradient_checkpointing_enable(FUNCTIONS[kind])
+    checkpoint_layers(model, **FUNCTIONS[kind])
     loss, gradients, loads = run(model)
     assert torch.equal(loss, plain[0])
     assert all(torch.equal(a, b) for a, b in zip(gradients, plain[1], strict=True))
@@ -71,7 +72,7 @@ def test_forced_ties() -> None:
         return model
 
     plain, model = run(tied()), tied()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, use_reentrant=False)
     loss, gradients, loads = run(model)
     assert loads[0] == [200, 200, 0, 0, 0, 0, 0, 0]  # the lowest indices
     assert torch.equal(loss, plain[0]) and loads == plain[2]

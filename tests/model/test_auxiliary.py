@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import checkpoint_layers
 
 from model.auxiliary import AuxiliaryLoss, balance_loss
 from model.config import MoEGPTConfig
@@ -48,7 +49,7 @@ def test_through_a_recomputed_model(kind: str) -> None:
     def trained(coefficient: float, kind: str | None = None) -> tuple[Any, list[torch.Tensor]]:
         model = build(router_aux_loss_coef=coefficient, attn_implementation="sdpa")
         if kind:
-            model.gradient_checkpointing_enable(FUNCTIONS[kind])
+            checkpoint_layers(model, **FUNCTIONS[kind])
         loss, gradients, _ = run(model)
         return loss, gradients
 

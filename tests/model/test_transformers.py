@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import checkpoint_layers
 from torch import Tensor, nn
 from transformers import DynamicCache, Glm4MoeForCausalLM, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -307,21 +308,21 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     for on in (False, True):
         model.zero_grad()
         if on:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_layers(model, use_reentrant=reentrant)
             model.enable_input_require_grads()
             assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, True]
         model(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
-    model.gradient_checkpointing_disable()
+    checkpoint_layers(model, False)
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
 
 
 def test_checkpointing_drops_an_empty_cache_and_refuses_a_filled_one() -> None:
     model, ids = made(), prompt()["input_ids"]
     filled = model(ids[:, :4]).past_key_values
-    model.train().gradient_checkpointing_enable()
+    checkpoint_layers(model.train())
     outputs = model(ids, labels=ids, use_cache=True)
     outputs.loss.backward()
     assert outputs.past_key_values is None
