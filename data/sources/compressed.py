@@ -12,9 +12,11 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any, Protocol
 
 from data.sources.blocks import CHUNK_BYTES, Fault
+from data.sources.zstd_frames import frame_ends
 
 #: An xz dictionary of `xz -9` takes 65 MiB; beyond this a file is called too large for us, not damaged.
 XZ_MEMORY_BYTES = 256 << 20
@@ -152,10 +154,12 @@ class XzStream(StandardStream):
 class ZstdStream:
     """Arrow's decoder: several frames, skippable frames anywhere, windows of up to 128 MiB."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
+    def __init__(self, raw: IO[bytes], part: tuple[int, int] | None = None) -> None:
+        """`part`: (first byte, number of bytes) of the file, if not all."""
         import pyarrow
 
-        self.stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+        self.raw, file = raw, pyarrow.PythonFile(raw, "r")
+        self.stream = pyarrow.CompressedInputStream(file.get_stream(*part) if part else file, "zstd")
 
     def read(self, size: int) -> bytes:
         try:
@@ -167,6 +171,19 @@ class ZstdStream:
             if "ictionary" in str(error):
                 raise Fault("zstd data that needs a dictionary", "compress it again without one") from error
             raise Damage(str(error)) from error
+
+    @property
+    def sound(self) -> int:
+        """Bytes in whole frames. Of a damaged file, and reads it again: Arrow does not say where frames end."""
+        begin = sound = 0
+        for end in frame_ends(self.raw):
+            frame = ZstdStream(self.raw, (begin, end - begin))
+            try:
+                sound += sum(map(len, iter(partial(frame.read, CHUNK_BYTES), b"")))
+            except (Damage, Fault):
+                break
+            begin = end
+        return sound
 
 
 _STREAMS: dict[str, Any] = {"gzip": GzipStream, "bzip2": Bzip2Stream, "xz": XzStream, "zstd": ZstdStream}
@@ -182,8 +199,8 @@ def verified_bytes(path: str, compression: str | None) -> tuple[int | None, Faul
                 pass
             return None, None
         except Damage as error:
-            trusted = stream.sound if isinstance(stream, MemberStream) else 0
-            kept = f"; the {trusted} bytes before the damage have a right checksum and are kept" if trusted else ""
+            trusted = stream.sound if isinstance(stream, (MemberStream, ZstdStream)) else 0
+            kept = f"; the {trusted} bytes of whole members before the damage are kept" if trusted else ""
             return trusted, Fault(f"damaged {compression} data", f"{error}{kept}")
         except Fault as fault:  # beyond a limit: not damaged
             return 0, fault

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import xxhash
 from tokenizers import Tokenizer
 
 from data.sources.blocks import Block, Position, ReadOptions, Rejection
@@ -154,13 +155,13 @@ def json_lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"content": text}) + "\n" for text in texts).encode()
 
 
-def zstd_frame(data: bytes, window_log: int = 20) -> bytes:
+def zstd_frame(data: bytes, window_log: int = 20, checksum: bool = False) -> bytes:
     """A zstd frame of raw blocks, written out from RFC 8878."""
-    frame = struct.pack("<IBB", 0xFD2FB528, 0, (window_log - 10) << 3)
+    frame = struct.pack("<IBB", 0xFD2FB528, checksum << 2, (window_log - 10) << 3)
     parts = [data[i : i + (1 << 17)] for i in range(0, len(data), 1 << 17)] or [b""]
     for number, part in enumerate(parts, 1):
         frame += struct.pack("<I", len(part) << 3 | (number == len(parts)))[:3] + part
-    return frame
+    return frame + struct.pack("<Q", xxhash.xxh64_intdigest(data))[:4] * checksum
 
 
 def skippable_frame(payload: bytes, number: int = 0) -> bytes:

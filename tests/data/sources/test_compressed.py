@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
+import random
 import struct
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
+import pyarrow
 import pytest
-from data_helpers import ROOT, blocks_of, compress, environment, rejections_of, text_of, zstd_frame
+from data_helpers import ROOT, blocks_of, compress, environment, rejections_of, skippable_frame, text_of, zstd_frame
 
 from data.sources.blocks import too_long
+from data.sources.zstd_frames import frame_ends
 
 
 def test_gzip_members_before_the_damage_are_kept_and_no_others(tmp_path: Path) -> None:
@@ -34,11 +39,44 @@ def test_gzip_members_before_the_damage_are_kept_and_no_others(tmp_path: Path) -
         assert ([] if name == "sound" else [(None, True)]) == [(line, "damaged gzip" in reason) for line, reason in faults], name
 
 
-def test_damaged_zstd_is_named_and_not_used(tmp_path: Path) -> None:
+LINES = [f'{{"content": "document {i}"}}\n'.encode() * 50 for i in range(3)]
+SUMMED = [zstd_frame(lines, checksum=True) for lines in LINES]
+DAMAGED_ZSTD = [
+    ("sound", b"".join(SUMMED), 150),
+    ("sound, with skippable frames", skippable_frame(b"x" * 9) + SUMMED[0] + skippable_frame(b"") + SUMMED[1], 100),
+    ("cut in the third", b"".join(SUMMED)[:-5], 100),
+    ("cut in the third's header", SUMMED[0] + SUMMED[1] + SUMMED[2][:5], 100),
+    ("cut in the only one", SUMMED[0][:-5], 0),
+    ("checksum of the second", SUMMED[0] + SUMMED[1][:-4] + b"sums" + SUMMED[2], 50),
+    ("a bit of the second", SUMMED[0] + SUMMED[1][:30] + bytes([SUMMED[1][30] ^ 1]) + SUMMED[1][31:] + SUMMED[2], 50),
+    ("a block that cannot be", SUMMED[0] + SUMMED[1][:6] + b"\xff\xff\xff" + SUMMED[1][9:], 50),
+    ("something else behind it", SUMMED[0] + b"garbage that is no zstd", 50),
+    ("zeros behind it", SUMMED[0] + SUMMED[1] + bytes(100), 100),
+    ("a skippable frame that is cut", SUMMED[0] + skippable_frame(b"x" * 100)[:-1], 50),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "kept"), DAMAGED_ZSTD, ids=[name for name, *_ in DAMAGED_ZSTD])
+def test_zstd_frames_before_the_damage_are_kept_and_no_others(name: str, data: bytes, kept: int, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.zst"
-    path.write_bytes(compress(b'{"content": "x"}\n' * 1000, "zst")[:-3])
+    path.write_bytes(data)
     blocks = blocks_of(path)
-    assert text_of(blocks) == b"" and "damaged zstd" in rejections_of(blocks)[0][1]
+    assert text_of(blocks) == b"".join(LINES)[: sum(map(len, LINES[: kept // 50]))]
+    assert ["damaged zstd" in reason for _, reason in rejections_of(blocks)] == ([] if name.startswith("sound") else [True])
+
+
+def test_frames_end_where_other_writers_end_them(tmp_path: Path) -> None:
+    """Arrow's and libzstd's, compressed for real: with a size, one segment or a window, long runs (RLE blocks), many blocks."""
+    runs, noise = b"\0" * (1 << 20), random.Random(0).randbytes(300_000)
+    contents = [b"", b"x", b"x" * 300, b"ab" * 40_000, runs, noise, noise + runs + b"end"]
+    frames = [compress(content, "zst") for content in contents]
+    for content in contents:
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(content)
+        frames.append(sink.getvalue().to_pybytes())
+    with io.BytesIO(b"".join(frames) + b"behind") as file:
+        assert list(frame_ends(file)) == list(accumulate(map(len, frames)))
 
 
 def test_zstd_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
@@ -49,6 +87,7 @@ def test_zstd_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
 
 BOMB = """
 import sys
+from itertools import accumulate
 from pathlib import Path
 from data_helpers import read_file
 texts, rejections = read_file(Path(sys.argv[1]))
