@@ -3,7 +3,8 @@
 python launch/benchmark.py ladder --data shards/ --hidden 64 128 192 256 --held_out 256 --tokens 4e5 8e5 1.6e6 --output ladder.json
 python launch/plan.py --model 800m --gpu h100-80gb --tokens 20e9 --ladder ladder.json
 
-The family has 800m's shape: heads of 64, a layer for each of them, a third as many keys and values, experts a third of the width.
+The family has 800m's shape: a layer for each head, a third as many keys and values, experts a third of the width. Heads are half as
+wide as 800m's, so that the smallest member has two layers.
 A killed ladder goes on where it was, in --folder.
 """
 
@@ -24,13 +25,15 @@ from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
 from model.accounting import training_flops_per_token
 
-HEAD = 64
 LARGE = ("60m", "800m")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     small_runs.add_arguments(parser, folder="runs/ladder")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 192, 256], metavar="N", help="widths: multiples of 64")
+    parser.add_argument(
+        "--hidden", type=int, nargs="+", default=[64, 96, 128, 160], metavar="N", help="multiples of a head's width"
+    )
+    parser.add_argument("--head_dim", type=int, default=32, metavar="N", help="a head's width; there is a layer for each; 800m: 64")
     parser.add_argument("--held_out", type=int, metavar="N", help="one of them, which the law must predict without having seen it")
     parser.add_argument(
         "--tokens", type=float, nargs="+", default=[4e5, 8e5, 1.6e6], metavar="T", help="of a run, with its schedule"
@@ -51,11 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=100, metavar="N", help="bootstrapped laws behind an interval")
 
 
-def family(hidden: int, vocabulary: int, positions: int) -> MoEGPTConfig:
+def family(hidden: int, vocabulary: int, positions: int, head_dim: int) -> MoEGPTConfig:
     """The member of this width. Raises UserError for a width that is no multiple of a head's."""
-    if hidden < HEAD or hidden % HEAD:
-        raise UserError(f"--hidden {hidden} must be a multiple of {HEAD}, the width of a head")
-    heads = hidden // HEAD
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"--head_dim {head_dim} must be even and at least 2: positions turn pairs")
+    if hidden < head_dim or hidden % head_dim:
+        raise UserError(f"--hidden {hidden} must be a multiple of {head_dim}, the width of a head")
+    heads = hidden // head_dim
     keys = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1, heads / 3))
     return MoEGPTConfig.preset(
         "800m",
@@ -64,8 +69,8 @@ def family(hidden: int, vocabulary: int, positions: int) -> MoEGPTConfig:
         num_hidden_layers=heads,
         num_attention_heads=heads,
         num_key_value_heads=keys,
-        head_dim=HEAD,
-        moe_intermediate_size=max(16, round(hidden / 3 / 16) * 16),
+        head_dim=head_dim,
+        moe_intermediate_size=max(8, round(hidden / 3 / 8) * 8),
         intermediate_size=round(hidden * 8 / 3),
         max_position_embeddings=positions,
         rope_parameters=None,
@@ -114,7 +119,7 @@ def plan_runs(arguments: argparse.Namespace) -> dict[tuple[int, float], SmallRun
             name += f"_lr_{rate:.3g}"  # beside the runs of a ladder at one rate
         return SmallRun(
             folder=arguments.folder / f"hidden_{hidden}" / name,
-            config=family(hidden, vocabulary, arguments.sequence_length),
+            config=family(hidden, vocabulary, arguments.sequence_length, arguments.head_dim),
             deepspeed=own,
             data=tuple(arguments.data),
             steps=max(1, round(tokens / batch / arguments.sequence_length)),

@@ -26,7 +26,7 @@ from model.accounting import training_flops_per_token
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     small_runs.add_arguments(parser, folder="runs/learning")
     parser.add_argument("--model", default="tiny", help="what the variants vary: a preset or a config.json")
-    parser.add_argument("--variants", nargs="+", default=["ours", "none", "dense"], metavar="NAME", help="built-in ones")
+    parser.add_argument("--variants", nargs="*", default=["ours", "none", "dense"], metavar="NAME", help="built-in ones")
     parser.add_argument("--variants_file", type=Path, metavar="JSON", help='more: [{"name", "model", "deepspeed", "flags"}]')
     parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 7], metavar="N", help="of weights and data order")
     parser.add_argument("--max_steps", type=int, default=400, metavar="N", help="of the model as it is; others by their FLOPs")

@@ -81,6 +81,8 @@ def chosen_variants(names: list[str], file: Path | None, config: MoEGPTConfig) -
     if unknown:
         raise UserError(f"--variants {unknown[0]}: no such variant; the built-in ones are {', '.join(known)}")
     variants = [known[name] for name in names] + (read_variants(file) if file else [])
+    if not variants:
+        raise UserError(f"there is no variant to train: name some with --variants ({', '.join(known)}) or in --variants_file")
     all_names = [variant.name for variant in variants]
     twice = {name for name in all_names if all_names.count(name) > 1}
     if twice:

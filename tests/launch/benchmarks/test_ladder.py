@@ -61,12 +61,19 @@ def test_too_few_losses_make_no_law() -> None:
 
 
 def test_the_family_has_the_shape_of_800m() -> None:
-    large = ladder.family(1536, 49_152, 2048).to_dict()
+    large = ladder.family(1536, 49_152, 2048, head_dim=64).to_dict()
     differs = {name for name, value in MoEGPTConfig.preset("800m").to_dict().items() if large[name] != value}
     assert differs <= {"rope_parameters", "router_bias_rate"}
-    assert [ladder.family(h, 512, 64).num_key_value_heads for h in (64, 128, 192, 256, 384)] == [1, 1, 1, 1, 2]
-    with pytest.raises(UserError, match="multiple of 64"):
-        ladder.family(100, 512, 64)
+    assert [ladder.family(h, 512, 64, head_dim=64).num_key_value_heads for h in (64, 128, 192, 256, 384)] == [1, 1, 1, 1, 2]
+    with pytest.raises(UserError, match="--hidden 100 must be a multiple of 32"):
+        ladder.family(100, 512, 64, head_dim=32)
+    with pytest.raises(UserError, match="--head_dim 15 must be even"):
+        ladder.family(60, 512, 64, head_dim=15)
+
+
+def test_the_smallest_member_has_two_layers() -> None:
+    smallest = parse("--data", "x")
+    assert ladder.family(min(smallest.hidden), 512, 64, head_dim=smallest.head_dim).num_hidden_layers == 2
 
 
 def parse(*flags: object) -> argparse.Namespace:

@@ -146,7 +146,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, content: str, says: str) -
     file.write_text(content)
     config = MoEGPTConfig.preset("tiny")
     with pytest.raises(UserError, match=says):
-        [variant.config(config) for variant in chosen_variants([], file, config)]
+        [variant.config(config) for variant in chosen_variants(parse("--data", "x", "--variants").variants, file, config)]
 
 
 def test_unknown_names() -> None:
@@ -154,6 +154,8 @@ def test_unknown_names() -> None:
         chosen_variants(["mine"], None, MoEGPTConfig.preset("tiny"))
     with pytest.raises(UserError, match="is not a file"):
         read_variants(Path("nowhere.json"))
+    with pytest.raises(UserError, match="there is no variant to train"):
+        chosen_variants(parse("--data", "x", "--variants").variants, None, MoEGPTConfig.preset("tiny"))
 
 
 def command(small_shards: Path, small_model: Path, folder: Path, *flags: object) -> list[str]:
