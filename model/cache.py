@@ -62,9 +62,3 @@ class GrowingCache(Cache):
         """Of the storage, room to grow included."""
         storages = [layer.storage for layer in self.layers if isinstance(layer, GrowingLayer) and layer.storage is not None]
         return sum(x.numel() * x.element_size() for pair in storages for x in pair)
-
-
-def held_bytes(cache: Cache) -> int:
-    """Of the positions that a cache holds."""
-    tensors = [x for layer in cache.layers if isinstance(layer, DynamicLayer) for x in (layer.keys, layer.values) if x is not None]
-    return sum(x.numel() * x.element_size() for x in tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +67,6 @@ class Job:
         """Parameters of which ZeRO gives this rank the optimizer state: experts are shared out among the ranks that hold the
         same ones only."""
         return self.dense_parameters / self.ranks + self.expert_parameters * self.expert_ranks / self.ranks
-
-    def with_batch(self, micro_batch: int, accumulation: int, **changes: Any) -> Job:
-        return dataclasses.replace(self, micro_batch=micro_batch, accumulation=accumulation, **changes)
 
 
 def micro_batches(share: int, most: int) -> list[int]:

@@ -35,10 +35,6 @@ class Thread:
     intervals: list[Interval] = field(default_factory=list)
     computes: list[bool] = field(default_factory=list)
 
-    def part_at(self, instant: float) -> str:
-        place = bisect.bisect_right(self.intervals, (instant, float("inf"), "")) - 1
-        return self.intervals[place][2] if place >= 0 and instant < self.intervals[place][1] else "other"
-
 
 def seconds_by_part(events: Iterable[Event]) -> dict[str, float]:
     """Seconds of each of `PARTS` over all steps of the trace. Raises ValueError for a trace without a step."""
