@@ -18,7 +18,8 @@ from .attention import Attention
 from .cache import GrowingCache
 from .config import MoEGPTConfig
 from .decode import attend_one, few_experts, takes_few
-from .dispatch import invert, product, swiglu
+from .dispatch import invert, swiglu
+from .grouped import product
 from .head import LMHead
 from .layers import ResidualLinear, ResidualNorm, RMSNorm
 from .mask import AttentionMask, causal_mask

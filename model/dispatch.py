@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .grouped import outer, product
 from .operators import ops, usable
 from .rebuild import rebuildable
 
@@ -218,35 +219,6 @@ def joined(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
     experts, columns = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
     pays = weights[0].device.type != "cpu" and len(weights) > 1 and experts * columns < rows
     return [torch.cat(tuple(weights), dim=1)] if pays else list(weights)
-
-
-def _fits_grouped_mm(x_RA: Tensor, columns: int) -> bool:
-    """What `grouped_mm` takes: no float64, at least one row, both widths aligned to 16 bytes."""
-    aligned = all(size * x_RA.element_size() % 16 == 0 for size in (x_RA.shape[1], columns))
-    return aligned and x_RA.shape[0] > 0 and x_RA.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
-def product(x_RA: Tensor, weight_EAB: Tensor, ends_E: Tensor) -> Tensor:
-    """`[R, B]`, row by row the product with the matrix of the row's expert; the host is not asked how long the runs are."""
-    if weight_EAB.shape[0] == 1:
-        return x_RA @ weight_EAB[0]
-    if _fits_grouped_mm(x_RA, weight_EAB.shape[2]):
-        return F.grouped_mm(x_RA, weight_EAB, offs=ends_E)
-    # The two are bit-equal on a CPU.
-    ends = ends_E.tolist()
-    starts = [0, *ends[:-1]]
-    return torch.cat([x_RA[a:b] @ weight for a, b, weight in zip(starts, ends, weight_EAB.unbind(), strict=True)])
-
-
-def outer(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor) -> Tensor:
-    """`[E, B, A]`, the weights' gradient: of each expert `dout^T x` over its run of rows."""
-    if ends_E.numel() == 1:
-        return (dout_RB.mT @ x_RA).unsqueeze(0)
-    if _fits_grouped_mm(x_RA, dout_RB.shape[1]):
-        return F.grouped_mm(dout_RB.mT, x_RA, offs=ends_E)
-    ends = ends_E.tolist()
-    starts = [0, *ends[:-1]]
-    return torch.stack([dout_RB[a:b].mT @ x_RA[a:b] for a, b in zip(starts, ends, strict=True)])
 
 
 def combine(

@@ -1,0 +1,57 @@
+"""Half precision's products of an expert's rows on a CPU: the right ones, at lengths that come again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.grouped import outer, product, recurring
+
+
+class Products(TorchDispatchMode):
+    """The rows of each matrix product, which are the first dimension in `product` and the second in `outer`."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dimension, self.rows = dimension, list[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.startswith("mm."):
+            self.rows.append(args[0].shape[self.dimension])
+        return func(*args, **(kwargs or {}))
+
+
+def test_lengths_that_recur() -> None:
+    assert all(rows <= recurring(rows) <= max(rows + 7, rows * 17 / 16) for rows in range(10_000))
+    assert len({recurring(rows) for rows in range(4096)}) < 100
+
+
+@pytest.mark.parametrize("counts", [[300, 0, 141, 71], [0, 0, 3, 5], [0, 131, 0, 0], [0, 0, 0, 0], [517]])
+def test_products_at_recurring_lengths(counts: list[int]) -> None:
+    """Also of runs that end where no rows are left to fill up with, and of the gradient of experts without rows."""
+    x, dout = torch.randn(sum(counts), 24).bfloat16(), torch.randn(sum(counts), 16).bfloat16()
+    weight = torch.randn(len(counts), 24, 16).bfloat16()
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    with Products(0) as forward:
+        out = product(x, weight, ends)
+    with Products(1) as backward:
+        gradient = outer(dout, x, ends)
+    assert sum(forward.rows) >= sum(counts) and all(rows == recurring(rows) for rows in forward.rows + backward.rows)
+    expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    torch.testing.assert_close(out.double(), torch.einsum("ra,rab->rb", x.double(), weight.double()[expert]), rtol=1e-2, atol=1e-2)
+    for number, found in enumerate(gradient):
+        mine = expert == number
+        torch.testing.assert_close(found.double(), dout[mine].double().T @ x[mine].double(), rtol=1e-2, atol=1e-2)
+
+
+def test_rows_are_no_other_experts() -> None:
+    """What is not finite stays with its expert, though products reach over its rows."""
+    x, weight = torch.randn(60, 16).bfloat16(), torch.randn(3, 16, 8).bfloat16()
+    x[20:41] = torch.nan
+    ends = torch.tensor([20, 41, 60], dtype=torch.int32)
+    out, gradient = product(x, weight, ends), outer(torch.randn(60, 8).bfloat16(), x, ends)
+    assert out.isnan().all(dim=1).nonzero().flatten().tolist() == list(range(20, 41)) and not out[41:].isnan().any()
+    assert [bool(of_expert.isnan().any()) for of_expert in gradient] == [False, True, False]
