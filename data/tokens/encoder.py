@@ -30,7 +30,7 @@ _DIGIT = re.compile("[0-9]")
 _BOUNDARY = 0xFF  # never a byte of UTF-8
 _UNKNOWN_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-#: Blocks that have long been settled, where both libraries were compared code point by code point (tests/data/tokens/test_encoder.py).
+#: Blocks that have long been settled, where both libraries were compared code point by code point (its test does it).
 SAFE_RANGES = (
     (0x00, 0x24F),
     (0x370, 0x3FF),

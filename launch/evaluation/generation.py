@@ -18,11 +18,11 @@ from data.cli import Progress, UserError
 from launch.evaluation.problems import Problem, cut_at_stops
 from launch.evaluation.samples import SampleFile
 from launch.generation.decode import fast
-from launch.generation.sampler import SEEDS, TEMPERATURES, may_be_seed, may_be_temperature
+from launch.generation.prompts import FIM, Prompt, prompt_ids
+from launch.generation.sampler import SEEDS, TEMPERATURES, end_ids, left_padded, may_be_seed, may_be_temperature
 
 #: Tokens at the end in which a new stop string is looked for; the longest has eight characters, which are at most eight tokens.
 TAIL_TOKENS = 16
-FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +71,12 @@ class AtStops(StoppingCriteria):
         return torch.tensor(found, device=input_ids.device)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> list[int]:
-    """Infilling: prefix, suffix, middle (PSM), its parts encoded one by one as `data/tokens/fim.py` does."""
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    if not problem.infill:
-        return encode(problem.prompt)
-    prefix, suffix, middle = (tokenizer.get_vocab()[token] for token in FIM_TOKENS)
-    return [prefix, *encode(problem.prompt), suffix, *encode(problem.suffix), middle]
+def prompt_of(problem: Problem) -> Prompt:
+    return Prompt(text=problem.prompt, suffix=problem.suffix if problem.infill else None)
 
 
 def check_infilling(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> None:
-    lacking = [token for token in FIM_TOKENS if token not in tokenizer.get_vocab()]
+    lacking = [token for token in FIM if token not in tokenizer.get_vocab()]
     if lacking and any(problem.infill for problem in problems):
         raise UserError(f"--infilling needs a model that was trained to fill in; its tokenizer has no {lacking[0]}")
 
@@ -94,24 +86,24 @@ def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sampling: Sampling
 ) -> list[str]:
     """One completion of each problem's prompt, up to the first stop string. A prompt that fills the context gets an empty one."""
-    prompts = [prompt_ids(tokenizer, problem) for problem in problems]
+    prompts = [prompt_ids(prompt_of(problem), tokenizer) for problem in problems]
     width = max(len(prompt) for prompt in prompts)
     room = min(sampling.max_new_tokens, model.config.max_position_embeddings - width)
     if room < 1:
         if len(problems) == 1:
             return [""]
         return [text for problem in problems for text in complete(model, tokenizer, [problem], sampling)]
-    end = model.config.eos_token_id
-    ids_BS = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask_BS = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    ends = end_ids(model)
+    pad = ends[0] if ends else 0
+    ids_BS, mask_BS = left_padded(prompts, width, pad)
     stops = [problem.stops for problem in problems]
     generate: Any = model.generate  # typed as if it were a tensor
     out = generate(
-        ids_BS,
-        attention_mask=mask_BS,
+        ids_BS.to(model.device),
+        attention_mask=mask_BS.to(model.device),
         max_new_tokens=room,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
         stopping_criteria=StoppingCriteriaList([AtStops(tokenizer, stops, width)]),
         **fast(model),
         **sampling.options(),

@@ -62,7 +62,7 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     if prompt.suffix is None:
         ids = encode(prompt.text)
         if not ids:
-            raise UserError("--prompt has no token that the tokenizer knows")
+            raise UserError("the text to continue has no token that the tokenizer knows")
         return ids
     before, after, middle = (int(tokenizer.get_vocab()[token]) for token in FIM)
     # Each part by itself, as the documents were encoded that the model was trained on.

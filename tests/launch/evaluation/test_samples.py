@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from data.cli import UserError
-from launch.evaluation.generation import Sampling, check_infilling, complete, generate_samples, prompt_ids
+from launch.evaluation.generation import Sampling, check_infilling, complete, generate_samples, prompt_of
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile, read_samples
+from launch.generation.prompts import prompt_ids
 
 GREEDY = Sampling(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=24, batch_size=4, seed=0)
 
@@ -32,7 +33,7 @@ def problems(problem_files: dict[str, Path]) -> list[Problem]:
 
 def test_left_padded_batches_equal_single_prompts(loaded: tuple, problems: list[Problem]) -> None:
     model, tokenizer = loaded
-    assert len({len(prompt_ids(tokenizer, problem)) for problem in problems}) == len(problems)  # so there is padding
+    assert len({len(prompt_ids(prompt_of(problem), tokenizer)) for problem in problems}) == len(problems)  # so there is padding
     together = complete(model, tokenizer, problems, GREEDY)
     assert together == [complete(model, tokenizer, [problem], GREEDY)[0] for problem in problems]
     assert all(together) and len(set(together)) > 1
@@ -46,6 +47,19 @@ def test_completions_end_before_their_stop_string(loaded: tuple, problems: list[
     found = complete(model, tokenizer, stopped, GREEDY)
     assert found == [text[: text.index(stop)] + "!" for text, stop in zip(whole, stops, strict=True)]
     assert all(len(short) < len(text) for short, text in zip(found, whole, strict=True))
+
+
+def test_a_model_may_have_several_end_tokens_or_none(
+    loaded: tuple, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GLM-4.5's own configuration names three."""
+    model, tokenizer = loaded
+    end = model.config.eos_token_id
+    expected = complete(model, tokenizer, problems, GREEDY)
+    monkeypatch.setattr(model.config, "eos_token_id", [end, end])
+    assert complete(model, tokenizer, problems, GREEDY) == expected
+    monkeypatch.setattr(model.config, "eos_token_id", None)
+    assert all(complete(model, tokenizer, problems, GREEDY))
 
 
 def test_prompts_that_fill_the_context(loaded: tuple, problems: list[Problem]) -> None:
@@ -110,7 +124,7 @@ def test_infilling_needs_its_tokens(loaded: tuple, problem_files: dict[str, Path
     check_infilling(knows, problems)
     prefix, middle, suffix = knows.convert_tokens_to_ids(names)
     parts = [knows(text, add_special_tokens=False).input_ids for text in (problems[1].prompt, problems[1].suffix)]
-    assert prompt_ids(knows, problems[1]) == [prefix, *parts[0], suffix, *parts[1], middle]
+    assert prompt_ids(prompt_of(problems[1]), knows) == [prefix, *parts[0], suffix, *parts[1], middle]
     plain = json.loads(tokenizer.backend_tokenizer.to_str())
     plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<fim")]
     if any(name in plain["model"]["vocab"] for name in names):
