@@ -3,10 +3,11 @@
 import copy
 import json
 import sys
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from transformers import PreTrainedConfig
+
+from .sizes import ALIASES, PRESETS_FOLDER
 
 ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
 # transformers' names of kernels: `flash` picks the best one present by itself.
@@ -38,15 +39,7 @@ class MoEGPTConfig(PreTrainedConfig):
 
     model_type = "moe_gpt"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - a list: Trainer.evaluate adds another to it
-    # Names of the project's first description, and Glm4Moe's own name for `qk_norm`.
-    attribute_map = {  # noqa: RUF012 - transformers reads it as a plain class attribute
-        "hidden_dim": "hidden_size",
-        "num_attn_heads": "num_attention_heads",
-        "num_experts": "n_routed_experts",
-        "num_local_experts": "n_routed_experts",
-        "context_length": "max_position_embeddings",
-        "use_qk_norm": "qk_norm",
-    }
+    attribute_map = dict(ALIASES)  # noqa: RUF012 - transformers reads it as a plain class attribute
 
     vocab_size: int = 49_152
     hidden_size: int = 1536
@@ -191,7 +184,7 @@ class MoEGPTConfig(PreTrainedConfig):
         unknown = [key for key in overrides if not hasattr(cls, key) and key not in known]
         if unknown:
             raise ValueError(f"unknown model configuration field {unknown[0]!r}")
-        fields = json.loads((Path(__file__).parent / "presets" / f"{name}.json").read_text(encoding="utf-8"))
+        fields = json.loads((PRESETS_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
         overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
         return cls(**{**fields, **overrides})
 

@@ -15,7 +15,7 @@ from typing import Any
 
 PRESETS_FOLDER = Path(__file__).resolve().parent / "presets"
 USUAL_CONTEXT = 2048
-#: The names of the project's first description, and of other MoE configurations; `MoEGPTConfig.attribute_map`.
+#: Names that are taken for ours: of the project's first description, of other MoE configurations, Glm4Moe's own for `qk_norm`.
 ALIASES = {
     "hidden_dim": "hidden_size",
     "num_attn_heads": "num_attention_heads",
