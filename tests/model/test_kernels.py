@@ -68,3 +68,13 @@ def test_kernels_are_for_gpus_and_not_for_float64() -> None:
     assert not operators.usable(torch.zeros(1))
     double = torch.empty(1, dtype=torch.float64, device="meta")
     assert not operators.usable(double)
+
+
+@pytest.mark.parametrize(("value", "here"), [(None, True), ("1", True), ("0", False)])
+def test_the_environment_turns_them_off(value: str | None, here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the README tells whoever has odd losses on a GPU alone. Past the cache, which another process begins without."""
+    monkeypatch.setattr(operators, "find_spec", lambda name: name)
+    monkeypatch.delenv("MOE_KERNELS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MOE_KERNELS", value)
+    assert operators.has_triton.__wrapped__() is here
