@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from data.cli import UserError
+from launch.ranks import join
 from launch.ranks.join import device_index, set_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -42,3 +45,22 @@ def test_the_gpu_of_a_rank(local: int, visible: int, device: int) -> None:
 def test_more_ranks_than_gpus_are_refused() -> None:
     with pytest.raises(UserError, match="local rank 4 has no GPU of its own: 4 are visible"):
         device_index(4, 4)
+
+
+def test_a_port_that_is_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is torch's own, made as its process group makes it: what it raises is what is recognised."""
+    import deepspeed
+    from torch.distributed import TCPStore
+
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: TCPStore("127.0.0.1", port, 2, is_master=True))
+        monkeypatch.setattr(join, "compile_nothing", lambda: None)
+        monkeypatch.setattr(join, "wait_for_builds", lambda _: None)
+        monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # so that it is put back
+        with pytest.raises(UserError, match=f"port {port} is in use, by another run on this host perhaps"):
+            join.start(10)
