@@ -74,6 +74,7 @@ class MoEGPTConfig(PreTrainedConfig):
     # Of untied input embeddings. At 0.02 early gradients spike, because the first norm divides by it (arXiv 2312.16903);
     # CONTRIBUTING.md's log compares 0.02, 0.2 and 1.0.
     embedding_initializer_range: float = 0.2
+    router_initializer_range: float = 0.01
     tie_word_embeddings: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -211,7 +212,13 @@ def _is_number(value: Any, least: float = 0.0) -> bool:
 
 #: Above any model's; a damaged or hostile configuration would be built for minutes before its weights are seen to be missing.
 MOST_LAYERS = 10_000
-_FINITE_FIELDS = ("rms_norm_eps", "routed_scaling_factor", "initializer_range", "embedding_initializer_range")
+_FINITE_FIELDS = (
+    "rms_norm_eps",
+    "routed_scaling_factor",
+    "initializer_range",
+    "embedding_initializer_range",
+    "router_initializer_range",
+)
 _POSITIVE_FIELDS = (
     "vocab_size",
     "hidden_size",

@@ -31,7 +31,6 @@ from .rope import RotaryTable
 from .router import Gate
 
 logger = logging.get_logger(__name__)
-ROUTER_STD = 0.01
 
 
 class Block(GradientCheckpointingLayer):
@@ -112,7 +111,7 @@ class MoEGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, Gate):
-            init.normal_(module.weight, std=ROUTER_STD)
+            init.normal_(module.weight, std=self.config.router_initializer_range)
             for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)
         elif isinstance(module, Experts):

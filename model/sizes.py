@@ -26,11 +26,12 @@ ALIASES = {
 }
 #: Every other field of `MoEGPTConfig`, and what transformers writes beside them.
 _OTHER = """
-    hidden_act rms_norm_eps rope_parameters n_group topk_group scoring_func norm_topk_prob routed_scaling_factor router_balance
-    router_bias_rate router_bias_decay router_bias_average router_aux_loss_coef expert_dropout z_loss_weight initializer_range
-    embedding_initializer_range use_cache bos_token_id eos_token_id pad_token_id transformers_version architectures
-    output_hidden_states output_attentions return_dict dtype torch_dtype chunk_size_feed_forward is_encoder_decoder id2label
-    label2id num_labels problem_type model_type auto_map attn_implementation
+    hidden_act rms_norm_eps rope_parameters n_group topk_group scoring_func norm_topk_prob routed_scaling_factor
+    router_balance router_bias_rate router_bias_decay router_bias_average router_aux_loss_coef expert_dropout z_loss_weight
+    initializer_range embedding_initializer_range router_initializer_range use_cache bos_token_id eos_token_id pad_token_id
+    transformers_version architectures output_hidden_states output_attentions return_dict dtype torch_dtype
+    chunk_size_feed_forward is_encoder_decoder id2label label2id num_labels problem_type model_type auto_map
+    attn_implementation
 """
 OTHER_FIELDS = frozenset(_OTHER.split())
 _ROPE = "rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow attention_factor"

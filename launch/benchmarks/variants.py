@@ -55,7 +55,7 @@ def merged(base: Fields, changes: Fields) -> Fields:
 def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
     """By name. `config` is the model's: its dense twin has as many experts as a token of it chooses, and no others."""
     chosen = {"n_routed_experts": config.num_experts_per_tok, "n_group": 1, "topk_group": 1, "router_balance": "none"}
-    stock = {"attention_sinks": False, "qk_norm": False, "embedding_initializer_range": 0.02}
+    stock = {"attention_sinks": False, "qk_norm": False, "embedding_initializer_range": 0.02, "router_initializer_range": 0.02}
     muon = {"muon_lr": 0.02, "momentum": 0.95, "fused": None}  # embeddings, head and vectors keep AdamW at the JSON's rate
     variants = (
         Variant(name="ours"),

@@ -194,7 +194,7 @@ def test_initial_weights() -> None:
         if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
             expected = residual
         elif name.endswith("gate.weight"):
-            expected = 0.01
+            expected = c.router_initializer_range
         elif "embed_tokens" in name:
             expected = 0.2
         if "sinks" in name:  # four numbers have no standard deviation to speak of
@@ -206,6 +206,8 @@ def test_initial_weights() -> None:
         assert not buffer.any(), name
     ids = torch.randint(0, 4096, (2, 100))
     assert float(model(ids, labels=ids).loss) == pytest.approx(8.318, abs=0.15)  # ln 4096
+    wide = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", router_initializer_range=0.0625))
+    assert float(wide.model.layers[0].mlp.gate.weight.std()) == pytest.approx(0.0625, rel=0.06)
     tied = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", tie_word_embeddings=True))
     assert float(tied.lm_head.weight.std()) == pytest.approx(0.02, rel=0.06)
     assert float(tied(ids, labels=ids).loss) == pytest.approx(8.318, abs=0.5)

@@ -203,9 +203,8 @@ def test_a_cache_goes_on_where_it_stopped() -> None:
     model, inputs = made(), prompt()
     whole = continued(model, inputs)
     first = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
-    again = model.generate(
-        first.sequences, past_key_values=first.past_key_values, max_new_tokens=7, do_sample=False, pad_token_id=0
-    )
+    seen = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}  # a 0 that it wrote is no padding
+    again = model.generate(**seen, past_key_values=first.past_key_values, max_new_tokens=7, do_sample=False, pad_token_id=0)
     assert torch.equal(again, whole)
 
 
@@ -353,7 +352,10 @@ def test_resizing_the_vocabulary(tied: bool, tokens: int, tmp_path: Path) -> Non
     torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path)
     read = MoEGPTForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(read(ids).logits, outputs.logits)
+    for name, weight in read.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    # Where a weight lies in memory decides how some BLAS libraries round.
+    torch.testing.assert_close(read(ids).logits, outputs.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_another_output_embedding() -> None:
