@@ -169,7 +169,11 @@ def climb(
     """What `Ladder.read` reads: the law through all widths but the held-out one, its bootstrap, how far it is off on that one."""
     seen = [point for (hidden, _), point in points.items() if hidden != held_out]
     unseen = [point for (hidden, _), point in points.items() if hidden == held_out]
-    law = fit(seen)
+    try:
+        law = fit(seen)
+    except ValueError as error:
+        measured = ", ".join(f"{hidden} at {tokens:.3g}: {bits:.3f}" for (hidden, tokens), (_, _, bits) in points.items())
+        raise UserError(f"{error}; bits per byte by width and tokens: {measured}") from error
     errors = [law.bits(active, tokens) / bits - 1 for active, tokens, bits in unseen]
     return {
         "law": law.to_json(),

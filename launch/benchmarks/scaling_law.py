@@ -7,6 +7,7 @@ Shapes: S candidates, P points, 5 unknowns.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launch.planning.ladder import Law
+from launch.planning.ladder import LARGEST_LOGARITHM, Law
 
 HUBER = 1e-3
 #: Of (a, b, e, alpha, beta); the paper's grid, thinned.
 STARTS = tuple(itertools.product((2.0, 8.0, 14.0), (2.0, 8.0, 14.0), (-1.0, 0.0, 1.0), (0.3, 0.8), (0.3, 0.8)))
 TRIED, KEPT = 12, 4  # starts that are followed for a while, and to the end
+TRIES = 10
 
 
 Point = tuple[float, float, float]  # active parameters, tokens, loss (or bits per byte)
@@ -35,20 +37,27 @@ def fit(points: Sequence[Point]) -> Law:
     found = _minimize(starts, sizes, tokens, losses, steps=60)
     best = found[_errors(found, sizes, tokens, losses).argsort()[:KEPT]]
     best = _minimize(best, sizes, tokens, losses, steps=400)
-    return _law(best[_errors(best, sizes, tokens, losses).argmin()])
+    law = _law(best[_errors(best, sizes, tokens, losses).argmin()])
+    if law is None:
+        raise ValueError("no law of this form fits these losses: its factors leave what a float holds")
+    return law
 
 
 def bootstrap(points: Sequence[Point], law: Law, *, draws: int, seed: int = 0) -> list[Law]:
-    """Laws of as many points drawn with replacement, each begun at `law`. Draws that cannot be fitted are drawn again."""
+    """Laws of as many points drawn with replacement, each begun at `law`. Draws that cannot be fitted are drawn again, up to
+    `TRIES` times as many: fewer laws than `draws` may come out."""
     generator = np.random.default_rng(seed)
     start = torch.tensor([[np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta]], dtype=torch.float64)
     laws: list[Law] = []
-    while len(laws) < draws:
+    for _ in range(TRIES * draws):
+        if len(laws) == draws:
+            break
         drawn = [points[i] for i in generator.integers(len(points), size=len(points))]
         if len({n for n, _, _ in drawn}) < 2 or len({d for _, d, _ in drawn}) < 2:
             continue
         columns = (torch.tensor(column, dtype=torch.float64).log() for column in zip(*drawn, strict=True))
-        laws.append(_law(_minimize(start, *columns, steps=100)[0]))
+        if found := _law(_minimize(start, *columns, steps=100)[0]):
+            laws.append(found)
     return laws
 
 
@@ -87,6 +96,9 @@ def _minimize(starts_S5: Tensor, sizes_P: Tensor, tokens_P: Tensor, losses_P: Te
     return torch.stack(out)
 
 
-def _law(theta: Tensor) -> Law:
+def _law(theta: Tensor) -> Law | None:
+    """None where a factor is more than a float holds."""
     a, b, e, alpha, beta = theta.tolist()
-    return Law(A=float(np.exp(a)), B=float(np.exp(b)), E=float(np.exp(e)), alpha=alpha, beta=beta)
+    if max(a, b, e) > LARGEST_LOGARITHM:
+        return None
+    return Law(A=math.exp(a), B=math.exp(b), E=math.exp(e), alpha=alpha, beta=beta)

@@ -9,6 +9,7 @@ small runs preferred, with DeepSeek LLM's exponents (arXiv 2401.02954, section 3
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from model.accounting import Config
 
 RATE_EXPONENT, BATCH_EXPONENT = -0.1250, 0.3271
-#: A law that is further off than this on the size it did not see, or whose floor E is lower, predicts nothing.
-HELD_OUT_ERROR, FLOOR = 0.02, 1e-3
+#: A law that is further off than this on the size it did not see, whose floor E is lower, or one of whose exponents is larger
+#: (published ones lie between 0.05 and 0.7) predicts nothing.
+HELD_OUT_ERROR, FLOOR, EXPONENT = 0.02, 1e-3, 1.0
+LARGEST_LOGARITHM = 700.0  # of what a float holds
 SHARE = 0.9  # of the bootstrapped laws lies within an interval
 
 
@@ -37,7 +40,7 @@ class Law:
     beta: float
 
     def bits(self, active: float, tokens: float) -> float:
-        return float(self.E + self.A / active**self.alpha + self.B / tokens**self.beta)
+        return self.E + _power(self.A, active, self.alpha) + _power(self.B, tokens, self.beta)
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
@@ -73,6 +76,9 @@ class Ladder:
             found.append(f"the law is {self.held_out_error:.1%} off on the size that it did not see, over {HELD_OUT_ERROR:.0%}")
         if self.law.E < FLOOR:
             found.append(f"the law has no floor (E is {self.law.E:.2g}): its runs do not reach where one would show")
+        for what, exponent in (("parameters", self.law.alpha), ("tokens", self.law.beta)):
+            if not 0 < exponent <= EXPONENT:
+                found.append(f"the law's exponent of the {what} is {exponent:.3g}: its runs do not tell what more of them do")
         return found
 
     def expectation(self, active: float, tokens: float, flops: float) -> dict[str, Any]:
@@ -98,6 +104,11 @@ class Ladder:
             found["learning_rate"] = self.preferred["learning_rate"] * scale**RATE_EXPONENT
             found["batch_tokens"] = self.preferred["batch_tokens"] * scale**BATCH_EXPONENT
         return found
+
+
+def _power(factor: float, count: float, exponent: float) -> float:
+    """`factor / count^exponent`, with a fitted law's odd numbers too: 1e177 / 1e6^34."""
+    return math.exp(min(math.log(factor) - exponent * math.log(count), LARGEST_LOGARITHM)) if factor > 0 else 0.0
 
 
 def active_parameters(config: Config) -> int:

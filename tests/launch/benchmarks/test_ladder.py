@@ -55,6 +55,20 @@ def test_a_law_that_predicts_nothing_says_so(error: float | None, floor: float, 
     assert sum(line.startswith("not to be believed") for line in said) == doubts == len(said) - 1
 
 
+def test_sizes_that_do_not_matter_make_no_prediction() -> None:
+    """Measured: at 0.8 M tokens wider models are behind. The exponent of the size is then beyond sense, not beyond a float."""
+    rows = {185e3: (2.308, 2.033, 1.850), 356e3: (2.367, 2.011, 1.815), 616e3: (2.390, 2.021, 1.811)}
+    seen = [(n, d, loss) for n, row in rows.items() for d, loss in zip((8e5, 1.6e6, 3.2e6), row, strict=True)]
+    law = fit(seen)
+    laws = bootstrap(seen, law, draws=20)
+    assert laws and all(np.isfinite(list(one.to_json().values())).all() for one in (law, *laws))
+    largest = {"active": 1e6, "tokens": 3.2e6}
+    found = Ladder(law=law, bootstrap=laws, largest=largest, held_out_error=0.01, preferred=None).expectation(4e8, 2e10, 1.0)
+    assert np.isfinite([found["low"], found["high"]]).all()
+    assert any("exponent of the parameters" in doubt for doubt in found["doubts"])
+    assert replace(CHINCHILLA, A=1e300, alpha=-400.0).bits(1e9, 1e9) > 1e300
+
+
 def test_too_few_losses_make_no_law() -> None:
     with pytest.raises(ValueError, match="five losses"):
         fit([(1e6, 1e7, 3.0), (2e6, 1e7, 2.9)])
