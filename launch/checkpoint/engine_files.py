@@ -25,7 +25,7 @@ from torch import Tensor
 from data.cli import UserError, sentence
 from launch.checkpoint.finite import check_finite, tensors_in
 from launch.checkpoint.manifest import FileRecord, HashingFile, read_verified
-from launch.checkpoint.unpickle import load_file
+from launch.checkpoint.unpickle import load_file, save_stages_by_value
 
 
 class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
@@ -37,6 +37,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
 
     def __init__(self, folder: Path, *, name: str, later: bool = False, records: Mapping[str, FileRecord] | None = None) -> None:
         super().__init__()
+        save_stages_by_value()
         self.name, self.folder = name, folder
         self.files: dict[str, FileRecord] = {}
         self.error: OSError | None = None

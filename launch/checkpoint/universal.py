@@ -25,7 +25,7 @@ from launch.checkpoint.finite import check_finite
 from launch.checkpoint.manifest import FileRecord, find_manifest, first_damage, read_manifest, record_all, write_manifest
 from launch.checkpoint.publish import publish, working_name
 from launch.checkpoint.state import STATE, read_state
-from launch.checkpoint.unpickle import load_file
+from launch.checkpoint.unpickle import load_file, save_stages_by_value
 from launch.checkpoint.weights import EXPERT_WEIGHT, module_weights, numbered
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -156,6 +156,7 @@ def _complete(temporary: Path, lr: float) -> None:
         torch.save(step, parameter / "step.pt")
     groups = [{"lr": lr}] * GROUPS  # everything else in a group is this run's own: see `load`
     stage3 = {"state": {0: {"step": step}}, "param_groups": groups}
+    save_stages_by_value()
     torch.save({"ds_version": deepspeed.__version__, "param_groups": groups, "optimizer_state_dict": stage3}, common)
 
 

@@ -7,6 +7,7 @@ ever unpickled: not by us, and not by DeepSpeed, whose own code asks for the unr
 
 from __future__ import annotations
 
+import copyreg
 import io
 import os
 from collections.abc import Iterator
@@ -31,6 +32,14 @@ def allowed_classes() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def save_stages_by_value() -> None:
+    """From here on this process pickles ZeRO's stage as its class and its number. Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2)
+    pickle an enum's member as a call of `getattr`, which is refused when the file is read."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda member: (ZeroStageEnum, (member.value,)))
 
 
 def load_file(path: Path | str, *, mmap: bool = True, content: bytes | None = None) -> Any:

@@ -1,6 +1,8 @@
 """Nothing is run out of a file: not of ours, not by DeepSpeed's own loads, not in the converter's process."""
 
+import copyreg
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from support import ROOT
 
 from launch.checkpoint import universal
 from launch.checkpoint.converter import run_converter
-from launch.checkpoint.unpickle import FORCE, FORCE_NOT, load_file, no_code_from_files
+from launch.checkpoint.unpickle import FORCE, FORCE_NOT, load_file, no_code_from_files, save_stages_by_value
 
 #: A real checkpoint of two ranks, ZeRO-2, EP 2.
 REAL = ROOT / "tests" / "fixtures" / "before_the_move" / "run" / "checkpoints" / "step_6"
@@ -84,3 +86,17 @@ def test_what_is_no_such_file_is_a_sentence(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.pt cannot be read"):
         load_file(path)
+
+
+def test_a_stage_is_saved_so_that_it_is_read_by_every_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.0 to 3.11.3 pickle an enum's member as a call of getattr."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    monkeypatch.delitem(copyreg.dispatch_table, ZeroStageEnum, raising=False)
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda self, _protocol: (getattr, (type(self), self._name_)))
+    content = {"zero_stage": ZeroStageEnum.gradients}
+    assert b"getattr" in pickle.dumps(content)
+    save_stages_by_value()
+    torch.save(content, tmp_path / "a.pt")
+    assert load_file(tmp_path / "a.pt") == content
+    copyreg.dispatch_table.pop(ZeroStageEnum)

@@ -15,6 +15,7 @@ from stub_engine import replace_file
 
 from data.cli import NotFound, UserError
 from launch.checkpoint import manifest
+from launch.checkpoint.unpickle import save_stages_by_value
 from launch.exporting.card import model_card
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import find_checkpoint, model_config, verify, weights
@@ -33,6 +34,7 @@ def change(checkpoint: Path, name: str, how: Callable[[Any], Any]) -> None:
     """With right sums: whoever can change a file can change the manifest."""
     content = torch.load(checkpoint / name, map_location="cpu", weights_only=False)
     changed = how(content)
+    save_stages_by_value()
     replace_file(checkpoint, name, content if changed is None else changed)
     verify(checkpoint)
 
