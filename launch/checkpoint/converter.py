@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.cli import UserError
-from launch.checkpoint.unpickle import no_code_from_files
+from launch.checkpoint.unpickle import no_code_from_files, save_stages_by_value
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: The launcher's: the child is no rank of the run.
@@ -55,6 +55,7 @@ def main(source: str, target: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.set_start_method("fork")
     sys.argv = ["ds_to_universal", "--input_folder", source, "--output_folder", target]
+    save_stages_by_value()
     with no_code_from_files():
         ds_to_universal.main(ds_to_universal.parse_arguments())
 
