@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from data.cli import UserError, say
 from data.files import replace_file
+from launch.benchmarks.leash import run_leashed
 from launch.planning.ladder import active_parameters
 from launch.ranks.join import free_port
 from launch.reporting.read import Run, read_run
@@ -71,6 +71,10 @@ class SmallRun:
             launcher = [sys.executable]
         else:
             launcher = ["deepspeed", "--quiet", "--num_gpus", str(self.ranks), "--master_port", str(free_port())]
+        return [*launcher, str(ROOT / "launch" / "train.py"), *self.arguments(stop_after)]
+
+    def arguments(self, stop_after: int) -> list[str]:
+        """Of `launch/train.py`."""
         flags: dict[str, object] = {
             "output": self.folder / "run",
             "model": self.folder / "model.json",
@@ -88,7 +92,7 @@ class SmallRun:
             "wandb": "disabled",
         }
         given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        return [*launcher, str(ROOT / "launch" / "train.py"), "--data", *self.data, *given, *self.flags]
+        return ["--data", *self.data, *given, *self.flags]
 
     def is_done(self, step: int) -> bool:
         metrics = self.folder / "run" / "metrics.jsonl"
@@ -102,8 +106,7 @@ class SmallRun:
         for name, values in (("model", self.config.to_dict()), ("deepspeed", self.deepspeed)):
             replace_file(self.folder / f"{name}.json", json.dumps(values, indent=2).encode())
         say(f"{self.folder.parent.name} {self.folder.name}: to step {stop_after} of {self.steps}")
-        with (self.folder / "log.txt").open("ab") as log:
-            code = subprocess.run(self.command(stop_after), cwd=Path.cwd(), stdout=log, stderr=log, check=False).returncode
+        code = run_leashed(self.command(stop_after), self.folder / "log.txt")
         if code:
             words = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise UserError(f"{self.folder}: the training ended with exit code {code}: {words[-1] if words else 'without a word'}")
