@@ -89,14 +89,14 @@ def _ours(path: str, flags: int) -> int:
     return handle
 
 
-def take_folder(folder: Path, who: str) -> FolderLock:
-    """Hold a folder against a second `who` ("job", "run"). Raises UserError that names the process which holds it."""
+def take_folder(folder: Path, who: str, *, flag: str = "--output") -> FolderLock:
+    """Hold the folder of `flag` against a second `who` ("job", "run"). Raises UserError that names the process which holds it."""
     lock = FolderLock(folder)
     try:
         if not lock.take():
             say(f"warning: {folder} lies on a file system without locks: nothing keeps a second {who} out of it")
     except LockHeld as held:
-        raise UserError(f"{folder} is in use by another {who} ({held.holder}); end it or name another --output") from None
+        raise UserError(f"{folder} is in use by another {who} ({held.holder}); end it or name another {flag}") from None
     return lock
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from data.cli import UserError
 from data.dataset import PackedDataset
 from launch.benchmarks import small_runs
+from launch.benchmarks.same_run import claimed
 from launch.benchmarks.scaling_law import Point, bootstrap, fit
 from launch.benchmarks.small_runs import SmallRun
 from launch.benchmarks.variants import merged
@@ -82,8 +83,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check(arguments)
     rungs = plan_runs(arguments)
     tuning = plan_tuning(arguments, rungs[min(arguments.hidden), min(arguments.tokens)])
-    for one in (*rungs.values(), *tuning):
-        one.train(one.steps)
+    with claimed((*rungs.values(), *tuning)):
+        for one in (*rungs.values(), *tuning):
+            one.train(one.steps)
     points = {key: (float(one.active), float(key[1]), one.result()["bits"][-1]) for key, one in rungs.items()}
     preferred = best_settings(tuning) if tuning else None
     result = climb(points, held_out=arguments.held_out, draws=arguments.draws, preferred=preferred)

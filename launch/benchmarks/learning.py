@@ -16,6 +16,7 @@ from typing import Any
 from data.cli import UserError
 from launch.benchmarks import small_runs
 from launch.benchmarks.lines import Curve, draw
+from launch.benchmarks.same_run import claimed
 from launch.benchmarks.small_runs import SmallRun
 from launch.benchmarks.variants import Variant, chosen_variants
 from launch.engine.build import load_model_config
@@ -39,10 +40,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("max_steps", "evaluations", "slices", "ranks"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: give each seed once")
     runs = plan_runs(arguments)
-    for part in range(1, arguments.slices + 1):
-        for one in (one for seeds in zip(*runs.values(), strict=True) for one in seeds):
-            one.train(one.steps * part // arguments.slices)
+    in_turns = [one for seeds in zip(*runs.values(), strict=True) for one in seeds]
+    with claimed(in_turns):
+        for part in range(1, arguments.slices + 1):
+            for one in in_turns:
+                one.train(one.steps * part // arguments.slices)
     result = summarize({name: [one.result() for one in seeds] for name, seeds in runs.items()})
     settings = {name: getattr(arguments, name) for name in ("model", "max_steps", "sequence_length", "seeds", "ranks")}
     result["settings"] = settings

@@ -164,29 +164,6 @@ def command(small_shards: Path, small_model: Path, folder: Path, *flags: object)
     return [sys.executable, "launch/benchmark.py", "learning", *(str(flag) for flag in given)]
 
 
-def test_the_real_command_and_going_on(
-    small_shards: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One variant, four steps; asked again it trains nothing."""
-    flags = ["--variants", "quantile", "--seeds", 5, "--max_steps", 4, "--evaluations", 2]
-    asked = command(small_shards, small_model, tmp_path / "runs", *flags)
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads((tmp_path / "out.json").read_text())
-    row = result["variants"]["quantile"]
-    assert row["tokens"] == [0, 2 * 16 * 64, 4 * 16 * 64] and row["bits"][2] < row["bits"][0]
-    assert result["runs"]["quantile"][0]["max_vio"]["run"] > 0
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("it trained again")
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(small_runs.subprocess, "run", refuse)
-    output = asked.index("--output")  # benchmark.py's own
-    again = learning.run(parse(*asked[3:output], *asked[output + 2 :]))
-    assert again["variants"]["quantile"] == row
-
-
 @pytest.mark.slow
 def test_balanced_experts_are_even_and_their_twins_are_not(small_shards: Path, small_model: Path, tmp_path: Path) -> None:
     """The smallest scale: 150 steps, after the first tenth; the worst layer, typical step and whole run."""
