@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped import outer, product
+from .grouped import OURS, Products
 from .operators import ops, usable
 from .rebuild import rebuildable
 
@@ -176,23 +176,27 @@ def grouped_linear(x_RA: Tensor, ends_E: Tensor, weight_EBA: Tensor) -> Tensor:
     return out_RB
 
 
-def grouped_linears(x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """`grouped_linear` of several weights `[E, Bi, A]`: what each makes of the rows, or all of it side by side in one tensor."""
+def grouped_linears(x_RA: Tensor, ends_E: Tensor, *weights: Tensor, by: Products = OURS) -> tuple[Tensor, ...]:
+    """`grouped_linear` of several weights `[E, Bi, A]`: what each makes of the rows, or all of it side by side in one tensor.
+
+    Kept for the backward are the rows and the weights themselves, no copy of them; `by` says whose products these are.
+    """
     if not torch.is_grad_enabled():
-        return products(x_RA, ends_E, weights)
-    out: tuple[Tensor, ...] = GroupedLinears.apply(x_RA, ends_E, *weights)  # type: ignore[no-untyped-call]
+        return products(x_RA, ends_E, weights, by)
+    out: tuple[Tensor, ...] = GroupedLinears.apply(x_RA, ends_E, by, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
-def products(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(product(x_RA, weight.mT, ends_E) for weight in joined(weights, x_RA.shape[0]))
+def products(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor], by: Products) -> tuple[Tensor, ...]:
+    return tuple(by.product(x_RA, weight.mT, ends_E) for weight in joined(weights, x_RA.shape[0]))
 
 
 class GroupedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RA: Tensor, ends_E: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_RA: Tensor, ends_E: Tensor, by: Products, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_RA, ends_E, *weights)
-        return products(x_RA, ends_E, weights)
+        ctx.by = by
+        return products(x_RA, ends_E, weights, by)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
@@ -200,12 +204,12 @@ class GroupedLinears(torch.autograd.Function):
         whole = joined(weights, x_RA.shape[0])
         dx_RA = None
         if ctx.needs_input_grad[0]:
-            first, *others = (product(dout, weight, ends_E) for dout, weight in zip(douts, whole, strict=True))
+            first, *others = (ctx.by.product(dout, weight, ends_E) for dout, weight in zip(douts, whole, strict=True))
             dx_RA = first if not others else first.add_(others[0])
-        dwhole = [outer(dout, x_RA, ends_E) for dout in douts]
+        dwhole = [ctx.by.outer(dout, x_RA, ends_E) for dout in douts]
         if len(whole) < len(weights):
             dwhole = list(dwhole[0].split([weight.shape[1] for weight in weights], dim=1))
-        return dx_RA, None, *dwhole
+        return dx_RA, None, None, *dwhole
 
 
 def joined(weights: Sequence[Tensor], rows: int) -> list[Tensor]:

@@ -3,11 +3,20 @@
 Shapes: R rows, E experts, A and B any widths. `ends_E` holds the int32 ends of the runs.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Products(NamedTuple):
+    """Somebody's kernels in the place of `product` and `outer`, with their arguments and results."""
+
+    product: Callable[[Tensor, Tensor, Tensor], Tensor]
+    outer: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def product(x_RA: Tensor, weight_EAB: Tensor, ends_E: Tensor) -> Tensor:
@@ -78,3 +87,7 @@ def _recurring_outer(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor) -> Tensor:
 def _padded(x_RA: Tensor) -> Tensor:
     """With rows of 0 up to a recurring length."""
     return F.pad(x_RA, (0, 0, 0, recurring(x_RA.shape[0]) - x_RA.shape[0]))
+
+
+#: This file's own.
+OURS = Products(product, outer)
