@@ -1,8 +1,9 @@
 """Load balancing without an auxiliary loss, by the correction bias; `router_balance` in the model's configuration says how:
 
-    sign      DeepSeek-V3's step (arXiv 2408.15664), made zero-mean
-    quantile  the bias that would have evened the step's load (`quantile.py`)
-    none      the bias stays as it is
+    sign          DeepSeek-V3's step (arXiv 2408.15664), made zero-mean
+    proportional  a step by how far the load is off, not by its sign alone
+    quantile      the bias that would have evened the step's load (`quantile.py`)
+    none          the bias stays as it is
 
 Shapes: E experts, Y layers, N bins of a histogram.
 """
@@ -29,6 +30,17 @@ def bias_step(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     excess_E = load_E.sum(dim=-1, keepdim=True) - load_E * load_E.shape[-1]
     sign_E = torch.sign(excess_E).to(bias_E.dtype)
     return bias_E + rate * (sign_E - sign_E.mean(dim=-1, keepdim=True))
+
+
+def proportional_step(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
+    """`bias + rate * (mean_load - load) / mean_load`: the variant of arXiv 2408.15664 that adds the violation and not its sign.
+
+    Shapes as in `bias_step`. The paper adds `rate * (mean_load - load)`; over the mean load the rate does not depend on the
+    tokens of a step. It is zero-mean by itself, at most `rate * (E - 1)` long, and no load at all moves nothing.
+    """
+    total_E = load_E.sum(dim=-1, keepdim=True)
+    excess_E = (total_E - load_E * load_E.shape[-1]).double() / total_E.clamp(min=1)
+    return (bias_E + rate * excess_E).to(bias_E.dtype)
 
 
 # The sum of squared router logits travels as an integer beside the loads, so that one all-reduce is enough.
@@ -107,7 +119,8 @@ class LoadBalancer:
             return quantile_step(bias_YE, lift_YEN, self.routers[0].settings["top_k"] / load_YE.shape[1], self.average)
         if self.rule == "none" or not self.rate:
             return bias_YE
-        return bias_step(bias_YE, load_YE, self.rate * (1 - self.decay * min(1.0, progress)))
+        step = proportional_step if self.rule == "proportional" else bias_step
+        return step(bias_YE, load_YE, self.rate * (1 - self.decay * min(1.0, progress)))
 
     def reset(self) -> None:
         """Forgets what was counted (in a skipped step, say)."""

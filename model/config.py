@@ -13,7 +13,7 @@ ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
 # transformers' names of kernels: `flash` picks the best one present by itself.
 ATTENTION_ALIASES = {"flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
 SCORING_FUNCTIONS = ("sigmoid", "softmax")
-BALANCE_RULES = ("sign", "quantile", "none")
+BALANCE_RULES = ("sign", "proportional", "quantile", "none")
 ROPE_TYPES = ("default", "yarn")
 PRESETS = ("tiny", "60m", "800m", "4b")
 
@@ -64,8 +64,8 @@ class MoEGPTConfig(PreTrainedConfig):
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router_balance: str = "sign"  # how the correction bias follows the load: model/balance.py
-    router_bias_rate: float = 0.001  # `sign`: step of the correction bias per optimizer step (arXiv 2408.15664)
-    router_bias_decay: float = 0.0  # `sign`: share of that rate which is gone, linearly, at the end of the run
+    router_bias_rate: float = 0.001  # `sign`, `proportional`: step of the correction bias per optimizer step (arXiv 2408.15664)
+    router_bias_decay: float = 0.0  # share of that rate which is gone, linearly, at the end of the run
     router_bias_average: float = 0.0  # `quantile`: share of the old bias that each step keeps
     router_aux_loss_coef: float = 0.0  # weight of the classical auxiliary loss (model/auxiliary.py), in training only
     expert_dropout: float = 0.0  # on silu(W1 x) * W3 x of the routed experts, in training only

@@ -143,6 +143,12 @@ def bias_step(bias: list[float], load: list[int], rate: float) -> list[float]:
     return [b + rate * (s - drift) for b, s in zip(bias, signs, strict=True)]
 
 
+def proportional_step(bias: list[float], load: list[int], rate: float) -> list[float]:
+    """arXiv 2408.15664's variant, each violation in means of the load."""
+    mean = sum(load) / len(load)
+    return [b + rate * (mean - n) / mean if mean else b for b, n in zip(bias, load, strict=True)]
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).sum(dim=-1, keepdim=True) / x.shape[-1] + eps) * weight
 

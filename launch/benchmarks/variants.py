@@ -55,11 +55,17 @@ def merged(base: Fields, changes: Fields) -> Fields:
 def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
     """By name. `config` is the model's: its dense twin has as many experts as a token of it chooses, and no others."""
     chosen = {"n_routed_experts": config.num_experts_per_tok, "n_group": 1, "topk_group": 1, "router_balance": "none"}
-    stock = {"attention_sinks": False, "qk_norm": False, "embedding_initializer_range": 0.02, "router_initializer_range": 0.02}
+    # transformers' Glm4Moe of this shape, as it starts and as it trains: every matrix is drawn at 0.02, no correction bias moves,
+    # nothing is added to the loss. Ours still: what writes into the residual stream starts smaller, by sqrt(2 layers); its
+    # configuration's own defaults have a dense first layer and turn half of a head, which this model cannot.
+    stock = {"attention_sinks": False, "qk_norm": False, "scoring_func": "sigmoid", "router_balance": "none"}
+    stock |= dict.fromkeys(("initializer_range", "embedding_initializer_range", "router_initializer_range"), 0.02)
+    stock |= dict.fromkeys(("router_aux_loss_coef", "z_loss_weight", "expert_dropout"), 0.0)
     muon = {"muon_lr": 0.02, "momentum": 0.95, "fused": None}  # embeddings, head and vectors keep AdamW at the JSON's rate
     variants = (
         Variant(name="ours"),
         Variant(name="sign", model={"router_balance": "sign"}),
+        Variant(name="proportional", model={"router_balance": "proportional"}),
         Variant(name="quantile", model={"router_balance": "quantile"}),
         Variant(name="none", model={"router_balance": "none"}),
         Variant(name="auxiliary", model={"router_balance": "none", "router_aux_loss_coef": 0.01}),

@@ -77,6 +77,6 @@ def _experts(config: dict[str, Any]) -> str | None:
 def _balance(config: dict[str, Any]) -> str | None:
     rate = lookup(config, "model.router_bias_rate")
     kind = lookup(config, "model.router_balance") or ("sign" if rate else "none")
-    if kind != "sign":
+    if kind not in ("sign", "proportional"):
         return str(kind)
     return f"{kind}, rate {rate:g}" if isinstance(rate, (int, float)) else None

@@ -1,29 +1,40 @@
 """The bias step against its definition, and what it does to a router that collapses."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from model.balance import LoadBalancer, bias_step, router_health
+from model.balance import LoadBalancer, bias_step, proportional_step, router_health
 from model.config import MoEGPTConfig
 from model.router import Gate
 from tests import reference
 
+Step = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+RULES = {"sign": (bias_step, reference.bias_step), "proportional": (proportional_step, reference.proportional_step)}
 
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "load", [[10, 0, 5, 5], [0, 0, 0, 40], [7, 7, 7, 7], [0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 9], [2**40, 1, 1, 2**40 - 1]]
 )
-def test_step_equals_the_definition(load: list[int]) -> None:
+def test_step_equals_the_definition(rule: str, load: list[int]) -> None:
+    step, definition = RULES[rule]
     bias = torch.linspace(-0.2, 0.3, len(load), dtype=torch.float64)
-    ours = bias_step(bias, torch.tensor(load), 0.001)
-    torch.testing.assert_close(ours.tolist(), reference.bias_step(bias.tolist(), load, 0.001), rtol=1e-14, atol=1e-16)
+    ours = step(bias, torch.tensor(load), 0.001)
+    torch.testing.assert_close(ours.tolist(), definition(bias.tolist(), load, 0.001), rtol=1e-14, atol=1e-16)
     assert float(ours.sum() - bias.sum()) == pytest.approx(0, abs=1e-15)  # zero-mean
 
 
-def test_step_direction_and_silence() -> None:
-    step = bias_step(torch.zeros(4), torch.tensor([100, 0, 0, 0]), 0.001)
-    assert step[0] < 0 < step[1] == step[2] == step[3]
-    assert torch.equal(bias_step(torch.ones(4), torch.tensor([3, 3, 3, 3]), 0.001), torch.ones(4))
-    assert torch.equal(bias_step(torch.ones(4), torch.zeros(4, dtype=torch.int64), 0.001), torch.ones(4))
+@pytest.mark.parametrize("step", [bias_step, proportional_step])
+def test_step_direction_and_silence(step: Step) -> None:
+    moved = step(torch.zeros(4), torch.tensor([100, 0, 0, 0]), 0.001)
+    assert moved[0] < 0 < moved[1] == moved[2] == moved[3] and moved.dtype == torch.float32
+    assert torch.equal(step(torch.ones(4), torch.tensor([3, 3, 3, 3]), 0.001), torch.ones(4))
+    assert torch.equal(step(torch.ones(4), torch.zeros(4, dtype=torch.int64), 0.001), torch.ones(4))
+    layers = torch.tensor([[100, 0, 0, 0], [3, 3, 3, 3], [9, 2, 0, 1]])
+    by_layer = torch.stack([step(torch.ones(4), load, 0.001) for load in layers])
+    assert torch.equal(step(torch.ones(3, 4), layers, 0.001), by_layer)
 
 
 def gates(count: int) -> list[Gate]:
@@ -35,7 +46,8 @@ def gates(count: int) -> list[Gate]:
     return made
 
 
-def test_balancer_sums_over_ranks_in_one_reduction_and_updates_in_place() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_balancer_sums_over_ranks_in_one_reduction_and_updates_in_place(rule: str) -> None:
     layers = gates(3)
     buffers = [gate.e_score_correction_bias for gate in layers]
     x_TH = torch.randn(100, 32)
@@ -51,12 +63,12 @@ def test_balancer_sums_over_ranks_in_one_reduction_and_updates_in_place() -> Non
         calls.append(tensor.shape)
         tensor[:, :8] += other_rank
 
-    balancer = LoadBalancer(layers, rate=0.01, all_reduce=all_reduce)
+    balancer = LoadBalancer(layers, rate=0.01, all_reduce=all_reduce, rule=rule)
     metrics = balancer.step()
     assert len(calls) == 1
     for layer, gate in enumerate(layers):
         total = loads[layer] + other_rank[layer]
-        expected = reference.bias_step([0.0] * 8, total.tolist(), 0.01)
+        expected = RULES[rule][1]([0.0] * 8, total.tolist(), 0.01)
         torch.testing.assert_close(buffers[layer].tolist(), expected, rtol=1e-6, atol=1e-9)
         assert gate.e_score_correction_bias is buffers[layer]
         assert int(gate.load_E.sum()) == 0 and float(gate.logit_square_sum) == 0
@@ -69,21 +81,23 @@ def test_balancer_sums_over_ranks_in_one_reduction_and_updates_in_place() -> Non
 def test_it_flattens_a_skewed_load_and_rate_zero_does_not() -> None:
     """Tokens with a common direction send most of the load to few experts; the bias brings it back."""
 
-    def run(rate: float) -> list[float]:
+    def run(rate: float, rule: str = "sign") -> list[float]:
         (gate,) = gates(1)
         with torch.no_grad():
             gate.weight[2] += 0.2  # together with the tokens' common offset this favours experts 2 and 3
             gate.weight[3] += 0.2
-        balancer, imbalance = LoadBalancer([gate], rate), []
+        balancer, imbalance = LoadBalancer([gate], rate, rule=rule), []
         for _ in range(150):
             gate(torch.randn(256, 32) + 0.5)
             imbalance.append(balancer.step()["load_max_over_mean"][0])
         return imbalance
 
-    still, balanced = run(0.0), run(0.02)
+    still = run(0.0)
     assert sum(still[-20:]) / 20 > 2.0
-    assert sum(balanced[-20:]) / 20 < 1.5
-    assert balanced[0] > 2.0
+    for rule in RULES:
+        balanced = run(0.02, rule)
+        assert sum(balanced[-20:]) / 20 < 1.5, rule
+        assert balanced[0] > 2.0
 
 
 def test_health_of_even_and_collapsed_loads() -> None:

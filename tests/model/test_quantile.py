@@ -165,8 +165,9 @@ def test_a_skewed_load_is_even_after_a_few_steps() -> None:
     assert worst[0] > 1.8 and max(worst[-10:]) < 1.15, worst
 
 
-def test_the_rate_of_the_sign_rule_can_decay() -> None:
-    config = MoEGPTConfig.preset("tiny", hidden_size=32, router_bias_rate=0.01, router_bias_decay=0.75)
+@pytest.mark.parametrize(("rule", "apart"), [("sign", 0.02), ("proportional", 0.01 * 7 / 1.375)])
+def test_the_rate_can_decay(rule: str, apart: float) -> None:
+    config = MoEGPTConfig.preset("tiny", hidden_size=32, router_balance=rule, router_bias_rate=0.01, router_bias_decay=0.75)
     steps = []
     for progress in (0.0, 0.5, 1.0):
         gate = Gate(config)
@@ -174,7 +175,7 @@ def test_the_rate_of_the_sign_rule_can_decay() -> None:
         gate.load_E.copy_(torch.tensor([7, 0, 0, 0, 1, 1, 1, 1]))
         LoadBalancer.of(config, [gate]).step(progress=progress)
         steps.append(float(gate.e_score_correction_bias[1] - gate.e_score_correction_bias[0]))
-    assert steps == pytest.approx([0.02, 0.02 * 0.625, 0.02 * 0.25])
+    assert steps == pytest.approx([apart, apart * 0.625, apart * 0.25])
 
 
 def test_no_balancing_leaves_the_bias() -> None:
@@ -187,7 +188,7 @@ def test_no_balancing_leaves_the_bias() -> None:
 
 
 def test_what_cannot_be_is_said() -> None:
-    with pytest.raises(ValueError, match="router_balance must be one of sign, quantile, none, got 'auxiliary'"):
+    with pytest.raises(ValueError, match="router_balance must be one of sign, proportional, quantile, none, got 'auxiliary'"):
         MoEGPTConfig.preset("tiny", router_balance="auxiliary")
     with pytest.raises(ValueError, match="router_bias_average must be at least 0 and below 1"):
         MoEGPTConfig.preset("tiny", router_bias_average=1.0)

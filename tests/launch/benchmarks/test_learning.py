@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import ROOT
+from transformers import Glm4MoeForCausalLM
 
 from data.cli import UserError
 from launch.benchmarks import learning, small_runs
@@ -19,8 +21,9 @@ from launch.benchmarks.variants import built_in, chosen_variants, merged, read_v
 from launch.engine.keys import check_keys
 from launch.engine.strategy import read_config, resolve_config
 from launch.reporting.read import read_run
-from model import MoEGPTConfig
+from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.accounting import forward_flops_per_token
+from model.glm4_moe import to_glm4_moe
 
 CONFIG = "ds_configs/cpu_ep1_zero2.json"
 
@@ -48,6 +51,25 @@ def test_the_dense_twin_has_the_flops_of_a_token() -> None:
     assert dense.n_routed_experts == dense.num_experts_per_tok == config.num_experts_per_tok
     router = 2 * config.num_hidden_layers * config.hidden_size * (config.n_routed_experts - dense.n_routed_experts)
     assert forward_flops_per_token(config, 256) - forward_flops_per_token(dense, 256) == router
+
+
+def test_glm4_moe_starts_as_transformers_does() -> None:
+    """But for what writes into the residual stream, whatever the model that it varies. 3 layers: 0.02 / sqrt(6)."""
+    base = MoEGPTConfig.preset(
+        "tiny", num_hidden_layers=3, vocab_size=512, hidden_size=64, z_loss_weight=1e-4, initializer_range=0.1
+    )
+    config = built_in(base)["glm4_moe"].config(base)
+    torch.manual_seed(0)
+    ours, theirs = MoEGPTForCausalLM(config), Glm4MoeForCausalLM(to_glm4_moe(config))
+    start = {name: float(weight.detach().std()) for name, weight in ours.named_parameters() if weight.dim() > 1}
+    stock = {name: float(weight.detach().std()) for name, weight in theirs.named_parameters() if weight.dim() > 1}
+    assert start.keys() == stock.keys() and list(stock.values()) == pytest.approx([0.02] * len(stock), rel=0.1)
+    smaller = {name for name, std in start.items() if std != pytest.approx(0.02, rel=0.1)}
+    assert {name.split("layers.")[1][2:] for name in smaller} == {
+        "self_attn.o_proj.weight", "mlp.experts.down_proj", "mlp.shared_experts.down_proj.weight"
+    } and len(smaller) == 9  # fmt: skip
+    assert [start[name] for name in smaller] == pytest.approx([0.02 / 6**0.5] * 9, rel=0.1)
+    assert config.router_balance == "none" and not config.z_loss_weight
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("cpu_*.json")), ids=lambda path: path.stem)
