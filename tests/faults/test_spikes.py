@@ -19,7 +19,7 @@ def skipped(run: Path) -> list[dict[str, Any]]:
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(site: Site, whole: Path, tmp_path: Path) -> None:
-    fault = {"script": FAULTY, "env": {"FAULT": "nan"}}
+    fault = {"script": FAULTY, "env": {"FAULT": "nan"}, "health_interval": 1}
     run, stopped = tmp_path / "run", tmp_path / "stopped"
     said = site.finish(run, **fault).text()
     (row,) = skipped(run)
@@ -31,6 +31,10 @@ def test_nan_on_one_rank_skips_the_step_on_all(site: Site, whole: Path, tmp_path
     # The schedule did not advance, nothing was counted, and the next batch is the next one, by weights that did not see the last.
     assert after[4]["lr"] != after[5]["lr"] == after[6]["lr"]
     assert after[6]["samples"] == 7 * BATCH and content(run) != content(whole)
+    # Every load map is of one step's tokens, the one after the skipped step too: its batch of 32 tokens, two experts each.
+    loads = {row["step"]: row["expert_load"] for row in rows(run) if "expert_load" in row}
+    assert list(loads) == [step for step in range(1, STEPS + 1) if step != 6]
+    assert {sum(layer) for load in loads.values() for layer in load} == {BATCH * 32 * 2}
     struck("NaN on one rank", lost_bytes(run))
 
     site.finish(stopped, stop_after=7, **fault)

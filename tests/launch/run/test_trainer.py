@@ -7,10 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from launch.checkpoint.state import TrainingState
+from launch.run.health import Health
 from launch.run.spikes import SpikeDetector
 from launch.run.trainer import Position, Trainer
+from model import MoEGPTConfig
+from model.balance import LoadBalancer
+from model.config import BALANCE_RULES
+from model.router import Gate
 
 
 def restored(extra: dict[str, Any]) -> Any:
@@ -50,3 +56,49 @@ def test_an_evaluation_that_is_not_finite_is_said_and_counts_for_nothing() -> No
         Trainer.record_validation(trainer, loss, validation)  # type: ignore[arg-type]
     assert sum("the validation loss is not finite; it counts for nothing" in line for line in said) == 4
     assert saved == [1, 5] and position.best_loss == 8.1 and not trainer.outcome
+
+
+def balanced(rule: str) -> tuple[Any, Gate]:
+    """As much of a trainer as moves past a step, over one router that a step has moved already."""
+    torch.manual_seed(0)
+    config = MoEGPTConfig.preset("tiny", hidden_size=32, router_balance=rule, router_bias_rate=0.01)
+    gate = Gate(config)
+    torch.nn.init.normal_(gate.weight, std=0.5)
+    trainer = SimpleNamespace(
+        position=Position(),
+        global_batch=8,
+        arguments=SimpleNamespace(sequence_length=16, max_steps=10),
+        step_hook=SimpleNamespace(grad_norm=1.0),
+        spikes=SpikeDetector(sigma=6, window=50, rollback_after=3),
+        balancer=LoadBalancer.of(config, [gate]),
+        health=Health(clip=1.0, interval=1),
+        monitor=SimpleNamespace(say=lambda line: None),
+        is_logged=lambda step: True,
+    )
+    return trainer, gate
+
+
+@pytest.mark.parametrize("rule", BALANCE_RULES)
+def test_a_skipped_step_moves_no_bias_and_leaves_no_count(rule: str) -> None:
+    """Neither at once nor in the step after it: the bias is then that of a run which never saw the skipped tokens."""
+    (trainer, gate), (twin, untouched) = balanced(rule), balanced(rule)
+    first, skipped, last = (torch.randn(128, 32) + shift for shift in (0.5, -0.5, 0.2))
+    for run, router in ((trainer, gate), (twin, untouched)):
+        router(first)
+        Trainer.advance(run, 2.0, None)
+    before = gate.e_score_correction_bias.clone()
+    assert bool(before.any()) == (rule != "none")
+
+    gate(skipped)
+    counters = [gate.load_E, gate.logit_square_sum, *([] if gate.lift_EN is None else [gate.lift_EN])]
+    assert all(counter.any() for counter in counters) and len(counters) == 2 + (rule == "quantile")
+    metrics = Trainer.advance(trainer, 90.0, "a spike")
+    assert metrics["skipped"] == "a spike" and "load_max_over_mean" not in metrics
+    assert torch.equal(gate.e_score_correction_bias, before) and not any(counter.any() for counter in counters)
+
+    gate(last)
+    untouched(last)
+    after, expected = Trainer.advance(trainer, 2.0, None), Trainer.advance(twin, 2.0, None)
+    assert after == expected and trainer.position.step == twin.position.step + 1
+    assert torch.equal(gate.e_score_correction_bias, untouched.e_score_correction_bias)
+    assert trainer.health.window_load_YE.sum() == 2 * 128 * 2
