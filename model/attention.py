@@ -13,7 +13,7 @@ from .decode import attend_one
 from .flash import load_kernel, pick_kernel
 from .layers import ResidualLinear, RMSNorm, project
 from .mask import AttentionMask
-from .operators import usable
+from .operators import fills_tile, usable
 from .rebuild import rebuildable
 from .rope import apply_rope, norm_and_rope
 from .sinks import attend_with_sinks
@@ -163,7 +163,7 @@ class Attention(nn.Module):
         """q and k with their norms, where they have any, and positions."""
         weights_D = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else ()
         whole = all(weight.numel() == self.head_dim for weight in weights_D)  # ZeRO 3 may hold a share until the norm is called
-        if usable(q_BSND) and whole:
+        if usable(q_BSND) and whole and fills_tile(self.head_dim):
             return norm_and_rope(q_BSND, k_BSMD, weights_D, *rope, self.config.rms_norm_eps)
         if self.qk_norm:
             q_BSND, k_BSMD = self.q_norm(q_BSND), self.k_norm(k_BSMD)

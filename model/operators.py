@@ -39,6 +39,11 @@ def fits(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in _FLOATS and has_triton()
 
 
+def fills_tile(*sizes: int) -> bool:
+    """Whether kernels can have these as the sizes of a tile: powers of two."""
+    return all(size > 0 and size & (size - 1) == 0 for size in sizes)
+
+
 def _kernels(name: str) -> Any:
     """A module that imports Triton. By name: transformers copies what a file imports, and an export goes without kernels."""
     return import_module(f".kernels.{name}", __package__)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .auxiliary import AuxiliaryLoss, balance_loss
 from .choice import group_limited_topk
 from .config import MoEGPTConfig
-from .operators import ops, usable
+from .operators import fills_tile, ops, usable
 from .quantile import BINS, add_to_histogram, bias_lift
 from .rebuild import rebuildable
 from .replay import RouterReplay
@@ -166,7 +166,7 @@ class Router(nn.Module):
         sizes = self.num_experts, self.settings["n_group"]
         if self.aux_loss_coef or not usable(x_TH):
             return False
-        return all(n & (n - 1) == 0 for n in sizes) and self.num_experts <= 128
+        return fills_tile(*sizes) and self.num_experts <= 128
 
     def _fused(self, x_TH: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, ...]:
         routed: tuple[Tensor, ...] = FusedRoute.apply(  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .flash import FlashKernel, FlashOutput
 from .mask import AttentionMask
-from .operators import ops, usable
+from .operators import fills_tile, ops, usable
 
 _watch: Callable[[Tensor], None] | None = None
 
@@ -41,7 +41,7 @@ def watching_sink_mass(watch: Callable[[Tensor], None]) -> Iterator[None]:
 
 def add_sink(out: Tensor, lse: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
     """`(o', lse')` of out `[..., S, N, D]` and lse `[..., N, S]`; out keeps its dtype."""
-    if usable(out):
+    if usable(out) and fills_tile(out.shape[-1]):
         whole, lse_with = ops.add_sink(_batched(out), lse.view(-1, *lse.shape[-2:]), sinks_N)
         return whole.view_as(out), lse_with.view_as(lse)
     lse_with = torch.logaddexp(lse, sinks_N.to(lse.dtype).unsqueeze(-1))
@@ -51,7 +51,7 @@ def add_sink(out: Tensor, lse: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]
 
 def sink_gradient(dout: Tensor, out_with: Tensor, lse_with: Tensor, sinks_N: Tensor) -> Tensor:
     """dsink `[N]` in lse's dtype, from the gradient of o' and (o', lse')."""
-    if usable(out_with):
+    if usable(out_with) and fills_tile(out_with.shape[-1]):
         dsinks: Tensor = ops.sink_gradient(_batched(dout), _batched(out_with), lse_with.view(-1, *lse_with.shape[-2:]), sinks_N)
         return dsinks
     probability = (sinks_N.to(lse_with.dtype).unsqueeze(-1) - lse_with).exp().mT

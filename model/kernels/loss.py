@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Of a row's logits at once.
+BLOCK = 4096
+
 
 @triton.jit
 def cross_entropy_kernel(
@@ -16,9 +19,11 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     weight = tl.where(target == IGNORE, 0.0, tl.load(scale))
+    at = logits + row * vocabulary
+    # Before the sums: between here and the gradients, which other threads write in the logits' place, threads wait for each other.
+    logit = tl.load(at + tl.where(target == IGNORE, 0, target)).to(tl.float32)
     high = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    at = logits + row * vocabulary
     for start in range(0, vocabulary, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         value = tl.load(at + cols, mask=cols < vocabulary, other=float("-inf")).to(tl.float32)
@@ -28,7 +33,6 @@ def cross_entropy_kernel(
         high = higher
     highest = tl.max(high, axis=0)
     lse = highest + tl.log(tl.sum(total * tl.exp(high - highest), axis=0))
-    logit = tl.load(at + tl.where(target == IGNORE, 0, target)).to(tl.float32)
     tl.store(losses + row, weight * (lse - logit + z_weight * lse * lse))
     if GRAD:
         factor = weight * (1 + 2 * z_weight * lse)
@@ -43,7 +47,7 @@ def cross_entropy_(logits_CV: Tensor, targets_C: Tensor, scale: Tensor, z_weight
     """Each token's share of the loss, fp32 `[C]`; `logits` then holds the gradient, where one is wanted."""
     rows, vocabulary = logits_CV.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
-    block = min(4096, triton.next_power_of_2(vocabulary))
+    block = min(BLOCK, triton.next_power_of_2(vocabulary))
     cross_entropy_kernel[(rows,)](
         logits_CV, targets_C, scale, losses, vocabulary, z_weight, GRAD=with_grad, IGNORE=ignore, BLOCK=block, num_warps=8
     )

@@ -52,7 +52,7 @@ def _scores(logits, SIGMOID: tl.constexpr):
 def router_kernel(
     x, weight, bias, replay, logits, weights, indices, counts, tokens, hidden, factor,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, TOPK_G: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr,
-    REPLAY: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    REPLAY: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = t < tokens
@@ -71,7 +71,9 @@ def router_kernel(
     biased = scores + tl.load(bias + e)[None, :]
     if G > 1:
         biased = _limited(biased, ids, E, G, TOPK_G, TOKENS)
-    sum_of_chosen = tl.zeros((TOKENS,), dtype=tl.float32)
+    place = tl.arange(0, PLACES)[None, :]
+    choice = tl.zeros((TOKENS, PLACES), dtype=tl.int32)
+    weight_of = tl.zeros((TOKENS, PLACES), dtype=tl.float32)
     hits = tl.zeros((TOKENS, E), dtype=tl.int32)
     for k in tl.static_range(K):
         if REPLAY:
@@ -80,16 +82,14 @@ def router_kernel(
             chosen = _best(biased, ids, E)
             biased = tl.where(ids == chosen[:, None], float("-inf"), biased)
         score = tl.sum(tl.where(ids == chosen[:, None], scores, 0.0), axis=1)
-        sum_of_chosen += score
         hits += ((ids == chosen[:, None]) & inside[:, None]).to(tl.int32)
-        tl.store(indices + t * K + k, chosen.to(tl.int64), mask=inside)
-        if not NORM:
-            tl.store(weights + t * K + k, score * factor, mask=inside)
+        choice = tl.where(place == k, chosen[:, None], choice)
+        weight_of = tl.where(place == k, score[:, None], weight_of)
     if NORM:
-        for k in tl.static_range(K):
-            chosen = tl.load(indices + t * K + k, mask=inside, other=0).to(tl.int32)
-            score = tl.sum(tl.where(ids == chosen[:, None], scores, 0.0), axis=1)
-            tl.store(weights + t * K + k, score / (sum_of_chosen + 1e-20) * factor, mask=inside)
+        weight_of /= tl.sum(weight_of, axis=1)[:, None] + 1e-20
+    at, here = t[:, None] * K + place, inside[:, None] & (place < K)
+    tl.store(indices + at, choice.to(tl.int64), mask=here)
+    tl.store(weights + at, weight_of * factor, mask=here)
     tl.atomic_add(counts + e, tl.sum(hits, axis=0).to(tl.int64))
 
 
@@ -166,7 +166,7 @@ def route(
     router_kernel[(programs,)](
         x_TH, weight_EH, bias_E, replay_TK, logits, weights, indices, counts, tokens, hidden, factor,
         E=experts, K=top_k, G=n_group, TOPK_G=topk_group, SIGMOID=sigmoid, NORM=normalise, REPLAY=replay_TK is not None,
-        TOKENS=TOKENS, COLUMNS=columns(experts), num_warps=4,
+        PLACES=triton.next_power_of_2(top_k), **_tile(experts),
     )  # fmt: skip
     return weights, indices, counts, logits
 
@@ -177,20 +177,22 @@ def route_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(dx, dweight)`; what came to x from elsewhere is added in the same pass."""
     (tokens, hidden), experts = x_TH.shape, weight_EH.shape[0]
-    dlogits, dx, width = torch.empty_like(logits_TE), torch.empty_like(x_TH), columns(experts)
+    dlogits, dx, tile = torch.empty_like(logits_TE), torch.empty_like(x_TH), _tile(experts)
     router_backward_kernel[(triton.cdiv(tokens, TOKENS),)](
         dweights_TK, dbeside_TH, logits_TE, indices_TK, weight_EH, dlogits, dx, tokens, hidden, factor,
         E=experts, K=indices_TK.shape[1], SIGMOID=sigmoid, NORM=normalise, BESIDE=dbeside_TH is not None,
-        TOKENS=TOKENS, COLUMNS=width, num_warps=4,
+        **tile,
     )  # fmt: skip
     parts = torch.empty((SHARES, experts, hidden), dtype=torch.float32, device=x_TH.device)
-    grid = (triton.cdiv(hidden, width), SHARES)
-    router_weight_kernel[grid](dlogits, x_TH, parts, tokens, hidden, E=experts, TOKENS=TOKENS, COLUMNS=width, num_warps=4)
+    grid = (triton.cdiv(hidden, tile["COLUMNS"]), SHARES)
+    router_weight_kernel[grid](dlogits, x_TH, parts, tokens, hidden, E=experts, **tile)
     dweight = torch.empty_like(weight_EH)
     column_sums[(triton.cdiv(experts * hidden, 32),)](parts, dweight, SHARES, experts * hidden, BLOCK_R=64, BLOCK=32)
     return dx, dweight
 
 
-def columns(experts: int) -> int:
-    """Of x at once: a tile of tokens, experts and columns stays in registers."""
-    return max(16, min(COLUMNS, 8 * COLUMNS // experts))
+def _tile(experts: int) -> dict[str, int]:
+    """Of x at once: a tile of tokens, experts and columns stays in registers. With four warps 128 experts took all 255 of a
+    thread, and ptxas half a minute."""
+    width = max(16, min(COLUMNS, 8 * COLUMNS // experts))
+    return {"TOKENS": TOKENS, "COLUMNS": width, "num_warps": 4 if experts <= 32 else 8}

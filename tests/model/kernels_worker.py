@@ -1,15 +1,22 @@
 """Run by `test_kernels.py`, under Triton's interpreter or on a GPU: each kernel beside the plain formula in float64, forward and
 gradient; under the interpreter also a whole model.
 
-The same call takes the kernels in fp32 and bf16, and the plain way in float64. Prints one JSON object: the relative error by case.
+The same call takes the kernels in fp32 and bf16, and the plain way in float64. Prints one JSON object: `errors`, the relative
+error by case; under the interpreter also `loops`, of each loop in a kernel how often it went round with a short last trip, and the
+largest error of a case when it stops after its first.
 """
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
+from types import ModuleType
+from unittest import mock
 
 import torch
+from kernel_loops import Loops
 from torch import Tensor, nn
 
 from model import MoEGPTConfig, MoEGPTForCausalLM, operators
@@ -23,6 +30,12 @@ from model.replay import RouterReplay
 from model.sinks import add_sink, sink_gradient
 
 Results = dict[str, float]
+KERNELS = ("norm", "rows", "router", "sinks", "loss")
+random = partial(torch.randn, dtype=torch.float64)
+
+
+def kernels(name: str) -> ModuleType:
+    return import_module(f"model.kernels.{name}")
 
 
 def with_kernels(x: Tensor) -> bool:
@@ -32,7 +45,8 @@ def with_kernels(x: Tensor) -> bool:
 def error(got: Tensor, want: Tensor) -> float:
     if not want.is_floating_point():
         return 0.0 if torch.equal(got, want) else float("inf")
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+    found = float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+    return found if found == found else float("inf")  # which a maximum cannot miss
 
 
 def both_ways(call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], dtype: torch.dtype) -> float:
@@ -114,15 +128,9 @@ def model_step(config: MoEGPTConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
-def cases(dtype: torch.dtype) -> Results:
+def cases(dtype: torch.dtype, case: Callable[..., None]) -> None:
     tokens, hidden, experts = 20, 96, 8
-    random = partial(torch.randn, dtype=torch.float64)
     x, weight = random(2, tokens, hidden), random(hidden)
-    found: Results = {}
-
-    def case(name: str, call: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> None:
-        found[name] = both_ways(call, inputs, dtype)
-
     case("norm", partial(norm, RMSNorm), x, weight)
     case("norm beside the stream", partial(norm, ResidualNorm), x, weight)
     case("norm of a sum", partial(norm, ResidualNorm), x, weight, random(2, tokens, hidden))
@@ -130,9 +138,14 @@ def cases(dtype: torch.dtype) -> Results:
         config = MoEGPTConfig.preset("tiny", qk_norm=qk_norm)
         n, m, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         for rows in (1, 2):
-            tables = random(rows, tokens, d), random(rows, tokens, d)
+            turns = random(rows, tokens, d), random(rows, tokens, d)
             name = f"q and k: norm {qk_norm}, {rows} rows of positions"
-            case(name, partial(turned, config), random(2, tokens, n, d), random(2, tokens, m, d), random(d), random(d), *tables)
+            case(name, partial(turned, config), random(2, tokens, n, d), random(2, tokens, m, d), random(d), random(d), *turns)
+    odd = MoEGPTConfig.preset("tiny", head_dim=24)  # not a tile's
+    n, m = odd.num_attention_heads, odd.num_key_value_heads
+    q, k, weights = random(1, tokens, n, 24), random(1, tokens, m, 24), (random(24), random(24))
+    case("q and k, head_dim 24", partial(turned, odd), q, k, *weights, *tables(tokens, 24))
+    case("sinks, head_dim 24", sinks, random(70, 3, 24), random(3, 70), random(3), random(70, 3, 24))
     case("sinks", sinks, random(2, 70, 3, 16), random(2, 3, 70), random(3), random(2, 70, 3, 16))
     case("sinks, packed", sinks, random(70, 3, 16), random(3, 70), random(3), random(70, 3, 16))
     indices = torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)])
@@ -156,7 +169,105 @@ def cases(dtype: torch.dtype) -> Results:
         targets[3] = -100
         loss = lambda x, head, targets, z=z_weight: [token_loss(x, head, targets, None, z)]  # noqa: E731
         case(f"loss, z {z_weight}", loss, x[0], random(50, hidden), targets)
+
+
+def loop_cases(case: Callable[..., None]) -> None:
+    """Sizes at which every loop goes round several times, the last time not in full, once programs and blocks are as small as
+    `small` makes them."""
+    tokens, hidden = 20, 96
+    x = random(tokens, hidden)
+    case("norm", partial(norm, ResidualNorm), x[:10], random(hidden), random(10, hidden))
+    config = MoEGPTConfig.preset("tiny")
+    n, m, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    case("q and k", partial(turned, config), random(2, 5, n, d), random(2, 5, m, d), *(random(d) for _ in range(2)), *tables(5, d))
+    case("swiglu", lambda a, b: [swiglu(a, b)], random(3, hidden), random(3, hidden))
+    routing = MoEGPTConfig.preset("tiny", n_routed_experts=8, hidden_size=hidden, n_group=2, topk_group=1)
+    case("router", partial(routed, routing, False), *apart(tokens, 8, hidden))
+    targets = torch.randint(0, 50, (3,))
+    case("loss", lambda x, head: [token_loss(x, head, targets, None, 0.1)], x[:3], random(50, hidden))
+    case("sum of 150 rows", lambda rows: [summed(rows)], random(150, 40))
+
+
+@contextmanager
+def small() -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, size, value in (("norm", "PROGRAMS", 3), ("router", "SHARES", 1), ("rows", "BLOCK", 64), ("loss", "BLOCK", 16)):
+            stack.enter_context(mock.patch.object(kernels(name), size, value))
+        yield
+
+
+def real_cases(case: Callable[..., None]) -> None:
+    """The sizes of `800m`, and the width of `4b`'s experts."""
+    config = MoEGPTConfig.preset("800m")
+    batch, length, hidden = 2, 2048, config.hidden_size
+    tokens, experts, width = batch * length, config.n_routed_experts, MoEGPTConfig.preset("4b").moe_intermediate_size
+    n, m, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    x, added = random(batch, length, hidden), random(batch, length, hidden)
+    case("norm of a sum", partial(norm, ResidualNorm), x, random(hidden), added)
+    q, k = random(batch, length, n, d), random(batch, length, m, d)
+    case("q and k", partial(turned, config), q, k, random(d), random(d), *tables(length, d))
+    case("sinks", sinks, q, random(batch, n, length), random(n), random(batch, length, n, d))
+    x, added, shared = x.flatten(0, 1), added.flatten(0, 1), random(tokens, hidden)
+    indices = torch.rand(tokens, experts).argsort(dim=1)[:, :2]
+    case("gather and combine", mixture, x, torch.rand(tokens, 2), shared, added, indices)
+    case("swiglu", lambda a, b: [swiglu(a, b)], random(1024, width), random(1024, width))
+    for replay in (False, True):
+        case(f"router, replay {replay}", partial(routed, config, replay), *apart(tokens, experts, hidden))
+    targets = torch.randint(0, config.vocab_size, (1024,))
+    loss = lambda x, head: [token_loss(x, head, targets, None, 0.1)]  # noqa: E731
+    case("loss", loss, x[:1024], hidden**-0.5 * random(config.vocab_size, hidden))
+
+
+def tables(positions: int, dim: int) -> tuple[Tensor, Tensor]:
+    return random(1, positions, dim), random(1, positions, dim)
+
+
+def apart(tokens: int, experts: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The router's input, weight and bias, with scores and sums of two scores so far apart that rounding chooses nobody else."""
+    logits = torch.tensor([-2.1, -1.4, -0.9, 0.5, 1.2, 1.6, 2.0, 2.2], dtype=torch.float64)
+    gate = 0.2 * random(experts, hidden)
+    wanted = logits[torch.rand(tokens, experts).argsort(dim=1)]
+    return wanted @ torch.linalg.pinv(gate).T, gate, -torch.ones(experts)
+
+
+def summed(rows: Tensor) -> Tensor:
+    rows = rows.detach()
+    found: Tensor = kernels("norm").summed(rows, rows[0]) if operators.fits(rows) else rows.sum(dim=0)
     return found
+
+
+def of(cases: Callable[[Callable[..., None]], None], dtype: torch.dtype) -> Results:
+    """The relative error of each case."""
+    found: Results = {}
+
+    def case(name: str, call: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> None:
+        found[name] = both_ways(call, inputs, dtype)
+
+    cases(case)
+    return {f"{dtype}: {name}".removeprefix("torch."): value for name, value in found.items()}
+
+
+def going_round() -> tuple[Results, dict[str, tuple[int, float]]]:
+    """Errors of `loop_cases`; of each loop how often it goes round, and the error of a case where it stops after its first trip."""
+    loops = Loops(map(kernels, KERNELS))
+    entering: dict[str, tuple[Callable[..., Sequence[Tensor]], Sequence[Tensor]]] = {}
+    errors: Results = {}
+
+    def case(name: str, call: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> None:
+        loops.entered.clear()
+        errors[f"float32: {name}, loops"] = both_ways(call, inputs, torch.float32)
+        entering.update((loop, (call, inputs)) for loop in loops.entered - entering.keys())
+
+    with small():
+        loop_cases(case)
+        found = {}
+        for loop in loops.names.values():
+            loops.cut = loop
+            call, inputs = entering.get(loop, (None, ()))
+            noticed = both_ways(call, inputs, torch.float32) if call else 0.0
+            found[loop] = loops.trips.get(loop, 0), min(noticed, 1e30)
+    loops.cut = ""
+    return errors, found
 
 
 def ties() -> float:
@@ -187,11 +298,14 @@ def compiled(config: MoEGPTConfig) -> float:
 def main() -> None:
     on_gpu = "--gpu" in sys.argv
     torch.set_default_device("cuda" if on_gpu else "cpu")
+    torch.use_deterministic_algorithms(not on_gpu)  # which begins new memory as NaN: what a kernel leaves out is seen
     torch.manual_seed(0)
     operators.fits = with_kernels
-    found = {}
+    found, faults = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
-        found |= {f"{dtype}: {name}".removeprefix("torch."): value for name, value in cases(dtype).items()}
+        found |= of(partial(cases, dtype), dtype)
+        if on_gpu:
+            found |= {f"{name}, real sizes": value for name, value in of(real_cases, dtype).items()}
     found["ties"] = ties()
     config = MoEGPTConfig.preset("tiny", num_hidden_layers=2, hidden_size=64, vocab_size=128, z_loss_weight=1e-3)
     if not on_gpu:  # no grouped product and no flash attention there in fp32 and float64
@@ -200,9 +314,12 @@ def main() -> None:
         found["float32: a model's loss and gradients"] = max(error(ours[name], plain[name]) for name in plain)
     if "--compile" in sys.argv:
         found["compiled block"] = compiled(config)
-    used = {name for name in ("norm", "rows", "router", "sinks", "loss") if f"model.kernels.{name}" in sys.modules}
-    assert len(used) == 5, used
-    json.dump(found, sys.stdout)
+    used = {name for name in KERNELS if f"model.kernels.{name}" in sys.modules}
+    assert used == set(KERNELS), used
+    if not on_gpu:
+        errors, faults = going_round()
+        found |= errors
+    json.dump({"errors": found, "loops": faults}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -22,46 +23,67 @@ FOLDER = ROOT / ".triton"
 BF16, FP32 = 2, 4
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the worker prints: see there."""
+
+    errors: dict[str, float]
+    loops: dict[str, tuple[int, float]]
+
+
 @pytest.fixture(scope="module")
-def errors() -> dict[str, float]:
+def found() -> Found:
     folder = [str(FOLDER)] if (FOLDER / "triton").is_dir() else []
     if not folder and find_spec("triton") is None:
         pytest.skip(f"needs Triton: pip install --no-deps --target {FOLDER.name} triton==3.7.1")
-    if not folder and (found := version("triton")) < "3.7":
-        pytest.skip(f"the interpreter of Triton {found} fails with NumPy 2.4: it makes a number of an array")
+    if not folder and (old := version("triton")) < "3.7":
+        pytest.skip(f"the interpreter of Triton {old} fails with NumPy 2.4: it makes a number of an array")
     return worker(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([str(ROOT), *folder]))
 
 
-def worker(*flags: str, **environment: str) -> dict[str, float]:
+def worker(*flags: str, **environment: str) -> Found:
     command = [sys.executable, "tests/model/kernels_worker.py", *flags]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    return Found(**json.loads(done.stdout))
 
 
-def too_far(errors: dict[str, float]) -> dict[str, float]:
+def limit(name: str) -> float:
     """bf16 may be off by a rounding of inputs, intermediate sums in fp32, and results."""
-    assert len(errors) > 30
-    limits = {name: 1e-2 if name.startswith("bfloat16") else 2e-6 for name in errors}
-    return {name: value for name, value in errors.items() if not value < limits[name]}
+    return 1e-2 if name.startswith("bfloat16") else 2e-6
 
 
-def test_kernels_equal_the_formulas_in_float64(errors: dict[str, float]) -> None:
+def too_far(found: Found) -> dict[str, float]:
+    assert len(found.errors) > 30
+    return {name: value for name, value in found.errors.items() if not value < limit(name)}
+
+
+def test_kernels_equal_the_formulas_in_float64(found: Found) -> None:
     """Outputs and gradients."""
-    assert too_far(errors) == {}
+    assert too_far(found) == {}
+
+
+def test_every_loop_goes_round_again_and_is_missed_where_it_does_not(found: Found) -> None:
+    """The cases are small; programs and blocks are made so too, or no loop that a real size takes would be held to anything."""
+    assert len(found.loops) >= 9
+    once = {loop: trips for loop, (trips, _) in found.loops.items() if trips < 2}  # the last trip short
+    unseen = {loop: error for loop, (_, error) in found.loops.items() if error < 0.1}
+    assert (once, unseen) == ({}, {})
 
 
 @pytest.mark.gpu
 def test_kernels_on_a_gpu() -> None:
+    """The same cases, and sizes of `800m`."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    assert too_far(worker("--gpu")) == {}
+    found = worker("--gpu")
+    assert sum(name.endswith("real sizes") for name in found.errors) >= 14
+    assert too_far(found) == {}
 
 
-def test_equal_scores_choose_the_lower_index(errors: dict[str, float]) -> None:
-    assert errors["ties"] == 0
+def test_equal_scores_choose_the_lower_index(found: Found) -> None:
+    assert found.errors["ties"] == 0
 
 
 def test_kernels_are_for_gpus_and_not_for_float64() -> None:
