@@ -6,6 +6,7 @@ job with a sentence; a job that dies (SIGKILL) takes its workers with it.
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import queue
@@ -63,37 +64,46 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
     method = "fork" if _threads() == 1 else "spawn"
     if method == "fork":
         start_worker(options)
-    context = multiprocessing.get_context(method)
+    context = _remembering(multiprocessing.get_context(method))
     with ExitStack() as around:
         path = ""  # what is forked has the options already
         if method == "spawn":
             path = around.enter_context(_in_a_file(options))
-            around.enter_context(_no_hang_after_a_kill())
+            around.enter_context(_no_hang_after_a_kill(context.started))
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(path,))
         with _without_interrupts(), _killed_workers_named():
             for _ in range(workers):
                 submit(pool, os.getpid)  # starts one process, as long as none is idle
         if method == "fork":  # only now: it is a thread
-            around.enter_context(_no_hang_after_a_kill())
+            around.enter_context(_no_hang_after_a_kill(context.started))
         try:
             yield pool
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _no_hang_after_a_kill() -> Iterator[None]:
-    """The pool itself may wait for ever for the second half of a message, where a worker was killed in the middle of one. Then
-    this ends the job; what is on disk is as good as after any kill."""
-    import multiprocessing
+def _remembering(context: Any) -> Any:
+    """`context`, which keeps the processes started through it in its list `started`: the pool and `active_children` forget a
+    dead one, and one may be killed before anybody has looked."""
+    own = copy.copy(context)  # the other is everybody's
 
+    def process(*arguments: Any, **named: Any) -> Any:
+        own.started.append(context.Process(*arguments, **named))
+        return own.started[-1]
+
+    own.started, own.Process = [], process
+    return own
+
+
+@contextmanager
+def _no_hang_after_a_kill(started: list[Any]) -> Iterator[None]:
+    """The pool itself may wait for ever: for the second half of a message in whose middle a worker was killed, and before Python
+    3.11.5 for one to take what it has half sent. Then this ends the job; what is on disk is as good as after any kill."""
     over = threading.Event()
 
     def watch() -> None:
-        seen: dict[int | None, Any] = {}
         while not over.wait(0.5):
-            seen |= {process.pid: process for process in multiprocessing.active_children()}
-            if any(process.exitcode for process in seen.values()) and not over.wait(KILL_GRACE_SECONDS):
+            if any(process.exitcode for process in list(started)) and not over.wait(KILL_GRACE_SECONDS):
                 print(f"error: {KILLED}", file=sys.stderr, flush=True)
                 os._exit(Exit.USER_ERROR)
 

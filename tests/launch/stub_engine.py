@@ -15,6 +15,7 @@ from launch.checkpoint import manifest
 from launch.checkpoint.identity import RunIdentity
 from launch.checkpoint.manager import CheckpointManager
 from launch.checkpoint.state import TrainingState
+from launch.checkpoint.unpickle import save_stages_by_value
 
 LAYOUT = {"world_size": 1, "ep_size": 1, "zero_stage": 2, "dtype": "float32"}
 IDENTITY = {"model": {"hidden_size": 8, "rope_parameters": {"factor": 2.0}}, "data": "abc", "sequence_length": 16, **LAYOUT}
@@ -67,6 +68,7 @@ def replace_file(checkpoint: Path, name: str, content: Any) -> None:
     if isinstance(content, bytes):
         (checkpoint / name).write_bytes(content)
     else:
+        save_stages_by_value()  # as the process that trains does
         torch.save(content, checkpoint / name)
     files = manifest.read_manifest(checkpoint)["files"]
     manifest.write_manifest(checkpoint, {**files, name: manifest.record_file(checkpoint / name)})

@@ -124,14 +124,20 @@ def test_what_starts_a_worker_fits_into_a_pipe(monkeypatch: pytest.MonkeyPatch) 
     assert started == [options] and not Path(path).exists()
 
 
-def test_a_pool_that_waits_for_ever_after_a_kill_is_ended() -> None:
+@pytest.mark.parametrize("before_the_watch", [False, True])
+def test_a_pool_that_waits_for_ever_after_a_kill_is_ended(before_the_watch: bool) -> None:
+    """Also where the worker was gone, and forgotten, before anybody looked: under Python 3.11.2 three kills of fifteen, each
+    while workers start, were followed by silence for ever."""
+    kill = "os.kill(process.pid, 9); process.join(); assert multiprocessing.active_children() == []"
     script = (
         "import multiprocessing, os, time; from data.pipeline import pool\n"
         "pool.KILL_GRACE_SECONDS = 0.5\n"
         "if __name__ == '__main__':\n"
-        "    with pool._no_hang_after_a_kill():\n"
-        "        process = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
-        "        process.start(); time.sleep(1); os.kill(process.pid, 9); time.sleep(60)\n"
+        "    context = pool._remembering(multiprocessing.get_context('fork'))\n"
+        "    process = context.Process(target=time.sleep, args=(60,))\n"
+        f"    process.start(); {kill if before_the_watch else 'pass'}\n"
+        "    with pool._no_hang_after_a_kill(context.started):\n"
+        f"        time.sleep(1); {'pass' if before_the_watch else kill}; time.sleep(60)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False, timeout=50
