@@ -1,0 +1,233 @@
+"""The trainings of `launch/benchmark.py ladder`: the family's, and those that try rates and batches on its smallest width.
+
+Everything that can be wrong is said here, before hours of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data.cli import UserError, counted, say
+from data.dataset import PackedDataset
+from launch.benchmarks.small_runs import SmallRun
+from launch.benchmarks.variants import merged
+from launch.engine.strategy import lookup, read_config, resolve_config
+from launch.run.resolve import parse_source
+from model import MoEGPTConfig
+
+RATE = "optimizer.params.lr"
+Rungs = dict[tuple[int, float], SmallRun]  # by width and the tokens asked for
+
+
+def family(hidden: int, vocabulary: int, positions: int, head_dim: int) -> MoEGPTConfig:
+    """The member of this width. Raises UserError for a width that is no multiple of a head's."""
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"--head_dim {head_dim} must be even and at least 2: positions turn pairs")
+    if hidden < head_dim or hidden % head_dim:
+        raise UserError(f"--hidden {hidden} must be a multiple of {head_dim}, the width of a head (--head_dim)")
+    heads = hidden // head_dim
+    keys = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1, heads / 3))
+    return MoEGPTConfig.preset(
+        "800m",
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=heads,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=head_dim,
+        moe_intermediate_size=max(8, round(hidden / 3 / 8) * 8),
+        intermediate_size=round(hidden * 8 / 3),
+        max_position_embeddings=positions,
+        rope_parameters=None,
+        router_bias_rate=0.01,  # short runs: CONTRIBUTING.md's log
+    )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """The flags by themselves. Raises UserError."""
+    for name in ("ranks", "eval_batches", "draws"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    numbers = {"tokens": arguments.tokens, "target_tokens": [arguments.target_tokens], "learning_rates": arguments.learning_rates}
+    numbers |= {"batches": arguments.batches, "tune_tokens": [] if arguments.tune_tokens is None else [arguments.tune_tokens]}
+    for name, given in numbers.items():
+        for value in given:
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"--{name} must be over 0, got {value:g}")
+    if not math.isfinite(arguments.rate_exponent):
+        raise UserError(f"--rate_exponent must be a number such as 0.5, got {arguments.rate_exponent}")
+    held_out = held_out_width(arguments)
+    sizes = {n for n in arguments.hidden if n != held_out}
+    if min(len(sizes), len(set(arguments.tokens))) < 3:
+        beside = f", beside width {held_out}, which is held out (--held_out)" if held_out else ""
+        raise UserError(
+            f"a law of five numbers needs three widths and three token counts at least{beside}: got --hidden "
+            f"{' '.join(map(str, sorted(sizes)))} and --tokens {' '.join(f'{t:g}' for t in sorted(set(arguments.tokens)))}"
+        )
+
+
+def held_out_width(arguments: argparse.Namespace) -> int | None:
+    """Of `--held_out`. Raises UserError."""
+    said = arguments.held_out
+    if said == "none":
+        return None
+    widths: dict[str, int] = {str(n): n for n in arguments.hidden} | {"largest": max(arguments.hidden)}
+    if said not in widths:
+        raise UserError(f"--held_out {said} must be one of --hidden {' '.join(map(str, arguments.hidden))}, or largest, or none")
+    return widths[said]
+
+
+def plan_runs(arguments: argparse.Namespace) -> Rungs:
+    """Raises UserError, also for a batch that cannot be shared out and for shards that lack a split."""
+    data = open_data(arguments)
+    settings = read_config(arguments.deepspeed_config)
+    batch = settings.get("train_batch_size")
+    if not isinstance(batch, int):
+        raise UserError(f"{arguments.deepspeed_config}: the ladder needs a train_batch_size that is a number, got {batch!r}")
+    for flag in ("rate_exponent", "learning_rates", "batches"):
+        if getattr(arguments, flag) and not isinstance(lookup(settings, RATE), float):
+            raise UserError(f"{arguments.deepspeed_config}: --{flag} needs {RATE}, the smallest width's, as a number")
+
+    def make(hidden: int, tokens: float) -> SmallRun:
+        own, name = settings, f"tokens_{tokens:.0f}"
+        if arguments.rate_exponent:
+            rate = rate_of(hidden, min(arguments.hidden), lookup(settings, RATE), arguments.rate_exponent)
+            own = merged(settings, {"optimizer": {"params": {"lr": rate}}})
+            name += f"_lr_{rate:.3g}"  # beside the runs of a ladder at one rate
+        one = SmallRun(
+            folder=arguments.folder / f"hidden_{hidden}" / name,
+            config=family(hidden, data.vocab_size, arguments.sequence_length, arguments.head_dim),
+            deepspeed=own,
+            data=tuple(arguments.data),
+            steps=max(1, round(tokens / batch / arguments.sequence_length)),
+            seed=arguments.seed,
+            sequence_length=arguments.sequence_length,
+            evaluations=1,
+            eval_batches=arguments.eval_batches,
+            ranks=arguments.ranks,
+        )
+        return checked(one, arguments.deepspeed_config)
+
+    counts = sorted(set(arguments.tokens))
+    rungs = {(hidden, tokens): make(hidden, tokens) for hidden in sorted(set(arguments.hidden)) for tokens in counts}
+    if len({one.steps for one in rungs.values()}) < len(counts):
+        step = batch * arguments.sequence_length
+        raise UserError(f"--tokens {' '.join(f'{t:g}' for t in counts)}: some are the same number of steps of {step:,} tokens")
+    return rungs
+
+
+def open_data(arguments: argparse.Namespace) -> PackedDataset:
+    """What is trained on. Raises UserError where there is nothing to validate on either."""
+    sources = [parse_source(text) for text in arguments.data]
+    PackedDataset(sources, split="validation", sequence_length=arguments.sequence_length)
+    return PackedDataset(sources, split="train", sequence_length=arguments.sequence_length)
+
+
+def checked(run: SmallRun, path: Path) -> SmallRun:
+    """Raises UserError where training would refuse its batch or its experts."""
+    resolve_config(run.deepspeed, path, world_size=run.ranks, num_experts=run.config.n_routed_experts, max_steps=run.steps)
+    return run
+
+
+def rate_of(hidden: int, smallest: int, rate: float, exponent: float) -> float:
+    """The learning rate of a width, from that of the smallest."""
+    return float(rate * (smallest / hidden) ** exponent)
+
+
+def plan_tuning(arguments: argparse.Namespace, rungs: Rungs) -> list[SmallRun]:
+    """The smallest width under every learning rate and batch that is to be tried, for as many tokens as its longest run.
+
+    The shorter a run, the higher the rate that it prefers. A run that the family has already is not trained twice.
+    """
+    if not arguments.learning_rates and not arguments.batches:
+        return []
+    base = rungs[min(arguments.hidden), max(arguments.tokens)]
+    tokens = arguments.tune_tokens or max(arguments.tokens)
+    made = []
+    for batch in dict.fromkeys(arguments.batches or [batch_of(base)]):
+        for rate in dict.fromkeys(arguments.learning_rates or [lookup(base.deepspeed, RATE)]):
+            settings = merged(base.deepspeed, {"train_batch_size": batch, "optimizer": {"params": {"lr": rate}}})
+            steps = max(1, round(tokens / batch / base.sequence_length))
+            folder = arguments.folder / "tuning" / f"tokens_{tokens:.0f}_batch_{batch}_lr_{rate:g}"
+            asked = checked(replace(base, deepspeed=settings, steps=steps), arguments.deepspeed_config)
+            made.append(base if asked == base else replace(asked, folder=folder))
+    return made
+
+
+def best_settings(tuning: list[SmallRun]) -> dict[str, float]:
+    best = min(tuning, key=lambda one: one.result()["bits"][-1])
+    return {
+        "learning_rate": float(lookup(best.deepspeed, RATE)),
+        "batch_tokens": float(batch_of(best) * best.sequence_length),
+        "tokens": trained_tokens(best),
+        "flops": best.flops_per_token * trained_tokens(best),
+    }
+
+
+def at_the_edge(tuning: list[SmallRun], best: dict[str, float]) -> list[str]:
+    """What of `best` is the least or the greatest that was tried, in words: better ones may lie beyond."""
+    tried = {
+        "learning rate": ({lookup(one.deepspeed, RATE) for one in tuning}, best["learning_rate"]),
+        "batch in tokens": ({batch_of(one) * one.sequence_length for one in tuning}, best["batch_tokens"]),
+    }
+    return [
+        f"the best {what}, {chosen:g}, is the {'least' if chosen == min(values) else 'greatest'} that was tried: try beyond it"
+        for what, (values, chosen) in tried.items()
+        if len(values) > 1 and chosen in (min(values), max(values))
+    ]
+
+
+def batch_of(run: SmallRun) -> int:
+    """Samples a step."""
+    return int(run.deepspeed["train_batch_size"])
+
+
+def trained_tokens(run: SmallRun) -> float:
+    """Those asked for, in whole steps."""
+    return float(run.steps * batch_of(run) * run.sequence_length)
+
+
+def family_facts(arguments: argparse.Namespace, rungs: Rungs) -> dict[str, Any]:
+    """What `launch.planning.ladder.Ladder` needs of the family, beside its law."""
+    smallest = rungs[min(arguments.hidden), max(arguments.tokens)]
+    return {
+        "width": min(arguments.hidden),
+        "widest": max(arguments.hidden),
+        "head_dim": arguments.head_dim,
+        "learning_rate": lookup(smallest.deepspeed, RATE),
+        "rate_exponent": arguments.rate_exponent,
+        "batch_tokens": batch_of(smallest) * arguments.sequence_length,
+    }
+
+
+def epochs(data: PackedDataset, tokens: float) -> float:
+    """How often so many tokens read the data; of a weighted blend, the source that is read most often."""
+    if data.weights is None:
+        return tokens / data.tokens
+    shares = [weight / sum(data.weights) for weight in data.weights]
+    return float(max(tokens * share / (count * data.sequence_length) for share, count in zip(shares, data.samples, strict=True)))
+
+
+def announce(rungs: Rungs, tuning: list[SmallRun], times_read: float) -> None:
+    """What it will cost, and whether the data are enough for it."""
+    trained = list({one.folder: one for one in (*rungs.values(), *tuning)}.values())
+    flops = {one.folder: one.flops_per_token * trained_tokens(one) for one in trained}
+    done = sum(one.is_done(one.steps) for one in trained)
+    words = f"{counted(len(trained), 'run')}, {sum(flops.values()):.2g} FLOPs"
+    extra = [one for one in tuning if one not in rungs.values()]
+    if extra:
+        share = sum(flops[one.folder] for one in extra) / sum(flops.values())
+        words += (
+            f": {len(rungs)} of the family, {len(extra)} more to try rates and batches on width {extra[0].config.hidden_size} for "
+            f"{trained_tokens(extra[0]) / 1e6:.3g} M tokens ({share:.0%})"
+        )
+    say(words + (f"; {done} are done" if done else ""))
+    if times_read > 1:
+        say(
+            f"warning: the longest runs read the data {times_read:.3g} times, and the law takes that for new data; "
+            "lower --tokens or give more --data"
+        )
