@@ -107,9 +107,12 @@ class SmallRun:
             replace_file(self.folder / f"{name}.json", json.dumps(values, indent=2).encode())
         say(f"{self.folder.parent.name} {self.folder.name}: to step {stop_after} of {self.steps}")
         code = run_leashed(self.command(stop_after), self.folder / "log.txt")
+        words = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = words[-1] if words else "without a word"
         if code:
-            words = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise UserError(f"{self.folder}: the training ended with exit code {code}: {words[-1] if words else 'without a word'}")
+            raise UserError(f"{self.folder}: the training ended with exit code {code}: {last}")
+        if not self.is_done(stop_after):  # by a signal of somebody's, or --patience: no result for this many tokens
+            raise UserError(f"{self.folder}: the training stopped before step {stop_after}: {last}; the same command goes on")
 
     def result(self) -> dict[str, Any]:
         """For JSON; see `measured`."""

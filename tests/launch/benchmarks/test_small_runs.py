@@ -205,6 +205,20 @@ def test_two_commands_do_not_train_one_run(
         learning.run(parse([*mine, "--seeds", "5", "5"]))
 
 
+def test_one_that_stops_by_itself_is_no_result(
+    small_shards: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: list[str], log: Path) -> int:
+        log.write_text("step 3 saved\nstopped by SIGTERM\n")
+        return 0
+
+    monkeypatch.setattr(small_runs, "run_leashed", stopped)
+    monkeypatch.chdir(ROOT)
+    (run,) = learning.plan_runs(parse(flags(small_shards, small_model, tmp_path)))["quantile"]
+    with pytest.raises(UserError, match="stopped before step 40: stopped by SIGTERM; the same command goes on"):
+        run.train(STEPS)
+
+
 def test_a_ladder_looks_at_all_its_folders_first(small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tuning's too, which come last."""
     monkeypatch.setattr(small_runs, "run_leashed", refuse)
