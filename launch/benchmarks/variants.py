@@ -53,8 +53,11 @@ def merged(base: Fields, changes: Fields) -> Fields:
 
 
 def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
-    """By name. `config` is the model's: its dense twin has as many experts as a token of it chooses, and no others."""
+    """By name. `config` is the model's: its dense twin has as many experts as a token of it chooses, and no others. These are still
+    mixed by the router; in the plain twin one is left, whose weight is 1, and the shared expert is wider by the others."""
     chosen = {"n_routed_experts": config.num_experts_per_tok, "n_group": 1, "topk_group": 1, "router_balance": "none"}
+    plain = {**chosen, "n_routed_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
+    plain["n_shared_experts"] = config.n_shared_experts + config.num_experts_per_tok - 1
     # transformers' Glm4Moe of this shape, as it starts and as it trains: every matrix is drawn at 0.02, no correction bias moves,
     # nothing is added to the loss. Ours still: what writes into the residual stream starts smaller, by sqrt(2 layers); its
     # configuration's own defaults have a dense first layer and turn half of a head, which this model cannot.
@@ -70,6 +73,7 @@ def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
         Variant(name="none", model={"router_balance": "none"}),
         Variant(name="auxiliary", model={"router_balance": "none", "router_aux_loss_coef": 0.01}),
         Variant(name="dense", model=chosen),
+        Variant(name="dense_plain", model=plain),
         Variant(name="glm4_moe", model=stock),
         Variant(name="no_sinks", model={"attention_sinks": False}),
         Variant(name="adamw", deepspeed={"optimizer": {"type": "AdamW"}}),

@@ -53,6 +53,21 @@ def test_the_dense_twin_has_the_flops_of_a_token() -> None:
     assert forward_flops_per_token(config, 256) - forward_flops_per_token(dense, 256) == router
 
 
+def test_the_plain_twin_is_one_swiglu_as_wide_as_what_a_token_uses() -> None:
+    base = MoEGPTConfig.preset("tiny", vocab_size=64, num_hidden_layers=1, routed_scaling_factor=2.0)
+    config = built_in(base)["dense_plain"].config(base)
+    router = 2 * base.hidden_size * (base.n_routed_experts - 1)
+    assert forward_flops_per_token(base, 256) - forward_flops_per_token(config, 256) == router
+    layer = MoEGPTForCausalLM(config).double().model.layers[0].mlp
+    x = torch.randn(3, 5, base.hidden_size, dtype=torch.float64)
+    gate, up = layer.experts.gate_up_proj[0].chunk(2)
+    shared = layer.shared_experts
+    gates, ups = (torch.cat(pair) for pair in ((gate, shared.gate_proj.weight), (up, shared.up_proj.weight)))
+    down = torch.cat((layer.experts.down_proj[0], shared.down_proj.weight), dim=1)
+    assert gates.shape[0] == 3 * base.moe_intermediate_size
+    torch.testing.assert_close(layer(x), (torch.nn.functional.silu(x @ gates.mT) * (x @ ups.mT)) @ down.mT)
+
+
 def test_glm4_moe_starts_as_transformers_does() -> None:
     """But for what writes into the residual stream, whatever the model that it varies. 3 layers: 0.02 / sqrt(6)."""
     base = MoEGPTConfig.preset(
