@@ -284,22 +284,27 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-#: Rows of partial sums that a weight's gradient is added up from, as in `kernels/`.
-PROGRAMS, SHARES = 512, 32
+#: Programs of a kernel that sums a weight's gradient, and of the router's, each with a row of partial sums; positions of one head
+#: that a program of the sinks' takes.
+PROGRAMS, SHARES, POSITIONS = 512, 32, 64
 
 
-def costs(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, int]:
+def costs(name: str, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[int, int]:
     """`(kernels, bytes beside reading each input and writing each output once)` of a call."""
     fp32 = 4
-    if name in ("norm_backward", "norm_rope_backward"):
-        return 2, 2 * fp32 * min(PROGRAMS, inputs[0].shape[0]) * outputs[-1].numel()
+    if name == "norm_rope_backward" and not arguments[4]:  # without weights nothing is summed, and neither q nor k is read
+        return 1, -sum(x.numel() * x.element_size() for x in arguments[2:4])
+    if name in ("norm_backward", "norm_rope_backward"):  # partial sums written and read
+        return 2, 2 * fp32 * min(PROGRAMS, arguments[0].shape[0]) * outputs[-1].numel()
     if name == "route":  # and zeroed counts
         return 2, 0
     if name == "route_backward":  # dlogits written and read; x read again; partial sums
         logits, dweight = outputs[0].shape[0] * outputs[1].shape[0], outputs[1].numel()
         return 3, 2 * fp32 * logits + 2 * fp32 * SHARES * dweight
     if name == "sink_gradient":
-        return 2, 0
-    if name == "cross_entropy_":  # a second read and the write
-        return 1, 2 * inputs[0].numel() * inputs[0].element_size()
+        batch, length, heads, _ = arguments[0].shape
+        return 2, 2 * fp32 * batch * -(-length // POSITIONS) * heads
+    if name == "cross_entropy_":  # a second read and the write, of the gradient
+        logits, with_grad = arguments[0], arguments[4]
+        return 1, 2 * logits.numel() * logits.element_size() if with_grad else 0
     return 1, 0

@@ -138,17 +138,17 @@ class Count(TorchDispatchMode):
             for tensor in outputs:
                 self._follow(tensor)
         if name not in FREE and not func.is_view and outputs:
-            self._count(name, func, tensors_of((args, kwargs or {})), outputs)
+            self._count(name, func, args, tensors_of((args, kwargs or {})), outputs)
         return out
 
-    def _count(self, name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _count(self, name: str, func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         kind = KINDS.get(name.removesuffix("_") if name not in KINDS else name, "elementwise and sums")
         if name in PRODUCTS:
             shape = product_shape(inputs)
             flops = 2.0 * shape[0] * shape[1] * shape[2]
             return self.add(name, kind, flops=flops, bytes=moved(inputs, outputs), shape=shape)
         if func.namespace == "moe_gpt":
-            launches, more = operators.costs(name, inputs, outputs)
+            launches, more = operators.costs(name, args, outputs)
             return self.add(name, kind, bytes=moved(inputs, outputs) + more, launches=launches)
         self.add(name, kind, bytes=bytes_of(name, func, inputs, outputs), launches=LAUNCHES.get(name, 1))
 

@@ -39,6 +39,16 @@ def _in_training(block: Block, compiled: Callable[..., Any], eager: Callable[...
     return attend
 
 
+def hint(compiles: bool, mode: str) -> str | None:
+    """What a user who compiles under `selective` should know: `model.rebuild` makes nothing again of a region that is traced."""
+    if not compiles or mode != "selective":
+        return None
+    return (
+        "warning: of compiled regions the compiler chooses what is kept, so that of activation checkpointing's `selective` only "
+        "the experts' half of a block is left; `full`, or --no-compile, takes less memory"
+    )
+
+
 def check_compile(config: dict[str, Any], where: Path, *, documents: bool) -> None:
     """Of a DeepSpeed JSON. Raises UserError for what cannot be compiled."""
     section = config.get("compile", {})

@@ -22,6 +22,7 @@ from launch.checkpoint.manager import CheckpointManager
 from launch.cli import AgreedError, end_at_once
 from launch.engine.build import build_engine, build_model, check_room
 from launch.engine.hardware import peak_flops
+from launch.engine.regions import hint
 from launch.engine.settings import EngineSettings
 from launch.engine.step_hook import StepHook
 from launch.engine.strategy import Strategy
@@ -323,6 +324,9 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
         f"{samples:,} samples of {arguments.sequence_length:,} tokens; {tokens:,} tokens a step, "
         f"{arguments.max_steps * trainer.global_batch / samples:,.2f} epochs in {arguments.max_steps:,} steps"
     )
+    strategy = Strategy.of(run.deepspeed)
+    if warning := hint(strategy.compiles, arguments.activation_checkpointing or strategy.activation_checkpointing):
+        monitor.say(warning)
     monitor.say(choice.message)
     monitor.begin(trainer.position.step, trainer.position.samples)
     if isinstance(choice, ResumeFrom):

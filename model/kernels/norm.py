@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Programs of a backward that sums a weight's gradient: each has one row of partial sums.
-PROGRAMS = 512
+from ..operators import PROGRAMS
 
 
 @triton.jit

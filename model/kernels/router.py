@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import SHARES
 from .norm import column_sums
 
 #: Tokens of a program, and columns of x that it takes at once.
@@ -149,10 +150,6 @@ def router_weight_kernel(dlogits, x, parts, tokens, hidden, E: tl.constexpr, TOK
         total += tl.sum(grad[:, :, None] * tile[:, None, :], axis=0)
     at = (tl.program_id(1) * E + e)[:, None] * hidden + cols[None, :]
     tl.store(parts + at, total, mask=(cols < hidden)[None, :] & (e >= 0)[:, None])
-
-
-#: Programs that share the tokens of the weight's gradient.
-SHARES = 32
 
 
 def route(

@@ -8,10 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import POSITIONS
 from .norm import summed
-
-#: Positions of one head that a program takes: their rows lie N * D apart, their logsumexps side by side.
-POSITIONS = 64
 
 
 @triton.jit

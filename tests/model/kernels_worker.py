@@ -3,7 +3,8 @@ gradient; under the interpreter also a whole model.
 
 The same call takes the kernels in fp32 and bf16, and the plain way in float64. Prints one JSON object: `errors`, the relative
 error by case; under the interpreter also `loops`, of each loop in a kernel how often it went round with a short last trip, and the
-largest error of a case when it stops after its first.
+largest error of a case when it stops after its first; `operators`, what each says wrongly of itself; `graphs`, those in a compiled
+region.
 """
 
 import json
@@ -13,11 +14,17 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
+from functorch.compile import make_boxed_func
 from kernel_loops import Loops
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from model import MoEGPTConfig, MoEGPTForCausalLM, operators
 from model.attention import Attention
@@ -278,21 +285,51 @@ def ties() -> float:
     return error(*chosen)
 
 
-def compiled(config: MoEGPTConfig) -> float:
-    """A block that dynamo traces and autograd's graph splits, with the operators in it."""
+class FirstCalls(TorchDispatchMode):
+    """The arguments of the first call of each operator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.arguments: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "moe_gpt" and (name := func._schema.name.removeprefix("moe_gpt::")) not in self.arguments:
+            copies = tree_map_only(Tensor, lambda x: x.detach().clone(), args)  # one writes into its argument
+            self.arguments[name] = func, copies
+        return func(*args, **(kwargs or {}))
+
+
+def operator_faults(calls: FirstCalls) -> dict[str, str]:
+    """By operator what a compiler would be told wrongly: shapes, dtypes, strides, what it writes to."""
+    found = {}
+    for name, (func, args) in calls.arguments.items():
+        results = opcheck(func, args, test_utils=("test_schema", "test_faketensor"), raise_exception=False)
+        found[name] = "; ".join(f"{test}: {result}" for test, result in results.items() if result != "SUCCESS")
+    return found
+
+
+def compiled(config: MoEGPTConfig) -> tuple[float, list[str]]:
+    """What `--compile` takes of a block, with the kernels: the error beside eager, and the operators in its graphs."""
     torch.manual_seed(0)
-    block = MoEGPTForCausalLM(config).model.layers[0].bfloat16().train()
-    x = torch.randn(1, 24, config.hidden_size, dtype=torch.bfloat16)
-    angles = torch.rand(1, 24, config.head_dim)
+    block = MoEGPTForCausalLM(config).model.layers[0].train()
+    nn.init.normal_(block.self_attn.sinks)
+    x, angles = torch.randn(1, 8, config.hidden_size), torch.rand(1, 8, config.head_dim)
+    mask = causal_mask((1, 8), 0, x.device, None, None)
+    names: set[str] = set()
+
+    def watched(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names.update(str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("moe_gpt."))
+        return make_boxed_func(graph.forward)
+
+    region = torch.compile(block.attend, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=watched))
     results = []
-    for call in (block, torch.compile(block, backend="aot_eager")):
+    for call in (block.attend, region):
         block.zero_grad()
         given = x.clone().requires_grad_()
-        mask = causal_mask((1, 24), 0, x.device, None, None)
-        out = call(given, rope=(angles.cos(), angles.sin()), mask=mask, replay=RouterReplay())
-        out.square().sum().backward()
-        results.append([out.detach(), given.grad, *(p.grad for p in block.parameters())])
-    return max(map(error, *results))
+        stream, normed = call(given, (angles.cos(), angles.sin()), mask, None, False)
+        (stream.square().sum() + (3 * normed).square().sum()).backward()
+        results.append([stream.detach(), normed.detach(), given.grad, *(p.grad for p in block.parameters() if p.grad is not None)])
+    return max(map(error, *results)), sorted(names)
 
 
 def main() -> None:
@@ -301,9 +338,10 @@ def main() -> None:
     torch.use_deterministic_algorithms(not on_gpu)  # which begins new memory as NaN: what a kernel leaves out is seen
     torch.manual_seed(0)
     operators.fits = with_kernels
-    found, faults = {}, {}
+    found, said, calls = {}, {}, FirstCalls()
     for dtype in (torch.float32, torch.bfloat16):
-        found |= of(partial(cases, dtype), dtype)
+        with calls:
+            found |= of(partial(cases, dtype), dtype)
         if on_gpu:
             found |= {f"{name}, real sizes": value for name, value in of(real_cases, dtype).items()}
     found["ties"] = ties()
@@ -312,14 +350,14 @@ def main() -> None:
         ours, plain = (model_step(config, dtype) for dtype in (torch.float32, torch.float64))
         assert ours.keys() == plain.keys() and len(ours) > 20
         found["float32: a model's loss and gradients"] = max(error(ours[name], plain[name]) for name in plain)
-    if "--compile" in sys.argv:
-        found["compiled block"] = compiled(config)
     used = {name for name in KERNELS if f"model.kernels.{name}" in sys.modules}
     assert used == set(KERNELS), used
     if not on_gpu:
-        errors, faults = going_round()
+        errors, loops = going_round()
         found |= errors
-    json.dump({"errors": found, "loops": faults}, sys.stdout)
+        found["compiled"], graphs = compiled(config)
+        said = {"loops": loops, "operators": operator_faults(calls), "graphs": graphs}
+    json.dump({"errors": found, **said}, sys.stdout)
 
 
 if __name__ == "__main__":

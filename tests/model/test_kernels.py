@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
 import torch
 from support import ROOT
+from torch.library import CustomOpDef
 
 from model import operators
 
@@ -28,7 +29,9 @@ class Found:
     """What the worker prints: see there."""
 
     errors: dict[str, float]
-    loops: dict[str, tuple[int, float]]
+    loops: dict[str, tuple[int, float]] = field(default_factory=dict)
+    operators: dict[str, str] = field(default_factory=dict)
+    graphs: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,18 @@ def test_every_loop_goes_round_again_and_is_missed_where_it_does_not(found: Foun
     once = {loop: trips for loop, (trips, _) in found.loops.items() if trips < 2}  # the last trip short
     unseen = {loop: error for loop, (_, error) in found.loops.items() if error < 0.1}
     assert (once, unseen) == ({}, {})
+
+
+def test_operators_say_of_themselves_what_is_so(found: Found) -> None:
+    """Shapes, dtypes, strides and what they write to: what a compiler, and the benchmark's count, go by."""
+    every = {name for name, operator in vars(operators).items() if isinstance(operator, CustomOpDef)}
+    assert set(found.operators) == every and len(every) >= 15
+    assert {name: wrong for name, wrong in found.operators.items() if wrong} == {}
+
+
+def test_a_compiled_region_has_the_operators_in_it(found: Found) -> None:
+    assert found.graphs == ["add_sink", "norm", "norm_backward", "norm_rope", "norm_rope_backward", "sink_gradient"]
+    assert found.errors["compiled"] == 0
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from model import operators
 from model.dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
 
 T, H, W, E, K = 64, 32, 48, 4, 2
+N, M, D = 6, 2, 16
 BF16, FP32, INT64 = 2, 4, 8
 
 
@@ -115,11 +118,29 @@ def test_the_kernels_operators_cost_what_their_shapes_say() -> None:
     rows, weights = tensor(T * K, H), tensor(T, K, dtype=torch.float32)
     gate, logits = tensor(E, H), tensor(T, E, dtype=torch.float32)
     index, wide, one = tensor(T, K, dtype=torch.int64), tensor(T, W), tensor(dtype=torch.float32)
+    q, k, heads, cos = tensor(T, N, D), tensor(T, M, D), [tensor(D), tensor(D)], tensor(T // 2, D, dtype=torch.float32)
+    turned, tables = T * (N + M) * D * BF16, T // 2 * D * FP32
+    out, lse, sinks = tensor(2, T // 2, N, D), tensor(2, N, T // 2, dtype=torch.float32), tensor(N)
+    long, long_lse = tensor(3, 70, N, D), tensor(3, N, 70, dtype=torch.float32)
     token, index_bytes = T * H * BF16, T * K * INT64
     calls = {
         "norm": (lambda: operators.norm(x, stream, weight, 1e-5), 1, 4 * token + H * BF16),
         # dout, dstream, x, weight; dx, dweight; of each token a row of partial sums written and read
         "norm_backward": (lambda: operators.norm_backward(x, x, x, weight, 1e-5), 2, 4 * token + 2 * H * BF16 + 2 * T * H * FP32),
+        "norm_rope": (lambda: operators.norm_rope(q, k, heads, cos, cos, 1e-5)[0], 1, 2 * turned + 2 * D * BF16 + 2 * tables),
+        # dq, dk, q, k, two weights, two tables; dq, dk, two dweights in fp32; of each token partial sums of both written and read
+        "norm_rope_backward": (
+            lambda: operators.norm_rope_backward(q, k, q, k, heads, cos, cos, 1e-5)[2],
+            2,
+            3 * turned + 2 * D * BF16 + 2 * tables + 2 * D * FP32 + 2 * T * 2 * D * FP32,
+        ),
+        "add_sink": (lambda: operators.add_sink(out, lse, sinks)[0], 1, 2 * T * N * (D * BF16 + FP32) + N * BF16),
+        # dout, out, lse, sinks; dsinks; a partial sum of 64 positions of each head, of one row's 70 positions two, written and read
+        "sink_gradient": (
+            lambda: operators.sink_gradient(long, long, long_lse, sinks),
+            2,
+            3 * 70 * N * (2 * D * BF16 + FP32) + 2 * N * BF16 + 2 * 3 * 2 * N * FP32,
+        ),
         "spread": (lambda: operators.spread(x, places, K, weights), 1, (1 + K) * token + index_bytes + T * K * FP32),
         "collect": (lambda: operators.collect(rows, places, K, x, x), 1, (K + 3) * token + index_bytes),
         "combine": (
@@ -151,10 +172,20 @@ def test_the_kernels_operators_cost_what_their_shapes_say() -> None:
         ),
     }
     for name, (call, launches, wanted) in calls.items():
-        with Count() as counted, torch.no_grad():
-            call()
-        (entry,) = counted.ledger.entries
-        assert (entry.name, entry.launches, entry.bytes) == (name, launches, wanted), name
+        assert operator(call) == (name, launches, wanted)
+    # what is not asked for is not done: weights of the norms, a gradient
+    bare = operator(lambda: operators.norm_rope_backward(q, k, q, k, [], cos, cos, 1e-5)[0])
+    assert bare == ("norm_rope_backward", 1, 2 * turned + 2 * tables)  # neither q nor k is read
+    loss = operator(lambda: operators.cross_entropy_(wide, tensor(T, dtype=torch.int64), one, 0.0, False, -100))
+    assert loss == ("cross_entropy_", 1, T * W * BF16 + T * INT64 + FP32 + T * FP32)
+
+
+def operator(call: Callable[[], object]) -> tuple[str, int, int]:
+    """Name, kernels and bytes of the one operation that a call is."""
+    with Count() as counted, torch.no_grad():
+        call()
+    (entry,) = counted.ledger.entries
+    return entry.name, entry.launches, entry.bytes
 
 
 @pytest.mark.parametrize("others", [0, 2])

@@ -11,7 +11,7 @@ from nursery import Nursery
 
 from data.cli import UserError
 from launch.engine.keys import check_keys
-from launch.engine.regions import check_compile
+from launch.engine.regions import check_compile, hint
 from launch.engine.strategy import CONFIG_FOLDER, Strategy, check_kinds, read_config, resolve_config
 
 PATH = Path("some.json")
@@ -50,6 +50,11 @@ def test_the_section_is_known_and_read() -> None:
         check_keys(resolved(compile={"autoep_non_mo": True}), PATH)
     with pytest.raises(UserError, match=r"compile.autoep_non_moe must be true or false"):
         check_kinds(PATH, {"compile": {"autoep_non_moe": 1}})
+
+
+def test_selective_of_compiled_regions_is_warned_of() -> None:
+    assert "only the experts' half" in str(hint(True, "selective"))
+    assert [hint(False, "selective"), hint(True, "none"), hint(True, "full")] == [None] * 3
 
 
 REFUSED = {
