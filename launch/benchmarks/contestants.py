@@ -107,12 +107,19 @@ class Plain(Contestant):
                 weight.copy_(master)
 
 
+def gpu_knobs(capability: tuple[int, int] | None) -> dict[str, Any]:
+    """AutoEP's own for speed, as far as DeepSpeed accepts them on a GPU of this compute capability; None: one of AMD's."""
+    chosen: dict[str, Any] = {"use_grouped_mm": True, "async_split_plan": True}
+    if capability is not None:
+        chosen["combine_impl"] = "fused_weighted_sum"
+    # With one packed product DeepSpeed refuses NVIDIA's GPUs before sm90, where its own Triton kernel takes gate and up apart.
+    return chosen if capability is not None and capability < (9, 0) else {**chosen, "gate_up_impl": "fused"}
+
+
 def knobs() -> dict[str, Any]:
-    """AutoEP's own for speed, as far as this device has them."""
+    """Those for this device."""
     if get_accelerator().device_name() != "cpu":
-        chosen = {"combine_impl": "fused_weighted_sum", "async_split_plan": True, "use_grouped_mm": True}
-        # With one packed product DeepSpeed refuses GPUs before sm90, where its own Triton kernel takes gate and up apart.
-        return {**chosen, "gate_up_impl": "fused"} if torch.cuda.get_device_capability() >= (9, 0) else chosen
+        return gpu_knobs(None if torch.version.hip else torch.cuda.get_device_capability())
     # Grouped products, which DeepSpeed runs on a CPU once its activation does not ask for Triton.
     for name in ("apply_expert_activation", "apply_packed_expert_activation"):
         setattr(ep_experts, name, functools.partial(getattr(ep_experts, name), fused=False))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -17,10 +18,11 @@ from deepspeed.module_inject import auto_ep_layer
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.moe import ep_kernels
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch.benchmarks.contestants import peer_model
+from launch.benchmarks.contestants import gpu_knobs, peer_model
 from launch.benchmarks.counting import declare, declare_host_wait, uncounted
 from launch.engine import activation_checkpointing, expert_parallel
 from launch.engine.exchange import Exchange
@@ -133,12 +135,54 @@ def counted_fill(counts: Tensor, starts: Tensor, offsets: Tensor, experts: int, 
     return out
 
 
-def counted_split_plan(counts: Tensor, ep_size: int, local: int, group: Any) -> Any:
-    """AutoEP's split plan: counts exchanged, then the host waits. The shares are taken as even."""
+class WeightedRestore(torch.autograd.Function):
+    """DeepSpeed's `fused_weighted_sum`: rows, weighed and summed to tokens, one Triton kernel in each direction."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scores: Tensor, inverse: Tensor) -> Tensor:
+        with uncounted():
+            out = rows.new_empty((scores.shape[0], rows.shape[1]))
+        ctx.save_for_backward(rows, scores, inverse)
+        declare("triton weighted restore", "gather and scatter", [rows, scores, inverse], [out])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, scores, inverse = ctx.saved_tensors
+        with uncounted():
+            drows, dscores = torch.empty_like(rows), torch.empty_like(scores)
+        declare("triton weighted restore backward", "gather and scatter", [dout, rows, scores, inverse], [drows, dscores])
+        return drows, dscores, None
+
+
+def counted_restore(rows: Tensor, top_scores: Tensor, token_indices_sorted: Tensor, top_k: int, shape: Any) -> Tensor:
+    """`fused_weighted_sum` whole: the permutation inverted by a kernel of its own first."""
+    inverse = torch.empty(token_indices_sorted.shape, dtype=torch.int32, device=rows.device)
+    declare("triton invert index", "gather and scatter", [token_indices_sorted], [inverse])
+    return WeightedRestore.apply(rows, top_scores, inverse).view(shape)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def start_split_plan(layer: Any, counts: Tensor) -> Any:
+    """`async_split_plan`: the counts are on their way before the rows are packed."""
+    return exchanged_counts(counts, layer.ep_size, layer.num_local_experts, layer.ep_group)
+
+
+def wait_for_split_plan(_layer: Any, received: Tensor) -> Any:
+    declare_host_wait("split plan, behind the rows' gather")
+    return auto_ep_layer.SplitPlan(*even_shares(counted_split_plan.rows, received.shape[0]), received)  # type: ignore[attr-defined]
+
+
+def exchanged_counts(counts: Tensor, ep_size: int, local: int, group: Any) -> Tensor:
     matrix = counts.view(ep_size, local)
     received = torch.empty_like(matrix)
     dist.all_to_all_single(received.view(-1), matrix.reshape(-1), group=group)
     torch.stack((matrix.sum(dim=1), received.sum(dim=1)))
+    return received
+
+
+def counted_split_plan(counts: Tensor, ep_size: int, local: int, group: Any) -> Any:
+    """AutoEP's split plan: counts exchanged, then the host waits. The shares are taken as even."""
+    received = exchanged_counts(counts, ep_size, local, group)
     declare_host_wait("split plan")
     return auto_ep_layer.SplitPlan(*even_shares(counted_split_plan.rows, ep_size), received)  # type: ignore[attr-defined]
 
@@ -175,10 +219,14 @@ def as_on_cuda(rows: int) -> Iterator[None]:
         (Exchange, "wait_for_counts", wait),
         (Exchange, "_copy_to_host", copied),
         (auto_ep_layer, "_split_plan_from_expert_counts", counted_split_plan),
+        (auto_ep_layer.AutoEPMoELayer, "_start_async_split_plan", start_split_plan),
+        (auto_ep_layer.AutoEPMoELayer, "_wait_async_split_plan", wait_for_split_plan),
+        (auto_ep_layer.fused_token_ops, "fused_weighted_restore", counted_restore),
         (ep_kernels, "fill_indices_wrapper", counted_fill),
         (ep_kernels, "gather_rows", counted_gather),
         (ep_kernels, "permute_rows_supported", lambda tensor: True),
         (auto_ep_layer.fused_token_ops, "assert_supported", lambda *a, **k: None),
+        (checkpointing, "copy_to_device", lambda tensors, *a, **k: tensors),  # of `full`: they are there
     ]
     with ExitStack() as stack:
         for owner, name, replacement in patches:
@@ -211,37 +259,51 @@ def with_auto_ep(model: nn.Module, ep: int, **knobs: Any) -> nn.Module:
     return model
 
 
-def ours(config: MoEGPTConfig, ep: int) -> nn.Module:
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is counted: of which model one rank of how many, with which recomputation, and for which GPU."""
+
+    config: MoEGPTConfig
+    ep: int = 1
+    mode: str = "none"
+    capability: tuple[int, int] | None = None
+
+
+def ours(case: Case) -> nn.Module:
     with torch.device("meta"):
-        model = MoEGPTForCausalLM(config)
-    with expert_parallel.model_parts(config):
-        with_auto_ep(model, ep)
-    return nn.Module.to(model, torch.bfloat16)
+        model = MoEGPTForCausalLM(case.config)
+    with expert_parallel.model_parts(case.config):
+        with_auto_ep(model, case.ep)
+    return _trained(model, case)
 
 
-def saving_less(config: MoEGPTConfig, ep: int) -> nn.Module:
-    model: Any = ours(config, ep)
-    activation_checkpointing.enable(model, "selective", {})
-    less: nn.Module = model
-    return less
+def stock(case: Case, **knobs: Any) -> nn.Module:
+    return _trained(with_auto_ep(peer_model(case.config, device="meta"), case.ep, **knobs), case)
 
 
-def stock(config: MoEGPTConfig, ep: int, **knobs: Any) -> nn.Module:
-    return with_auto_ep(peer_model(config, device="meta"), ep, **knobs).to(torch.bfloat16)
-
-
-def glm(config: MoEGPTConfig, _ep: int) -> nn.Module:
+def glm(case: Case) -> nn.Module:
     """Plain transformers, all experts on each rank."""
-    model: Any = peer_model(config, device="meta").to(torch.bfloat16)
+    model = peer_model(case.config, device="meta")
     model.set_experts_implementation("grouped_mm")
-    whole: nn.Module = model
-    return whole
+    return _trained(model, case)
 
 
-CONTESTANTS: dict[str, Callable[[MoEGPTConfig, int], nn.Module]] = {
+def _trained(model: Any, case: Case) -> nn.Module:
+    activation_checkpointing.enable(model, case.mode, {})
+    trained: nn.Module = nn.Module.to(model, torch.bfloat16).train()
+    return trained
+
+
+Contestant = Callable[[Case], nn.Module]
+#: Beside ours with the recomputation that is asked for, ours with each.
+OURS: dict[str, Contestant] = {
     "ours": ours,
-    "ours, selective": saving_less,
+    "ours, selective": lambda case: ours(replace(case, mode="selective")),
+    "ours, full": lambda case: ours(replace(case, mode="full")),
+}
+PEERS: dict[str, Contestant] = {
     "stock AutoEP": stock,
-    "stock AutoEP with knobs": lambda c, ep: stock(c, ep, gate_up_impl="fused"),
+    "stock AutoEP with knobs": lambda case: stock(case, **gpu_knobs(case.capability)),
     "transformers Glm4Moe": glm,
 }
+CONTESTANTS = {**OURS, **PEERS}

@@ -114,7 +114,7 @@ class Count(TorchDispatchMode):
 
     def part(self) -> str:
         node = torch._C._current_autograd_node()
-        if node is None or not self.backward:
+        if node is None or not self.backward or len(self._stack) > 1:  # in a module: the forward, or its repetition
             return self._stack[-1]
         number = node._sequence_nr()
         around = [(depth, part) for first, last, depth, part in self._spans if first <= number < last]
@@ -143,6 +143,7 @@ class Count(TorchDispatchMode):
 
     def _count(self, name: str, func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         kind = KINDS.get(name.removesuffix("_") if name not in KINDS else name, "elementwise and sums")
+        inputs = read_by(func, inputs, outputs)
         if name in PRODUCTS:
             shape = product_shape(inputs)
             flops = 2.0 * shape[0] * shape[1] * shape[2]
@@ -201,10 +202,14 @@ def bytes_of(name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) 
         return given + copied + values * (2 if "add" in name else 1)
     if name == "copy_":
         return moved(inputs[1:], outputs)
-    given_out = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write and a.is_out}
-    if given_out:  # `out=` is written, not read
-        inputs = [t for t in inputs if all(t is not o for o in outputs)]
     return moved(inputs, outputs)
+
+
+def read_by(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    """Without `out=`, which is written, not read."""
+    if any(a.alias_info is not None and a.alias_info.is_write and a.is_out for a in func._schema.arguments):
+        return [t for t in inputs if all(t is not o for o in outputs)]
+    return inputs
 
 
 def product_shape(inputs: list[Tensor]) -> tuple[int, int, int, int]:

@@ -89,7 +89,7 @@ def measure(cases: dict[int, tuple[MoEGPTConfig, int]], arguments: argparse.Name
 
 
 def count(config: MoEGPTConfig, shape: tuple[int, int]) -> Ledger:
-    return count_micro_step(counted.ours, config, config.num_hidden_layers, shape, 1)
+    return count_micro_step(counted.ours, counted.Case(config=config), config.num_hidden_layers, shape)
 
 
 def counts(ledger: Ledger, tokens: int) -> dict[str, float]:

@@ -2,56 +2,72 @@
 
 Ours beside stock AutoEP, the same with its knobs on, and plain transformers Glm4Moe with grouped_mm. Bytes, kernels, saved
 bytes and host waits are counts; times are a model: each operation takes as long as its FLOPs at the device's reached rate, its
-bytes at its reached bandwidth, or the shortest kernel, whichever is longest (`launch/planning/devices.py` has the rates and
-their sources). Not in it: caches, hosts slower than the device, imbalance, overlap of communication. Expect 15 %.
+bytes at its reached bandwidth, what it sends at the link's, or the shortest kernel, whichever is longest
+(`launch/planning/devices.json` has the rates, and which are assumed). `mfu` is of that and of the optimizer step's passes. What is
+not counted is the planner's model, apart from it, in `whole_step`: ZeRO's collectives and the starts of the exchanges, the
+fullest rank's rows, the host. Not in it: caches, overlap of exchanges, ZeRO 3's gathering. No GPU has been measured beside it yet.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.cli import UserError
 from launch.benchmarks import counted
 from launch.benchmarks.counting import Count, Entry, Ledger
 from launch.benchmarks.measure import print_table
+from launch.engine import strategy
 from launch.engine.build import load_model_config
+from launch.planning.communication import traffic
 from launch.planning.devices import Device, find_device
-from launch.planning.time import HELD_BYTES, SHARD_BYTES, STEP_BYTES
+from launch.planning.job import Job, job_from
+from launch.planning.time import USUAL_LOAD, exposed, optimizer_seconds
 from launch.profiling.parts import parts_of
 from model import MoEGPTConfig
-from model.accounting import count_parameters, training_flops_per_token
+from model.accounting import training_flops_per_token
+from model.sizes import ModelSizes
 
-#: Seconds of the shortest kernel on a busy GPU; assumed.
-SHORTEST_KERNEL = 2.5e-6
-#: A product narrower than this reaches less; several experts in one grouped product reach this share of a plain one; assumed.
-NARROW, GROUPED = 1024, 0.8
+#: What an operation can take its time for.
+LIMITS = ("FLOPs", "bytes", "link", "launches")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="800m", help="a preset or a config.json")
     parser.add_argument("--gpu", default="a100-80gb", help="a name in launch/planning/devices.json")
-    parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts; one rank's share is counted")
+    parser.add_argument("--deepspeed_config", type=Path, help="take what is not given here from this JSON")
+    parser.add_argument("--ep", type=int, help="ranks that share the experts; one rank's share is counted (default: 1)")
+    parser.add_argument("--num_gpus", type=int, help="ranks of a node that train (default: as many as share the experts)")
     parser.add_argument("--sequence_length", type=int, default=2048)
-    parser.add_argument("--micro_batch", type=int, default=8, help="sequences of a rank")
-    parser.add_argument("--accumulation", type=int, default=8, help="micro-steps of an optimizer step")
+    parser.add_argument("--micro_batch", type=int, help="sequences of a rank (default: 8)")
+    parser.add_argument("--accumulation", type=int, help="micro-steps of an optimizer step (default: 8)")
+    modes = strategy.CHECKPOINTING_MODES
+    parser.add_argument("--activation_checkpointing", choices=modes, help="of all; default: the JSON's mode, or none")
     parser.add_argument("--chart", type=Path, help="also draw the times by part there, as SVG")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of each contestant the counts of a layer, the predicted time by part and kind, and the MFU."""
+    """Of each contestant the counts of a layer, the predicted time by part, kind and limit, and the MFU."""
     device, config = find_device(arguments.gpu), load_model_config(arguments.model)
-    counted.join_fake_group(arguments.ep)
-    settings = {k: str(v) for k, v in vars(arguments).items()}
+    job = job_of(arguments, config)
+    counted.join_fake_group(job.expert_ranks)
+    case = counted.Case(config=config, ep=job.expert_ranks, mode=job.recompute, capability=device.efficiency.compute_capability)
+    settings = {k: str(v) for k, v in vars(arguments).items()} | {
+        "ep": str(job.expert_ranks),
+        "num_gpus": str(job.ranks),
+        "micro_batch": str(job.micro_batch),
+        "accumulation": str(job.accumulation),
+        "activation_checkpointing": job.recompute,
+    }
     result: dict[str, Any] = {"prediction": True, "settings": settings}
     for name, make in counted.CONTESTANTS.items():
-        shape = (arguments.micro_batch, arguments.sequence_length)
-        one, two = (count_micro_step(make, config, layers, shape, arguments.ep) for layers in (1, 2))
-        result[name] = Prediction(one, two, config, device, shape, arguments.accumulation, arguments.ep).summary()
+        one, two = (count_micro_step(make, case, layers, (job.micro_batch, job.sequence_length)) for layers in (1, 2))
+        result[name] = Prediction(one, two, job_as(name, job), device).summary()
     show(result, device)
     if arguments.chart:
         from launch.benchmarks.bars import draw
@@ -60,15 +76,49 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def count_micro_step(make: Any, config: MoEGPTConfig, layers: int, shape: tuple[int, int], ep: int) -> Ledger:
+def job_of(arguments: argparse.Namespace, config: MoEGPTConfig) -> Job:
+    """What trains: by the JSON that is given, or `ep8_zero2.json` with this command's defaults; flags override either."""
+    given = arguments.deepspeed_config
+    path = given or strategy.CONFIG_FOLDER / "ep8_zero2.json"
+    settings = strategy.read_config(path)
+    ep = arguments.ep or (strategy.lookup(settings, "expert_parallel.autoep_size", 1) if given else 1)
+    ranks = arguments.num_gpus or ep
+    if ep < 1 or ranks < 1 or ranks % ep:
+        raise UserError(f"--num_gpus {ranks} is no multiple of the {ep} ranks that share the experts")
+    micro, accumulation = arguments.micro_batch, arguments.accumulation
+    if not given or micro or accumulation:
+        micro = micro or (settings["train_micro_batch_size_per_gpu"] if given else 8)
+        accumulation = accumulation or 8
+        settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"] = micro, accumulation
+        settings["train_batch_size"] = micro * accumulation * ranks
+    settings["expert_parallel"] = {**settings.get("expert_parallel", {}), "autoep_size": ep}
+    experts = config.n_routed_experts
+    resolved = strategy.resolve_config(settings, path, world_size=ranks, num_experts=experts, max_steps=1000)
+    return job_from(
+        ModelSizes.of(config.to_dict()),
+        resolved,
+        ranks=ranks,
+        ranks_per_node=ranks,
+        sequence_length=arguments.sequence_length,
+        recompute=arguments.activation_checkpointing,
+    )
+
+
+def job_as(name: str, job: Job) -> Job:
+    """What differs in a contestant's own: its recomputation, or that it has all experts on each rank."""
+    changes = {"ours, selective": {"recompute": "selective"}, "ours, full": {"recompute": "full"}}
+    return replace(job, **changes.get(name, {"expert_ranks": 1} if name == "transformers Glm4Moe" else {}))
+
+
+def count_micro_step(make: counted.Contestant, case: counted.Case, layers: int, shape: tuple[int, int]) -> Ledger:
     """Forward and backward of a model with this many layers."""
-    settings = MoEGPTConfig.from_dict({**config.to_dict(), "num_hidden_layers": layers})
+    settings = MoEGPTConfig.from_dict({**case.config.to_dict(), "num_hidden_layers": layers})
     settings._attn_implementation = "flash"
-    model = make(settings, ep).train()
+    model = make(replace(case, config=settings))
     ids = torch.empty(shape, dtype=torch.int64, device="meta")
     is_ours = type(model).__name__ == "MoEGPTForCausalLM"
     batch = {"shift_labels": ids, "num_items_in_batch": torch.empty((), device="meta")} if is_ours else {"labels": ids}
-    rows = ids.numel() * config.num_experts_per_tok
+    rows = ids.numel() * case.config.num_experts_per_tok
     with counted.as_on_cuda(rows), Count(parts_of(model, "dispatch and combine")) as count:
         loss = model(input_ids=ids, **batch).loss
         count.end_forward()
@@ -82,43 +132,36 @@ class Prediction:
 
     one: Ledger
     two: Ledger
-    config: MoEGPTConfig
+    job: Job
     device: Device
-    shape: tuple[int, int]
-    accumulation: int
-    ep: int
 
     @property
     def tokens(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return self.job.tokens
 
     def layer(self, what: str, kinds: set[str] | None = None) -> float:
         return self.two.total(what, kinds) - self.one.total(what, kinds)
 
-    def seconds(self) -> dict[tuple[str, str], float]:
-        """By part and kind, of one micro-step of the whole model and its share of the optimizer step."""
-        times: dict[tuple[str, str], float] = defaultdict(float)
-        layers = self.config.num_hidden_layers
-        for ledger, factor in ((self.two, layers - 1), (self.one, 2 - layers)):
-            for entry in ledger.entries:
-                times[entry.part, entry.kind] += factor * operation_seconds(entry, self.device)
-        count = count_parameters(self.config)
-        dense, experts = count.total - count.routed_experts, count.routed_experts / self.ep
-        shard = dense / self.ep + experts
-        moved = HELD_BYTES * (dense + experts) + (SHARD_BYTES + STEP_BYTES / self.accumulation) * shard
-        times["optimizer", "elementwise and sums"] = moved / self.device.memory_speed
+    def weighed(self) -> list[tuple[Entry, int]]:
+        """The operations of the whole model, with how often each is done."""
+        layers = self.job.sizes.num_hidden_layers
+        pairs = ((self.two, layers - 1), (self.one, 2 - layers))
+        return [(entry, factor) for ledger, factor in pairs for entry in ledger.entries]
+
+    def seconds(self) -> dict[tuple[str, str, str], float]:
+        """By part, kind and limit, of one micro-step of the whole model and its share of the optimizer step."""
+        times: dict[tuple[str, str, str], float] = defaultdict(float)
+        for entry, factor in self.weighed():
+            limit, seconds = operation_seconds(entry, self.device)
+            times[entry.part, entry.kind, limit] += factor * seconds
+        passes = optimizer_seconds(self.job, self.device) / self.job.accumulation
+        times["optimizer", "elementwise and sums", "bytes"] = passes
         return times
 
     def summary(self) -> dict[str, Any]:
         times = self.seconds()
         total = sum(times.values())
-        flops = self.tokens * training_flops_per_token(self.config, self.shape[1])
         beside = {e.kind for e in self.two.entries} - {"matrix product", "attention"}
-        parts: dict[str, float] = defaultdict(float)
-        kinds: dict[str, float] = defaultdict(float)
-        for (part, kind), value in times.items():
-            parts[part] += value
-            kinds[kind] += value
         return {
             "bytes_per_token_layer": self.layer("bytes") / self.tokens,
             "bytes_per_token_layer_beside_products": self.layer("bytes", beside) / self.tokens,
@@ -130,29 +173,67 @@ class Prediction:
             "all_to_all_bytes_per_token_layer": self.layer("sent", {"all-to-all"}) / self.tokens,
             "flops_per_token_layer": self.layer("flops") / self.tokens,
             "seconds": total,
-            "mfu": flops / total / self.device.peak,
-            "parts": dict(sorted(parts.items(), key=lambda pair: -pair[1])),
-            "families": {kind: self._family(kind, value) for kind, value in sorted(kinds.items(), key=lambda pair: -pair[1])},
+            "mfu": self.mfu(total),
+            "parts": added(times, 0),
+            "limits": added(times, 2),
+            "families": {kind: self._family(kind, times) for kind in added(times, 1)},
+            "whole_step": self.whole_step(total),
         }
 
-    def _family(self, kind: str, seconds: float) -> dict[str, float]:
+    def mfu(self, seconds: float) -> float:
+        flops = self.tokens * training_flops_per_token(self.job.sizes, self.job.sequence_length)
+        return flops / seconds / self.device.peak
+
+    def _family(self, kind: str, times: dict[tuple[str, str, str], float]) -> dict[str, Any]:
         per_token = {f"{what}_per_token_layer": self.layer(what, {kind}) / self.tokens for what in ("bytes", "flops")}
-        return {"seconds": seconds, "launches_per_layer": self.layer("launches", {kind}), **per_token}
+        limits = added({key: value for key, value in times.items() if key[1] == kind}, 2)
+        found = {"seconds": sum(limits.values()), "limited_by": next(iter(limits)), "limits": limits}
+        return {**found, "launches_per_layer": self.layer("launches", {kind}), **per_token}
+
+    def whole_step(self, counted_seconds: float) -> dict[str, float]:
+        """A micro-step with what is not counted, by the planner's model of it, in seconds; and its MFU."""
+        job, load = self.job, USUAL_LOAD if self.job.expert_ranks > 1 else 1.0
+        each = [(entry, factor * operation_seconds(entry, self.device)[1]) for entry, factor in self.weighed()]
+        backward = sum(seconds for entry, seconds in each if entry.backward)
+        exchanged = sum(seconds for entry, seconds in each if entry.kind == "all-to-all")
+        sent = traffic(job, self.device, load)
+        more = {
+            "collectives": exposed(sent, job.accumulation * backward) / job.accumulation - exchanged,
+            "uneven experts": (load - 1) * sum(s for e, s in each if e.part == "experts" and e.kind == "matrix product"),
+        }
+        kernels = sum(factor * entry.launches for entry, factor in self.weighed())
+        everywhere = self.device.everywhere
+        host = everywhere.host_kernel * kernels + everywhere.host_step / job.accumulation
+        more["host"] = max(0.0, host - counted_seconds - sum(more.values()))
+        total = counted_seconds + sum(more.values())
+        return {**more, "seconds": total, "mfu": self.mfu(total)}
 
 
-def operation_seconds(entry: Entry, device: Device) -> float:
-    """The longest of arithmetic, memory, link and launch."""
-    reached = device.efficiency
+def added(times: dict[tuple[str, str, str], float], which: int) -> dict[str, float]:
+    """By one member of the key, largest first."""
+    found: dict[str, float] = defaultdict(float)
+    for key, seconds in times.items():
+        found[key[which]] += seconds
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def operation_seconds(entry: Entry, device: Device) -> tuple[str, float]:
+    """Which of `LIMITS` takes longest, and how long."""
+    reached, everywhere = device.efficiency, device.everywhere
     rate = 1.0
     if entry.kind == "attention":
         rate = reached.attention
     elif entry.shape:
-        narrow = min(n for n in entry.shape[:3]) < NARROW
+        narrow = min(n for n in entry.shape[:3]) < everywhere.narrow_below
         rate = reached.head if entry.part == "loss" else reached.narrow if narrow else reached.matrix
-        rate *= GROUPED if entry.shape[3] > 1 else 1.0
-    arithmetic = entry.flops / (device.peak * rate)
-    link = entry.sent / device.link_speed
-    return max(arithmetic, entry.bytes / device.memory_speed, link, entry.launches * SHORTEST_KERNEL)
+        rate *= reached.grouped if entry.shape[3] > 1 else 1.0
+    each = (
+        entry.flops / (device.peak * rate),
+        entry.bytes / device.memory_speed,
+        entry.sent / device.link_speed,
+        entry.launches * everywhere.shortest_kernel,
+    )
+    return max(zip(LIMITS, each, strict=True), key=lambda pair: pair[1])
 
 
 def title(settings: dict[str, str], device: Device) -> str:
@@ -174,6 +255,17 @@ def show(result: dict[str, Any], device: Device) -> None:
     }
     for label, (key, factor) in figures.items():
         rows.append([label, *(float(result[name][key]) * factor for name in names)])
+    steps = [result[name]["whole_step"] for name in names]
+    rows.append(["MFU of the whole step, %", *(100 * step["mfu"] for step in steps)])
+    rows += [[f"  ms more, {what}", *(1e3 * step[what] for step in steps)] for what in ("collectives", "uneven experts", "host")]
     parts = sorted({part for name in names for part in result[name]["parts"]})
     rows += [[f"  ms in {part}", *(1e3 * result[name]["parts"].get(part, 0.0) for name in names)] for part in parts]
+    rows += [[f"  ms by {limit}", *(1e3 * result[name]["limits"].get(limit, 0.0) for name in names)] for limit in LIMITS]
+    kinds = {kind: None for name in names for kind in result[name]["families"]}
+    rows += [[f"  ms of {kind}", *(_limited(result[name]["families"].get(kind)) for name in names)] for kind in kinds]
     print_table(title(result["settings"], device) + " (counted and modelled, not measured)", ["", *names], rows)
+
+
+def _limited(family: dict[str, Any] | None) -> str:
+    """Milliseconds, and by what the most of them."""
+    return "0" if family is None else f"{1e3 * family['seconds']:.4g} {family['limited_by']}"

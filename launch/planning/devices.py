@@ -14,28 +14,27 @@ DATA = Path(__file__).with_name("devices.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of a peak that are reached. Assumptions: see `EFFICIENCIES`."""
+    """Shares of a peak that a generation reaches, each with its source in the file: assumed, or measured by `make gpu`."""
 
-    matrix: float  # of bf16_tflops, matrix products at least 1,024 wide
-    narrow: float  # narrower ones: k, v, experts of 512
+    compute_capability: tuple[int, int] | None  # of CUDA
+    matrix: float  # of bf16_tflops, products at least `narrow_below` wide
+    narrow: float  # of narrower ones: k, v, experts of 512
     head: float  # the vocabulary's product
     attention: float  # a flash kernel at head dimension 64, causal FLOPs
-    memory: float = 0.85  # of memory_gbs, in passes that only move data
+    memory: float  # of memory_gbs, in passes that only move data
+    grouped: float  # several experts in one product, beside a plain one of the same sizes
+    source: str
 
 
-#: Modelled, not measured here. Ampere and Hopper: rates of cuBLAS, grouped_mm and FlashAttention 2 and 3 at this model's sizes
-#: as published (VeOmni PR 460 and Liger-Kernel's benchmark data for grouped products, flash-attention's README for attention);
-#: H100 and H200 are held by their power limit. Blackwell takes Hopper's shares and consumer cards Ampere's, for want of figures.
-EFFICIENCIES = {
-    "ampere": Efficiency(matrix=0.76, narrow=0.68, head=0.78, attention=0.48),
-    "hopper": Efficiency(matrix=0.63, narrow=0.50, head=0.66, attention=0.33),
-    "blackwell": Efficiency(matrix=0.60, narrow=0.45, head=0.62, attention=0.30),
-    "cdna3": Efficiency(matrix=0.45, narrow=0.35, head=0.50, attention=0.20),
-    "ada": Efficiency(matrix=0.76, narrow=0.68, head=0.78, attention=0.48),
-    "blackwell-consumer": Efficiency(matrix=0.76, narrow=0.68, head=0.78, attention=0.48),
-}
-#: Of a link's bandwidth, what NCCL's collectives reach with large messages (nccl-tests reports 230 of 300 GB/s on a DGX A100).
-LINK_SHARE = 0.77
+@dataclass(frozen=True, kw_only=True)
+class Everywhere:
+    """What is taken alike for all devices; sources in the file."""
+
+    narrow_below: int  # columns
+    shortest_kernel: float  # seconds of the GPU
+    host_kernel: float  # seconds of the host for one kernel
+    host_step: float  # and for an optimizer step beside its kernels
+    link_share: float  # of a link's bandwidth, what NCCL's collectives reach with large messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +53,8 @@ class Device:
     gpus_per_node: int
     watts: float
     source: str
+    efficiency: Efficiency
+    everywhere: Everywhere
 
     @property
     def peak(self) -> float:
@@ -66,10 +67,6 @@ class Device:
         return self.memory_gib * 2**30
 
     @property
-    def efficiency(self) -> Efficiency:
-        return EFFICIENCIES[self.generation]
-
-    @property
     def memory_speed(self) -> float:
         """Bytes a second that a pass over memory reaches."""
         return self.memory_gbs * 1e9 * self.efficiency.memory
@@ -77,19 +74,34 @@ class Device:
     @property
     def link_speed(self) -> float:
         """Bytes a second and direction, inside a node."""
-        return self.link_gbs * 1e9 * LINK_SHARE
+        return self.link_gbs * 1e9 * self.everywhere.link_share
 
     @property
     def network_speed(self) -> float:
         """Bytes a second and direction that one GPU's share of the network reaches."""
-        return self.network_gbits / 8 * 1e9 * LINK_SHARE
+        return self.network_gbits / 8 * 1e9 * self.everywhere.link_share
 
 
 def load_devices() -> dict[str, Device]:
     """By name, as `--gpu` takes them."""
     entries: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
-    entries.pop("about")
-    return {name: Device(name=name, **{**values, "names": tuple(values["names"])}) for name, values in entries.items()}
+    del entries["about"]
+    everywhere = Everywhere(**{name: one["value"] for name, one in entries.pop("everywhere").items()})
+    generations = {name: _efficiency(values) for name, values in entries.pop("generations").items()}
+    return {
+        name: Device(
+            name=name,
+            efficiency=generations[values["generation"]],
+            everywhere=everywhere,
+            **{**values, "names": tuple(values["names"])},
+        )
+        for name, values in entries.items()
+    }
+
+
+def _efficiency(values: dict[str, Any]) -> Efficiency:
+    capability = values["compute_capability"]
+    return Efficiency(**{**values, "compute_capability": capability and tuple(capability)})
 
 
 def find_device(name: str) -> Device:

@@ -1,7 +1,7 @@
 """How long an optimizer step takes, by what it waits for, and what that makes of a budget of tokens.
 
-A model of the step, not a measurement: shares of the device's peaks that are assumed (`devices.EFFICIENCIES`), bytes counted
-from the code. Expect 15 %; `launch/benchmark.py step` and `roofline` measure.
+A model of the step, not a measurement: shares of the device's peaks that are assumed (`devices.json`), bytes and kernels counted
+from the code by `launch/benchmark.py roofline`. No GPU has been measured yet; `step` does it, and `make gpu` shows both.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from launch.planning.devices import Device
 from launch.planning.job import Job
 from model.accounting import attention_matrices, training_flops_per_token
 
-NARROW, GROUPED = 1024, 0.8
 #: The fullest rank's or expert's share of rows over the mean, the router's bias at work. Assumption; metrics.jsonl has it.
 USUAL_LOAD = 1.1
 #: Of the time that a collective could hide behind the backward, what it does: it takes memory bandwidth and processors.
 HIDING = 0.9
-#: The host issues about 460 operations a layer in forward and backward, each 6 us; counted with PyTorch's profiler on a CPU.
-HOST_SECONDS_PER_LAYER, HOST_SECONDS_PER_STEP = 2.8e-3, 5e-3
-#: Of them in the forward, which a recomputed block issues once more: 40 of 83 kernels by `launch/benchmark.py roofline`.
-FORWARD_SHARE = 0.5
-#: And what `selective` makes again: 6 of them.
-AGAIN_SHARE = 0.07
+#: Kernels of a layer, forward and backward, by the roofline's count; more where rows are exchanged; more where those that arrive
+#: are of several experts. Nine of twenty are the forward's, which a recomputed block launches once more; `selective` makes six
+#: again, of which one is the gather of rows that are not exchanged.
+KERNELS, EXCHANGE_KERNELS, GROUPING_KERNELS, SELECTIVE_KERNELS = 75, 8, 20, 6
 #: Bytes that a GPU's host moves to and from it a second, and its memory's speed for one rank's share of CPU Adam.
 PCIE_SPEED, HOST_MEMORY_SPEED = 20e9, 20e9
 
@@ -90,19 +87,19 @@ def plan_time(job: Job, device: Device) -> StepTime:
     load = USUAL_LOAD if job.expert_ranks > 1 else 1.0
     sent = traffic(job, device, load)
     backward = (2 / 3) * (tokens * (dense + expert + head) + attention + moved)
-    exposed = _exposed(sent, backward)
+    in_the_open = exposed(sent, backward)
     busy = tokens * (dense + expert + head) + attention + moved + again
-    issued = 1.0 + {"none": 0.0, "selective": AGAIN_SHARE, "full": FORWARD_SHARE}[job.recompute]
-    host = issued * HOST_SECONDS_PER_LAYER * job.sizes.num_hidden_layers * job.accumulation + HOST_SECONDS_PER_STEP
+    each, once = device.everywhere.host_kernel, device.everywhere.host_step
+    host = each * kernels_by_layer(job) * job.sizes.num_hidden_layers * job.accumulation + once
     return StepTime(
         matrix=tokens * (dense + expert + head),
         attention=attention,
         memory=moved,
         recompute=again,
-        optimizer=_optimizer(job, device),
+        optimizer=optimizer_seconds(job, device),
         imbalance=(load - 1) * tokens * expert,
-        communication=exposed,
-        host=max(0.0, host - busy - exposed),
+        communication=in_the_open,
+        host=max(0.0, host - busy - in_the_open),
         traffic=sent,
         flops=job.tokens_per_step * training_flops_per_token(job.sizes, job.sequence_length),
     )
@@ -113,10 +110,15 @@ def _products(job: Job, device: Device, peak: float) -> tuple[float, float, floa
     c, reached = job.sizes, device.efficiency
     keys = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
     expert = 3 * c.hidden_size * c.moe_intermediate_size
-    expert_share = reached.matrix if c.moe_intermediate_size >= NARROW else reached.narrow
-    key_share = reached.matrix if c.num_key_value_heads * c.head_dim >= NARROW else reached.narrow
+
+    def share(width: int) -> float:
+        return reached.matrix if width >= device.everywhere.narrow_below else reached.narrow
+
+    expert_share, key_share = share(c.moe_intermediate_size), share(c.num_key_value_heads * c.head_dim)
+    gate_and_up = share((1 + joined(job)) * c.moe_intermediate_size)
     # Several experts on a rank are one grouped product, which reaches less than a plain one at these sizes.
-    routed_share = expert_share * (1.0 if job.expert_ranks == c.n_routed_experts else GROUPED)
+    grouped = 1.0 if job.expert_ranks == c.n_routed_experts else reached.grouped
+    routed_share = grouped / (2 / (3 * gate_and_up) + 1 / (3 * expert_share))
     router = c.n_routed_experts * c.hidden_size
     layer = (attention_matrices(c) - keys + router) / reached.matrix + keys / key_share + expert * c.n_shared_experts / expert_share
     seconds = 6 * c.num_hidden_layers / peak  # 2 operations x (forward + 2 gradients)
@@ -133,8 +135,15 @@ def _attention_flops(job: Job) -> float:
     return 6 * job.sequence_length * c.num_attention_heads * c.head_dim * c.num_hidden_layers
 
 
+def kernels_by_layer(job: Job) -> int:
+    """Kernels that the host launches for a layer of one micro-step. A test holds them to the roofline's count."""
+    exchanged = job.expert_ranks > 1
+    plain = KERNELS + exchanged * (EXCHANGE_KERNELS + GROUPING_KERNELS * (_local_experts(job) > 1))
+    return plain + {"none": 0, "selective": SELECTIVE_KERNELS - exchanged, "full": plain * 9 // 20}[job.recompute]
+
+
 def moved_by_layer(job: Job) -> tuple[float, float]:
-    """Bytes a token that a layer's passes beside the products read and write, (forward, backward), with the kernels of
+    """Bytes a token that a layer's passes beside products and exchanges read and write, (forward, backward), with the kernels of
     `model/kernels/`: each reads and writes a row once. A test holds them to `launch/benchmark.py roofline`'s count.
 
     h hidden, q and a of query and of all heads, r routed rows, i their width, in bytes of the model's type.
@@ -145,15 +154,33 @@ def moved_by_layer(job: Job) -> tuple[float, float]:
     r = c.num_experts_per_tok * c.hidden_size * w
     i = (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size * w
     # norms 2h and 4h, q/k norm with RoPE 2a, sinks 2q, router h, rows h + r, SwiGLU 3i, their sum r + 3h
-    forward = 11 * h + 2 * a + 2 * q + 2 * r + 3 * i
-    # their sum h + r, SwiGLU 5i, rows r + 3h, router 4h, norms 4h each, sinks 2q, q/k norm with RoPE 3a, and
-    # what else is copied 3h
-    backward = 19 * h + 3 * a + 2 * q + 2 * r + 5 * i
+    forward: float = 11 * h + 2 * a + 2 * q + 2 * r + 3 * i
+    # their sum h + r, SwiGLU 5i, rows r + 3h, router 4h, norms 4h each, sinks 2q, q/k norm with RoPE 3a
+    backward: float = 16 * h + 3 * a + 2 * q + 2 * r + 5 * i
     if job.zero_stage == 3:  # q, k and v are three modules, whose input gradients are added up
         backward += 6 * h
-    if job.expert_ranks > 1:  # packed to be sent, and grouped by expert where they arrive, and so the results
-        forward, backward = forward + 3 * r, backward + 3 * r
-    return float(forward), float(backward)
+    if joined(job):  # gate and up: their weights copied in the forward and in the backward, there their gradient too
+        copied = 4 * _local_experts(job) * c.moe_intermediate_size * c.hidden_size * w / job.tokens
+        forward, backward = forward + copied, backward + 2 * copied
+    if job.expert_ranks > 1 and _local_experts(job) > 1:  # grouped by expert where they arrive, and the results back
+        forward, backward = forward + 4 * r, backward + 4 * r
+    return forward, backward
+
+
+def exchanged_by_layer(job: Job) -> float:
+    """Bytes a token that a layer's four all-to-alls read and write, beside `moved_by_layer`; they take the link's time."""
+    rows = job.sizes.num_experts_per_tok * job.sizes.hidden_size * job.weight_bytes
+    return 8.0 * rows if job.expert_ranks > 1 else 0.0
+
+
+def joined(job: Job) -> bool:
+    """Whether gate and up are one product: `model.dispatch.joined`."""
+    c = job.sizes
+    return _local_experts(job) * 2 * c.moe_intermediate_size < job.tokens * c.num_experts_per_tok
+
+
+def _local_experts(job: Job) -> int:
+    return job.sizes.n_routed_experts // job.expert_ranks
 
 
 def moved_again(job: Job) -> float:
@@ -173,15 +200,15 @@ def _moved(job: Job) -> tuple[float, float]:
     return c.num_hidden_layers * forward + loss, c.num_hidden_layers * backward
 
 
-def _exposed(sent: list[Traffic], backward: float) -> float:
+def exposed(sent: list[Traffic], backward: float) -> float:
     """Seconds that nothing hides: all that has nothing to go on beside, and the rest beyond the backward's length."""
     hidden = sum(one.seconds for one in sent if one.hidden_by == "backward")
     in_the_open = sum(one.seconds for one in sent if not one.hidden_by)
     return in_the_open + max(0.0, hidden - HIDING * backward) + (1 - HIDING) * min(hidden, backward)
 
 
-def _optimizer(job: Job, device: Device) -> float:
-    """Passes over gradients and state."""
+def optimizer_seconds(job: Job, device: Device) -> float:
+    """Passes over gradients and state, of an optimizer step."""
     gradients = (HELD_BYTES * job.local_parameters + SHARD_BYTES * job.shard) * job.accumulation / device.memory_speed
     if not job.offload_optimizer:
         return gradients + STEP_BYTES * job.shard / device.memory_speed

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launch.benchmarks.counted import counted_restore
 from launch.benchmarks.counting import Count, Ledger, declare
 from model import operators
 from model.dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
 
 T, H, W, E, K = 64, 32, 48, 4, 2
 N, M, D = 6, 2, 16
-BF16, FP32, INT64 = 2, 4, 8
+BF16, FP32, INT32, INT64 = 2, 4, 4, 8
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -43,6 +44,14 @@ def test_a_product_and_its_two_gradients() -> None:
     one = (T * H + W * H + T * W) * BF16
     assert of(ledger, "mm") == (2 * T * H * W, one)
     assert of(ledger, "mm", backward=True) == (2 * 2 * T * H * W, 2 * one)
+
+
+def test_a_product_into_a_given_tensor() -> None:
+    """As the loss makes its gradients: what `out=` names is no factor, and written once."""
+    x, weight, out = tensor(T, W), tensor(W, H), torch.empty(T, H, dtype=torch.bfloat16, device="meta")
+    with Count() as counted, torch.no_grad():
+        torch.mm(x, weight, out=out)
+    assert of(counted.ledger, "mm") == (2 * T * W * H, (T * W + W * H + T * H) * BF16)
 
 
 def test_a_grouped_product_and_its_two_gradients() -> None:
@@ -195,3 +204,15 @@ def test_a_way_through_the_mixture_runs_on_meta(others: int) -> None:
     order, inverse = expert_order(indices)
     ledger = count(lambda: combine(gather_rows(x, order, inverse, K), order, inverse, weights, *more))
     assert ledger.total("launches") > 5 and ledger.total("flops") == 0
+
+
+def test_deepspeeds_weighted_restore_costs_what_its_kernels_touch() -> None:
+    """The permutation inverted; rows weighed and summed; back, rows read again for the weights' gradients. A kernel each."""
+    rows, scores, order = tensor(T * K, H), tensor(T, K, dtype=torch.float32), tensor(T * K, dtype=torch.int64)
+    with Count() as counted:
+        out = counted_restore(rows, scores, order, K, (1, T, H))
+        out.backward(torch.empty_like(out))
+    token, slots, named = T * H * BF16, T * K, {e.name: (e.bytes, e.launches) for e in counted.ledger.entries}
+    assert named["triton invert index"] == (slots * (INT64 + INT32), 1)
+    assert named["triton weighted restore"] == ((K + 1) * token + slots * (FP32 + INT32), 1)
+    assert named["triton weighted restore backward"] == ((2 * K + 1) * token + slots * (2 * FP32 + INT32), 1)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+from deepspeed.moe.ep_experts import GroupedExperts
 from planner_job import job
 from support import ROOT
 
+from data.cli import UserError
+from launch.benchmarks import roofline as command
+from launch.benchmarks.contestants import gpu_knobs
 from launch.benchmarks.counting import Entry
-from launch.benchmarks.roofline import SHORTEST_KERNEL, operation_seconds
+from launch.benchmarks.roofline import LIMITS, job_of, operation_seconds
 from launch.planning.activations import kept_activations
 from launch.planning.devices import find_device
-from launch.planning.time import moved_again, moved_by_layer
+from launch.planning.time import exchanged_by_layer, kernels_by_layer, moved_again, moved_by_layer, plan_time
 from model import MoEGPTConfig
 from model.accounting import forward_flops_per_token
 
@@ -56,8 +65,16 @@ def test_ours_moves_less(roofline: dict[str, Any]) -> None:
 
 
 def test_the_planner_says_what_is_counted(roofline: dict[str, Any]) -> None:
-    planned = sum(moved_by_layer(job(ranks=roofline["ep"], expert_ranks=roofline["ep"])))
-    assert planned == pytest.approx(roofline["ours"]["bytes_per_token_layer_beside_products"], rel=0.05)
+    """Bytes, kernels, and the time of a step; where one operation's FLOPs hide its bytes the planner adds the two."""
+    ep, ours = roofline["ep"], roofline["ours"]
+    planned = job(ranks=ep, expert_ranks=ep, accumulation=8)
+    moved = sum(moved_by_layer(planned)) + exchanged_by_layer(planned)
+    assert moved == pytest.approx(ours["bytes_per_token_layer_beside_products"], rel=0.01)
+    for mode, name in (("none", "ours"), ("selective", "ours, selective"), ("full", "ours, full")):
+        again = dataclasses.replace(planned, recompute=mode)
+        assert kernels_by_layer(again) == pytest.approx(roofline[name]["launches_per_layer"], abs=5), mode
+        whole = roofline[name]["whole_step"]["mfu"]
+        assert plan_time(again, find_device("h100-80gb")).mfu(again, find_device("h100-80gb")) == pytest.approx(whole, rel=0.04)
 
 
 def test_the_planner_keeps_what_is_counted(roofline: dict[str, Any]) -> None:
@@ -86,9 +103,71 @@ def test_selective_repeats_passes_and_no_exchange(roofline: dict[str, Any]) -> N
     assert less["mfu"] > 0.95 * plain["mfu"]
 
 
-def test_parts_and_families_add_up(roofline: dict[str, Any]) -> None:
-    for name in ("ours", *PEERS):
+def test_full_repeats_the_forward(roofline: dict[str, Any]) -> None:
+    """A third more of FLOPs and, with exchange, half of the all-to-alls and a host wait more; each block keeps its input alone."""
+    plain, full = roofline["ours"], roofline["ours, full"]
+    assert full["flops_per_token_layer"] == pytest.approx(4 / 3 * plain["flops_per_token_layer"], rel=0.005)
+    assert full["all_to_all_bytes_per_token_layer"] == pytest.approx(1.5 * plain["all_to_all_bytes_per_token_layer"], rel=1e-3)
+    assert full["host_waits_per_layer"] == 2 * plain["host_waits_per_layer"]
+    assert full["saved_bytes_per_token_layer"] == pytest.approx(2 * MoEGPTConfig.preset("800m").hidden_size, rel=0.02)
+
+
+def test_knobs_help_the_peer(roofline: dict[str, Any]) -> None:
+    """Gate and up in one product, rows weighed and summed in one kernel a direction, the wait later: fewer bytes and kernels."""
+    plain, knobs = roofline["stock AutoEP"], roofline["stock AutoEP with knobs"]
+    assert knobs["launches_per_layer"] < plain["launches_per_layer"] - 8
+    assert knobs["bytes_per_token_layer"] < 0.95 * plain["bytes_per_token_layer"] and knobs["mfu"] > plain["mfu"]
+    assert knobs["host_waits_per_layer"] == plain["host_waits_per_layer"]
+
+
+@pytest.mark.parametrize(("capability", "has_triton_product"), [((8, 0), True), ((9, 0), False), ((12, 0), False)])
+def test_knobs_are_what_deepspeed_takes(
+    capability: tuple[int, int], has_triton_product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = gpu_knobs(capability)
+    parse_autoep_config({"enabled": True, "autoep_size": 8, "preset_model": "deepseek_v3", **chosen})
+    monkeypatch.setattr(type(get_accelerator()), "prefer_triton_grouped_mm", lambda _: has_triton_product)
+    for way in ("separate", "fused"):
+        accepted = True
+        try:
+            GroupedExperts(8, 8, 2, use_grouped_mm=chosen["use_grouped_mm"], gate_up_impl=way)
+        except ValueError:
+            accepted = False
+        assert accepted or way != chosen.get("gate_up_impl", "separate")
+    assert accepted == (chosen.get("gate_up_impl") == "fused")  # it is taken where it can be
+
+
+def job_by(*flags: str) -> Any:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return job_of(parser.parse_args(flags), MoEGPTConfig.preset("800m"))
+
+
+def test_what_is_counted_is_the_jsons(tmp_path: Path) -> None:
+    path = tmp_path / "j.json"
+    settings = json.loads((ROOT / "ds_configs" / "ep8_zero2.json").read_text())
+    path.write_text(json.dumps({**settings, "activation_checkpointing": {"mode": "full"}}))
+    counted = job_by("--deepspeed_config", str(path), "--num_gpus", "16")
+    assert (counted.recompute, counted.expert_ranks, counted.micro_batch, counted.accumulation) == ("full", 8, 8, 2)
+    changed = job_by("--deepspeed_config", str(path), "--activation_checkpointing", "none", "--ep", "4", "--accumulation", "3")
+    assert (changed.recompute, changed.expert_ranks, changed.ranks, changed.accumulation) == ("none", 4, 4, 3)
+    plain = job_by()
+    assert (plain.recompute, plain.expert_ranks, plain.ranks, plain.micro_batch, plain.accumulation) == ("none", 1, 1, 8, 8)
+    with pytest.raises(UserError, match="--num_gpus 3 is no multiple of the 2 ranks"):
+        job_by("--ep", "2", "--num_gpus", "3")
+
+
+def test_parts_families_and_limits_add_up(roofline: dict[str, Any]) -> None:
+    for name in ("ours", "ours, full", *PEERS):
         row = roofline[name]
+        assert sum(row["limits"].values()) == pytest.approx(row["seconds"]) and set(row["limits"]) <= set(LIMITS)
+        for family in row["families"].values():
+            assert sum(family["limits"].values()) == pytest.approx(family["seconds"])
+            assert family["limits"][family["limited_by"]] == max(family["limits"].values())
+        whole = row["whole_step"]
+        more = sum(whole[what] for what in ("collectives", "uneven experts", "host"))
+        assert whole["seconds"] == pytest.approx(row["seconds"] + more)
+        assert whole["mfu"] * whole["seconds"] == pytest.approx(row["mfu"] * row["seconds"])
         assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
         assert sum(family["seconds"] for family in row["families"].values()) == pytest.approx(row["seconds"])
         kilobytes = sum(family["bytes_per_token_layer"] for family in row["families"].values())
@@ -103,13 +182,22 @@ def test_rows_travel_twice_each_way(roofline: dict[str, Any]) -> None:
     assert roofline["ours"]["all_to_all_bytes_per_token_layer"] == pytest.approx(wanted, rel=1e-3)
 
 
+def test_what_limits_a_family(roofline: dict[str, Any]) -> None:
+    """Products and attention their FLOPs, passes their bytes, and on a whole node the exchange its link."""
+    families = roofline["ours"]["families"]
+    wanted = {"matrix product": "FLOPs", "attention": "FLOPs", "norm": "bytes", "gather and scatter": "bytes"}
+    wanted |= {"all-to-all": "link"} if roofline["ep"] > 1 else {}
+    assert {kind: families[kind]["limited_by"] for kind in wanted} == wanted
+
+
 def test_an_operation_takes_what_limits_it() -> None:
     device = find_device("h100-80gb")
     base = {"part": "x", "kind": "elementwise and sums", "name": "x", "backward": False}
-    assert operation_seconds(Entry(**base, launches=2), device) == 2 * SHORTEST_KERNEL
-    assert operation_seconds(Entry(**base, bytes=10**10), device) == 10**10 / device.memory_speed
+    assert operation_seconds(Entry(**base, launches=2), device) == ("launches", 2 * device.everywhere.shortest_kernel)
+    assert operation_seconds(Entry(**base, bytes=10**10), device) == ("bytes", 10**10 / device.memory_speed)
     product = Entry(**{**base, "kind": "matrix product"}, flops=1e15, shape=(4096, 4096, 4096, 1))
-    assert operation_seconds(product, device) == pytest.approx(1e15 / (989e12 * device.efficiency.matrix))
+    assert operation_seconds(product, device) == ("FLOPs", pytest.approx(1e15 / (989e12 * device.efficiency.matrix)))
     grouped = Entry(**{**base, "kind": "matrix product"}, flops=1e15, shape=(4096, 4096, 512, 8))
-    assert operation_seconds(grouped, device) == pytest.approx(1e15 / (989e12 * device.efficiency.narrow * 0.8))
-    assert operation_seconds(Entry(**base, sent=10**10), device) == 10**10 / device.link_speed
+    rate = device.efficiency.narrow * device.efficiency.grouped
+    assert operation_seconds(grouped, device) == ("FLOPs", pytest.approx(1e15 / (989e12 * rate)))
+    assert operation_seconds(Entry(**base, sent=10**10), device) == ("link", 10**10 / device.link_speed)

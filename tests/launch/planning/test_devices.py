@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from data.cli import UserError
-from launch.planning.devices import EFFICIENCIES, device_of, find_device, load_devices
+from launch.planning.devices import DATA, device_of, find_device, load_devices
 
 ASKED_FOR = ("a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "mi300x", "l40s", "rtx-4090", "rtx-5090")
 
@@ -14,12 +16,23 @@ def test_every_card_that_was_asked_for_with_its_source() -> None:
     devices = load_devices()
     assert set(ASKED_FOR) <= set(devices)
     for device in devices.values():
-        assert device.source and device.names and device.generation in EFFICIENCIES
+        assert device.source and device.names
         assert min(device.bf16_tflops, device.memory_gib, device.memory_gbs, device.link_gbs, device.network_gbits) > 0
     # Facts that a slip of a factor of two (sparsity, both directions) would break.
     assert devices["h100-80gb"].bf16_tflops / devices["a100-80gb"].bf16_tflops == pytest.approx(3.17, abs=0.01)
     assert devices["h200"].memory_gbs > devices["h100-80gb"].memory_gbs > devices["a100-80gb"].memory_gbs
     assert 2 * devices["a100-80gb"].link_gbs == 600 and 2 * devices["h200"].link_gbs == 900
+
+
+def test_every_share_and_cost_says_where_it_is_from() -> None:
+    """A source, or that it is assumed, or that `make gpu` has measured it; and no share is more than all."""
+    entries = json.loads(DATA.read_text(encoding="utf-8"))
+    said = [one["source"] for one in (*entries["generations"].values(), *entries["everywhere"].values())]
+    assert all(text.startswith(("assumed", "measured by make gpu")) or "nccl-tests" in text for text in said)
+    for device in load_devices().values():
+        reached = device.efficiency
+        shares = (reached.matrix, reached.narrow, reached.head, reached.attention, reached.memory, reached.grouped)
+        assert min(shares) > 0 and max(shares) < 1
 
 
 @pytest.mark.parametrize(

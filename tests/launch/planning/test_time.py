@@ -7,22 +7,24 @@ import dataclasses
 import pytest
 from planner_job import job
 
-from launch.planning import devices, time
+from launch.planning import time
 from launch.planning.communication import Group, groups, ring_speed, traffic
-from launch.planning.devices import Device, Efficiency, find_device
+from launch.planning.devices import Device, find_device
 from launch.planning.time import plan_time
 from model.sizes import load_sizes
 
 
 def ideal(monkeypatch: pytest.MonkeyPatch) -> Device:
     """A card that reaches its peak, with memory, links and a host that cost nothing."""
-    perfect = Efficiency(matrix=1.0, narrow=1.0, head=1.0, attention=1.0, memory=1.0)
-    monkeypatch.setitem(devices.EFFICIENCIES, "hopper", perfect)
-    monkeypatch.setattr(time, "GROUPED", 1.0)
     monkeypatch.setattr(time, "USUAL_LOAD", 1.0)
-    monkeypatch.setattr(time, "HOST_SECONDS_PER_LAYER", 0.0)
-    monkeypatch.setattr(time, "HOST_SECONDS_PER_STEP", 0.0)
-    return dataclasses.replace(find_device("h200"), memory_gbs=1e15)
+    card = find_device("h200")
+    shares = dict.fromkeys(("matrix", "narrow", "head", "attention", "memory", "grouped"), 1.0)
+    return dataclasses.replace(
+        card,
+        memory_gbs=1e15,
+        efficiency=dataclasses.replace(card.efficiency, **shares),
+        everywhere=dataclasses.replace(card.everywhere, host_kernel=0.0, host_step=0.0),
+    )
 
 
 @pytest.mark.parametrize("model", ["tiny", "60m", "800m", "4b"])
