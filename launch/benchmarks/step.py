@@ -55,11 +55,38 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "ranks": ranks,
         "contestants": {name: summary(seconds[name], seconds[OURS], stage, arguments) for name in names},
     }
+    result["predicted"] = prediction(stage, ranks, arguments, result["contestants"][OURS]["total_ms"] / 1e3)
     if rank == 0:
         rows = [[name, *(result["contestants"][name][column] for column in COLUMNS)] for name in names]
         print_table(title(arguments, stage.path, stage.mode, ranks), ["", *COLUMNS], rows)
         print("ratio: how many times as long as ours, median over turns; cpu_ratio: in CPU time, which a busy machine changes less")
+        if predicted := result["predicted"]:
+            ms, mfu = predicted["total_ms"], predicted["mfu"]
+            ratio = predicted["measured_to_predicted"]
+            print(f"ours by the plan for {predicted['device']}: {ms:.4g} ms, MFU {mfu:.1%}; measured is {ratio:.3g} times that")
     return result
+
+
+def prediction(stage: Any, ranks: int, arguments: argparse.Namespace, seconds: float) -> dict[str, Any] | None:
+    """Of our step, beside the measured one; None on a device that the planner has no data of, such as a CPU."""
+    import os
+
+    import torch
+
+    from launch.planning.expectation import beside_measured
+    from launch.planning.job import job_from
+    from model.sizes import ModelSizes
+
+    job = job_from(
+        ModelSizes.of(stage.config.to_dict()),
+        stage.settings,
+        ranks=ranks,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+        sequence_length=arguments.sequence_length,
+        recompute=stage.mode,
+        attention=arguments.attn_implementation,
+    )
+    return beside_measured(job, torch.cuda.get_device_name() if torch.cuda.is_available() else None, seconds)
 
 
 def chosen(wanted: Sequence[str] | None, ranks: int) -> list[str]:

@@ -42,3 +42,13 @@ def duration_line(job: Job, device_name: str | None, steps: int) -> str | None:
         f"{steps:,} steps should take about {duration(steps * time.total / 86_400)}: {time.tokens_per_second(job):,.0f} tokens/s, "
         f"MFU {time.mfu(job, device):.0%} by the plan for {device.name}; launch/plan.py says what it rests on"
     )
+
+
+def beside_measured(job: Job, device_name: str | None, seconds: float) -> dict[str, Any] | None:
+    """The plan of an optimizer step beside how long one took; None for a device that the planner has no data of."""
+    device = device_of(device_name) if device_name else None
+    if device is None:
+        return None
+    time = plan_time(job, device)
+    ratio = seconds / time.total
+    return {"device": device.name, "total_ms": 1e3 * time.total, "mfu": time.mfu(job, device), "measured_to_predicted": ratio}

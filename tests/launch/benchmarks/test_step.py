@@ -17,8 +17,10 @@ from nursery import Nursery
 from data.cli import UserError
 from launch.benchmarks import turns
 from launch.benchmarks.contestants import ALONE, CONTESTANTS
-from launch.benchmarks.step import COLUMNS, chosen
+from launch.benchmarks.step import COLUMNS, chosen, prediction
 from launch.benchmarks.turns import PHASES
+from launch.engine import strategy
+from model import MoEGPTConfig
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,20 @@ def test_all_take_part_and_the_figures_are_those_of_their_steps(measured: dict[s
         pairs = [theirs["cpu"] / step["cpu"] for theirs, step in zip(row["steps"], ours["steps"], strict=True)]
         assert row["cpu_ratio"] == pytest.approx(statistics.median(pairs))
         assert all(step[phase] > 0 for step in row["steps"] for phase in PHASES)
-    assert ours["ratio"] == 1
+    assert ours["ratio"] == 1 and result["predicted"] is None  # of a CPU nobody has a data sheet
+
+
+def test_on_a_known_gpu_the_plan_stands_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    path = strategy.CONFIG_FOLDER / "ep1_zero2.json"
+    settings = strategy.resolve_config(strategy.read_config(path), path, world_size=1, num_experts=8, max_steps=10)
+    stage = Namespace(config=MoEGPTConfig.preset("800m"), settings=settings, mode="none")
+    job = {"sequence_length": 2048, "attn_implementation": "flash"}
+    half = prediction(stage, 1, Namespace(**job), 1.0)
+    whole = prediction(stage, 1, Namespace(**job), 2.0)
+    assert half is not None and whole is not None and half["device"] == "h200" and 0.3 < half["mfu"] < 0.5
+    assert whole["measured_to_predicted"] == 2 * half["measured_to_predicted"] == pytest.approx(2e3 / half["total_ms"])
 
 
 def test_without_deepspeed_it_is_the_same_training(measured: dict[str, Any]) -> None:

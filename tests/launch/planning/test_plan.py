@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, metrics
 
-from launch.planning.expectation import duration_line, job_of_run
+from launch.planning.expectation import beside_measured, duration_line, job_of_run
 from launch.planning.memory import plan_memory
 from model.sizes import PRESETS_FOLDER
 
@@ -237,6 +237,9 @@ def test_the_expected_time_of_a_known_card(run_folder: Path) -> None:
     days = answer(*USUAL, "--tokens", 249_863 * 256 * 2048)["days"]
     assert line is not None and f"249,863 steps should take about {days:.1f} days" in line and "for a100-80gb" in line
     assert duration_line(job, "NVIDIA GeForce GTX 1080", 10) is None and duration_line(job, None, 10) is None
+    beside = beside_measured(job, "NVIDIA A100-SXM4-80GB", 1.1 * days * 86_400 / 249_863)
+    assert beside is not None and beside["device"] == "a100-80gb" and beside["measured_to_predicted"] == pytest.approx(1.1)
+    assert beside_measured(job, None, 1.0) is None and beside_measured(job, "NVIDIA GeForce GTX 1080", 1.0) is None
 
 
 @pytest.mark.gpu
