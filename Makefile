@@ -42,7 +42,8 @@ soak: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/faults $(PYTEST_ARGS)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow --ignore tests/faults $(PYTEST_ARGS)
 
-# Everything that one GPU can show, in about ten minutes: kernels against fp32, training, resume, conversions, export, benchmarks.
+# Everything that one GPU can show, at most a quarter of an hour and its last station: kernels against fp32, training, resume,
+# conversions, export, compilation, a profile, benchmarks, and the roofline's prediction beside what was measured.
 gpu: install
 	$(BIN)/python tests/gpu/acceptance.py $(GPU_ARGS)
 

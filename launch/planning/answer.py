@@ -184,7 +184,7 @@ def assumptions(device: Device) -> list[str]:
         f"{device.name}: {device.bf16_tflops:g} TFLOP/s dense bf16, {device.memory_gib:g} GiB, {device.memory_gbs:g} GB/s, "
         f"{device.link} {device.link_gbs:g} GB/s, network {device.network_gbits:g} Gbit/s a GPU ({device.source})",
         f"shares of the peak reached, assumed: products {e.matrix:.0%}, narrow ones {e.narrow:.0%}, head {e.head:.0%}, "
-        f"attention {e.attention:.0%}, memory {e.memory:.0%}; expect 15 % either way",
+        f"attention {e.attention:.0%}, memory {e.memory:.0%}; no GPU has been measured beside them yet",
         f"the fullest rank has {USUAL_LOAD:g} times the mean of the routed rows; memory at worst load has {WORST_LOAD:g} times; a "
         f"layout that is proposed then takes {SAFE_SHARE:.0%} of the card at most",
         "tensors: formulas, checked against real engines on a CPU and a count of what the GPU's kernels keep; runtime (context, "

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,6 +45,7 @@ class Site:
     steps: int
     length: int
     limit: float
+    gpu: str | None = None  # by the driver's name
 
     @property
     def shards(self) -> Path:
@@ -223,6 +224,52 @@ def export(site: Site) -> Figures:
     return {"generated_characters": len(said), **{k: v for k, v in evaluation.items() if isinstance(v, int | float)}}
 
 
+def compiled(site: Site) -> Figures:
+    """The first half again with `--compile`: how far that moves the losses, and the speed once all is compiled."""
+    output, half = site.folder / "compiled", site.steps // 2
+    shutil.rmtree(output, ignore_errors=True)
+    logged = site.train("compiled", output, site.config("zero2"), half, "--compile")
+    ours = {row["step"]: row for row in rows(site.run)}
+    apart = max(abs(row["loss"] - ours[row["step"]]["loss"]) / row["loss"] for row in logged)
+    if apart > 1e-2:
+        raise StationFailed(f"losses with --compile differ by {apart:.2e} of themselves from those without")
+    late = logged[len(logged) // 2 :]
+    pairs = (late, [ours[row["step"]] for row in late])
+    with_it, without = (median(row["tokens_per_second"] for row in some if row.get("tokens_per_second")) for some in pairs)
+    return {"largest_relative_difference": apart, "speed_to_not_compiled": with_it / without}
+
+
+def profiled(site: Site) -> Figures:
+    """Where a step goes: milliseconds by part of two traced steps, which add up to the step."""
+    output = site.folder / "profiled"
+    shutil.rmtree(output, ignore_errors=True)
+    site.train("profile", output, site.config("zero2"), PROFILED, "--profile", 2)
+    table = json.loads((output / "profile" / "table.json").read_text(encoding="utf-8"))
+    parts = dict(sorted(table["ms"].items(), key=lambda pair: -pair[1]))
+    if abs(sum(parts.values()) / table["ms_of_a_step"] - 1) > 0.1:
+        raise StationFailed(f"the parts add up to {sum(parts.values()):.1f} ms of a step of {table['ms_of_a_step']:.1f} ms")
+    return {**{f"{part}_ms": ms for part, ms in parts.items()}, "ms_of_a_step": table["ms_of_a_step"]}
+
+
+def roofline(site: Site) -> Figures:
+    """What is predicted of one micro-step on this card, by what limits it; beside the measured MFU where training has one."""
+    output = site.folder / "roofline.json"
+    what = ("--model", site.model, "--sequence_length", site.length, "--deepspeed_config", site.config("zero2"))
+    where = ("--gpu", site.gpu) if site.gpu else ()
+    site.call("roofline", "launch/benchmark.py", "roofline", *what, *where, "--output", output)
+    found = json.loads(output.read_text(encoding="utf-8"))
+    ours = found["ours"]
+    figures = {
+        "predicted_mfu": ours["whole_step"]["mfu"],
+        "kernels_mfu": ours["mfu"],
+        **{f"{k}_s": v for k, v in ours["limits"].items()},
+    }
+    measured = sorted(row["mfu"] for row in rows(site.run) if row.get("mfu")) if (site.run / "metrics.jsonl").exists() else []
+    if measured:
+        figures["measured_to_predicted_mfu"] = measured[len(measured) // 2] / figures["predicted_mfu"]
+    return {**figures, "contestants": {name: row for name, row in found.items() if isinstance(row, dict) and "mfu" in row}}
+
+
 def benchmark(name: str, gpu: Iterable[object], cpu: Iterable[object]) -> Callable[[Site], Figures]:
     def station(site: Site) -> Figures:
         output = site.folder / f"{name}.json"
@@ -241,6 +288,8 @@ STATIONS: dict[str, Callable[[Site], Figures]] = {
     "resume": resume,
     "convert": convert,
     "export": export,
+    "compiled": compiled,
+    "profiled": profiled,
     "attention": benchmark("attention", (), ("--device", "cpu", "--length", 128, "--repeats", 1)),
     "loss": benchmark("loss", (), ("--device", "cpu", "--tokens", 512, "--hidden", 64, "--vocabulary", 2048, "--repeats", 1)),
     "moe": benchmark("moe", (), ("--device", "cpu", "--model", "tiny", "--tokens", 256, "--repeats", 1)),
@@ -249,9 +298,18 @@ STATIONS: dict[str, Callable[[Site], Figures]] = {
         ("--model", "800m", "--sequence_length", 2048, "--deepspeed_config", "ds_configs/ep1_zero2.json"),
         ("--model", "tiny", "--sequence_length", 64, "--micro_batch", 2, "--steps", 1),
     ),
+    "growth": benchmark(
+        "growth",
+        (),
+        ("--sequence_length", 64, "--tokens", 128, 256, "--experts", 1, 2, "--vocabulary", 512, "--repeats", 1),
+    ),
+    "roofline": roofline,
 }
 #: What a station needs of those before it.
 NEEDS = {"train": ("data",), "plain": ("train",), "resume": ("train",), "convert": ("train",), "export": ("train",)}
+NEEDS |= {"compiled": ("train",), "profiled": ("data",)}
+#: Steps of a run that is profiled: those that are not traced first (launch/run/profile.py), and two.
+PROFILED = 6
 
 
 def run(site: Site, names: list[str], deadline: float) -> dict[str, Figures]:
@@ -304,7 +362,7 @@ def main() -> int:
         "--output", type=Path, default=Path("tests/results/gpu.json"), help="the figures (default: tests/results/gpu.json)"
     )
     parser.add_argument("--only", nargs="+", choices=STATIONS, help="these stations alone")
-    parser.add_argument("--minutes", type=float, default=10.0, help="no station starts after this time (default: 10)")
+    parser.add_argument("--minutes", type=float, default=15.0, help="no station starts after this time (default: 15)")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds that one command may take (default: 240)")
     arguments = parser.parse_args()
     site = Site(
@@ -317,6 +375,7 @@ def main() -> int:
     )
     site.folder.mkdir(parents=True, exist_ok=True)
     machine = facts(site)
+    site = replace(site, gpu=machine["gpu"] if site.on_gpu else None)
     if site.on_gpu and machine["gpu"] is None:
         print("error: make gpu needs a CUDA device and PyTorch sees none; on a CPU: --device cpu --model tiny", file=sys.stderr)
         return 2
