@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped import OURS, Products
+from .grouped import OURS, Products, has_kernel
 from .operators import ops, usable
 from .rebuild import rebuildable
 
@@ -179,7 +179,8 @@ def grouped_linear(x_RA: Tensor, ends_E: Tensor, weight_EBA: Tensor) -> Tensor:
 def grouped_linears(x_RA: Tensor, ends_E: Tensor, *weights: Tensor, by: Products = OURS) -> tuple[Tensor, ...]:
     """`grouped_linear` of several weights `[E, Bi, A]`: what each makes of the rows, or all of it side by side in one tensor.
 
-    Kept for the backward are the rows and the weights themselves, no copy of them; `by` says whose products these are.
+    Kept for the backward are the rows and the weights themselves, no copy of them; `by` says whose products are taken where our
+    kernel has none.
     """
     if not torch.is_grad_enabled():
         return products(x_RA, ends_E, weights, by)
@@ -188,6 +189,8 @@ def grouped_linears(x_RA: Tensor, ends_E: Tensor, *weights: Tensor, by: Products
 
 
 def products(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor], by: Products) -> tuple[Tensor, ...]:
+    if has_kernel(x_RA, weights):
+        return (ops.grouped_product(x_RA, ends_E, weights),)
     return tuple(by.product(x_RA, weight.mT, ends_E) for weight in joined(weights, x_RA.shape[0]))
 
 
@@ -201,6 +204,10 @@ class GroupedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         x_RA, ends_E, *weights = ctx.saved_tensors
+        if has_kernel(x_RA, weights):
+            (dout_RB,) = douts
+            dx_RA = ops.grouped_product_backward(dout_RB, ends_E, weights) if ctx.needs_input_grad[0] else None
+            return dx_RA, None, None, *ops.grouped_weight_gradient(dout_RB, x_RA, ends_E, len(weights))
         whole = joined(weights, x_RA.shape[0])
         dx_RA = None
         if ctx.needs_input_grad[0]:

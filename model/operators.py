@@ -219,6 +219,46 @@ def _(dout: Tensor, gate_up: Sequence[Tensor], with_products: bool) -> list[Tens
     return [*(x.new_empty(x.shape) for x in gate_up), products]
 
 
+@_operator("moe_gpt::grouped_product")
+def grouped_product(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`[R, W * B]`: of rows that lie by expert the products with the weights `[E, B, A]`, side by side."""
+    product = _kernels("grouped").product
+
+    return product(x_RA.contiguous(), ends_E, [weight.contiguous() for weight in weights])
+
+
+@grouped_product.register_fake
+def _(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return x_RA.new_empty((x_RA.shape[0], len(weights) * weights[0].shape[1]))
+
+
+@_operator("moe_gpt::grouped_product_backward")
+def grouped_product_backward(dout_RB: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`[R, A]`: one sum over what comes through each of the weights."""
+    product_backward = _kernels("grouped").product_backward
+
+    return product_backward(dout_RB.contiguous(), ends_E, [weight.contiguous() for weight in weights])
+
+
+@grouped_product_backward.register_fake
+def _(dout_RB: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return dout_RB.new_empty((dout_RB.shape[0], weights[0].shape[2]))
+
+
+@_operator("moe_gpt::grouped_weight_gradient")
+def grouped_weight_gradient(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor, weights: int) -> list[Tensor]:
+    """Of so many weights, each `[E, B, A]`; 0 for an expert without rows."""
+    weight_gradient = _kernels("grouped").weight_gradient
+
+    return weight_gradient(dout_RB.contiguous(), x_RA.contiguous(), ends_E, weights)
+
+
+@grouped_weight_gradient.register_fake
+def _(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor, weights: int) -> list[Tensor]:
+    shape = (ends_E.shape[0], dout_RB.shape[1] // weights, x_RA.shape[1])
+    return [x_RA.new_empty(shape) for _ in range(weights)]
+
+
 @_operator("moe_gpt::route")
 def route(
     x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, replay_TK: Tensor | None, top_k: int, n_group: int, topk_group: int,
@@ -308,3 +348,15 @@ def costs(name: str, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> tup
         logits, with_grad = arguments[0], arguments[4]
         return 1, 2 * logits.numel() * logits.element_size() if with_grad else 0
     return 1, 0
+
+
+def product_of(name: str, inputs: Sequence[Tensor]) -> tuple[int, int, int, int] | None:
+    """Of a call that is a matrix product `(rows, contraction, columns, experts)`: twice the first three are its FLOPs."""
+    if name == "grouped_weight_gradient":
+        dout_RB, x_RA, ends_E = inputs
+        return dout_RB.shape[1], x_RA.shape[0], x_RA.shape[1], ends_E.shape[0]
+    if name in ("grouped_product", "grouped_product_backward"):
+        rows, ends_E, *weights = inputs
+        columns = sum(w.shape[1] for w in weights) if name == "grouped_product" else weights[0].shape[2]
+        return rows.shape[0], rows.shape[1], columns, ends_E.shape[0]
+    return None

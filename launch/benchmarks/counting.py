@@ -7,6 +7,7 @@ decompose (RMSNorm, flash attention, DeepSpeed's Triton kernels) is declared wit
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,7 @@ SCATTERS = {"scatter_", "scatter", "index_copy_", "index_put_", "index_put", "sc
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "addmm_"}
 KINDS = {
     **dict.fromkeys(PRODUCTS, "matrix product"),
+    **dict.fromkeys(("grouped_product", "grouped_product_backward", "grouped_weight_gradient"), "matrix product"),
     **dict.fromkeys(GATHERS | SCATTERS | {"embedding_dense_backward"}, "gather and scatter"),
     **dict.fromkeys(("norm", "norm_backward", "norm_rope", "norm_rope_backward"), "norm"),
     **dict.fromkeys(("spread", "collect", "combine", "weight_gradient"), "gather and scatter"),
@@ -150,7 +152,9 @@ class Count(TorchDispatchMode):
             return self.add(name, kind, flops=flops, bytes=moved(inputs, outputs), shape=shape)
         if func.namespace == "moe_gpt":
             launches, more = operators.costs(name, args, outputs)
-            return self.add(name, kind, bytes=moved(inputs, outputs) + more, launches=launches)
+            product = operators.product_of(name, inputs)
+            figures = {} if product is None else {"flops": 2.0 * math.prod(product[:3]), "shape": product}
+            return self.add(name, kind, bytes=moved(inputs, outputs) + more, launches=launches, **figures)
         self.add(name, kind, bytes=bytes_of(name, func, inputs, outputs), launches=LAUNCHES.get(name, 1))
 
     def _exchange(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from launch.engine.moe_layer import MoELayer
 from model import MoEGPTConfig
 from model.dispatch import grouped_linears, swiglu
-from model.grouped import Products
+from model.grouped import OURS, Products
 from model.router import Router
 
 
@@ -55,16 +55,15 @@ class Experts(GroupedExperts):  # type: ignore[misc]
         return out_NH
 
     def _products(self, x_NA: torch.Tensor, ends_L: torch.Tensor, *weights_LBA: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not self.use_triton_grouped_mm or self.num_experts == 1:
-            return grouped_linears(x_NA, ends_L, *weights_LBA)
-        # Several experts on a GPU before sm90, where PyTorch's grouped_mm is a loop that waits for the device.
-        return grouped_linears(x_NA, ends_L, *weights_LBA, by=triton_products())
+        by = triton_products() if self.use_triton_grouped_mm and self.num_experts > 1 else OURS
+        return grouped_linears(x_NA, ends_L, *weights_LBA, by=by)
 
 
 @cache
 def triton_products() -> Products:
-    """DeepSpeed's Triton kernels. Not by way of their `group_gemm_triton`, which keeps for its backward what it was given: of
-    two weights the joined copy, by formula 4.8 GB for `4b` with all experts on a rank."""
+    """DeepSpeed's Triton kernels, for several experts on a GPU before sm90 where ours are switched off. Not by way of their
+    `group_gemm_triton`, which keeps for its backward what it was given: of two weights the joined copy, by formula 4.8 GB for
+    `4b` with all experts on a rank."""
     from deepspeed.ops.triton_ops.group_gemm_triton import _group_gemm, _grouped_dw
 
     return Products(_group_gemm, lambda dout_NB, x_NA, ends_L: _grouped_dw(dout_NB, x_NA, ends_L, ends_L.numel()))

@@ -13,9 +13,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -66,7 +68,35 @@ def calls() -> Calls:
         ("swiglu, with products",): lambda: rows.swiglu_backward(inner, [inner, inner], True),
         **routing(config.n_routed_experts, k, config.n_group, config.topk_group),
         ("cross entropy",): lambda: loss.cross_entropy_(chunk, targets, scale, 1e-4, True, -100),
+        **products(config.n_routed_experts, tokens * k, hidden, width),
     }
+
+
+def products(experts: int, rows: int, hidden: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Calls:
+    """Of gate and up, by expert."""
+    grouped, ends, x = MODULES["grouped"], meta(experts, dtype=torch.int32), meta(rows, hidden, dtype=dtype)
+    weights, dout = [meta(experts, width, hidden, dtype=dtype)] * 2, meta(rows, 2 * width, dtype=dtype)
+    return {
+        ("product",): lambda: grouped.product(x, ends, weights),
+        ("product, backward",): lambda: grouped.product_backward(dout, ends, weights),
+        ("product, weight",): lambda: grouped.weight_gradient(dout, x, ends, 2),
+    }
+
+
+def by_tiles() -> Calls:
+    """The products by each of the tiles, named by its place among them; in exact fp32; at widths that no tile divides."""
+    grouped, found = MODULES["grouped"], {}
+
+    def by(tile: Any, call: Callable[[], Any]) -> None:
+        with mock.patch.object(grouped, "choose", lambda *_, **__: tile):
+            call()
+
+    cases = {f"tile {number}": (tile, products(8, 32768, 1536, 512)) for number, tile in enumerate(grouped.TILES)}
+    cases |= {f"tile {number}, in parts": (tile, products(8, 32768, 1552, 528)) for number, tile in enumerate(grouped.TILES)}
+    cases["exact"] = grouped.EXACT, products(8, 32768, 1536, 512, torch.float32)
+    for name, (tile, calls) in cases.items():
+        found.update({(f"{kind}, {name}",): partial(by, tile, call) for (kind,), call in calls.items()})
+    return found
 
 
 def routing(experts: int, k: int, groups: int, chosen_groups: int) -> Calls:
@@ -112,13 +142,14 @@ def compiled(launch: Launch, capability: int, **options: Any) -> dict[str, Any]:
         cubin.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     said = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    steps = re.findall(r"((?:ld|st)\.global(?:\.v\d)?\.b\d+|bar\.sync)", done.asm["ptx"])
+    steps = re.findall(r"((?:ld|st)\.global(?:\.v\d)?\.b\d+|cp\.async\.c[ag]\.shared\.global|bar\.sync)", done.asm["ptx"])
     return {"registers": said["REG"], "spilled": said["STACK"] + said["LOCAL"], "steps": steps}
 
 
 def main() -> None:
     """`kernels`, and `faults`: by name and capability what `compiled` says; `launched` and `all`: the kernels' own names."""
-    named = launches_of(routing(128, 8, 8, 4) if "--many_experts" in sys.argv else calls())
+    wanted = {"--many_experts": partial(routing, 128, 8, 8, 4), "--tiles": by_tiles}
+    named = launches_of(wanted[sys.argv[1]]() if sys.argv[1:] else calls())
     found = {name: {capability: compiled(launch, capability) for capability in (80, 90)} for name, launch in named.items()}
     wrong = {name: compiled(launch, 80) for name, launch in launches_of(faults()).items()}
     if "norm, backward" in named:
