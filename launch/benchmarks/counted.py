@@ -192,8 +192,9 @@ def even_shares(rows: int, ranks: int) -> tuple[list[int], list[int]]:
 
 
 @contextmanager
-def as_on_cuda(rows: int) -> Iterator[None]:
-    """While open, `meta` tensors take the ways that CUDA tensors take; `rows` are routed from each rank."""
+def as_on_cuda(rows: int, capability: tuple[int, int] | None = None) -> Iterator[None]:
+    """While open, `meta` tensors take the ways that CUDA tensors take on a GPU of this compute capability, None: one with a
+    grouped product of PyTorch's; `rows` are routed from each rank."""
 
     def wait(exchange: Exchange) -> None:
         declare_host_wait("split sizes, behind the shared expert")
@@ -233,6 +234,8 @@ def as_on_cuda(rows: int) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(mock.patch("model.attention.pick_kernel", lambda *_: CountedFlash()))
         stack.enter_context(mock.patch("model.operators.fits", lambda _: True))
+        before_hopper = capability is not None and capability < (9, 0)
+        stack.enter_context(mock.patch("model.grouped.lacks_grouped_mm", lambda _: before_hopper))
         stack.enter_context(mock.patch("deepspeed.moe.ep_experts.apply_expert_activation", fused_swiglu))
         yield
 

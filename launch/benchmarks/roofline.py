@@ -119,7 +119,7 @@ def count_micro_step(make: counted.Contestant, case: counted.Case, layers: int, 
     is_ours = type(model).__name__ == "MoEGPTForCausalLM"
     batch = {"shift_labels": ids, "num_items_in_batch": torch.empty((), device="meta")} if is_ours else {"labels": ids}
     rows = ids.numel() * case.config.num_experts_per_tok
-    with counted.as_on_cuda(rows), Count(parts_of(model, "dispatch and combine")) as count:
+    with counted.as_on_cuda(rows, case.capability), Count(parts_of(model, "dispatch and combine")) as count:
         loss = model(input_ids=ids, **batch).loss
         count.end_forward()
         loss.backward()

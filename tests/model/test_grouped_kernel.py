@@ -14,9 +14,11 @@ import torch
 from support import ROOT
 from torch import Tensor
 
+from launch.benchmarks import counted
 from launch.benchmarks.counting import Count
 from launch.engine.expert_parallel import Experts
 from model import grouped
+from model.dispatch import grouped_linears
 
 R, E, H, I = 64, 4, 32, 48  # noqa: E741
 FOLDER = ROOT / ".triton"
@@ -80,20 +82,20 @@ def test_a_layers_experts_cost_what_their_shapes_say(before_hopper: None) -> Non
     with torch.device("meta"):
         experts = Experts(H, I, E, use_grouped_mm=True).bfloat16()
     experts.use_triton_grouped_mm = True  # as DeepSpeed says on an A100: ours come first
-    with Count() as counted:
+    with Count() as count:
         out = experts(tensor(R, H), tensor(E, dtype=torch.int64))
-        counted.end_forward()
+        count.end_forward()
         out.backward(torch.empty_like(out))
-    products = [e for e in counted.ledger.entries if e.kind == "matrix product"]
+    products = [e for e in count.ledger.entries if e.kind == "matrix product"]
     names = ["grouped_product"] * 2 + ["grouped_product_backward", "grouped_weight_gradient"] * 2
     assert [e.name for e in products] == names and all(e.launches == 1 for e in products)
     assert sum(e.flops for e in products) == 3 * 2 * R * 3 * H * I
     wide, narrow, ends = E * 2 * I * H, E * H * I, 4 * E
     up, down = 2 * (R * H + wide + R * 2 * I) + ends, 2 * (R * I + narrow + R * H) + ends
     assert [e.bytes for e in products] == [up, down, down, down, up, up]
-    assert not any(e.name == "cat" for e in counted.ledger.entries)
+    assert not any(e.name == "cat" for e in count.ledger.entries)
     # rows, gate and up, their product, ends
-    assert counted.ledger.held == 2 * (R * H + R * 2 * I + R * I + R * H) + ends
+    assert count.ledger.held == 2 * (R * H + R * 2 * I + R * I + R * H) + ends
 
 
 @pytest.mark.parametrize(
@@ -127,3 +129,10 @@ def test_a_gpu_is_asked_for_its_generation(major: int, lacks: bool, monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"major": major}))
     assert grouped.lacks_grouped_mm(torch.device("cuda", 0)) is lacks
     assert not grouped.lacks_grouped_mm(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("capability", "counted_here"), [((8, 0), True), ((8, 9), True), ((9, 0), False), (None, False)])
+def test_the_roofline_counts_it_where_it_runs(capability: tuple[int, int] | None, counted_here: bool) -> None:
+    with counted.as_on_cuda(R, capability), Count() as count:
+        grouped_linears(tensor(R, H), tensor(E, dtype=torch.int32), tensor(E, I, H))
+    assert [e.name for e in count.ledger.entries] == ["grouped_product" if counted_here else "_grouped_mm"]
