@@ -72,6 +72,7 @@ def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
         Variant(name="quantile", model={"router_balance": "quantile"}),
         Variant(name="none", model={"router_balance": "none"}),
         Variant(name="auxiliary", model={"router_balance": "none", "router_aux_loss_coef": 0.01}),
+        Variant(name="one_group", model={"n_group": 2, "topk_group": 1}),  # the presets of 800m, 4b and 60m before 0.2
         Variant(name="dense", model=chosen),
         Variant(name="dense_plain", model=plain),
         Variant(name="glm4_moe", model=stock),

@@ -71,6 +71,16 @@ def check_room(config: MoEGPTConfig) -> None:
         )
 
 
+def group_hint(config: MoEGPTConfig) -> str | None:
+    """What a user should know who lets a token choose experts of one group only: nothing says which group."""
+    if config.n_group == 1 or config.topk_group > 1 or not config.norm_topk_prob:
+        return None
+    return (
+        f"warning: of {config.n_group} groups a token's experts all lie in one (topk_group 1) and their weights are normalised, so "
+        "that the loss cannot teach the router which group; n_group 1, or several groups of which two are chosen, learn more"
+    )
+
+
 def build_model(config: MoEGPTConfig, *, seed: int, attn_implementation: str) -> MoEGPTForCausalLM:
     """The model in fp32 with weights that depend on the seed and the kind of device alone, the same on every rank."""
     config._attn_implementation = attn_implementation

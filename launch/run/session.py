@@ -20,7 +20,7 @@ from launch.checkpoint.choose import ResumeChoice, ResumeFrom
 from launch.checkpoint.identity import RunIdentity, listed
 from launch.checkpoint.manager import CheckpointManager
 from launch.cli import AgreedError, end_at_once
-from launch.engine.build import build_engine, build_model, check_room
+from launch.engine.build import build_engine, build_model, check_room, group_hint
 from launch.engine.hardware import peak_flops
 from launch.engine.regions import hint
 from launch.engine.settings import EngineSettings
@@ -325,7 +325,8 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
         f"{arguments.max_steps * trainer.global_batch / samples:,.2f} epochs in {arguments.max_steps:,} steps"
     )
     strategy = Strategy.of(run.deepspeed)
-    if warning := hint(strategy.compiles, arguments.activation_checkpointing or strategy.activation_checkpointing):
+    mode = arguments.activation_checkpointing or strategy.activation_checkpointing
+    for warning in filter(None, (hint(strategy.compiles, mode), group_hint(run.model))):
         monitor.say(warning)
     monitor.say(choice.message)
     monitor.begin(trainer.position.step, trainer.position.samples)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.choice import group_limited_topk, stable_topk
+from model.config import PRESETS, MoEGPTConfig
 from model.moe import MoE
 from model.router import Router, route, router_logits, tokens_per_expert
 from tests import reference
@@ -123,3 +124,25 @@ def test_rule_holds_for_every_order_of_four_scores() -> None:
         theirs = reference.route_token(list(order), [0.0] * 4, 2, 2, 1, "sigmoid", True, 1.0)
         assert indices[0].tolist() == list(theirs)
         assert float(weights.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("chosen_groups", [1, 2])
+def test_one_chosen_group_leaves_no_gradient_that_says_which(chosen_groups: int) -> None:
+    """Normalised weights of one group's experts do not change when all of its logits do; with two chosen they do."""
+    torch.manual_seed(0)
+    logits = torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
+    weights, indices = route(
+        logits, torch.zeros(8), top_k=2, n_group=4, topk_group=chosen_groups, scoring_func="softmax", norm_topk_prob=True
+    )
+    (weights * torch.randn(64, 2, dtype=torch.float64)).sum().backward()
+    assert logits.grad is not None and float(logits.grad.abs().max()) > 0.1
+    across = logits.grad.unflatten(1, (4, 2)).sum(dim=-1).abs().amax(dim=1)
+    apart = indices[:, 0] // 2 != indices[:, 1] // 2
+    assert float(across[~apart].max()) < 1e-12
+    assert bool(apart.any()) == (chosen_groups == 2) and (chosen_groups == 1 or float(across[apart].min()) > 1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_presets_groups_can_be_learned(preset: str) -> None:
+    config = MoEGPTConfig.preset(preset)
+    assert config.n_group == 1 or config.topk_group > 1

@@ -52,3 +52,9 @@ def test_a_config_file_or_a_preset(tmp_path: Path) -> None:
         build.load_model_config(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="the presets are tiny, 60m, 800m, 4b"):
         build.load_model_config("7b")
+
+
+def test_one_chosen_group_is_warned_of() -> None:
+    assert "topk_group 1" in str(build.group_hint(MoEGPTConfig.preset("tiny", n_group=2, topk_group=1)))
+    for known in ({"n_group": 1, "topk_group": 1}, {"n_group": 2, "topk_group": 1, "norm_topk_prob": False}, {}):
+        assert build.group_hint(MoEGPTConfig.preset("tiny", **known)) is None
