@@ -184,6 +184,7 @@ RUN_BY = {
     "launch/run/toolchain.py:check_toolchain": "tests/launch/run/test_toolchain.py",
     "model/flash.py:kernel_preference": "tests/model/test_flash.py",
     "model/flash.py:pick_kernel": GPU,
+    "model/grouped.py:lacks_grouped_mm": "tests/model/test_grouped_kernel.py",
     "model/layers.py:_is_plain": "tests/model/test_layers.py",
     "model/layers.py:to_device": HERE,
     "model/operators.py:fits": GPU,

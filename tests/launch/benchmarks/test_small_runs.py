@@ -224,9 +224,9 @@ def test_a_ladder_looks_at_all_its_folders_first(small_shards: Path, tmp_path: P
     monkeypatch.setattr(small_runs, "run_leashed", refuse)
     parser = argparse.ArgumentParser()
     ladder.add_arguments(parser)
-    given = ["--data", small_shards, "--hidden", 64, 128, 192, "--tokens", 8192, 16384, "--learning_rates", 0.002, 0.004]
-    given += ["--deepspeed_config", ROOT / "ds_configs/cpu_ep1_zero2.json", "--folder", tmp_path]
-    last = tmp_path / "tuning" / "batch_16_lr_0.004" / "run"
+    given = ["--data", small_shards, "--hidden", 64, 96, 128, 160, "--tokens", 8192, 16384, 24576]
+    given += ["--learning_rates", 0.002, 0.004, "--deepspeed_config", ROOT / "ds_configs/cpu_ep1_zero2.json", "--folder", tmp_path]
+    last = tmp_path / "tuning" / "tokens_24576_batch_16_lr_0.004" / "run"
     last.mkdir(parents=True)
     (last / "metrics.jsonl").touch()
     with pytest.raises(UserError, match=r"batch_16_lr_0\.004: what was trained there cannot be read"):
