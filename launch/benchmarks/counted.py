@@ -169,7 +169,7 @@ def start_split_plan(layer: Any, counts: Tensor) -> Any:
 
 def wait_for_split_plan(_layer: Any, received: Tensor) -> Any:
     declare_host_wait("split plan, behind the rows' gather")
-    return auto_ep_layer.SplitPlan(*even_shares(counted_split_plan.rows, received.shape[0]), received)  # type: ignore[attr-defined]
+    return even_plan(received)
 
 
 def exchanged_counts(counts: Tensor, ep_size: int, local: int, group: Any) -> Tensor:
@@ -184,7 +184,11 @@ def counted_split_plan(counts: Tensor, ep_size: int, local: int, group: Any) -> 
     """AutoEP's split plan: counts exchanged, then the host waits. The shares are taken as even."""
     received = exchanged_counts(counts, ep_size, local, group)
     declare_host_wait("split plan")
-    return auto_ep_layer.SplitPlan(*even_shares(counted_split_plan.rows, ep_size), received)  # type: ignore[attr-defined]
+    return even_plan(received)
+
+
+def even_plan(received: Tensor) -> Any:
+    return auto_ep_layer.SplitPlan(*even_shares(counted_split_plan.rows, received.shape[0]), received)  # type: ignore[attr-defined]
 
 
 def even_shares(rows: int, ranks: int) -> tuple[list[int], list[int]]:

@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    for name in ("max_steps", "evaluations", "slices", "ranks"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    small_runs.check_counts(arguments, "max_steps", "evaluations", "slices", "ranks")
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: give each seed once")
     runs = plan_runs(arguments)

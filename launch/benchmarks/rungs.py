@@ -13,7 +13,7 @@ from typing import Any
 
 from data.cli import UserError, counted, say
 from data.dataset import PackedDataset
-from launch.benchmarks.small_runs import SmallRun
+from launch.benchmarks.small_runs import SmallRun, check_counts
 from launch.benchmarks.variants import merged
 from launch.engine.strategy import lookup, read_config, resolve_config
 from launch.run.resolve import parse_source
@@ -49,9 +49,7 @@ def family(hidden: int, vocabulary: int, positions: int, head_dim: int) -> MoEGP
 
 def check(arguments: argparse.Namespace) -> None:
     """The flags by themselves. Raises UserError."""
-    for name in ("ranks", "eval_batches", "draws"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    check_counts(arguments, "ranks", "eval_batches", "draws")
     numbers = {"tokens": arguments.tokens, "target_tokens": [arguments.target_tokens], "learning_rates": arguments.learning_rates}
     numbers |= {"batches": arguments.batches, "tune_tokens": [] if arguments.tune_tokens is None else [arguments.tune_tokens]}
     for name, given in numbers.items():

@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, folder: str) -> None:
     parser.add_argument("--folder", type=Path, default=Path(folder), metavar="DIR", help="where the runs go")
 
 
+def check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises UserError for a flag of these that is below 1."""
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SmallRun:
     """One training: `python launch/train.py` or, on several ranks, the `deepspeed` launcher's."""

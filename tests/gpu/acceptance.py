@@ -166,17 +166,30 @@ def train(site: Site) -> Figures:
 
 def plain(site: Site) -> Figures:
     """The first half again with `MOE_KERNELS=0`: how far our Triton kernels move the losses, and the speed."""
-    output, half = site.folder / "plain", site.steps // 2
-    shutil.rmtree(output, ignore_errors=True)
     with mock.patch.dict(os.environ, MOE_KERNELS="0"):
-        logged = site.train("plain", output, site.config("zero2"), half)
-    ours = {row["step"]: row for row in rows(site.run)}
-    apart = max(abs(row["loss"] - ours[row["step"]]["loss"]) / row["loss"] for row in logged)
+        pairs, apart = half_again(site, "plain")
     if apart > (1e-2 if site.on_gpu else 0):
         raise StationFailed(f"losses with our kernels differ by {apart:.2e} of themselves from those of plain PyTorch")
-    pairs = (logged, [ours[row["step"]] for row in logged])
-    without, with_ours = (median(row["tokens_per_second"] for row in some if row.get("tokens_per_second")) for some in pairs)
+    without, with_ours = speeds(pairs)
     return {"largest_relative_difference": apart, "speed_of_ours_to_plain": with_ours / without}
+
+
+def half_again(site: Site, name: str, *flags: object) -> tuple[list[tuple[Figures, Figures]], float]:
+    """The first half in a run of its own: its rows, each with the first run's, and their losses' largest relative difference."""
+    output = site.folder / name
+    shutil.rmtree(output, ignore_errors=True)
+    logged = site.train(name, output, site.config("zero2"), site.steps // 2, *flags)
+    first = {row["step"]: row for row in rows(site.run)}
+    pairs = [(row, first[row["step"]]) for row in logged]
+    return pairs, max(abs(again["loss"] - before["loss"]) / again["loss"] for again, before in pairs)
+
+
+def speeds(pairs: list[tuple[Figures, Figures]]) -> tuple[float, float]:
+    """Median tokens a second, of what was run again and of the first run."""
+    again, before = (
+        median(row["tokens_per_second"] for row in some if row.get("tokens_per_second")) for some in zip(*pairs, strict=True)
+    )
+    return again, before
 
 
 def resume(site: Site) -> Figures:
@@ -226,16 +239,10 @@ def export(site: Site) -> Figures:
 
 def compiled(site: Site) -> Figures:
     """The first half again with `--compile`: how far that moves the losses, and the speed once all is compiled."""
-    output, half = site.folder / "compiled", site.steps // 2
-    shutil.rmtree(output, ignore_errors=True)
-    logged = site.train("compiled", output, site.config("zero2"), half, "--compile")
-    ours = {row["step"]: row for row in rows(site.run)}
-    apart = max(abs(row["loss"] - ours[row["step"]]["loss"]) / row["loss"] for row in logged)
+    pairs, apart = half_again(site, "compiled", "--compile")
     if apart > 1e-2:
         raise StationFailed(f"losses with --compile differ by {apart:.2e} of themselves from those without")
-    late = logged[len(logged) // 2 :]
-    pairs = (late, [ours[row["step"]] for row in late])
-    with_it, without = (median(row["tokens_per_second"] for row in some if row.get("tokens_per_second")) for some in pairs)
+    with_it, without = speeds(pairs[len(pairs) // 2 :])
     return {"largest_relative_difference": apart, "speed_to_not_compiled": with_it / without}
 
 
