@@ -37,7 +37,7 @@ class Duplicates:
             reason = self._reason(key, result.signatures[i] if self.near else b"")
             if reason:
                 fresh[i] = False
-                result.removed.append(Rejection(*result.origins[i], reason))
+                result.removed.append((result.numbers[i], Rejection(*result.origins[i], reason)))
         return fresh
 
     def _reason(self, key: bytes, signature: bytes) -> str | None:

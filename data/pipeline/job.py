@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ class Job:
             closed |= self.writers[split].add(tokens, result.sizes[parts], result.text_bytes[parts])
             self.counts["fill_in_the_middle"] += int(result.rearranged[parts].sum())
         self.counts.update(read=result.read, split_at_line_ends=result.cut)
-        for removal in result.removed:
+        # In the order of the input, by whichever rule: where a block ends must not show in the list.
+        for _, removal in sorted(result.removed, key=itemgetter(0)):
             self.removed[removal.kind] += 1
             self.ledger.append_rejection(REMOVED, removal)
         self.position, self.done_bytes = result.after, result.done_bytes

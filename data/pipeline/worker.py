@@ -52,9 +52,10 @@ class Result:
     validation: np.ndarray
     signatures: list[bytes]
     origins: list[tuple[str, int | None]]  # name and line of each document
+    numbers: list[int]  # of each document among those that were read
     rearranged: np.ndarray  # bool [P]: for fill-in-the-middle
     rejected: list[Rejection]
-    removed: list[Rejection]
+    removed: list[tuple[int, Rejection]]  # with the document's number
     read: int
     cut: int  # documents that were split because of their size
 
@@ -66,8 +67,9 @@ class Kept:
     texts: list[list[str]] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     origins: list[tuple[str, int | None]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
-    removed: list[Rejection] = field(default_factory=list)
+    removed: list[tuple[int, Rejection]] = field(default_factory=list)
     read: int = 0
 
 
@@ -100,6 +102,7 @@ class Worker:
             validation=validation,
             signatures=signatures(["".join(parts) for parts in kept.texts]) if self.options.near else [],
             origins=kept.origins,
+            numbers=kept.numbers,
             rearranged=rearranged,
             rejected=kept.rejected,
             removed=kept.removed,
@@ -118,7 +121,7 @@ class Worker:
                 continue
             reason = next((reason for rule in self.rules if (reason := rule(item.text, item.row))), None)
             if reason:
-                kept.removed.append(Rejection(item.name, item.line, reason))
+                kept.removed.append((kept.read, Rejection(item.name, item.line, reason)))
                 continue
             parts = split_document(item.text, limit)
             if not parts:
@@ -128,6 +131,7 @@ class Worker:
             kept.texts.append(parts)
             kept.keys.append(content_key(item.text))
             kept.origins.append((item.name, item.line))
+            kept.numbers.append(kept.read)
         return kept
 
     def is_validation(self, keys: np.ndarray) -> np.ndarray:
