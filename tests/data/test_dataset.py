@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,15 +131,17 @@ def slow_mask(documents: list[list[int]], start: int, length: int) -> tuple[list
 def test_document_mask(folder: Path, length: int) -> None:
     documents = read_documents(folder, "validation")
     data = PackedDataset([folder], split="validation", sequence_length=length, document_mask=True)
-    crossings = 0
+    crossings = at_the_edge = 0
     for i in range(len(data)):
         positions, targets = slow_mask(documents, i * length, length)
         assert data[i]["position_ids"].tolist() == positions and data[i]["shift_labels"].tolist() == targets
+        assert data.count_targets([i]) == length - targets.count(-100)
         crossings += targets.count(-100)
+        at_the_edge += targets[-1] == -100
         # The end-of-text token itself is learned: it is a target wherever its document has a token before it.
         inputs = data[i]["input_ids"].tolist()
         assert all(targets[k] == 0 for k in range(length - 1) if inputs[k + 1] == 0 and targets[k] != -100)
-    assert crossings > 10
+    assert crossings > 10 and (at_the_edge > 0 or length > 100)
 
 
 def test_blend_counts_are_exact_and_each_folder_goes_round(tmp_path: Path) -> None:
@@ -186,6 +189,24 @@ def test_facts_for_training(folder: Path, stream: list[int], tmp_path: Path) -> 
     same = PackedDataset([folder], split="train", sequence_length=16, seed=9)
     other = PackedDataset([make(tmp_path / "b", random_documents(7))], split="train", sequence_length=16)
     assert data.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_whatever_decides_a_sample_is_in_the_fingerprint(tmp_path: Path) -> None:
+    """A run that goes on compares nothing else of its data: folders, their order, their weights, the length."""
+    a, b = make(tmp_path / "a", random_documents(1)), make(tmp_path / "b", random_documents(2))
+    sources: list[list[Any]] = [[a], [a, b], [b, a], [(a, 0.5), (b, 0.5)], [(a, 0.4), (b, 0.6)], [(b, 0.4), (a, 0.6)]]
+    found = [PackedDataset(given, split="train", sequence_length=16).fingerprint for given in sources]
+    found.append(PackedDataset([a], split="train", sequence_length=8).fingerprint)
+    assert len(set(found)) == len(found)
+
+
+def test_a_blend_is_the_same_on_every_machine(tmp_path: Path) -> None:
+    """Golden values, as of the order of one folder: of the same number of samples two folders have orders of their own."""
+    folders = [make(tmp_path / name, random_documents(1)) for name in "ab"]
+    data = PackedDataset([(folder, 0.5) for folder in folders], split="train", sequence_length=100, seed=7)
+    source, sample = data.locate(np.arange(2 * len(data), 2 * len(data) + 12))
+    assert source.tolist() == [0, 1] * 6
+    assert (sample[::2].tolist(), sample[1::2].tolist()) == ([7, 1, 2, 8, 0, 4], [10, 3, 2, 0, 1, 11])
 
 
 def test_mistakes_are_sentences(folder: Path, tmp_path: Path) -> None:

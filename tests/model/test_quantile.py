@@ -178,6 +178,29 @@ def test_the_rate_can_decay(rule: str, apart: float) -> None:
     assert steps == pytest.approx([apart, apart * 0.625, apart * 0.25])
 
 
+def test_a_score_of_one_beside_a_score_of_zero_is_its_own_experts() -> None:
+    """In fp32 a router that is sure gives exactly these; the largest lift there can be must not count as the next expert's."""
+    scores = 1 - torch.eye(3)
+    lift = bias_lift(scores, torch.zeros(3), top_k=1)
+    assert float(lift.max()) == float(reach(torch.zeros(3))) == 1
+    counts = histogram(lift, torch.zeros(3))
+    assert counts.sum(dim=1).tolist() == [3, 3, 3] and counts[:, -1].tolist() == [1, 1, 1]
+
+
+def test_the_balancer_averages_as_the_configuration_says() -> None:
+    """A part `average` of the bias stays: from the same counts, a quarter of the way that the bias goes without one."""
+    found = []
+    for average in (0.0, 0.75):
+        (gate,) = gates(1, router_bias_average=average)
+        gate.e_score_correction_bias.sub_(gate.e_score_correction_bias.mean())
+        before = gate.e_score_correction_bias.clone()
+        gate(torch.linspace(-1, 1, 200).sin().outer(torch.arange(32.0).cos()))
+        LoadBalancer.of(MoEGPTConfig.preset("tiny", router_balance="quantile", router_bias_average=average), [gate]).step()
+        found.append(gate.e_score_correction_bias - before)
+    assert found[0].abs().max() > 0.05
+    torch.testing.assert_close(found[1], found[0] / 4, rtol=1e-4, atol=1e-6)
+
+
 def test_no_balancing_leaves_the_bias() -> None:
     config = MoEGPTConfig.preset("tiny", hidden_size=32, router_balance="none")
     gate = Gate(config)

@@ -21,7 +21,7 @@ def config(factor: float, original: int = 2048, **rope: float) -> MoEGPTConfig:
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 4.0, 8.0, 40.0])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("original", [512, 2048, 4096])
+@pytest.mark.parametrize("original", [128, 512, 2048, 4096])  # at 128 nothing turns beta_fast times
 def test_frequencies_equal_transformers_and_the_paper(factor: float, head_dim: int, original: int) -> None:
     c = config(factor, original)
     c.head_dim = head_dim
@@ -40,6 +40,15 @@ def test_other_betas_and_theta() -> None:
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=0)  # theirs is fp32 throughout
     written_out = reference.yarn_frequencies(64, 500_000.0, 4.0, 2048, 16.0, 2.0)
     torch.testing.assert_close(ours, torch.tensor(written_out, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_a_factor_on_the_attention_is_taken_as_given() -> None:
+    c = config(4.0, attention_factor=0.7)
+    _, theirs = ROPE_INIT_FUNCTIONS["yarn"](c, device="cpu")
+    assert yarn_concentration(c.rope_parameters) == theirs == 0.7
+    plain, given = (rope_table(other.rope_parameters, 64, 5) for other in (config(4.0), c))
+    for without, with_it in zip(plain, given, strict=True):
+        torch.testing.assert_close(with_it, without * (0.7 / (0.1 * math.log(4) + 1)))
 
 
 def test_the_ramp_points_the_right_way() -> None:

@@ -17,6 +17,7 @@ from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps, who
 
 from launch.checkpoint import publish
 from launch.checkpoint.manager import CheckpointManager
+from launch.checkpoint.restore import random_state_name, restore
 
 
 def test_state_and_engine_come_back(run):
@@ -31,6 +32,19 @@ def test_state_and_engine_come_back(run):
     for name, value in engine.module.state_dict().items():
         assert torch.equal(value, other.module.state_dict()[name]), name
     assert other.module[1].num_batches_tracked == 51  # it is saved as it was, and an int64 buffer stays one
+
+
+def test_a_rank_that_the_saved_run_did_not_have_draws_new_numbers(run):
+    """By the seed it was started with it would draw those of step 0 once more, and the same after every further resume."""
+    choice, drawn = manager(run).choose("auto"), []
+    for rank in (0, 5):
+        engine = StubEngine()
+        torch.manual_seed(40)
+        restore(engine, choice, choice.path, rank=rank)
+        drawn.append(torch.rand(3))
+    assert not (choice.path / random_state_name(5)).exists()
+    afresh = [torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in (40, 43)]
+    assert torch.equal(drawn[1], afresh[1]) and not torch.equal(drawn[1], afresh[0]) and not torch.equal(*drawn)
 
 
 def test_retention(tmp_path):

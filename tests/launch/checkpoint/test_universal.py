@@ -4,7 +4,8 @@ import pytest
 import torch
 from training_process import launch_ranks
 
-from launch.checkpoint.universal import give_own_steps
+from launch.checkpoint import manifest
+from launch.checkpoint.universal import _is_whole, give_own_steps
 
 QUICK = [  # (ranks, source, ZeRO stage, dtype, EP size); sources are of two ranks with EP 2
     (1, "zero2-bfloat16", 2, "bfloat16", 1),
@@ -55,6 +56,20 @@ def test_an_optimizer_of_deepspeed_counts_with_an_int():
     optimizer.state[weight] = {"step": torch.tensor(7.0)}
     give_own_steps(optimizer)
     assert optimizer.state[weight]["step"] == 7 and isinstance(optimizer.state[weight]["step"], int)
+
+
+def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path):
+    """After a rollback a step is saved again, with other weights under the same name."""
+    folder = tmp_path / "step_3.universal"
+    (folder / "zero").mkdir(parents=True)
+    assert not _is_whole(folder, "sum")
+    torch.save({"param": torch.ones(3)}, folder / "zero" / "fp32.pt")
+    manifest.write_manifest(folder, manifest.record_all(folder), made_from="sum")
+    assert _is_whole(folder, "sum") and not _is_whole(folder, "another")
+    data = bytearray((folder / "zero" / "fp32.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "zero" / "fp32.pt").write_bytes(data)
+    assert not _is_whole(folder, "sum")
 
 
 def convert_all(folder, cases):

@@ -15,6 +15,7 @@ from stub_engine import replace_file
 
 from data.cli import NotFound, UserError
 from launch.checkpoint import manifest
+from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.unpickle import save_stages_by_value
 from launch.exporting.card import model_card
 from launch.exporting.formats import build, exported_config
@@ -121,6 +122,21 @@ def test_a_manifest_that_is_none_is_refused(checkpoint: Path, kind: str, monkeyp
     POINTERS[kind](checkpoint / "manifest.json")
     with pytest.raises(manifest.UnreadableError, match="not a regular file of at most"):
         verify(checkpoint)
+
+
+def test_a_tag_names_its_own_checkpoint(tmp_path: Path) -> None:
+    """The best, the latest and one by its step are three, and a path to one needs no tag."""
+    held = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (3, 5, 12):
+        (held.path / f"step_{step}").mkdir(parents=True)
+    held.point("latest", "step_5")
+    held.point("best", "step_3")
+    for where in (tmp_path, held.path):
+        assert [find_checkpoint(where, tag).name for tag in ("latest", "best", "step_12")] == ["step_5", "step_3", "step_12"]
+    assert find_checkpoint(held.path / "step_12", "best").name == "step_12"
+    (held.path / "best").unlink()
+    with pytest.raises(NotFound, match=r"has no checkpoint 'best': it has step_3, step_5, step_12"):
+        find_checkpoint(tmp_path, "best")
 
 
 SECRETS = ("hf_" + "a" * 34, "me:pw@host", "S3CRET")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +31,53 @@ def test_a_state_comes_back() -> None:
     state = SpikeDetector(sigma=6, window=50, rollback_after=3).state()
     trainer = restored({"guard": state, "bad_evaluations": 2, "wandb_id": "x"})
     assert (trainer.position.step, trainer.position.samples, trainer.position.bad_evaluations) == (4, 32, 2)
+
+
+def test_what_is_saved_of_a_run_is_what_it_goes_on_with() -> None:
+    """All of the position and of the guard's history, by way of JSON; a run that forgot its best loss would replace the best."""
+    position = Position(step=7, samples=72, tokens=2304, best_loss=1.25, bad_evaluations=3, wandb_id="abc-1")
+    guard = SpikeDetector(
+        sigma=6, window=50, rollback_after=3, losses=[2.0, 0.1], norms=[0.5], skipped_in_a_row=1, skipped_in_all=4
+    )
+    defaults, fresh = Position(), SpikeDetector(sigma=6, window=50, rollback_after=3)
+    assert all(value != getattr(defaults, name) for name, value in vars(position).items())
+    saved = Trainer.state(SimpleNamespace(position=position, spikes=guard))  # type: ignore[arg-type]
+    saved = TrainingState(**json.loads(json.dumps(asdict(saved))))
+    trainer: Any = SimpleNamespace(spikes=fresh, saving=SimpleNamespace(saved_at=-1))
+    Trainer.restore(trainer, saved)
+    assert trainer.position == position and trainer.spikes == guard and trainer.saving.saved_at == 7
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place_in_the_data(finite: bool) -> None:
+    """Steps 6, 7 and 8 were skipped. What was saved among them holds the count of them, and is passed over."""
+    asked: list[float] = []
+    extra = {
+        "guard": SpikeDetector(sigma=6, window=50, rollback_after=3, losses=[3.0]).state(),
+        "bad_evaluations": 1,
+        "wandb_id": "",
+    }
+    held = TrainingState(step=5, samples=40, tokens=99, best_loss=2.5, extra=extra)
+    guard = SpikeDetector(sigma=6, window=50, rollback_after=3, losses=[3.0, 4.0], skipped_in_a_row=3, skipped_in_all=9)
+    saving = SimpleNamespace(
+        saved_at=8,
+        finish_pending_save=lambda step: None,
+        load=lambda found: found.state,
+        checkpoints=SimpleNamespace(newest=lambda before: asked.append(before) or SimpleNamespace(state=held)),
+    )
+    trainer: Any = SimpleNamespace(
+        position=Position(step=8, samples=64, best_loss=1.0),
+        spikes=guard,
+        saving=saving,
+        monitor=SimpleNamespace(say=lambda line: None),
+        _rolled_back=[],
+    )
+    trainer.restore = lambda state: Trainer.restore(trainer, state)
+    Trainer.roll_back(trainer, finite=finite)
+    assert asked == [6], "the state after step 5 is as good as any"
+    assert (trainer.position.step, trainer.position.samples, trainer.position.best_loss) == (5, 64, 2.5)
+    assert (guard.losses, guard.skipped_in_a_row, guard.skipped_in_all) == ([3.0], 0, 9)
+    assert saving.saved_at == -1, "step 5 with this place in the data is saved nowhere: a run that stops here must save it"
 
 
 @pytest.mark.parametrize("extra", [{}, {"guard": 3, "bad_evaluations": 0, "wandb_id": ""}, {"guard": {}, "wandb_id": ""}])
@@ -58,10 +107,10 @@ def test_an_evaluation_that_is_not_finite_is_said_and_counts_for_nothing() -> No
     assert saved == [1, 5] and position.best_loss == 8.1 and not trainer.outcome
 
 
-def balanced(rule: str) -> tuple[Any, Gate]:
+def balanced(rule: str, **more: Any) -> tuple[Any, Gate]:
     """As much of a trainer as moves past a step, over one router that a step has moved already."""
     torch.manual_seed(0)
-    config = MoEGPTConfig.preset("tiny", hidden_size=32, router_balance=rule, router_bias_rate=0.01)
+    config = MoEGPTConfig.preset("tiny", hidden_size=32, router_balance=rule, router_bias_rate=0.01, **more)
     gate = Gate(config)
     torch.nn.init.normal_(gate.weight, std=0.5)
     trainer = SimpleNamespace(
@@ -102,3 +151,15 @@ def test_a_skipped_step_moves_no_bias_and_leaves_no_count(rule: str) -> None:
     assert after == expected and trainer.position.step == twin.position.step + 1
     assert torch.equal(gate.e_score_correction_bias, untouched.e_score_correction_bias)
     assert trainer.health.window_load_YE.sum() == 2 * 128 * 2
+
+
+def test_the_rate_of_balancing_decays_over_the_whole_run() -> None:
+    """By the steps of the schedule, of which the first of ten is a tenth, and the last all."""
+    apart = []
+    for step in (1, 10):
+        trainer, gate = balanced("sign", router_bias_decay=0.5)
+        trainer.position.step = step - 1
+        gate(torch.randn(128, 32) + 0.5)
+        Trainer.advance(trainer, 2.0, None)
+        apart.append(float(gate.e_score_correction_bias.max() - gate.e_score_correction_bias.min()))
+    assert apart == pytest.approx([0.02 * 0.95, 0.02 * 0.5])

@@ -1,0 +1,48 @@
+"""An export is read back before it gets its name: what reads otherwise than it was written is no export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.cli import UserError
+from launch.exporting import folder
+from launch.exporting.formats import build, exported_config
+from launch.exporting.source import model_config, weights
+
+OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
+WEIGHT, BIAS = "model.layers.1.mlp.experts.down_proj", "model.layers.0.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize("name", [None, WEIGHT, BIAS])
+def test_one_number_that_reads_otherwise_leaves_no_export(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the last bit of one number in the file; without that the same export succeeds."""
+    shutil.copytree(OLD / "run", tmp_path / "run")
+    checkpoint, output = tmp_path / "run/checkpoints/step_6", tmp_path / "out" / "hf"
+    model = build(exported_config(model_config(checkpoint), "moe_gpt"), weights(checkpoint), "bfloat16")
+    save = folder._save
+
+    def save_otherwise(model: Any, checkpoint: Path, working: Path, max_shard_size: str) -> None:
+        save(model, checkpoint, working, max_shard_size)
+        if name is not None:
+            [file] = working.glob("*.safetensors")
+            tensors = load_file(file)
+            flat = tensors[name].view(-1).view(torch.int16 if tensors[name].element_size() == 2 else torch.int32)
+            flat[-1] ^= 1
+            save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(folder, "_save", save_otherwise)
+    if name is None:
+        folder.write(model, checkpoint, output, max_shard_size="1GB")
+        assert (output / "manifest.json").is_file()
+        return
+    with pytest.raises(UserError, match=rf"{name} reads back otherwise than it was written"):
+        folder.write(model, checkpoint, output, max_shard_size="1GB")
+    assert not list(output.parent.iterdir())

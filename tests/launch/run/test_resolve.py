@@ -1,0 +1,70 @@
+"""What a command line becomes: every flag that decides what is trained is in the run, and in what its checkpoints belong to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.run.arguments import parse_arguments
+from launch.run.resolve import ResolvedRun, resolve_run
+from launch.run.session import identify
+
+OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
+RANKS = 2
+
+
+def command(tmp_path: Path, *more: object, data: object = OLD / "tokens", config: Path = OLD / "deepspeed.json") -> list[str]:
+    flags = ("--data", data, "--model", OLD / "model.json", "--output", tmp_path / "run", "--deepspeed_config", config)
+    return [str(flag) for flag in (*flags, "--sequence_length", 32, "--max_steps", 12, *more)]
+
+
+def resolved(arguments: list[str]) -> tuple[ResolvedRun, dict[str, Any]]:
+    parsed = parse_arguments(arguments)
+    run = resolve_run(parsed, RANKS)
+    return run, identify(parsed, run).to_json()
+
+
+def other_batch(tmp_path: Path) -> Path:
+    config = json.loads((OLD / "deepspeed.json").read_text())
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(config | {"train_batch_size": 16, "gradient_accumulation_steps": 4}))
+    return path
+
+
+@pytest.mark.parametrize("changed", ["seed", "sequence_length", "document_mask", "data", "global_batch", "model"])
+def test_what_decides_a_step_makes_it_another_run(changed: str, tmp_path: Path) -> None:
+    """A run that goes on with another of these trains on other samples, or on the same ones twice, and no loss shows it."""
+    others = {
+        "seed": command(tmp_path, "--seed", 7),
+        "sequence_length": command(tmp_path, "--sequence_length", 16),
+        "document_mask": command(tmp_path, "--document_mask"),
+        "data": command(tmp_path, data=f"{OLD / 'tokens'}:0.5"),
+        "global_batch": command(tmp_path, config=other_batch(tmp_path)),
+        "model": command(tmp_path, "--rope_factor", 3),
+    }
+    (_, one), (_, other) = resolved(command(tmp_path)), resolved(others[changed])
+    differing = {name for name in one if one[name] != other[name]}
+    assert differing == ({"data", changed} if changed == "sequence_length" else {changed})
+
+
+def test_the_run_is_what_the_flags_say(tmp_path: Path) -> None:
+    run, identity = resolved(command(tmp_path, "--seed", 7, "--document_mask"))
+    validation = run.validation_data
+    assert validation is not None and (run.train_data.split, validation.split) == ("train", "validation")
+    for data in (run.train_data, validation):
+        assert data.sequence_length == 32 and data.document_mask
+    assert run.train_data.seed == 7 and run.deepspeed["scheduler"]["params"]["total_num_steps"] == 12
+    assert {name: identity[name] for name in ("world_size", "ep_size", "zero_stage", "dtype", "global_batch", "seed")} == {
+        "world_size": 2, "ep_size": 2, "zero_stage": 2, "dtype": "bfloat16", "global_batch": 8, "seed": 7,
+    }  # fmt: skip
+    assert resolved(command(tmp_path, "--eval_interval", 0))[0].validation_data is None
+
+
+def test_the_end_of_a_text_is_the_tokenizers(tmp_path: Path) -> None:
+    """The model's file says none: an export of it would not know where to stop."""
+    assert json.loads((OLD / "model.json").read_text())["eos_token_id"] is None
+    run, _ = resolved(command(tmp_path))
+    assert run.model.eos_token_id == json.loads((OLD / "tokens" / "manifest.json").read_text())["tokenizer"]["eos_token_id"] == 0

@@ -1,0 +1,123 @@
+"""When a checkpoint is written: each step once, again where it is the best, anew where it failed; a second failure ends a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launch.checkpoint.state import TrainingState
+from launch.cli import AgreedError
+from launch.run.saving import Saving
+
+
+class Checkpoints:
+    """As much of the manager as `Saving` calls. `failing`: how many of the next saves fail, at once or in the background."""
+
+    def __init__(self, *, background: bool) -> None:
+        self.background, self.failing = background, 0
+        self.asked: list[tuple[int, bool]] = []
+        self.failed = False
+
+    def save(self, engine: Any, state: TrainingState, *, is_best: bool = False) -> Path:
+        self.asked.append((state.step, is_best))
+        self.failed, self.failing = self.failing > 0, max(0, self.failing - 1)
+        if self.failed and not self.background:
+            raise AgreedError(f"writing step_{state.step} failed")
+        return Path(f"step_{state.step}")
+
+    def wait(self) -> None:
+        if self.failed:
+            self.failed = False
+            raise AgreedError(f"writing step_{self.asked[-1][0]} failed")
+
+    def load(self, engine: Any, choice: Any) -> TrainingState:
+        return state(choice)
+
+
+class Run:
+    """A `Saving` and what it said, logged and told."""
+
+    def __init__(self, *, background: bool) -> None:
+        self.checkpoints = Checkpoints(background=background)
+        self.said: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.told: list[str] = []
+        self.applied: list[str] = []
+        monitor: Any = SimpleNamespace(say=self.said.append, log=self.rows.append)
+        settings: Any = SimpleNamespace(apply=lambda: self.applied.append("settings"))
+        checkpoints, engine = self.checkpoints, None
+        self.saving = Saving(
+            engine=engine,  # type: ignore[arg-type]
+            settings=settings,
+            checkpoints=checkpoints,  # type: ignore[arg-type]
+            monitor=monitor,
+            on_saved=self.told.append,
+        )
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "background"])
+def run(request: pytest.FixtureRequest) -> Run:
+    return Run(background=request.param)
+
+
+def state(step: int) -> TrainingState:
+    return TrainingState(step=step, samples=8 * step, tokens=99)
+
+
+def test_a_step_is_written_once_and_again_as_the_best(run: Run) -> None:
+    for step, best in ((4, False), (4, False), (4, True), (6, True), (6, False)):
+        run.saving.save(state(step), is_best=best)
+    run.saving.finish(state(6))
+    assert run.checkpoints.asked == [(4, False), (4, True), (6, True)]
+    assert run.told == ["step_4", "step_4", "step_6"] and not any("warning" in line for line in run.said)
+    run.saving.finish(state(7))
+    assert run.checkpoints.asked[-1] == (7, False) and run.told[-1] == "step_7", "nothing may end unsaved"
+
+
+def test_a_save_is_pending_until_it_is_waited_for() -> None:
+    run = Run(background=True)
+    run.saving.save(state(4))
+    assert not run.told and not run.said
+    run.saving.finish_pending_save(5)
+    run.saving.finish_pending_save(6)
+    assert run.told == ["step_4"] and [line.split("  ")[0] for line in run.said] == ["step 5"]
+
+
+def test_what_failed_at_the_last_step_is_written_anew(run: Run) -> None:
+    run.checkpoints.failing = 1
+    run.saving.save(state(4))
+    run.saving.finish_pending_save(4)
+    assert run.saving.last_failure is not None and "the next save that fails ends the run" in run.said[-1]
+    run.saving.finish(state(4))
+    assert run.checkpoints.asked == [(4, False)] * 2 and run.told == ["step_4"] and run.saving.last_failure is None
+
+
+def test_one_failure_is_survived_and_two_in_a_row_are_not(run: Run) -> None:
+    for step in (4, 5, 6, 7):  # every second one
+        run.checkpoints.failing = step % 2
+        run.saving.save(state(step))
+        run.saving.finish_pending_save(step)
+    assert run.told == ["step_4", "step_6"]
+    assert [row["save_failed"] for row in run.rows if "save_failed" in row] == [f"writing step_{n} failed" for n in (5, 7)]
+    run.checkpoints.failing = 1
+    with pytest.raises(AgreedError, match="writing step_8 failed"):
+        run.saving.save(state(8))
+        run.saving.finish_pending_save(8)
+
+
+def test_a_run_does_not_end_well_on_a_save_that_failed(run: Run) -> None:
+    run.saving.save(state(4))
+    run.checkpoints.failing = 1
+    with pytest.raises(AgreedError, match="writing step_5 failed"):
+        run.saving.finish(state(5))
+
+
+def test_what_was_loaded_is_saved_already_and_trains_by_the_json(run: Run) -> None:
+    run.saving.load(4)  # type: ignore[arg-type]
+    assert run.applied == ["settings"]
+    run.saving.save(state(4))
+    run.saving.save(state(5))
+    assert run.checkpoints.asked == [(5, False)]
