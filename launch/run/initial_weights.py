@@ -27,19 +27,22 @@ def load_weights(model: MoEGPTForCausalLM, folder: Path) -> None:
     check_arithmetic(folder, model.config)
     check_weights(folder)
     wanted = model.state_dict()
-    missing = set(wanted)
+    left = {name: place.numel() for name, place in wanted.items()}  # numbers that nothing has filled yet
     for file in files:
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dict
-                    _copy(tensors.get_tensor(name), wanted, name, file)
-                    missing.discard(name if name in wanted else expert_name(name))
+                    value = tensors.get_tensor(name)
+                    _copy(value, wanted, name, file)
+                    left[name if name in wanted else expert_name(name)] -= value.numel()
         except SafetensorError as error:
             raise UserError(f"--init_from {file} is damaged: {error}") from None
     if model.config.tie_word_embeddings:
-        missing.discard("lm_head.weight")
+        left.pop("lm_head.weight")
+    missing = sorted(name for name, numbers in left.items() if numbers)
     if missing:
-        raise UserError(f"--init_from {folder} has no {min(missing)} ({len(missing)} weights are missing)")
+        some = "not all of" if left[missing[0]] < wanted[missing[0]].numel() else "no"
+        raise UserError(f"--init_from {folder} has {some} {missing[0]} ({len(missing)} weights are missing)")
 
 
 def _copy(value: Tensor, wanted: dict[str, Tensor], name: str, file: Path) -> None:

@@ -65,6 +65,37 @@ def test_what_is_not_right_is_named(folder: Path, name: str, value: torch.Tensor
         load_weights(small(), folder)
 
 
+@pytest.mark.parametrize(
+    "lacks", [None, "model.layers.1.mlp.experts.5.up_proj.weight", "model.layers.0.mlp.experts.0.down_proj.weight"]
+)
+def test_a_stock_folder_has_each_expert_by_itself(lacks: str | None, tmp_path: Path) -> None:
+    """One of them that is missing would stay as it was drawn: seven eighths of a layer's experts are no layer."""
+    torch.manual_seed(1)
+    source, parts = small(), {}
+    source.save_pretrained(tmp_path)
+    for name, value in source.state_dict().items():
+        stem, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for expert, (gate, up) in enumerate(matrix.chunk(2) for matrix in value):
+                parts |= {f"{stem}.{expert}.gate_proj.weight": gate, f"{stem}.{expert}.up_proj.weight": up}
+        elif last == "down_proj":
+            parts |= {f"{stem}.{expert}.down_proj.weight": matrix for expert, matrix in enumerate(value)}
+        else:
+            parts[name] = value
+    if lacks is not None:
+        parts.pop(lacks)
+    save_file({name: value.clone() for name, value in parts.items()}, tmp_path / "model.safetensors")
+    torch.manual_seed(2)
+    model = small()
+    if lacks is None:
+        load_weights(model, tmp_path)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
+        return
+    stacked = lacks.partition("experts.")[0] + ("experts.down_proj" if "down" in lacks else "experts.gate_up_proj")
+    with pytest.raises(ValueError, match=rf"has not all of {stacked} \(1 weights are missing\)"):
+        load_weights(model, tmp_path)
+
+
 def test_another_size_and_damage_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit the model"):
         load_weights(small(hidden_size=64), folder)
