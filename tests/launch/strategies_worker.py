@@ -44,8 +44,9 @@ def train(model_config: str, path: Path) -> dict[str, Any]:
     engine = build_engine(build_model(model_settings, seed=0, attn_implementation="sdpa"), config)
     guard, balancer = StepHook(engine), LoadBalancer(engine.module, 0.01, dist.all_reduce)
     tokens = torch.randint(0, model_settings.vocab_size, (4 * ranks, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-    losses, norms = [], []
-    for _ in range(STEPS):
+
+    def step(reason: str | None = None) -> tuple[float, float]:
+        """(loss, gradient norm) of a step on the one batch; with a `reason` it is refused."""
         total = torch.zeros(())
         for number in range(2):
             rows = tokens[(2 * number * ranks + 2 * rank) :][:2]
@@ -55,21 +56,43 @@ def train(model_config: str, path: Path) -> dict[str, Any]:
             if number == 0:
                 engine.step()
         dist.all_reduce(total)
-        assert guard.step(lambda norm: None) is None
-        balancer.step()
-        losses.append(float(total))
-        norms.append(guard.grad_norm)
+        assert guard.step(lambda norm: reason) == reason
+        balancer.step() if reason is None else balancer.reset()
+        return float(total), guard.grad_norm
+
+    losses, norms = zip(*(step() for _ in range(STEPS)), strict=True)
+    before, schedule = held(engine), engine.get_lr()
+    refused, unmoved = step("refused"), same(before, held(engine)) and schedule == engine.get_lr()
+    again, moved = step(), not same(before, held(engine))
     of_all_ranks: list[Any] = [None] * ranks
-    dist.all_gather_object(of_all_ranks, norms)
+    dist.all_gather_object(of_all_ranks, [norms, unmoved, moved])
     checkpointing = engine.module.model.gradient_checkpointing
     return {
         "losses": losses,
         "norms": norms,
-        "ranks_agree": all(other == norms for other in of_all_ranks),  # they judge a step by it, each for itself
+        "ranks_agree": all(other == norms for other, *_ in of_all_ranks),  # they judge a step by it, each for itself
+        "refused": refused,
+        "again": again,
+        "unmoved": all(unmoved for _, unmoved, _ in of_all_ranks),
+        "moved": all(moved for *_, moved in of_all_ranks),
         "recomputes": checkpointing,
         "stage": engine.zero_optimization_stage(),
         "ep_size": moe_layers(engine.module)[0].ep_size,
     }
+
+
+def held(engine: Any) -> list[torch.Tensor]:
+    """A copy of what this rank trains: weights as it computes with them, the optimizer's masters and moments."""
+    found = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
+    for group in engine.optimizer.param_groups:
+        for parameter in group["params"]:
+            state = engine.optimizer.state.get(parameter, {})
+            found += [parameter, *(torch.as_tensor(state[name]) for name in sorted(state))]
+    return [tensor.detach().clone() for tensor in found]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def main() -> None:

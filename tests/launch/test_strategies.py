@@ -39,6 +39,16 @@ def test_trains(path: Path, results: dict) -> None:
     assert result["recomputes"] == (wanted["activation_checkpointing"]["mode"] != "none")
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_refused_step_leaves_nothing_behind(path: Path, results: dict) -> None:
+    """No weight, master, moment or rate moves, and no gradient stays to be added to the next step's: it is the same step anew."""
+    if "offload" in path.name and not shutil.which("g++"):
+        pytest.skip("DeepSpeed's CPU Adam is compiled at the first use, and there is no C++ compiler")
+    result = results[path.name]
+    assert result["unmoved"] and result["moved"], "refused, then taken"
+    assert result["again"] == pytest.approx(result["refused"], rel=1e-6)
+
+
 def test_strategies_agree(results: dict) -> None:
     """The same bf16 model on the same batch: where only the layout differs, so do only the roundings."""
     first = {name: result["losses"][0] for name, result in results.items() if "error" not in result}
