@@ -185,6 +185,7 @@ def test_objects_and_changes_cross(isolation: Isolation) -> None:
             def __init__(self, first): self.first = first
         def first(pair): return pair.first
         def sort(items): items.sort()
+        def mark(table, names): table["new"] = 1; del table["old"]; names.discard(2)
         def count(items): return collections.Counter(items)
         def adder(n): return lambda x: x + n
         def numbers(n): yield from range(n)
@@ -196,6 +197,9 @@ assert first(Pair(5)) == 5
 items = [3, 1, 2]
 sort(items)
 assert items == [1, 2, 3]
+table, names = {"old": 0}, {1, 2}
+mark(table, names)
+assert table == {"new": 1} and names == {1}
 assert count("aab") == {"a": 2, "b": 1}
 assert adder(2)(3) == 5 and apply(adder(1), 1) == 2
 assert list(numbers(3)) == [0, 1, 2]
