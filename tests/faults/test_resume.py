@@ -127,6 +127,8 @@ def test_a_resumed_run_obeys_its_json(site: Site, tmp_path: Path) -> None:
 def test_what_is_compared_is_not_trivial(whole: Path) -> None:
     steps = [row for row in rows(whole) if "loss" in row]
     assert len({row["loss"] for row in steps}) == len(steps)
+    files = content(whole)
+    assert files["rng_00000.pt"] != files["rng_00001.pt"], "each rank draws its own dropout"
     assert len({row["lr"] for row in steps}) >= len(steps) - 1  # DeepSpeed takes the first two steps at rate 0
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     assert all(layer > 0 for layer in steps[-1]["bias_range"])
