@@ -118,15 +118,14 @@ def load_model(
                 output_loading_info=True,
                 trust_remote_code=False,
             )
+        _check_complete(folder, loaded[1])
         made: MoEGPTForCausalLM = loaded[0]
-        report: dict[str, Any] = loaded[1]
-        missing = sorted(report["missing_keys"])
-        if missing or report["mismatched_keys"]:
-            raise UserError(f"{folder} does not hold its model: {(missing or sorted(report['mismatched_keys']))[0]} is missing")
         return made
     # Stock folders keep an expert's weights apart; transformers puts them together.
     with _damage_named(folder):
-        theirs = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        stock: Any = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    _check_complete(folder, stock[1])
+    theirs: Glm4MoeForCausalLM = stock[0]
     config._attn_implementation = attn_implementation
     with torch.device("meta"):
         model = MoEGPTForCausalLM(config)
@@ -139,6 +138,13 @@ def load_model(
     model.generation_config = theirs.generation_config
     model.tie_weights()
     return model
+
+
+def _check_complete(folder: Path, report: dict[str, Any]) -> None:
+    """Raises UserError with a weight that transformers did not find, and started at random."""
+    missing = sorted(report["missing_keys"]) or sorted(report["mismatched_keys"])
+    if missing:
+        raise UserError(f"{folder} does not hold its model: {missing[0]} is missing")
 
 
 @contextmanager

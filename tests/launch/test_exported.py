@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import Glm4MoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from data.cli import UserError
 from launch import exported
 from launch.checkpoint import manifest
-from launch.exported import check_arithmetic, check_weights, load_exported, load_tokenizer, weights_hash
+from launch.exported import check_arithmetic, check_weights, load_exported, load_model, load_tokenizer, weights_hash
 from launch.exporting.formats import build, exported_config
 from launch.run.initial_weights import load_weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -143,6 +144,21 @@ def test_a_missing_weight_is_not_made_up(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**fields, "attention_sinks": True}))
     with pytest.raises(UserError, match=r"self_attn\.sinks is missing"):
         load_exported(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["norm.weight", "layers.1.mlp.experts.5.up_proj.weight", "layers.0.mlp.gate.e_score_correction_bias"]
+)
+def test_a_missing_weight_of_a_stock_folder_is_not_made_up_either(name: str, tmp_path: Path) -> None:
+    """Of somebody else's, without a manifest: what its file lacks was drawn at random, and every command went on with it."""
+    config = MoEGPTConfig.preset("tiny", vocab_size=97, hidden_size=64, num_hidden_layers=2, attention_sinks=False)
+    Glm4MoeForCausalLM(exported_config(config, "glm4_moe")).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[f"model.{name}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not hold"):
+        load_model(tmp_path, config)
 
 
 @pytest.mark.parametrize("format", ["moe_gpt", "glm4_moe"])
