@@ -269,6 +269,7 @@ def take(folder: str, cases: list[tuple[str, int, str, int]]) -> dict[str, Any]:
         first = run.train(1)
         found["adam_steps_after_one"] = adam_steps(run)
         run.save()
+        found["saved"] = {name: state["fp32"] for name, state in full_state(run).items()}
         found["after_save"] = sorted(p.name for p in (where / "checkpoints").iterdir())
         trained = run.train(2)
         found["next_losses"] = [row[0] for row in first + trained]
@@ -276,6 +277,7 @@ def take(folder: str, cases: list[tuple[str, int, str, int]]) -> dict[str, Any]:
         found["second"] = [trained, plain.train(2), plain.choice.conversions]
         run.restore(run.manager.newest())  # by the engine that started from the conversion
         found["rolled_back"] = run.train(2)
+        found["folder"] = str(where)
         out[f"{source}-to-zero{stage}-{dtype}-ep{ep}"] = found
     return out
 

@@ -1,11 +1,15 @@
 """Another number of ranks, EP size, ZeRO stage or dtype: the run converts by itself and goes on from the same state."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 from training_process import launch_ranks
 
 from launch.checkpoint import manifest
 from launch.checkpoint.universal import _is_whole, give_own_steps
+from launch.checkpoint.weights import _assemble, master_weights
 
 QUICK = [  # (ranks, source, ZeRO stage, dtype, EP size); sources are of two ranks with EP 2
     (1, "zero2-bfloat16", 2, "bfloat16", 1),
@@ -72,6 +76,17 @@ def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path)
     assert not _is_whole(folder, "sum")
 
 
+def test_an_experts_slices_are_those_of_the_ranks_that_share_it():
+    """Four ranks, EP 2: ranks 0 and 2 have halves of the first experts, 1 and 3 of the others; padding leaves one without any."""
+    whole = torch.arange(4 * 3 * 2.0).view(4, 3, 2)
+    first, second = (part.flatten() for part in whole.chunk(2))
+    parts = [first[:7], second[:12], first[7:], None]
+    assert torch.equal(_assemble("experts.w1", (2, 3, 2), parts, ep_size=2), whole)
+    assert torch.equal(_assemble("norm", (24,), [first, second], ep_size=1), whole.flatten())
+    with pytest.raises(ValueError, match=r"shards of \[7, 12\] numbers do not make 2 x \(2, 3, 2\)"):
+        _assemble("experts.w1", (2, 3, 2), [first[:7], second, None, None], ep_size=2)
+
+
 def convert_all(folder, cases):
     kinds = sorted({(int(source[4]), source[6:]) for _, source, *_ in cases})
     sources = launch_ranks(2, "make", folder=folder, kinds=kinds, ep=2)
@@ -103,6 +118,10 @@ def check_all(sources, found, cases):
             assert result["next_losses"] == pytest.approx(was["next_losses"], rel=1e-5), (ranks, name)
         assert result["converted"] == ["latest", "step_3", "step_3.universal"]
         assert result["after_save"] == ["latest", "step_3", "step_4"], "the next save makes the conversion useless"
+        # What an export reads of its own layout's files: every master put together from the ranks' slices, experts in order.
+        masters = dict(master_weights(Path(result["folder"]) / "checkpoints" / "step_4"))
+        hashes = {name: hashlib.sha256(w.detach().contiguous().numpy().tobytes()).hexdigest()[:16] for name, w in masters.items()}
+        assert hashes == result["saved"] and len(hashes) > 20, (ranks, name)
         trained, resumed, conversions = result["second"]
         assert resumed == trained and conversions == [], "what was saved after a conversion resumes plainly, to the bit"
         assert result["rolled_back"] == trained, "an engine that started from a conversion loads a plain checkpoint"
