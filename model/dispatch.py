@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grouped import OURS, Products, has_kernel
+from .grouping import joining_pays
 from .operators import ops, usable
 from .rebuild import rebuildable
 
@@ -222,13 +223,11 @@ class GroupedLinears(torch.autograd.Function):
 def joined(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
     """The weights as they multiply so many rows: several `[E, Bi, A]` as one `[E, sum of Bi, A]` on a GPU, where that moves less.
 
-    A further product reads the rows once more in either direction and adds an input gradient in memory, six passes over them
-    in all. Joining copies the weights twice and their gradients apart once, six passes over those. A CPU has the rows in its
-    cache. They cannot lie side by side for good: they are AutoEP's `w1` and `w3`, and another order in ZeRO's flat buffer would
-    make the optimizer states of older checkpoints those of other weights.
+    A CPU has the rows in its cache. They cannot lie side by side for good: they are AutoEP's `w1` and `w3`, and another order in
+    ZeRO's flat buffer would make the optimizer states of older checkpoints those of other weights.
     """
     experts, columns = weights[0].shape[0], sum(weight.shape[1] for weight in weights)
-    pays = weights[0].device.type != "cpu" and len(weights) > 1 and experts * columns < rows
+    pays = weights[0].device.type != "cpu" and len(weights) > 1 and joining_pays(experts, columns, rows)
     return [torch.cat(tuple(weights), dim=1)] if pays else list(weights)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .grouping import fits_kernel, is_loop
 from .operators import usable
 
 
@@ -23,19 +24,18 @@ class Products(NamedTuple):
 
 def has_kernel(x_RA: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether `kernels/grouped.py` is for these rows and weights: several experts on a GPU whose `grouped_mm` is a loop that
-    waits for the device. It takes one weight `[E, B, A]`, or two of one size; widths of which Triton knows that they are aligned,
-    else it reads number by number and spills registers."""
+    waits for the device. It takes one weight `[E, B, A]`, or two of one size."""
     alike = len(weights) <= 2 and len({weight.shape for weight in weights}) == 1 and weights[0].dtype == x_RA.dtype
-    aligned = all(size % 16 == 0 for size in weights[0].shape[1:])
-    return alike and aligned and weights[0].shape[0] > 1 and usable(x_RA) and lacks_grouped_mm(x_RA.device)
+    experts, *widths = weights[0].shape
+    return alike and fits_kernel(experts, widths) and usable(x_RA) and lacks_grouped_mm(x_RA.device)
 
 
 def lacks_grouped_mm(device: torch.device) -> bool:
-    """A GPU before compute capability 9.0, asked so that dynamo knows the answer; under a name that whoever counts or tests can
+    """A GPU of NVIDIA's where it `is_loop`, asked so that dynamo knows the answer; under a name that whoever counts or tests can
     replace."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return bool(torch.cuda.get_device_properties(device.index).major < 9)
+    return is_loop(torch.cuda.get_device_properties(device.index).major)
 
 
 def product(x_RA: Tensor, weight_EAB: Tensor, ends_E: Tensor) -> Tensor:

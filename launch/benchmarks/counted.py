@@ -29,6 +29,7 @@ from launch.engine.exchange import Exchange
 from launch.ranks import join
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.flash import FlashOutput
+from model.grouping import is_loop
 
 
 class FusedNorm(torch.autograd.Function):
@@ -238,8 +239,8 @@ def as_on_cuda(rows: int, capability: tuple[int, int] | None = None) -> Iterator
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(mock.patch("model.attention.pick_kernel", lambda *_: CountedFlash()))
         stack.enter_context(mock.patch("model.operators.fits", lambda _: True))
-        before_hopper = capability is not None and capability < (9, 0)
-        stack.enter_context(mock.patch("model.grouped.lacks_grouped_mm", lambda _: before_hopper))
+        looped = capability is not None and is_loop(capability[0])
+        stack.enter_context(mock.patch("model.grouped.lacks_grouped_mm", lambda _: looped))
         stack.enter_context(mock.patch("deepspeed.moe.ep_experts.apply_expert_activation", fused_swiglu))
         yield
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
+from model.grouping import is_loop
 
 DATA = Path(__file__).with_name("devices.json")
 
@@ -24,6 +25,11 @@ class Efficiency:
     memory: float  # of memory_gbs, in passes that only move data
     grouped: float  # several experts in one product, beside a plain one of the same sizes
     source: str
+
+    @property
+    def lacks_grouped_mm(self) -> bool:
+        """Whether PyTorch's grouped product is a loop there that waits for the device; AMD's are taken to have one."""
+        return self.compute_capability is not None and is_loop(self.compute_capability[0])
 
 
 @dataclass(frozen=True, kw_only=True)

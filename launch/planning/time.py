@@ -13,15 +13,17 @@ from launch.planning.communication import Traffic, traffic
 from launch.planning.devices import Device
 from launch.planning.job import Job
 from model.accounting import attention_matrices, training_flops_per_token
+from model.grouping import fits_kernel, joining_pays
 
 #: The fullest rank's or expert's share of rows over the mean, the router's bias at work. Assumption; metrics.jsonl has it.
 USUAL_LOAD = 1.1
 #: Of the time that a collective could hide behind the backward, what it does: it takes memory bandwidth and processors.
 HIDING = 0.9
 #: Kernels of a layer, forward and backward, by the roofline's count; more where rows are exchanged; more where those that arrive
-#: are of several experts. Nine of twenty are the forward's, which a recomputed block launches once more; `selective` makes six
-#: again, of which one is the gather of rows that are not exchanged.
-KERNELS, EXCHANGE_KERNELS, GROUPING_KERNELS, SELECTIVE_KERNELS = 75, 8, 20, 6
+#: are of several experts; fewer where those multiply by our kernel, which takes gate and up as they lie. Nine of twenty are the
+#: forward's, which a recomputed block launches once more; `selective` makes six again, of which one is the gather of rows that are
+#: not exchanged.
+KERNELS, EXCHANGE_KERNELS, GROUPING_KERNELS, SPARED_KERNELS, SELECTIVE_KERNELS = 75, 8, 20, 4, 6
 #: Bytes that a GPU's host moves to and from it a second, and its memory's speed for one rank's share of CPU Adam.
 PCIE_SPEED, HOST_MEMORY_SPEED = 20e9, 20e9
 
@@ -80,7 +82,7 @@ def plan_time(job: Job, device: Device) -> StepTime:
     peak = device.peak if job.weight_bytes == 2 else device.peak / 8  # fp32 without TF32: the vector units
     dense, expert, head = _products(job, device, peak)
     attention = tokens * _attention_flops(job) / (peak * device.efficiency.attention)
-    moved, forward = tokens * sum(_moved(job)) / device.memory_speed, tokens * _moved(job)[0] / device.memory_speed
+    moved, forward = (tokens * each / device.memory_speed for each in (sum(_moved(job, device)), _moved(job, device)[0]))
     passes = tokens * job.sizes.num_hidden_layers * moved_again(job) / device.memory_speed
     # A block that is recomputed whole does its forward again, a third of its products; `selective` repeats a few passes.
     again = {"none": 0.0, "selective": passes, "full": forward + (tokens * (dense + expert) + attention) / 3}[job.recompute]
@@ -90,7 +92,7 @@ def plan_time(job: Job, device: Device) -> StepTime:
     in_the_open = exposed(sent, backward)
     busy = tokens * (dense + expert + head) + attention + moved + again
     each, once = device.everywhere.host_kernel, device.everywhere.host_step
-    host = each * kernels_by_layer(job) * job.sizes.num_hidden_layers * job.accumulation + once
+    host = each * kernels_by_layer(job, device) * job.sizes.num_hidden_layers * job.accumulation + once
     return StepTime(
         matrix=tokens * (dense + expert + head),
         attention=attention,
@@ -115,7 +117,8 @@ def _products(job: Job, device: Device, peak: float) -> tuple[float, float, floa
         return reached.matrix if width >= device.everywhere.narrow_below else reached.narrow
 
     expert_share, key_share = share(c.moe_intermediate_size), share(c.num_key_value_heads * c.head_dim)
-    gate_and_up = share((1 + joined(job)) * c.moe_intermediate_size)
+    beside = has_kernel(job, device) or joined(job, device)
+    gate_and_up = share((1 + beside) * c.moe_intermediate_size)
     # Several experts on a rank are one grouped product, which reaches less than a plain one at these sizes.
     grouped = 1.0 if job.expert_ranks == c.n_routed_experts else reached.grouped
     routed_share = grouped / (2 / (3 * gate_and_up) + 1 / (3 * expert_share))
@@ -135,14 +138,15 @@ def _attention_flops(job: Job) -> float:
     return 6 * job.sequence_length * c.num_attention_heads * c.head_dim * c.num_hidden_layers
 
 
-def kernels_by_layer(job: Job) -> int:
+def kernels_by_layer(job: Job, device: Device) -> int:
     """Kernels that the host launches for a layer of one micro-step. A test holds them to the roofline's count."""
     exchanged = job.expert_ranks > 1
     plain = KERNELS + exchanged * (EXCHANGE_KERNELS + GROUPING_KERNELS * (_local_experts(job) > 1))
+    plain -= SPARED_KERNELS * has_kernel(job, device)
     return plain + {"none": 0, "selective": SELECTIVE_KERNELS - exchanged, "full": plain * 9 // 20}[job.recompute]
 
 
-def moved_by_layer(job: Job) -> tuple[float, float]:
+def moved_by_layer(job: Job, device: Device) -> tuple[float, float]:
     """Bytes a token that a layer's passes beside products and exchanges read and write, (forward, backward), with the kernels of
     `model/kernels/`: each reads and writes a row once. A test holds them to `launch/benchmark.py roofline`'s count.
 
@@ -159,9 +163,11 @@ def moved_by_layer(job: Job) -> tuple[float, float]:
     backward: float = 16 * h + 3 * a + 2 * q + 2 * r + 5 * i
     if job.zero_stage == 3:  # q, k and v are three modules, whose input gradients are added up
         backward += 6 * h
-    if joined(job):  # gate and up: their weights copied in the forward and in the backward, there their gradient too
+    if joined(job, device):  # gate and up: their weights copied in the forward and in the backward, there their gradient too
         copied = 4 * _local_experts(job) * c.moe_intermediate_size * c.hidden_size * w / job.tokens
         forward, backward = forward + copied, backward + 2 * copied
+    elif not has_kernel(job, device):  # each product's input gradient apart, and their sum
+        backward += 3 * r
     if job.expert_ranks > 1 and _local_experts(job) > 1:  # grouped by expert where they arrive, and the results back
         forward, backward = forward + 4 * r, backward + 4 * r
     return forward, backward
@@ -173,10 +179,16 @@ def exchanged_by_layer(job: Job) -> float:
     return 8.0 * rows if job.expert_ranks > 1 else 0.0
 
 
-def joined(job: Job) -> bool:
-    """Whether gate and up are one product: `model.dispatch.joined`."""
+def has_kernel(job: Job, device: Device) -> bool:
+    """Whether the experts multiply by `model/kernels/grouped.py`, gate and up in one launch without a copy: `model.grouped`."""
     c = job.sizes
-    return _local_experts(job) * 2 * c.moe_intermediate_size < job.tokens * c.num_experts_per_tok
+    return device.efficiency.lacks_grouped_mm and fits_kernel(_local_experts(job), (c.hidden_size, c.moe_intermediate_size))
+
+
+def joined(job: Job, device: Device) -> bool:
+    """Whether gate and up are copied to be one product: `model.dispatch.joined`."""
+    c, rows = job.sizes, job.tokens * job.sizes.num_experts_per_tok
+    return not has_kernel(job, device) and joining_pays(_local_experts(job), 2 * c.moe_intermediate_size, rows)
 
 
 def _local_experts(job: Job) -> int:
@@ -193,9 +205,9 @@ def moved_again(job: Job) -> float:
     return float(w * (4 * c.hidden_size + 2 * turned + 3 * width + rows))
 
 
-def _moved(job: Job) -> tuple[float, float]:
+def _moved(job: Job, device: Device) -> tuple[float, float]:
     """Of all layers and the loss: a chunk's logits three times, its share of the head's gradient (fp32) four times."""
-    c, (forward, backward) = job.sizes, moved_by_layer(job)
+    c, (forward, backward) = job.sizes, moved_by_layer(job, device)
     loss = 3 * c.vocab_size * job.weight_bytes + 4 * FP32 * c.vocab_size * c.hidden_size / chunk_rows(job)
     return c.num_hidden_layers * forward + loss, c.num_hidden_layers * backward
 

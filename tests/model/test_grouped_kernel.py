@@ -124,14 +124,18 @@ def test_hopper_and_the_switch_keep_their_ways(before_hopper: None, monkeypatch:
     assert not grouped.has_kernel(x, weights)
 
 
-@pytest.mark.parametrize(("major", "lacks"), [(8, True), (9, False), (10, False)])
+@pytest.mark.parametrize(("major", "lacks"), [(8, True), (9, False), (10, False), (11, True), (12, True)])
 def test_a_gpu_is_asked_for_its_generation(major: int, lacks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: type("Properties", (), {"major": major}))
     assert grouped.lacks_grouped_mm(torch.device("cuda", 0)) is lacks
     assert not grouped.lacks_grouped_mm(torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # AMD's numbers mean other GPUs
+    assert not grouped.lacks_grouped_mm(torch.device("cuda", 0))
 
 
-@pytest.mark.parametrize(("capability", "counted_here"), [((8, 0), True), ((8, 9), True), ((9, 0), False), (None, False)])
+@pytest.mark.parametrize(
+    ("capability", "counted_here"), [((8, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), True), (None, False)]
+)
 def test_the_roofline_counts_it_where_it_runs(capability: tuple[int, int] | None, counted_here: bool) -> None:
     with counted.as_on_cuda(R, capability), Count() as count:
         grouped_linears(tensor(R, H), tensor(E, dtype=torch.int32), tensor(E, I, H))

@@ -32,17 +32,17 @@ from model.accounting import forward_flops_per_token
 PEERS = ("stock AutoEP", "stock AutoEP with knobs", "transformers Glm4Moe")
 
 
-@pytest.fixture(scope="module", params=[1, 8])
+@pytest.fixture(scope="module", params=[(1, "h100-80gb"), (8, "h100-80gb"), (1, "a100-80gb")], ids=str)
 def roofline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("roofline")
-    command = [sys.executable, "launch/benchmark.py", "roofline", "--model", "800m", "--gpu", "h100-80gb"]
-    command += ["--ep", str(request.param), "--output", str(folder / "r.json"), "--chart", str(folder / "r.svg")]
+    (ep, gpu), folder = request.param, tmp_path_factory.mktemp("roofline")
+    command = [sys.executable, "launch/benchmark.py", "roofline", "--model", "800m", "--gpu", gpu, "--ep", str(ep)]
+    command += ["--output", str(folder / "r.json"), "--chart", str(folder / "r.svg")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "not measured" in done.stdout
     assert ET.parse(folder / "r.svg").getroot().tag.endswith("svg")
     result: dict[str, Any] = json.loads((folder / "r.json").read_text())
-    return {**result, "ep": request.param}
+    return {**result, "ep": ep, "gpu": gpu}
 
 
 def test_flops_are_the_formulas(roofline: dict[str, Any]) -> None:
@@ -66,15 +66,15 @@ def test_ours_moves_less(roofline: dict[str, Any]) -> None:
 
 def test_the_planner_says_what_is_counted(roofline: dict[str, Any]) -> None:
     """Bytes, kernels, and the time of a step; where one operation's FLOPs hide its bytes the planner adds the two."""
-    ep, ours = roofline["ep"], roofline["ours"]
+    ep, ours, device = roofline["ep"], roofline["ours"], find_device(roofline["gpu"])
     planned = job(ranks=ep, expert_ranks=ep, accumulation=8)
-    moved = sum(moved_by_layer(planned)) + exchanged_by_layer(planned)
+    moved = sum(moved_by_layer(planned, device)) + exchanged_by_layer(planned)
     assert moved == pytest.approx(ours["bytes_per_token_layer_beside_products"], rel=0.01)
     for mode, name in (("none", "ours"), ("selective", "ours, selective"), ("full", "ours, full")):
         again = dataclasses.replace(planned, recompute=mode)
-        assert kernels_by_layer(again) == pytest.approx(roofline[name]["launches_per_layer"], abs=5), mode
+        assert kernels_by_layer(again, device) == pytest.approx(roofline[name]["launches_per_layer"], abs=1), mode
         whole = roofline[name]["whole_step"]["mfu"]
-        assert plan_time(again, find_device("h100-80gb")).mfu(again, find_device("h100-80gb")) == pytest.approx(whole, rel=0.04)
+        assert plan_time(again, device).mfu(again, device) == pytest.approx(whole, rel=0.04)
 
 
 def test_the_planner_keeps_what_is_counted(roofline: dict[str, Any]) -> None:

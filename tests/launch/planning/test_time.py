@@ -10,7 +10,7 @@ from planner_job import job
 from launch.planning import time
 from launch.planning.communication import Group, groups, ring_speed, traffic
 from launch.planning.devices import Device, find_device
-from launch.planning.time import plan_time
+from launch.planning.time import moved_by_layer, plan_time
 from model.sizes import load_sizes
 
 
@@ -72,6 +72,24 @@ def test_a_ring_over_the_network_uses_every_members_adapter() -> None:
     assert ring_speed(device, Group(size=8, nodes=1)) == device.link_speed
     assert ring_speed(device, Group(size=16, nodes=2)) == pytest.approx(min(device.link_speed, 8 * device.network_speed))
     assert ring_speed(device, Group(size=4, nodes=4)) == pytest.approx(device.network_speed)
+
+
+def test_gate_and_up_are_copied_where_that_pays_and_no_kernel_takes_them_apart() -> None:
+    """By hand, eight experts of 2 x 512 x 1,536: the weights twice, their gradients once, read and written. Where that does not pay
+    (`4b`, 8 x 8,192 columns for 32,768 rows) a sum of two input gradients, three rows of two experts each."""
+    a100, h100 = find_device("a100-80gb"), find_device("h100-80gb")
+
+    def more(model: str, **changes: int) -> float:
+        planned = job(model, ranks=1, expert_ranks=1, **changes)
+        return (sum(moved_by_layer(planned, h100)) - sum(moved_by_layer(planned, a100))) * planned.tokens
+
+    assert more("800m") == 3 * 2 * (8 * 2 * 512 * 1536) * 2
+    assert more("4b") == 3 * (2 * 8 * 2048 * 1536) * 2
+    assert moved_by_layer(job(), a100) == moved_by_layer(job(), h100)  # one expert is a plain product
+    for name, one_kernel in {"b200": True, "h200": True, "mi300x": True, "l40s": False, "rtx-5090": False}.items():
+        assert moved_by_layer(job(expert_ranks=1), find_device(name)) == moved_by_layer(
+            job(expert_ranks=1), h100 if one_kernel else a100
+        )
 
 
 def test_shares_add_up_and_more_work_takes_longer() -> None:
