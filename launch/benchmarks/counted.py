@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.module_inject import auto_ep_layer
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
@@ -23,13 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from launch.benchmarks.contestants import gpu_knobs, peer_model
-from launch.benchmarks.counting import declare, declare_host_wait, uncounted
+from launch.benchmarks.counting import Count, declare, declare_host_wait, uncounted
 from launch.engine import activation_checkpointing, expert_parallel
 from launch.engine.exchange import Exchange
 from launch.ranks import join
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.flash import FlashOutput
 from model.grouping import is_loop
+
+#: Its package has a function of the same name.
+group_gemm = import_module("deepspeed.ops.triton_ops.group_gemm_triton")
 
 
 class FusedNorm(torch.autograd.Function):
@@ -163,6 +169,37 @@ def counted_restore(rows: Tensor, top_scores: Tensor, token_indices_sorted: Tens
     return WeightedRestore.apply(rows, top_scores, inverse).view(shape)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def counted_group_gemm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """DeepSpeed's Triton product by expert, its programs told by a kernel before it where runs start and how long they are."""
+    (count, width), (experts, _, columns) = rows.shape, weight.shape
+    out = rows.new_empty((count, columns))
+    declare("triton group meta", "sort and count", [ends], [ends, ends])
+    shape = (count, width, columns, experts)
+    flops = 2.0 * count * width * columns
+    declare("triton group gemm", "matrix product", [rows, weight, ends, ends], [out], flops=flops, shape=shape)
+    return out
+
+
+def counted_grouped_dw(a: Tensor, grad: Tensor, ends: Tensor, experts: int) -> Tensor:
+    """The same for the weights' gradient: of each expert `a^T grad` over its run."""
+    (count, height), columns = a.shape, grad.shape[1]
+    out = a.new_empty((experts, height, columns))
+    declare("triton group meta", "sort and count", [ends], [ends, ends])
+    shape = (height, count, columns, experts)
+    flops = 2.0 * count * height * columns
+    declare("triton group gemm: weight", "matrix product", [a, grad, ends, ends], [out], flops=flops, shape=shape)
+    return out
+
+
+def prefers_triton(capability: tuple[int, int] | None) -> bool:
+    """Whether AutoEP's experts take DeepSpeed's Triton product on a GPU of this compute capability, by DeepSpeed's own rule."""
+    with (
+        mock.patch("torch.cuda.get_device_capability", lambda *_: capability),
+        mock.patch("deepspeed.ops.triton_ops.is_triton_available", lambda: capability is not None),
+    ):
+        return bool(CUDA_Accelerator.prefer_triton_grouped_mm(None))
+
+
 def start_split_plan(layer: Any, counts: Tensor) -> Any:
     """`async_split_plan`: the counts are on their way before the rows are packed."""
     return exchanged_counts(counts, layer.ep_size, layer.num_local_experts, layer.ep_group)
@@ -198,8 +235,8 @@ def even_shares(rows: int, ranks: int) -> tuple[list[int], list[int]]:
 
 @contextmanager
 def as_on_cuda(rows: int, capability: tuple[int, int] | None = None) -> Iterator[None]:
-    """While open, `meta` tensors take the ways that CUDA tensors take on a GPU of this compute capability, None: one with a
-    grouped product of PyTorch's; `rows` are routed from each rank."""
+    """While open, `meta` tensors take the ways that CUDA tensors take on a GPU of this compute capability, None: one where PyTorch
+    has a kernel for grouped products; `rows` are routed from each rank."""
 
     def wait(exchange: Exchange) -> None:
         declare_host_wait("split sizes, behind the shared expert")
@@ -232,6 +269,9 @@ def as_on_cuda(rows: int, capability: tuple[int, int] | None = None) -> Iterator
         (ep_kernels, "gather_rows", counted_gather),
         (ep_kernels, "permute_rows_supported", lambda tensor: True),
         (auto_ep_layer.fused_token_ops, "assert_supported", lambda *a, **k: None),
+        (group_gemm, "_validate", lambda *a, **k: None),  # which asks for Triton
+        (group_gemm, "_group_gemm", counted_group_gemm),
+        (group_gemm, "_grouped_dw", counted_grouped_dw),
         (checkpointing, "copy_to_device", lambda tensors, *a, **k: tensors),  # of `full`: they are there
     ]
     with ExitStack() as stack:
@@ -240,6 +280,7 @@ def as_on_cuda(rows: int, capability: tuple[int, int] | None = None) -> Iterator
         stack.enter_context(mock.patch("model.attention.pick_kernel", lambda *_: CountedFlash()))
         stack.enter_context(mock.patch("model.operators.fits", lambda _: True))
         looped = capability is not None and is_loop(capability[0])
+        stack.enter_context(mock.patch.object(Count, "looped", looped))
         stack.enter_context(mock.patch("model.grouped.lacks_grouped_mm", lambda _: looped))
         stack.enter_context(mock.patch("deepspeed.moe.ep_experts.apply_expert_activation", fused_swiglu))
         yield
@@ -286,11 +327,17 @@ def ours(case: Case) -> nn.Module:
 
 
 def stock(case: Case, **knobs: Any) -> nn.Module:
-    return _trained(with_auto_ep(peer_model(case.config, device="meta"), case.ep, **knobs), case)
+    """AutoEP as it comes: before sm90 with DeepSpeed's Triton product, from there on with torch's `_grouped_mm` (0.19.8:
+    `GroupedExperts` in deepspeed/moe/ep_experts.py, `prefer_triton_grouped_mm` in deepspeed/accelerator/cuda_accelerator.py). Its
+    rate is that of ours, and with one expert on the rank a plain product's; autotuning is not counted."""
+    with mock.patch.object(type(get_accelerator()), "prefer_triton_grouped_mm", lambda _: prefers_triton(case.capability)):
+        model = with_auto_ep(peer_model(case.config, device="meta"), case.ep, **knobs)
+    return _trained(model, case)
 
 
 def glm(case: Case) -> nn.Module:
-    """Plain transformers, all experts on each rank."""
+    """Plain transformers, all experts on each rank, by `F.grouped_mm` wherever there is one, sm80 too (`_can_use_grouped_mm` in
+    transformers/integrations/moe.py, 5.23), though torch has a loop there that waits for the device (`model.grouping`)."""
     model = peer_model(case.config, device="meta")
     model.set_experts_implementation("grouped_mm")
     return _trained(model, case)

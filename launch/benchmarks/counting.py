@@ -78,6 +78,8 @@ class Count(TorchDispatchMode):
     """Counts all that runs inside it; `parts` says which module's share is whose, in forward and in backward alike."""
 
     current: Count | None = None
+    #: Whether PyTorch's grouped product is that of a GPU where it `model.grouping.is_loop`.
+    looped = False
 
     def __init__(self, parts: dict[nn.Module, str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -148,6 +150,8 @@ class Count(TorchDispatchMode):
         inputs = read_by(func, inputs, outputs)
         if name in PRODUCTS:
             shape = product_shape(inputs)
+            if name == "_grouped_mm" and self.looped:
+                return self._run_by_run(shape, inputs, outputs)
             flops = 2.0 * shape[0] * shape[1] * shape[2]
             return self.add(name, kind, flops=flops, bytes=moved(inputs, outputs), shape=shape)
         if func.namespace == "moe_gpt":
@@ -156,6 +160,18 @@ class Count(TorchDispatchMode):
             figures = {} if product is None else {"flops": 2.0 * math.prod(product[:3]), "shape": product}
             return self.add(name, kind, bytes=moved(inputs, outputs) + more, launches=launches, **figures)
         self.add(name, kind, bytes=bytes_of(name, func, inputs, outputs), launches=LAUNCHES.get(name, 1))
+
+    def _run_by_run(self, shape: tuple[int, ...], inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """torch's `_grouped_mm_fallback`: the runs' ends are copied to the host, which waits for them, and each run is a plain
+        product; their lengths are taken as even. What the wait costs is not counted."""
+        rows, width, columns, groups = shape
+        ends = inputs[-1]
+        self.add("copy_", KINDS["copy_"], bytes=size(ends))
+        self.ledger.host_waits["ends of the runs"] += 1
+        each = (rows // groups, width) if outputs[0].ndim == 2 else (rows, width // groups)
+        figures = {"flops": 2.0 * rows * width * columns / groups, "bytes": (moved(inputs, outputs) - size(ends)) // groups}
+        for _ in range(groups):
+            self.add("mm", KINDS["mm"], **figures, shape=(*each, columns, 1))
 
     def _exchange(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         whole, ranks = max((size(t) for t in tensors_of((args, kwargs))), default=0), torch.distributed.get_world_size()
@@ -237,11 +253,13 @@ def declare(
     flops: float = 0.0,
     launches: int = 1,
     bytes: int | None = None,
+    shape: tuple[int, ...] = (),
 ) -> None:
-    """One kernel that CUDA has and `meta` has not. `inputs` and `outputs` are read and written once, unless `bytes` says other."""
+    """One kernel that CUDA has and `meta` has not. `inputs` and `outputs` are read and written once, unless `bytes` says other;
+    `shape` is a product's, as in `Entry`."""
     if Count.current is not None:
         total = moved([t for t in inputs if t is not None], outputs) if bytes is None else bytes
-        Count.current.add(name, kind, flops=flops, launches=launches, bytes=total)
+        Count.current.add(name, kind, flops=flops, launches=launches, bytes=total, shape=shape)
 
 
 def declare_host_wait(where: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor, nn
 
-from launch.benchmarks.counted import counted_restore
+from launch.benchmarks.counted import as_on_cuda, counted_restore, prefers_triton
 from launch.benchmarks.counting import Count, Ledger, declare
 from model import operators
 from model.dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
@@ -60,6 +65,46 @@ def test_a_grouped_product_and_its_two_gradients() -> None:
     one = (T * H + E * W * H + T * W) * BF16 + E * 4
     assert of(ledger, "_grouped_mm") == (2 * T * H * W, one)
     assert of(ledger, "_grouped_mm", backward=True) == (2 * 2 * T * H * W, 2 * one)
+
+
+def test_a_grouped_product_where_torch_has_a_loop() -> None:
+    """Forward, input's and weight's gradient: a copy to the host that it waits for, then a product for each expert. FLOPs and bytes
+    are those of one kernel; the ends go to the host in place of the product."""
+    ledgers = []
+    for capability in ((9, 0), (8, 0)):
+        x, weight, ends = tensor(T, H), tensor(E, W, H), tensor(E, dtype=torch.int32)
+        with as_on_cuda(T, capability):
+            ledgers.append(count(partial(F.grouped_mm, x, weight.mT, offs=ends)))
+    kernel, loop = ledgers
+    assert [entry.name for entry in kernel.entries] == 3 * ["_grouped_mm"] and not kernel.host_waits
+    assert [entry.name for entry in loop.entries] == 3 * (["copy_"] + E * ["mm"]) and loop.host_waits.total() == 3
+    shapes = Counter(entry.shape for entry in loop.entries if entry.name == "mm")
+    assert shapes == {(T // E, H, W, 1): E, (T // E, W, H, 1): E, (W, T // E, H, 1): E}
+    assert loop.total("flops") == kernel.total("flops") == 3 * 2 * T * H * W
+    assert loop.total("bytes") == kernel.total("bytes") == 3 * ((T * H + E * W * H + T * W) * BF16 + E * INT32)
+
+
+def test_the_peers_experts_before_hopper() -> None:
+    """AutoEP's: no loop but DeepSpeed's kernels, a small one before each: gate, up and down, forward and two gradients."""
+    with mock.patch.object(type(get_accelerator()), "prefer_triton_grouped_mm", lambda _: prefers_triton((8, 0))):
+        experts = GroupedExperts(H, W, E).to(device="meta", dtype=torch.bfloat16)
+    with as_on_cuda(T, (8, 0)):
+        ledger = count(partial(experts, tensor(T, H), torch.empty(E, dtype=torch.int64, device="meta")))
+    products = [entry for entry in ledger.entries if entry.kind == "matrix product"]
+    assert len(products) == 9 and all(entry.name.startswith("triton group gemm") for entry in products)
+    assert sum(entry.name == "triton group meta" for entry in ledger.entries) == 9 and not ledger.host_waits
+    assert sum(entry.flops for entry in products) == 3 * 3 * 2 * T * H * W
+    one = (T * H + E * W * H + T * W) * BF16 + 2 * E * INT32
+    assert sum(entry.bytes for entry in products) == 9 * one
+    assert {entry.shape for entry in products} == {(T, H, W, E), (T, W, H, E), (H, T, W, E), (W, T, H, E)}
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton"), [((7, 5), True), ((8, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), False), (None, False)]
+)
+def test_whose_product_autoep_takes(capability: tuple[int, int] | None, triton: bool) -> None:
+    """By DeepSpeed's code, of the card and not of this host."""
+    assert prefers_triton(capability) is triton
 
 
 def test_elementwise_reads_each_input_once_and_writes_once() -> None:
