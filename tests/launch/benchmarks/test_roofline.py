@@ -72,7 +72,7 @@ def test_the_planner_says_what_is_counted(roofline: dict[str, Any]) -> None:
     assert moved == pytest.approx(ours["bytes_per_token_layer_beside_products"], rel=0.01)
     for mode, name in (("none", "ours"), ("selective", "ours, selective"), ("full", "ours, full")):
         again = dataclasses.replace(planned, recompute=mode)
-        assert kernels_by_layer(again, device) == pytest.approx(roofline[name]["launches_per_layer"], abs=1), mode
+        assert kernels_by_layer(again, device) == pytest.approx(roofline[name]["launches_per_layer"], abs=2), mode
         whole = roofline[name]["whole_step"]["mfu"]
         assert plan_time(again, device).mfu(again, device) == pytest.approx(whole, rel=0.04)
 
