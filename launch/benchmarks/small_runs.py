@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, folder: str) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
     parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/cpu_ep1_zero2.json"), metavar="JSON")
     parser.add_argument("--sequence_length", type=int, default=256, metavar="N", help="tokens of one sample")
-    parser.add_argument("--eval_batches", type=int, default=16, metavar="N", help="global micro-batches of one evaluation")
+    parser.add_argument("--eval_batches", type=int, default=16, metavar="N", help="global batches of one evaluation")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run, by the deepspeed launcher")
     parser.add_argument("--folder", type=Path, default=Path(folder), metavar="DIR", help="where the runs go")
 

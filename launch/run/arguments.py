@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     when.add_argument("--max_hours", type=float, default=0.0, metavar="H", help="save and stop cleanly after this time; 0: never")
     when.add_argument("--log_interval", type=int, default=10, metavar="N", help="steps between two rows of metrics.jsonl")
     when.add_argument("--eval_interval", type=int, default=1000, metavar="N", help="steps between two evaluations; 0: never")
-    when.add_argument("--eval_batches", type=int, default=64, metavar="N", help="global micro-batches of one evaluation")
+    when.add_argument("--eval_batches", type=int, default=64, metavar="N", help="global batches of one evaluation")
     when.add_argument(
         "--eval_tasks",
         nargs="+",

@@ -13,7 +13,13 @@ from model import MoEGPTConfig, MoEGPTForCausalLM, decode_step
 from model.cache import GrowingCache
 from model.decode_step import DecodeStep, can_step
 
-FIELDS: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}
+FIELDS: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.3,
+    "rms_norm_eps": 0.05,
+}
 
 
 def hard_model(**fields: Any) -> MoEGPTForCausalLM:

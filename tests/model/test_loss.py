@@ -52,6 +52,18 @@ def test_against_pytorch(dtype: torch.dtype) -> None:
         assert error < (6e-3 if dtype == torch.bfloat16 else 1e-6), float(error)
 
 
+def test_the_heads_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a hundred chunks: in bf16 each addition would round the sum again, and small ones would be lost."""
+    x, head, targets = case(800, 64, 50, torch.bfloat16)
+    exact = torch.autograd.grad(F.cross_entropy(F.linear(x.double(), head.double()), targets), head)[0]
+    errors = []
+    for rows in (800, 8):
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows * 4 * 50)
+        ours = torch.autograd.grad(token_loss(x, head, targets), head)[0]
+        errors.append(float((ours.double() - exact).norm() / exact.norm()))
+    assert errors[1] < 1.2 * errors[0] and errors[0] < 6e-3, errors
+
+
 def test_micro_batches_add_up_to_the_global_mean() -> None:
     """Whatever the split and however uneven the padding, with the global count the parts sum to the whole."""
     x, head, targets = case(60, 8, 20, torch.float64)

@@ -32,9 +32,10 @@ def test_tokens_are_those_of_the_tokenizers_library_in_input_order(
     assert [d for d in right if d in train] == train and [d for d in right if d in validation] == validation
 
 
-def test_manifest_counts_what_the_files_hold(expected: Path, texts: list[str]) -> None:
+def test_manifest_counts_what_the_files_hold(expected: Path, texts: list[str], tokenizer_text: str) -> None:
     import hashlib
 
+    tokenizer = Tokenizer.from_str(tokenizer_text)
     manifest = json.loads((expected / "manifest.json").read_text())
     assert manifest["documents"]["read"] == len(texts) and manifest["dtype"] == "uint16"
     assert sum(s["text_bytes"] for s in manifest["splits"].values()) == sum(len(t.encode()) for t in texts)
@@ -45,6 +46,7 @@ def test_manifest_counts_what_the_files_hold(expected: Path, texts: list[str]) -
             assert hashlib.sha256(data).hexdigest() == shard["sha256"]
         documents = read_documents(expected, split)
         assert entry["documents"] == len(documents) and entry["tokens"] == sum(map(len, documents))
+        assert entry["text_bytes"] == sum(len(tokenizer.decode(d[:-1], skip_special_tokens=False).encode()) for d in documents)
 
 
 def test_twenty_kills_at_random_moments_end_with_the_same_bytes(expected: Path, flags: list[object], tmp_path: Path) -> None:

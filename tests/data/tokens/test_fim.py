@@ -91,6 +91,15 @@ def test_through_the_command(
     assert sum(s["text_bytes"] for s in manifest["splits"].values()) == sum(len(t.encode()) for t in texts)
 
 
+def test_each_part_of_a_long_document_has_a_chance_of_its_own(tmp_path: Path, preprocess: Any, tokenizer_file: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"content": "".join(f"line_{i} = {i}\n" for i in range(600))}])
+    flags = ["--tokenizer", tokenizer_file, "--output", tmp_path / "out", "--fim_rate", 0.5, "--max_document_bytes", 300]
+    assert preprocess("--input", path, *flags, "--validation_fraction", 0)[0] == 0
+    parts = read_documents(tmp_path / "out")
+    rearranged = sum(ids[0] == PREFIX for ids in parts)
+    assert len(parts) > 20 and len(parts) / 4 < rearranged < 3 * len(parts) / 4
+
+
 def test_validation_when_asked_for(tmp_path: Path, preprocess: Any, tokenizer_file: Path, corpus: Path) -> None:
     flags = ["--tokenizer", tokenizer_file, "--output", tmp_path / "out", "--fim_rate", 1, "--fim_validation"]
     assert preprocess("--input", corpus, *flags, "--validation_fraction", 0.3)[0] == 0

@@ -81,6 +81,21 @@ def test_the_checksum_is_of_what_was_meant_to_be_written(tmp_path):
     assert torch.equal(torch.load(tmp_path / "x.pt")["a"], tensors["a"])
 
 
+def test_folders_below_are_on_the_disk_before_the_manifest_is(tmp_path, monkeypatch):
+    """As those of a conversion: a manifest must not outlive a power cut that takes names of files along."""
+    synced = []
+    sync = manifest.sync_folder
+    monkeypatch.setattr(
+        manifest, "sync_folder", lambda path: (synced.append((path, (tmp_path / "manifest.json").exists())), sync(path))
+    )
+    for name in ("zero/a/x.pt", "zero/y.pt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    manifest.write_manifest(tmp_path, manifest.record_all(tmp_path))
+    assert {path for path, there in synced if not there} >= {tmp_path / "zero", tmp_path / "zero" / "a"}
+    assert synced[-1] == (tmp_path, True)
+
+
 def test_shares_cover_every_file_once_and_spread_the_bytes():
     files = {f"f{i}": {"bytes": 10 + i % 7} for i in range(50)}
     shares = [manifest.share(files, rank, 4) for rank in range(4)]

@@ -1,0 +1,105 @@
+"""What a run is put together from: every setting of the command line and of the JSON reaches the part that obeys it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.engine.build import without_our_keys
+from launch.engine.strategy import Strategy
+from launch.run.arguments import parse_arguments
+from launch.run.resolve import resolve_run
+from launch.run.session import make_trainer
+from launch.run.stop import StopRequest
+from model import MoEGPTForCausalLM
+
+OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
+CLIP, MICRO_BATCH, ACCUMULATION = 0.25, 2, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "s"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def without_zero(folder: Path) -> Path:
+    """A JSON of ZeRO 0, whose clipping is ours (`StepHook`) and not DeepSpeed's."""
+    config = json.loads((OLD / "deepspeed.json").read_text()) | {
+        "train_batch_size": MICRO_BATCH * ACCUMULATION,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": 0},
+    }
+    config["expert_parallel"]["autoep_size"] = 1
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Iterator[Any]:
+    fields = json.loads((OLD / "model.json").read_text())
+    fields |= {"router_balance": "proportional", "router_bias_rate": 0.02, "router_bias_decay": 0.5, "router_bias_average": 0.25}
+    (tmp_path / "model.json").write_text(json.dumps(fields))
+    (tmp_path / "run").mkdir()
+    flags = {
+        "data": OLD / "tokens", "model": tmp_path / "model.json", "output": tmp_path / "run", "sequence_length": 16,
+        "deepspeed_config": without_zero(tmp_path), "max_steps": 100, "stop_after": 40, "eval_interval": 5, "eval_batches": 2,
+        "spike_sigma": 7.5, "spike_window": 33, "spike_rollback": 4, "health_interval": 9, "tracker": "none",
+    }  # fmt: skip
+    arguments = parse_arguments([text for name, value in flags.items() for text in (f"--{name}", str(value))])
+    run = resolve_run(arguments, 1)
+    model = MoEGPTForCausalLM(run.model)
+    engine: Any = SimpleNamespace(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        lr_scheduler=None,
+        device=torch.device("cpu"),
+        train_micro_batch_size_per_gpu=lambda: MICRO_BATCH,
+        gradient_accumulation_steps=lambda: ACCUMULATION,
+        train_batch_size=lambda: MICRO_BATCH * ACCUMULATION,
+    )
+    watchdog: Any = SimpleNamespace(phase=lambda text: None)
+    made = make_trainer(arguments, run, engine, SimpleNamespace(background=False), StopRequest(), watchdog)  # type: ignore[arg-type]
+    made.deepspeed = run.deepspeed  # type: ignore[attr-defined]
+    yield made
+    made.loader.close()
+    made.monitor.close()
+
+
+def test_every_setting_reaches_its_part(trainer: Any) -> None:
+    balancer, spikes, loader = trainer.balancer, trainer.spikes, trainer.loader
+    assert (balancer.rule, balancer.rate, balancer.decay, balancer.average) == ("proportional", 0.02, 0.5, 0.25)
+    assert balancer.all_reduce is dist.all_reduce and len(balancer.routers) == trainer.engine.module.config.num_hidden_layers
+    assert (spikes.sigma, spikes.window, spikes.rollback_after) == (7.5, 33, 4)
+    assert (trainer.health.clip, trainer.health.interval) == (CLIP, 9)
+    assert trainer.last_step == 40, "the schedule's steps are 100"
+    assert trainer.validation.samples == 2 * trainer.global_batch == 12
+    assert trainer.validation.data.split == "validation" and trainer.train_data.split == "train" and not trainer.tasks
+    assert (loader.micro_batch, loader.accumulation, loader.global_batch) == (MICRO_BATCH, ACCUMULATION, trainer.global_batch)
+
+
+def test_without_zero_gradients_are_clipped_all_the_same(trainer: Any) -> None:
+    """By us, once: DeepSpeed is told not to, and a run whose hook is not told to would be clipped by nobody."""
+    theirs = without_our_keys(trainer.deepspeed, Strategy.of(trainer.deepspeed))
+    assert theirs["gradient_clipping"] == 0 and trainer.deepspeed["gradient_clipping"] == CLIP
+    module = trainer.engine.module
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    trainer.step_hook._reason_to_skip = lambda norm: None
+    trainer.engine.optimizer.step()
+    moved = before - torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    assert trainer.step_hook.grad_norm == pytest.approx(before.numel() ** 0.5)
+    assert float(moved.double().norm()) == pytest.approx(0.1 * CLIP, rel=1e-3)
