@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from data.cli import UserError
+from launch.evaluation.command import sample
 from launch.evaluation.generation import Sampling, check_infilling, complete, generate_samples, prompt_of
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile, read_samples
@@ -99,6 +102,40 @@ def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems:
     assert part.path.read_bytes() == whole.path.read_bytes()
     with pytest.raises(UserError, match=r"part.jsonl has samples with another temperature \(1.0, now 0.5\)"):
         SampleFile(part.path, {**settings, "temperature": 0.5}).begin(2)
+
+
+@pytest.mark.parametrize(
+    "changed", ["weights", "rope_factor", "seed", "top_p", "max_new_tokens", "batch_size", "samples", "task", "prompts", "fewer"]
+)
+def test_samples_of_anything_else_are_not_gone_on_with(
+    changed: str, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another export under the same name above all: half of the samples would be the old model's."""
+    noted: list[SampleFile] = []
+    monkeypatch.setattr("launch.evaluation.generation.generate_samples", lambda *given: noted.append(given[-1]))
+    given = {"samples": 2, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 6, "batch_size": 2, "seed": 5, "rope_factor": None}
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+
+    def settings_of(task: str, problems: list[Problem], **changes: Any) -> SampleFile:
+        arguments = argparse.Namespace(model=tmp_path, **{**given, **changes})
+        sample(arguments, task, {one.task_id: one for one in problems}, None, None, tmp_path / "s.jsonl")
+        return noted[-1]
+
+    with contextlib.closing(settings_of("humaneval", problems)) as first:
+        assert first.begin(2) == 0
+        first.append([(problems[0].task_id, "x")] * 2)
+    with contextlib.closing(settings_of("humaneval", problems)) as again:
+        assert again.begin(2) == 2
+    if changed == "weights":
+        (tmp_path / "model.safetensors").write_bytes(b"others")
+    other = [replace(problems[0], prompt="# another"), *problems[1:]] if changed == "prompts" else problems
+    other = problems[:-1] if changed == "fewer" else other
+    values = {"rope_factor": 2.0, "seed": 6, "top_p": 1.0, "max_new_tokens": 7, "batch_size": 1, "samples": 1}
+    changes = {changed: values[changed]} if changed in values else {}
+    another = settings_of("mbpp" if changed == "task" else "humaneval", other, **changes)
+    with contextlib.closing(another), pytest.raises(UserError, match=r"s\.jsonl has samples with another"):
+        another.begin(2)
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2
 
 
 def test_two_evaluations_do_not_write_one_file(tmp_path: Path) -> None:

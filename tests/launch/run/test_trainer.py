@@ -14,7 +14,7 @@ import torch
 from launch.checkpoint.state import TrainingState
 from launch.run.health import Health
 from launch.run.spikes import SpikeDetector
-from launch.run.trainer import Position, Trainer
+from launch.run.trainer import Position, StepTimer, Trainer
 from model import MoEGPTConfig
 from model.balance import LoadBalancer
 from model.config import BALANCE_RULES
@@ -105,6 +105,44 @@ def test_an_evaluation_that_is_not_finite_is_said_and_counts_for_nothing() -> No
         Trainer.record_validation(trainer, loss, validation)  # type: ignore[arg-type]
     assert sum("the validation loss is not finite; it counts for nothing" in line for line in said) == 4
     assert saved == [1, 5] and position.best_loss == 8.1 and not trainer.outcome
+
+
+def test_the_clock_counts_steps_and_not_what_lies_between() -> None:
+    clock = iter([0.0, 2.0, 10.0, 13.0, 50.0, 54.0])
+    timer = StepTimer(lambda: next(clock))
+    for seconds in (2.0, 3.0):
+        timer.start()
+        assert timer.stop() == seconds
+    assert timer.take() == (5.0, 2) and timer.take() == (0.0, 0)
+    timer.start()
+    assert timer.stop() == 4.0 and timer.take() == (4.0, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_speed_is_of_all_ranks_and_mfu_of_one(ranks: int) -> None:
+    """Five steps of 16 samples of 1,024 tokens in 4 s are 20,480 tokens a second; at 1 GFLOP each, of all devices' peak."""
+    rows: list[dict[str, Any]] = []
+    health = SimpleNamespace(take=lambda **given: {"step_seconds": given["seconds"] / given["steps"]})
+    trainer: Any = SimpleNamespace(
+        position=Position(step=20, samples=320, tokens=327_680),
+        _timer=SimpleNamespace(take=lambda: (4.0, 5)),
+        global_batch=16,
+        arguments=SimpleNamespace(sequence_length=1024),
+        watchdog=SimpleNamespace(at=lambda step, phase: None),
+        health=health,
+        device=torch.device("cpu"),
+        flops_per_token=1e9,
+        peak_flops=1e14,
+        world_size=ranks,
+        monitor=SimpleNamespace(log=rows.append),
+    )
+    Trainer.log(trainer, {"loss": 2.0})
+    expected = {"step": 20, "samples": 320, "tokens": 327_680, "tokens_per_second": 20_480.0, "step_seconds": 0.8}
+    assert {name: rows[0][name] for name in expected} == expected
+    assert rows[0]["mfu"] == pytest.approx(20_480e9 / (1e14 * ranks)) and "MFU" in trainer._shown["MFU"]
+    trainer.peak_flops = None
+    Trainer.log(trainer, {"loss": 2.0})
+    assert "mfu" not in rows[1]
 
 
 def balanced(rule: str, **more: Any) -> tuple[Any, Gate]:
