@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import launch  # noqa: F401 - first: it names what hides our packages
+from data.cli import UserError
 from data.files import check_replaceable, finite, replace_file
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
@@ -53,11 +54,14 @@ def main() -> int:
             importlib.import_module(f"launch.benchmarks.{name}").add_arguments(sub)
         sub.add_argument("--output", type=Path, metavar="FILE", help="also write the figures there as JSON")
     arguments = parser.parse_args()
-    if arguments.output:
-        check_replaceable(arguments.output)
+    for path in (arguments.output, getattr(arguments, "chart", None)):
+        if path:
+            check_replaceable(path)
     result = importlib.import_module(f"launch.benchmarks.{arguments.benchmark}").run(arguments)
     if arguments.output and os.environ.get("RANK", "0") == "0":
         replace_file(arguments.output, (json.dumps(finite(result), indent=2) + "\n").encode())
+    if failed := result.get("failed"):  # by name, why: the others' figures are written
+        raise UserError("; ".join(failed.values()))
     return 0
 
 

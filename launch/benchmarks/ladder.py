@@ -11,27 +11,28 @@ The law must predict the largest width without having seen it. A killed ladder g
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import fields
 from typing import Any
 
 from data.cli import UserError
 from launch.benchmarks import small_runs
+from launch.benchmarks.checks import check_runs
 from launch.benchmarks.rungs import (
+    Rungs,
     announce,
     at_the_edge,
     best_settings,
     check,
-    epochs,
     family_facts,
     held_out_width,
-    open_data,
     plan_runs,
     plan_tuning,
-    trained_tokens,
 )
 from launch.benchmarks.same_run import claimed
 from launch.benchmarks.scaling_law import Point, bootstrap, fit
-from launch.benchmarks.small_runs import SmallRun
+from launch.benchmarks.shards import Shards, epochs
+from launch.benchmarks.small_runs import SmallRun, train_in_turns
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
 from model.accounting import training_flops_per_token
@@ -74,22 +75,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check(arguments)
-    rungs = plan_runs(arguments)
+    shards = Shards()
+    train, _ = shards.of(arguments.data, arguments.sequence_length)
+    rungs = plan_runs(arguments, train.vocab_size)
     tuning = plan_tuning(arguments, rungs)
-    times_read = epochs(open_data(arguments), max(map(trained_tokens, (*rungs.values(), *tuning))))
-    with claimed((*rungs.values(), *tuning)):
+    runs = (*rungs.values(), *tuning)
+    check_runs(runs, shards)
+    times_read = epochs(train, max(one.tokens for one in runs))
+    with claimed(runs, shards):
         announce(rungs, tuning, times_read)
-        for one in (*rungs.values(), *tuning):
-            one.train(one.steps)
-    points = {key: (float(one.active), trained_tokens(one), one.result()["bits"][-1]) for key, one in rungs.items()}
-    result = climb(points, held_out=held_out_width(arguments), draws=arguments.draws)
-    result["preferred"] = best_settings(tuning) if tuning else None
-    result |= {"family": family_facts(arguments, rungs), "epochs": times_read}
+        failed = train_in_turns(runs)
+    if missing := [failed[one.name] for one in rungs.values() if one.name in failed]:
+        raise UserError("; ".join(missing))
+    result = climb(measured(rungs), held_out=held_out_width(arguments), draws=arguments.draws)
+    tried = [one for one in tuning if one.name not in failed]
+    result |= {"preferred": best_settings(tried), "family": family_facts(arguments, rungs), "epochs": times_read}
     result["predictions"] = predict(result, arguments)
     show(result)
-    for line in tuning_in_words(result, tuning):
+    for line in tuning_in_words(result, tried):
         print(line)
-    return result
+    return {**result, "failed": failed}
+
+
+def measured(rungs: Rungs) -> dict[tuple[int, float], Point]:
+    """What the law is fitted to. Raises UserError for a run that diverged."""
+    points = {}
+    for key, one in rungs.items():
+        bits = one.result()["bits"][-1]
+        if not math.isfinite(bits):
+            raise UserError(f"{one.name} diverged, and no law goes through that: lower the learning rate, name another --folder")
+        points[key] = (float(one.active), float(one.tokens), bits)
+    return points
 
 
 def climb(points: dict[tuple[int, float], Point], *, held_out: int | None, draws: int) -> dict[str, Any]:
@@ -154,7 +170,7 @@ def tuning_in_words(result: dict[str, Any], tuning: list[SmallRun]) -> list[str]
     """What to do about the rate and the batch that were found best; nothing where none were tried."""
     best, own = result["preferred"], result["family"]
     if best is None:
-        return []
+        return ["every rate and batch that was tried diverged: try lower rates"] if tuning else []
     lines = at_the_edge(tuning, best)
     if (best["learning_rate"], best["batch_tokens"]) != (own["learning_rate"], own["batch_tokens"]):
         lines.append(

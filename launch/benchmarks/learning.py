@@ -9,92 +9,150 @@ The variants take turns, seed by seed (and within a run with --slices). A killed
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.cli import UserError
+import numpy as np
+
+from data.cli import UserError, counted, say
 from launch.benchmarks import small_runs
-from launch.benchmarks.lines import Curve, draw
+from launch.benchmarks.checks import check_runs
+from launch.benchmarks.lines import Curve, draw, short
 from launch.benchmarks.same_run import claimed
-from launch.benchmarks.small_runs import SmallRun
-from launch.benchmarks.variants import Variant, chosen_variants
+from launch.benchmarks.shards import Shards, epochs
+from launch.benchmarks.small_runs import SmallRun, train_in_turns
+from launch.benchmarks.svg import svg_path
+from launch.benchmarks.variants import Variant, built_in, chosen_variants
 from launch.engine.build import load_model_config
 from launch.engine.strategy import read_config
-from model.accounting import training_flops_per_token
+from model import MoEGPTConfig
+
+Runs = dict[str, list[SmallRun]]  # by variant, one for each seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     small_runs.add_arguments(parser, folder="runs/learning")
     parser.add_argument("--model", default="tiny", help="what the variants vary: a preset or a config.json")
-    parser.add_argument("--variants", nargs="*", default=["ours", "none", "dense"], metavar="NAME", help="built-in ones")
-    parser.add_argument("--variants_file", type=Path, metavar="JSON", help='more: [{"name", "model", "deepspeed", "flags"}]')
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        default=["ours", "none", "dense"],
+        metavar="NAME",
+        help=f"of {', '.join(built_in(MoEGPTConfig()))} (default: ours none dense)",
+    )
+    parser.add_argument(
+        "--variants_file", type=Path, metavar="JSON", help='more, of your own: [{"name", "model", "deepspeed", "flags"}]'
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 7], metavar="N", help="of weights and data order")
     parser.add_argument("--max_steps", type=int, default=400, metavar="N", help="of the model as it is; others by their FLOPs")
     parser.add_argument("--evaluations", type=int, default=4, metavar="N", help="token counts at which variants are compared")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="parts of a run after which another has its turn")
-    parser.add_argument("--chart", type=Path, metavar="SVG", help="also draw bits per byte over tokens and over FLOPs there")
+    parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw bits per byte over tokens and over FLOPs there")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    small_runs.check_counts(arguments, "max_steps", "evaluations", "slices", "ranks")
-    if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: give each seed once")
-    runs = plan_runs(arguments)
+    """Of `failed`, by the run's name, why those ended that did not get to their end: their variants are in no table."""
+    check(arguments)
+    shards, runs = Shards(), plan_runs(arguments)
+    shards.of(arguments.data, arguments.sequence_length)  # what is wrong with them is no variant's
     in_turns = [one for seeds in zip(*runs.values(), strict=True) for one in seeds]
-    with claimed(in_turns):
-        for part in range(1, arguments.slices + 1):
-            for one in in_turns:
-                one.train(one.steps * part // arguments.slices)
-    result = summarize({name: [one.result() for one in seeds] for name, seeds in runs.items()})
-    settings = {name: getattr(arguments, name) for name in ("model", "max_steps", "sequence_length", "seeds", "ranks")}
-    result["settings"] = settings
+    check_slices(in_turns, arguments.slices)
+    check_runs(in_turns, shards)
+    with claimed(in_turns, shards):
+        announce(in_turns, shards)
+        failed = train_in_turns(in_turns, arguments.slices)
+    whole = {name: seeds for name, seeds in runs.items() if not failed.keys() & {one.name for one in seeds}}
+    if not whole:
+        raise UserError("; ".join(failed.values()))
+    result = summarize({name: [one.result() for one in seeds] for name, seeds in whole.items()})
+    names = ("model", "deepspeed_config", "data", "max_steps", "sequence_length", "eval_batches", "seeds", "ranks")
+    result |= {"settings": {name: plain(getattr(arguments, name)) for name in names}, "failed": failed}
     show(result)
     if arguments.chart:
         draw_chart(arguments.chart, result)
     return result
 
 
-def plan_runs(arguments: argparse.Namespace) -> dict[str, list[SmallRun]]:
-    """By variant, a run for each seed. Everything is checked before the first one starts."""
+def plain(value: Any) -> Any:
+    """For JSON."""
+    return str(value) if isinstance(value, Path) else value
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """The flags by themselves. Raises UserError."""
+    small_runs.check_counts(arguments, "max_steps", "evaluations", "slices")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: give each seed once")
+
+
+def plan_runs(arguments: argparse.Namespace) -> Runs:
+    """Raises UserError for a wrong variant, model or DeepSpeed JSON."""
     base, settings = load_model_config(arguments.model), read_config(arguments.deepspeed_config)
-    variants = chosen_variants(arguments.variants, arguments.variants_file, base)
-    length = arguments.sequence_length
-    flops = training_flops_per_token(base, length)
 
     def make(variant: Variant, seed: int) -> SmallRun:
-        config = variant.config(base)
         return SmallRun(
             folder=arguments.folder / variant.name / f"seed_{seed}",
-            config=config,
-            deepspeed=variant.settings(settings),
+            config=variant.config(base),
+            model=arguments.model,
+            deepspeed=variant.settings(settings, arguments.deepspeed_config),
+            deepspeed_config=arguments.deepspeed_config,
             data=tuple(arguments.data),
-            steps=max(1, round(arguments.max_steps * flops / training_flops_per_token(config, length))),
+            steps=arguments.max_steps,
             seed=seed,
-            sequence_length=length,
+            sequence_length=arguments.sequence_length,
             evaluations=arguments.evaluations,
             eval_batches=arguments.eval_batches,
             ranks=arguments.ranks,
             flags=variant.flags,
         )
 
-    return {variant.name: [make(variant, seed) for seed in arguments.seeds] for variant in variants}
+    def shortened(one: SmallRun) -> SmallRun:
+        """To the FLOPs of the model as it is."""
+        return replace(one, steps=max(1, round(one.steps * budget / one.flops)))
+
+    budget = make(Variant(name="as it is"), seed=0).flops
+    variants = chosen_variants(arguments.variants, arguments.variants_file, base)
+    return {variant.name: [shortened(make(variant, seed)) for seed in arguments.seeds] for variant in variants}
+
+
+def check_slices(runs: list[SmallRun], slices: int) -> None:
+    """Raises UserError for more than the shortest run has steps."""
+    shortest = min(runs, key=lambda one: one.steps)
+    if slices > shortest.steps:
+        raise UserError(f"--slices {slices} of {shortest.name}, which has {counted(shortest.steps, 'step')}: give fewer")
+
+
+def announce(runs: list[SmallRun], shards: Shards) -> None:
+    """What it will cost, and whether the data are enough for it."""
+    done = sum(one.is_done(one.steps) for one in runs)
+    cost = f"{counted(len(runs), 'run')} of {runs[0].flops:.2g} FLOPs each"
+    say(cost + (f"; {done} are done" if done else ""))
+    times_read = {one.name: epochs(shards.read_by(one.parsed()).train, one.tokens) for one in runs}
+    most = max(times_read, key=lambda name: times_read[name])
+    if times_read[most] > 1:
+        say(f"warning: {most} reads the data {times_read[most]:.3g} times; lower --max_steps or give more --data")
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """`{"runs": as given, "variants": {name: row}}`: means over the seeds, and how far these lie apart."""
+    """`{"runs": as given, "variants": {name: row}}`: means over the seeds, and how far these lie apart.
+
+    Shapes: S seeds, C token counts.
+    """
     rows = {}
     for name, seeds in runs.items():
-        by_count = list(zip(*(one["bits"] for one in seeds), strict=True))
+        bits_SC = np.array([one["bits"] for one in seeds])
         rows[name] = {
             "tokens": seeds[0]["tokens"],
             "flops_per_token": seeds[0]["flops_per_token"],
-            "bits": [statistics.fmean(bits) for bits in by_count],
-            "least": [min(bits) for bits in by_count],
-            "greatest": [max(bits) for bits in by_count],
-            "spread": [statistics.stdev(bits) if len(bits) > 1 else None for bits in by_count],
+            "bits": bits_SC.mean(axis=0).tolist(),
+            "least": bits_SC.min(axis=0).tolist(),
+            "greatest": bits_SC.max(axis=0).tolist(),
+            "spread": bits_SC.std(axis=0, ddof=1).tolist() if len(seeds) > 1 else [None] * bits_SC.shape[1],
             "grad_norm_median": statistics.fmean(one["grad_norm"]["median"] for one in seeds),
-            "grad_norm_largest": max(one["grad_norm"]["largest"] for one in seeds),
+            "grad_norm_largest": float(np.max([one["grad_norm"]["largest"] for one in seeds])),
             "max_vio_step": statistics.fmean(one["max_vio"]["step"] for one in seeds),
             "max_vio_run": statistics.fmean(one["max_vio"]["run"] for one in seeds),
             "skipped": sum(one["skipped"] for one in seeds),
@@ -104,27 +162,30 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
+    """What each column is stands in launch/README.md."""
     from launch.benchmarks.measure import print_table
 
     rows = result["variants"]
-    counts = next(iter(rows.values()))["tokens"][1:]
-    seeds = len(next(iter(result["runs"].values())))
-    columns = ["variant", *(f"{count / 1e6:.3g}M" for count in counts), "norm", "largest", "max_vio", "of run", "skipped", "s"]
+    parts = len(next(iter(rows.values()))["bits"]) - 1
+    columns = ["variant", "tokens", *(f"at {part}/{parts}" for part in range(1, parts + 1))]
+    columns += ["norm", "largest", "max_vio", "of run", "skipped", "seconds"]
     table: list[list[object]] = []
     for name, row in rows.items():
         pairs = zip(row["bits"][1:], row["spread"][1:], strict=True)
         bits = [f"{mean:.4f}" + (f" ±{spread:.4f}" if spread is not None else "") for mean, spread in pairs]
         norms = (f"{row['grad_norm_median']:.2f}", f"{row['grad_norm_largest']:.2f}")
         balance = (f"{row['max_vio_step']:.2f}", f"{row['max_vio_run']:.2f}")
-        table.append([name, *bits, *norms, *balance, row["skipped"], f"{row['seconds']:.0f}"])
-    print_table(f"validation bits per byte by tokens: mean of {seeds} seeds ± standard deviation", columns, table)
+        table.append([name, short(row["tokens"][-1]), *bits, *norms, *balance, row["skipped"], f"{row['seconds']:.3g}"])
+    seeds = counted(len(next(iter(result["runs"].values()))), "seed")
+    print_table(f"validation bits per byte by part of the run: mean of {seeds} ± standard deviation", columns, table)
 
 
 def draw_chart(path: Path, result: dict[str, Any]) -> None:
-    """From the first evaluation after training began."""
+    """From the first evaluation after training began; a mean that is not finite is left out."""
     panels: dict[str, list[Curve]] = {"tokens": [], "training FLOPs": []}
     for name, row in result["variants"].items():
         for label, factor in (("tokens", 1.0), ("training FLOPs", row["flops_per_token"])):
             columns = zip(row["tokens"], row["least"], row["bits"], row["greatest"], strict=True)
-            panels[label].append(Curve(name=name, points=[(t * factor, a, b, c) for t, a, b, c in columns if t > 0]))
+            points = [(t * factor, a, b, c) for t, a, b, c in columns if t > 0 and math.isfinite(b)]
+            panels[label].append(Curve(name=name, points=points))
     draw(path, panels, "Validation bits per byte, mean and range of the seeds", unit="bits per byte")

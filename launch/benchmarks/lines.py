@@ -1,15 +1,15 @@
-"""Curves side by side as SVG, by hand, as `bars.py` draws its bars."""
+"""Curves side by side as SVG."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-from launch.benchmarks.bars import COLORS
+from launch.benchmarks import svg
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 460, 330, 56, 44, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 330, 56, 20, 44, 46
+BETWEEN = 44  # the least between two numbers on the x axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,56 +20,85 @@ class Curve:
     points: list[tuple[float, float, float, float]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """From values to places in a panel; x is logarithmic."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    @classmethod
+    def around(cls, curves: list[Curve]) -> Axes:
+        points = [point for curve in curves for point in curve.points]
+        across = [x for x, *_ in points]
+        return cls(x=(min(across), max(across)), y=(min(low for _, low, _, _ in points), max(high for *_, high in points)))
+
+    def across(self, x: float) -> float:
+        low, high = self.x
+        share = math.log(x / low) / math.log(high / low) if high > low else 0.5
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def down(self, y: float) -> float:
+        low, high = self.y
+        share = (y - low) / (high - low) if high > low else 0.5
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points: list[tuple[float, float]]) -> str:
+        return " ".join(f"{self.across(x):.1f},{self.down(y):.1f}" for x, y in points)
+
+
 def draw(path: Path, panels: dict[str, list[Curve]], title: str, *, unit: str) -> None:
-    """Panels `{what x is: curves}` in a row, over the same `unit` of y; x is logarithmic."""
+    """Panels `{what x is: curves}` in a row, over the same `unit` of y. A curve without points has its name in the legend alone."""
     names = list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))
-    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
-    body = ['<rect width="100%" height="100%" fill="white"/>', _text(10, 20, title, size=15)]  # a page may be dark
+    colors = {name: svg.color(number) for number, name in enumerate(names)}
+    body = [svg.words(10, 20, title, size=15)]
     for number, (label, curves) in enumerate(panels.items()):
         body += [f'<g transform="translate({number * WIDTH} 0)">', *_panel(label, curves, colors, unit), "</g>"]
-    for number, name in enumerate(names):
-        x, y = LEFT + number % 5 * 170, HEIGHT + 16 + number // 5 * 20
-        body.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" fill="{colors[name]}"/>' + _text(x + 18, y, name))
-    height, width = HEIGHT + 24 + (len(names) + 4) // 5 * 20, WIDTH * len(panels)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
-    path.write_text("\n".join([head, *body, "</svg>"]) + "\n", encoding="utf-8")
+    width = WIDTH * len(panels)
+    below, bottom = svg.legend(names, LEFT, HEIGHT + 16, width - LEFT)
+    svg.write(path, body + below, width, bottom)
 
 
 def _panel(label: str, curves: list[Curve], colors: dict[str, str], unit: str) -> list[str]:
-    points = [point for curve in curves for point in curve.points]
-    if not points:
+    drawn = [curve for curve in curves if curve.points]
+    if not drawn:
         return []
-    left, right = math.log(min(p[0] for p in points)), math.log(max(p[0] for p in points))
-    low, high = min(p[1] for p in points), max(p[3] for p in points)
+    axes = Axes.around(drawn)
+    lines = [line for curve in drawn for line in _curve(curve, axes, colors[curve.name])]
+    return [*_grid(axes), *_ticks(axes, drawn), *lines, svg.words(LEFT, HEIGHT - 8, f"{unit} over {label}")]
 
-    def at(x: float, y: float) -> str:
-        across = (math.log(x) - left) / ((right - left) or 1)
-        up = (y - low) / ((high - low) or 1)
-        return f"{LEFT + across * (WIDTH - LEFT - 20):.1f},{HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM):.1f}"
 
+def _grid(axes: Axes) -> list[str]:
+    low, high = axes.y
     body = []
-    for value in (low + (high - low) * part / 4 for part in range(5)):
-        x, y = at(math.exp(left), value).split(",")
-        end = at(math.exp(right), value).replace(",", " ")
-        body.append(f'<path d="M {x} {y} L {end}" stroke="#ddd"/>' + _text(8, float(y) + 4, f"{value:.3f}"))
-    for value in sorted({point[0] for point in max(curves, key=lambda curve: len(curve.points)).points}):
-        x, _ = at(value, low).split(",")
-        body.append(_text(float(x), HEIGHT - BOTTOM + 18, short(value), anchor="middle"))
-    for curve in curves:
-        there = [at(x, greatest) for x, _, _, greatest in curve.points]
-        back = [at(x, least) for x, least, _, _ in reversed(curve.points)]
-        middle = [at(x, mean) for x, _, mean, _ in curve.points]
-        color = colors[curve.name]
-        body.append(f'<polygon points="{" ".join(there + back)}" fill="{color}" opacity="0.18"/>')
-        body.append(f'<polyline points="{" ".join(middle)}" fill="none" stroke="{color}" stroke-width="2"/>')
-    return [*body, _text(LEFT, HEIGHT - 8, f"{unit} over {label}")]
+    for value in (low + (high - low) * part / 4 for part in range(5 if high > low else 1)):
+        y = axes.down(value)
+        body.append(f'<path d="M {LEFT} {y:.1f} L {WIDTH - RIGHT} {y:.1f}" stroke="#ddd"/>' + svg.words(8, y + 4, f"{value:.3f}"))
+    return body
+
+
+def _ticks(axes: Axes, curves: list[Curve]) -> list[str]:
+    """Where the longest curve was measured, from the right as far as the numbers have room."""
+    body, taken = [], math.inf
+    for value in sorted((x for x, *_ in max(curves, key=lambda curve: len(curve.points)).points), reverse=True):
+        x = axes.across(value)
+        if x <= taken - BETWEEN:
+            body.append(svg.words(x, HEIGHT - BOTTOM + 18, short(value), anchor="middle"))
+            taken = x
+    return body
+
+
+def _curve(curve: Curve, axes: Axes, color: str) -> list[str]:
+    band = [(x, high) for x, _, _, high in curve.points] + [(x, low) for x, low, _, _ in reversed(curve.points)]
+    means = [(x, mean) for x, _, mean, _ in curve.points]
+    return [
+        f'<polygon points="{axes.path(band)}" fill="{color}" opacity="0.18"/>',
+        f'<polyline points="{axes.path(means)}" fill="none" stroke="{color}" stroke-width="2"/>',
+        *(f'<circle cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="2.5" fill="{color}"/>' for x, y in means),
+    ]
 
 
 def short(value: float) -> str:
     """`410k`, `1.64M`, `8.3T`: three digits at most, and what a thousand of them is called."""
     power = min(4, max(0, int(math.log10(value) // 3)))
     return f"{value / 1000**power:.3g}{('', 'k', 'M', 'G', 'T')[power]}"
-
-
-def _text(x: float, y: float, text: str, *, size: int = 12, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'

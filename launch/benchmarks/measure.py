@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import time
@@ -88,4 +89,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in cells:
         first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         print("  ".join([first, *rest]))
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a closed pipe: the figures are still to be written
+        if sys.stdout is not None:
+            sys.stdout.flush()

@@ -20,8 +20,10 @@ import torch
 
 from data.cli import UserError
 from launch.benchmarks import counted
+from launch.benchmarks.bars import draw
 from launch.benchmarks.counting import Count, Entry, Ledger
 from launch.benchmarks.measure import print_table
+from launch.benchmarks.svg import svg_path
 from launch.engine import strategy
 from launch.engine.build import load_model_config
 from launch.planning.communication import traffic
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulation", type=int, help="micro-steps of an optimizer step (default: 8)")
     modes = strategy.CHECKPOINTING_MODES
     parser.add_argument("--activation_checkpointing", choices=modes, help="of all; default: the JSON's mode, or none")
-    parser.add_argument("--chart", type=Path, help="also draw the times by part there, as SVG")
+    parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw the times by part there")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -70,8 +72,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         result[name] = Prediction(one, two, job_as(name, job), device).summary()
     show(result, device)
     if arguments.chart:
-        from launch.benchmarks.bars import draw
-
         draw(arguments.chart, {name: result[name]["parts"] for name in counted.CONTESTANTS}, title(settings, device))
     return result
 

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from data.cli import UserError, counted, say
-from data.dataset import PackedDataset
 from launch.benchmarks.small_runs import SmallRun, check_counts
 from launch.benchmarks.variants import merged
-from launch.engine.strategy import lookup, read_config, resolve_config
-from launch.run.resolve import parse_source
+from launch.engine.strategy import lookup, read_config
 from model import MoEGPTConfig
 
 RATE = "optimizer.params.lr"
+LEAST_RATE, MOST_RATE = 1e-12, 1e3  # of a learning rate, beyond which an exponent is a slip
 Rungs = dict[tuple[int, float], SmallRun]  # by width and the tokens asked for
 
 
@@ -49,7 +48,7 @@ def family(hidden: int, vocabulary: int, positions: int, head_dim: int) -> MoEGP
 
 def check(arguments: argparse.Namespace) -> None:
     """The flags by themselves. Raises UserError."""
-    check_counts(arguments, "ranks", "eval_batches", "draws")
+    check_counts(arguments, "draws")
     numbers = {"tokens": arguments.tokens, "target_tokens": [arguments.target_tokens], "learning_rates": arguments.learning_rates}
     numbers |= {"batches": arguments.batches, "tune_tokens": [] if arguments.tune_tokens is None else [arguments.tune_tokens]}
     for name, given in numbers.items():
@@ -58,13 +57,17 @@ def check(arguments: argparse.Namespace) -> None:
                 raise UserError(f"--{name} must be over 0, got {value:g}")
     if not math.isfinite(arguments.rate_exponent):
         raise UserError(f"--rate_exponent must be a number such as 0.5, got {arguments.rate_exponent}")
+    if arguments.tune_tokens is not None and not (arguments.learning_rates or arguments.batches):
+        raise UserError("--tune_tokens is of what --learning_rates and --batches try; give one of them, or leave it out")
     held_out = held_out_width(arguments)
-    sizes = {n for n in arguments.hidden if n != held_out}
-    if min(len(sizes), len(set(arguments.tokens))) < 3:
+    fitted = {n for n in arguments.hidden if n != held_out}
+    if min(len(fitted), len(set(arguments.tokens))) < 3:
         beside = f", beside width {held_out}, which is held out (--held_out)" if held_out else ""
+        widths = " ".join(map(str, sorted(set(arguments.hidden))))
+        counts = " ".join(f"{t:g}" for t in sorted(set(arguments.tokens)))
         raise UserError(
-            f"a law of five numbers needs three widths and three token counts at least{beside}: got --hidden "
-            f"{' '.join(map(str, sorted(sizes)))} and --tokens {' '.join(f'{t:g}' for t in sorted(set(arguments.tokens)))}"
+            f"a law of five numbers needs three widths and three token counts at least{beside}: got --hidden {widths} and "
+            f"--tokens {counts}"
         )
 
 
@@ -79,9 +82,23 @@ def held_out_width(arguments: argparse.Namespace) -> int | None:
     return widths[said]
 
 
-def plan_runs(arguments: argparse.Namespace) -> Rungs:
-    """Raises UserError, also for a batch that cannot be shared out and for shards that lack a split."""
-    data = open_data(arguments)
+def plan_runs(arguments: argparse.Namespace, vocabulary: int) -> Rungs:
+    """Raises UserError, also for a batch that cannot be shared out. `vocabulary`: of the shards."""
+    settings = base_settings(arguments)
+    counts = sorted(set(arguments.tokens))
+    rungs = {
+        (hidden, tokens): plan_run(arguments, settings, vocabulary, hidden, tokens)
+        for hidden in sorted(set(arguments.hidden))
+        for tokens in counts
+    }
+    if len({one.steps for one in rungs.values()}) < len(counts):
+        step = settings["train_batch_size"] * arguments.sequence_length
+        raise UserError(f"--tokens {' '.join(f'{t:g}' for t in counts)}: some are the same number of steps of {step:,} tokens")
+    return rungs
+
+
+def base_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The DeepSpeed JSON, with numbers where a width's own are made of them. Raises UserError."""
     settings = read_config(arguments.deepspeed_config)
     batch = settings.get("train_batch_size")
     if not isinstance(batch, int):
@@ -89,51 +106,40 @@ def plan_runs(arguments: argparse.Namespace) -> Rungs:
     for flag in ("rate_exponent", "learning_rates", "batches"):
         if getattr(arguments, flag) and not isinstance(lookup(settings, RATE), float):
             raise UserError(f"{arguments.deepspeed_config}: --{flag} needs {RATE}, the smallest width's, as a number")
-
-    def make(hidden: int, tokens: float) -> SmallRun:
-        own, name = settings, f"tokens_{tokens:.0f}"
-        if arguments.rate_exponent:
-            rate = rate_of(hidden, min(arguments.hidden), lookup(settings, RATE), arguments.rate_exponent)
-            own = merged(settings, {"optimizer": {"params": {"lr": rate}}})
-            name += f"_lr_{rate:.3g}"  # beside the runs of a ladder at one rate
-        one = SmallRun(
-            folder=arguments.folder / f"hidden_{hidden}" / name,
-            config=family(hidden, data.vocab_size, arguments.sequence_length, arguments.head_dim),
-            deepspeed=own,
-            data=tuple(arguments.data),
-            steps=max(1, round(tokens / batch / arguments.sequence_length)),
-            seed=arguments.seed,
-            sequence_length=arguments.sequence_length,
-            evaluations=1,
-            eval_batches=arguments.eval_batches,
-            ranks=arguments.ranks,
-        )
-        return checked(one, arguments.deepspeed_config)
-
-    counts = sorted(set(arguments.tokens))
-    rungs = {(hidden, tokens): make(hidden, tokens) for hidden in sorted(set(arguments.hidden)) for tokens in counts}
-    if len({one.steps for one in rungs.values()}) < len(counts):
-        step = batch * arguments.sequence_length
-        raise UserError(f"--tokens {' '.join(f'{t:g}' for t in counts)}: some are the same number of steps of {step:,} tokens")
-    return rungs
+    return settings
 
 
-def open_data(arguments: argparse.Namespace) -> PackedDataset:
-    """What is trained on. Raises UserError where there is nothing to validate on either."""
-    sources = [parse_source(text) for text in arguments.data]
-    PackedDataset(sources, split="validation", sequence_length=arguments.sequence_length)
-    return PackedDataset(sources, split="train", sequence_length=arguments.sequence_length)
-
-
-def checked(run: SmallRun, path: Path) -> SmallRun:
-    """Raises UserError where training would refuse its batch or its experts."""
-    resolve_config(run.deepspeed, path, world_size=run.ranks, num_experts=run.config.n_routed_experts, max_steps=run.steps)
-    return run
+def plan_run(arguments: argparse.Namespace, settings: dict[str, Any], vocabulary: int, hidden: int, tokens: float) -> SmallRun:
+    """One rung. Raises UserError for a width that is none, and for a rate that cannot be meant."""
+    name = f"tokens_{tokens:.0f}"
+    if arguments.rate_exponent:
+        rate = rate_of(hidden, min(arguments.hidden), lookup(settings, RATE), arguments.rate_exponent)
+        if not LEAST_RATE < rate < MOST_RATE:
+            raise UserError(f"--rate_exponent {arguments.rate_exponent:g} gives width {hidden} a learning rate of {rate:.3g}")
+        settings = merged(settings, {"optimizer": {"params": {"lr": rate}}})
+        name += f"_lr_{rate:.3g}"  # beside the runs of a ladder at one rate
+    return SmallRun(
+        folder=arguments.folder / f"hidden_{hidden}" / name,
+        config=family(hidden, vocabulary, arguments.sequence_length, arguments.head_dim),
+        model=f"of width {hidden}",
+        deepspeed=settings,
+        deepspeed_config=arguments.deepspeed_config,
+        data=tuple(arguments.data),
+        steps=max(1, round(tokens / settings["train_batch_size"] / arguments.sequence_length)),
+        seed=arguments.seed,
+        sequence_length=arguments.sequence_length,
+        evaluations=1,
+        eval_batches=arguments.eval_batches,
+        ranks=arguments.ranks,
+    )
 
 
 def rate_of(hidden: int, smallest: int, rate: float, exponent: float) -> float:
-    """The learning rate of a width, from that of the smallest."""
-    return float(rate * (smallest / hidden) ** exponent)
+    """The learning rate of a width, from that of the smallest; infinite where a float does not hold it."""
+    try:
+        return float(rate * (smallest / hidden) ** exponent)
+    except OverflowError:
+        return math.inf
 
 
 def plan_tuning(arguments: argparse.Namespace, rungs: Rungs) -> list[SmallRun]:
@@ -146,47 +152,42 @@ def plan_tuning(arguments: argparse.Namespace, rungs: Rungs) -> list[SmallRun]:
     base = rungs[min(arguments.hidden), max(arguments.tokens)]
     tokens = arguments.tune_tokens or max(arguments.tokens)
     made = []
-    for batch in dict.fromkeys(arguments.batches or [batch_of(base)]):
+    for batch in dict.fromkeys(arguments.batches or [base.batch]):
         for rate in dict.fromkeys(arguments.learning_rates or [lookup(base.deepspeed, RATE)]):
             settings = merged(base.deepspeed, {"train_batch_size": batch, "optimizer": {"params": {"lr": rate}}})
             steps = max(1, round(tokens / batch / base.sequence_length))
             folder = arguments.folder / "tuning" / f"tokens_{tokens:.0f}_batch_{batch}_lr_{rate:g}"
-            asked = checked(replace(base, deepspeed=settings, steps=steps), arguments.deepspeed_config)
+            asked = replace(base, deepspeed=settings, steps=steps)
             made.append(base if asked == base else replace(asked, folder=folder))
     return made
 
 
-def best_settings(tuning: list[SmallRun]) -> dict[str, float]:
-    best = min(tuning, key=lambda one: one.result()["bits"][-1])
+def best_settings(tuning: Sequence[SmallRun]) -> dict[str, float] | None:
+    """None where the loss of none was finite."""
+    bits = {one.folder: one.result()["bits"][-1] for one in tuning}
+    finite = [one for one in tuning if math.isfinite(bits[one.folder])]
+    if not finite:
+        return None
+    best = min(finite, key=lambda one: bits[one.folder])
     return {
         "learning_rate": float(lookup(best.deepspeed, RATE)),
-        "batch_tokens": float(batch_of(best) * best.sequence_length),
-        "tokens": trained_tokens(best),
-        "flops": best.flops_per_token * trained_tokens(best),
+        "batch_tokens": float(best.batch * best.sequence_length),
+        "tokens": float(best.tokens),
+        "flops": best.flops,
     }
 
 
-def at_the_edge(tuning: list[SmallRun], best: dict[str, float]) -> list[str]:
+def at_the_edge(tuning: Sequence[SmallRun], best: dict[str, float]) -> list[str]:
     """What of `best` is the least or the greatest that was tried, in words: better ones may lie beyond."""
     tried = {
         "learning rate": ({lookup(one.deepspeed, RATE) for one in tuning}, best["learning_rate"]),
-        "batch in tokens": ({batch_of(one) * one.sequence_length for one in tuning}, best["batch_tokens"]),
+        "batch in tokens": ({one.batch * one.sequence_length for one in tuning}, best["batch_tokens"]),
     }
     return [
         f"the best {what}, {chosen:g}, is the {'least' if chosen == min(values) else 'greatest'} that was tried: try beyond it"
         for what, (values, chosen) in tried.items()
         if len(values) > 1 and chosen in (min(values), max(values))
     ]
-
-
-def batch_of(run: SmallRun) -> int:
-    """Samples a step."""
-    return int(run.deepspeed["train_batch_size"])
-
-
-def trained_tokens(run: SmallRun) -> float:
-    """Those asked for, in whole steps."""
-    return float(run.steps * batch_of(run) * run.sequence_length)
 
 
 def family_facts(arguments: argparse.Namespace, rungs: Rungs) -> dict[str, Any]:
@@ -198,22 +199,14 @@ def family_facts(arguments: argparse.Namespace, rungs: Rungs) -> dict[str, Any]:
         "head_dim": arguments.head_dim,
         "learning_rate": lookup(smallest.deepspeed, RATE),
         "rate_exponent": arguments.rate_exponent,
-        "batch_tokens": batch_of(smallest) * arguments.sequence_length,
+        "batch_tokens": smallest.batch * arguments.sequence_length,
     }
-
-
-def epochs(data: PackedDataset, tokens: float) -> float:
-    """How often so many tokens read the data; of a weighted blend, the source that is read most often."""
-    if data.weights is None:
-        return tokens / data.tokens
-    shares = [weight / sum(data.weights) for weight in data.weights]
-    return float(max(tokens * share / (count * data.sequence_length) for share, count in zip(shares, data.samples, strict=True)))
 
 
 def announce(rungs: Rungs, tuning: list[SmallRun], times_read: float) -> None:
     """What it will cost, and whether the data are enough for it."""
     trained = list({one.folder: one for one in (*rungs.values(), *tuning)}.values())
-    flops = {one.folder: one.flops_per_token * trained_tokens(one) for one in trained}
+    flops = {one.folder: one.flops for one in trained}
     done = sum(one.is_done(one.steps) for one in trained)
     words = f"{counted(len(trained), 'run')}, {sum(flops.values()):.2g} FLOPs"
     extra = [one for one in tuning if one not in rungs.values()]
@@ -221,7 +214,7 @@ def announce(rungs: Rungs, tuning: list[SmallRun], times_read: float) -> None:
         share = sum(flops[one.folder] for one in extra) / sum(flops.values())
         words += (
             f": {len(rungs)} of the family, {len(extra)} more to try rates and batches on width {extra[0].config.hidden_size} for "
-            f"{trained_tokens(extra[0]) / 1e6:.3g} M tokens ({share:.0%})"
+            f"{extra[0].tokens / 1e6:.3g} M tokens ({share:.0%})"
         )
     say(words + (f"; {done} are done" if done else ""))
     if times_read > 1:

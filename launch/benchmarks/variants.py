@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
-import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.cli import NotFound, UserError, sentence
+from data.files import read_json
+from launch.engine.strategy import check_kinds, unique_keys
 from model import MoEGPTConfig
 
 Fields = dict[str, Any]
+NAME = re.compile(r"[\w-][\w.-]*")
+#: The keys of a variant in a file, and in words what each is.
+KINDS: dict[str, tuple[type, str]] = {
+    "name": (str, "a text"),
+    "model": (dict, "an object of fields of the model's config.json"),
+    "deepspeed": (dict, "an object of settings of the DeepSpeed JSON"),
+    "flags": (list, 'a list of flags of launch/train.py, such as ["--spike_sigma", "0"]'),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +45,14 @@ class Variant:
         except (TypeError, ValueError) as error:
             raise UserError(f"variant {self.name!r}: {sentence(error)}") from error
 
-    def settings(self, base: Fields) -> Fields:
-        return merged(base, self.deepspeed)
+    def settings(self, base: Fields, path: Path) -> Fields:
+        """Raises UserError that names the variant, for what has the wrong kind of value. `path`: what `base` is of."""
+        settings = merged(base, self.deepspeed)
+        try:
+            check_kinds(path, settings)
+        except UserError as error:
+            raise UserError(f"variant {self.name!r}: {error}") from error
+        return settings
 
 
 def merged(base: Fields, changes: Fields) -> Fields:
@@ -104,27 +120,32 @@ def chosen_variants(names: list[str], file: Path | None, config: MoEGPTConfig) -
 def read_variants(path: Path) -> list[Variant]:
     """A JSON list of `{"name", "model": {}, "deepspeed": {}, "flags": []}`, all but the name optional."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path, object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise NotFound(f"--variants_file {path} is not a file") from error
+    except UserError as error:  # a key that stands twice
+        raise UserError(f"{path}: {error}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {sentence(error)}") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f'{path} must hold a list of variants, such as [{{"name": "wide", "model": {{"n_group": 1}}}}]')
-    return [_variant(path, number, row) for number, row in enumerate(rows)]
+    return [_variant(path, number, row) for number, row in enumerate(rows, 1)]
 
 
 def _variant(path: Path, number: int, row: Any) -> Variant:
     where = f"{path}, variant {number}"
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         raise UserError(f'{where}: it must be an object with a "name"')
-    kinds: dict[str, type] = {"name": str, "model": dict, "deepspeed": dict, "flags": list}
+    name = row["name"]
+    if not NAME.fullmatch(name):
+        raise UserError(f"{where}: its name is a folder's as well: letters, digits, '-', '_' and '.' only, got {name!r}")
     for key, value in row.items():
-        if key not in kinds:
-            raise UserError(f"{where}: unknown key {key!r}; there are {', '.join(kinds)}")
-        if not isinstance(value, kinds[key]):
-            raise UserError(f"{where}: {key} must be a {kinds[key].__name__}, got {value!r}")
-    if not row["name"].replace("_", "").replace("-", "").replace(".", "").isalnum():
-        raise UserError(f"{where}: its name is a folder's as well: letters, digits, '-', '_' and '.' only, got {row['name']!r}")
-    flags = tuple(str(flag) for flag in row.get("flags", ()))
-    return Variant(name=row["name"], model=row.get("model", {}), deepspeed=row.get("deepspeed", {}), flags=flags)
+        if key not in KINDS:
+            raise UserError(f"{where}, {name!r}: unknown key {key!r}; there are {', '.join(KINDS)}")
+        kind, words = KINDS[key]
+        if not isinstance(value, kind):
+            raise UserError(f"{where}, {name!r}: {key} must be {words}, got {value!r}")
+    flags = tuple(map(str, row.get("flags", ())))
+    if {"-h", "--help"} & set(flags):
+        raise UserError(f"{where}, {name!r}: flags: --help trains nothing; take it out")
+    return Variant(**{**row, "flags": flags})

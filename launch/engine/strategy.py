@@ -113,7 +113,8 @@ def default_path(num_gpus: int, world_size: int) -> Path:
     return CONFIG_FOLDER / f"ep{size}_zero2.json"
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook`. Raises UserError for a key that stands twice in an object, of which JSON keeps the last."""
     out = dict(pairs)
     if len(out) != len(pairs):
         names = [k for k, _ in pairs]
@@ -127,7 +128,7 @@ def read_config(path: Path) -> dict[str, Any]:
         found = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.json")))
         raise NotFound(f"--deepspeed_config {path} is not a file; ds_configs/ has {found}")
     try:
-        config = read_json(path, object_pairs_hook=_unique)
+        config = read_json(path, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):

@@ -12,7 +12,6 @@ batch ~ C^0.327. That paper's rate ~ C^-0.125 would be a second rule for the sam
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -20,7 +19,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.cli import NotFound, UserError
+from data.cli import NotFound, UserError, sentence
+from data.files import read_json
 from model.accounting import count_parameters
 
 if TYPE_CHECKING:
@@ -76,14 +76,17 @@ class Ladder:
     def read(cls, path: Path) -> Ladder:
         """Raises UserError where the file is no ladder's."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             values = {one.name: found[one.name] for one in fields(cls) if one.name in found or one.default is MISSING}
             laws = [Law(**law) for law in values["bootstrap"]]
-            return cls(**{**values, "law": Law(**values["law"]), "bootstrap": laws})
+            made = cls(**{**values, "law": Law(**values["law"]), "bootstrap": laws})
+            made.expectation(1e6, 1e6, 1e12, 64)  # which uses every number in it
+            return made
         except FileNotFoundError as error:
             raise NotFound(f"--ladder {path} is not a file; launch/benchmark.py ladder --output writes one") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"--ladder {path} is not what launch/benchmark.py ladder --output writes ({error})") from error
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            why = f"{type(error).__name__}: {sentence(error)}"
+            raise UserError(f"--ladder {path} is not what launch/benchmark.py ladder --output writes ({why})") from error
 
     def doubts(self, beyond: Mapping[str, float]) -> list[str]:
         """Why this law is no prediction so many times beyond its largest run, in words; empty where nothing speaks against it."""

@@ -22,6 +22,7 @@ python launch/train.py --data shards/ --output runs/longer --init_from hf/ --rop
 
 
 WEIGHT = re.compile(r"[0-9.eE+-]+")
+SEEDS = 1 << 63
 PATTERN = re.compile(r"[\[\]*?]")
 
 
@@ -84,6 +85,8 @@ class TrainArguments:
         ):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}")
+        if not -SEEDS <= self.seed < SEEDS:
+            raise UserError(f"--seed must be a whole number of 64 bits, such as 1234, not {self.seed}")
         if self.eval_tasks and not self.eval_interval:
             raise UserError("--eval_tasks are measured at evaluations, and --eval_interval 0 makes none; set --eval_interval")
         if self.patience and not self.eval_interval:

@@ -88,7 +88,24 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
     # By DeepSpeed's accelerator, not by what the machine has: ranks on CPUs (DS_ACCELERATOR=cpu) want a strategy for CPUs.
     gpus = torch.cuda.device_count() if get_accelerator().device_name() == "cuda" else 0
     train, validation = open_data(arguments)
-    config = load_model_config(arguments.model)
+    config = fit_model(load_model_config(arguments.model), arguments, train)
+    path = arguments.deepspeed_config or strategy.default_path(gpus, world_size)
+    task_data, task_files = open_tasks(arguments, train)
+    settings = strategy.read_config(path)
+    return ResolvedRun(
+        model=config,
+        train_data=train,
+        validation_data=validation,
+        task_data=task_data,
+        task_files=task_files,
+        deepspeed=resolve_settings(settings, path, arguments, world_size=world_size, num_experts=config.n_routed_experts),
+        world_size=world_size,
+        gpus=gpus,
+    )
+
+
+def fit_model(config: MoEGPTConfig, arguments: TrainArguments, train: PackedDataset) -> MoEGPTConfig:
+    """The model as it is trained on these data. Raises UserError for another vocabulary, or samples longer than its positions."""
     if config.vocab_size != train.vocab_size:
         raise UserError(
             f"--data {arguments.data[0]} was made with a tokenizer of {train.vocab_size} tokens and the model {arguments.model} "
@@ -103,14 +120,15 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
             f"--sequence_length {arguments.sequence_length} is beyond the {config.max_position_embeddings} positions of "
             f"{arguments.model}; --rope_factor extends them"
         )
-    path = arguments.deepspeed_config or strategy.default_path(gpus, world_size)
-    task_data, task_files = open_tasks(arguments, train)
+    return config
+
+
+def resolve_settings(
+    settings: dict[str, Any], path: Path, arguments: TrainArguments, *, world_size: int, num_experts: int
+) -> dict[str, Any]:
+    """The DeepSpeed JSON of `path` with every `"auto"` filled in. Raises UserError for what cannot be trained."""
     resolved = strategy.resolve_config(
-        strategy.read_config(path),
-        path,
-        world_size=world_size,
-        num_experts=config.n_routed_experts,
-        max_steps=arguments.max_steps,
+        settings, path, world_size=world_size, num_experts=num_experts, max_steps=arguments.max_steps
     )
     if arguments.compile is not None:
         resolved["compile"] = {**resolved.get("compile", {}), "autoep_non_moe": arguments.compile}
@@ -119,13 +137,4 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
     device = get_accelerator()
     if strategy.Strategy.of(resolved).dtype == "float16" and not device.is_fp16_supported():
         raise UserError(f"{path}: fp16.enabled: the {device.device_name().upper()} cannot train in fp16; use bf16.enabled")
-    return ResolvedRun(
-        model=config,
-        train_data=train,
-        validation_data=validation,
-        task_data=task_data,
-        task_files=task_files,
-        deepspeed=resolved,
-        world_size=world_size,
-        gpus=gpus,
-    )
+    return resolved

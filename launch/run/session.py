@@ -171,6 +171,7 @@ class Session:
         config = {
             **identity.to_json(),
             "sources": self.run.train_data.describe(),
+            "validation": self.run.validation_data.describe() if self.run.validation_data else None,
             "deepspeed": self.run.deepspeed,
             "arguments": self.arguments.as_json(),
             **run_folder.describe_environment(),

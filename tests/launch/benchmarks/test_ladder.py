@@ -18,6 +18,7 @@ from data.cli import UserError
 from data.dataset import PackedDataset
 from launch.benchmarks import ladder, rungs
 from launch.benchmarks.scaling_law import bootstrap, fit
+from launch.benchmarks.shards import epochs
 from launch.benchmarks.small_runs import SmallRun
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
@@ -161,6 +162,9 @@ def test_the_smallest_member_has_two_layers() -> None:
     assert rungs.family(min(smallest.hidden), 512, 64, head_dim=smallest.head_dim).num_hidden_layers == 2
 
 
+VOCABULARY = 512
+
+
 def parse(*flags: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     ladder.add_arguments(parser)
@@ -198,7 +202,7 @@ def test_a_ladder_of_a_known_law(
 def test_a_width_trains_at_its_own_rate_beside_the_runs_at_one_rate(small_shards: Path, tmp_path: Path) -> None:
     flags = ["--data", small_shards, "--hidden", 64, 128, 256, "--tokens", 409600, 819200, "--folder", tmp_path]
     flags += ["--deepspeed_config", CPU]  # at 0.002
-    same, scaled = rungs.plan_runs(parse(*flags)), rungs.plan_runs(parse(*flags, "--rate_exponent", 1))
+    same, scaled = rungs.plan_runs(parse(*flags), VOCABULARY), rungs.plan_runs(parse(*flags, "--rate_exponent", 1), VOCABULARY)
     rates = {hidden: one.deepspeed["optimizer"]["params"]["lr"] for (hidden, _), one in scaled.items()}
     assert rates == {64: 0.002, 128: 0.001, 256: 0.0005}
     assert {one.deepspeed["optimizer"]["params"]["lr"] for one in same.values()} == {0.002}
@@ -207,7 +211,7 @@ def test_a_width_trains_at_its_own_rate_beside_the_runs_at_one_rate(small_shards
     without.write_text(json.dumps({"train_batch_size": 16, "optimizer": {"type": "AdamW", "params": {}}}))
     for flag, value in (("--rate_exponent", 1), ("--learning_rates", 0.1), ("--batches", 4)):
         with pytest.raises(UserError, match=rf"{flag} needs optimizer\.params\.lr"):
-            rungs.plan_runs(parse(*flags[:-1], without, flag, value))
+            rungs.plan_runs(parse(*flags[:-1], without, flag, value), VOCABULARY)
 
 
 def test_rate_and_batch_are_tried_on_the_longest_run_of_the_smallest_width(small_shards: Path, tmp_path: Path) -> None:
@@ -215,9 +219,9 @@ def test_rate_and_batch_are_tried_on_the_longest_run_of_the_smallest_width(small
     flags += ["--deepspeed_config", CPU, "--batches", 16, 32, "--learning_rates", 0.001, 0.002]
     for more, tokens in (([], 1638400), (["--tune_tokens", 819200], 819200)):
         arguments = parse(*flags, *more)
-        tuning = rungs.plan_tuning(arguments, rungs.plan_runs(arguments))
+        tuning = rungs.plan_tuning(arguments, rungs.plan_runs(arguments, VOCABULARY))
         assert {one.config.hidden_size for one in tuning} == {64}
-        assert {rungs.trained_tokens(one) for one in tuning} == {tokens}
+        assert {one.tokens for one in tuning} == {tokens}
         own = [one for one in tuning if one.folder.parent.name == "hidden_64"]
         assert len(own) == (not more) and len({one.folder for one in tuning}) == 4
     edges = rungs.at_the_edge(tuning, {"learning_rate": 0.001, "batch_tokens": 8192.0})
@@ -227,17 +231,30 @@ def test_rate_and_batch_are_tried_on_the_longest_run_of_the_smallest_width(small
 def test_what_training_would_refuse_is_refused_before_the_first(small_shards: Path, tmp_path: Path) -> None:
     flags = ["--data", small_shards, "--folder", tmp_path, "--deepspeed_config", CPU]
     with pytest.raises(UserError, match="some are the same number of steps of 4,096 tokens"):
-        rungs.plan_runs(parse(*flags, "--tokens", 40000, 40001, 80000))
+        rungs.plan_runs(parse(*flags, "--tokens", 40000, 40001, 80000), VOCABULARY)
     with pytest.raises(UserError, match="train_batch_size 15 is not"):
-        arguments = parse(*flags, "--ranks", 2, "--batches", 15)
-        rungs.plan_tuning(arguments, rungs.plan_runs(arguments))
+        ladder.run(parse(*flags, "--ranks", 2, "--batches", 15))
+    with pytest.raises(UserError, match="--rate_exponent -1000 gives width 96 a learning rate of 2"):
+        ladder.run(parse(*flags, "--rate_exponent", -1000))
+
+
+def test_a_run_that_diverged_makes_no_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = parse("--data", "x", "--folder", tmp_path, "--deepspeed_config", CPU, "--learning_rates", 0.002, 9)
+    planned = rungs.plan_runs(arguments, VOCABULARY)
+    lost, *others = tuning = rungs.plan_tuning(arguments, planned)
+    bits = {one.folder: [9.0, 2.0] for one in (*planned.values(), *others)} | {lost.folder: [9.0, float("nan")]}
+    monkeypatch.setattr(SmallRun, "result", lambda one: {"bits": bits[one.folder]})
+    with pytest.raises(UserError, match="hidden_64 tokens_1600000 diverged, and no law goes through that"):
+        ladder.measured(planned)
+    best = rungs.best_settings(tuning)
+    assert best is not None and best["learning_rate"] == 9 and rungs.best_settings([lost]) is None
 
 
 def test_how_often_the_data_are_read(small_shards: Path) -> None:
     alone = PackedDataset([small_shards], split="train", sequence_length=64)
     blend = PackedDataset([(small_shards, 3.0), (small_shards, 1.0)], split="train", sequence_length=64)
-    assert rungs.epochs(alone, 2.5 * alone.tokens) == pytest.approx(2.5)
-    assert rungs.epochs(blend, 2 * alone.tokens) == pytest.approx(1.5)
+    assert epochs(alone, 2.5 * alone.tokens) == pytest.approx(2.5)
+    assert epochs(blend, 2 * alone.tokens) == pytest.approx(1.5)
 
 
 def check_the_plan(path: Path) -> None:
@@ -262,6 +279,11 @@ def test_what_cannot_be_a_ladder_is_said(tmp_path: Path) -> None:
         Ladder.read(tmp_path / "l.json")
     with pytest.raises(UserError, match="is not a file"):
         Ladder.read(tmp_path / "none.json")
+    whole = json.loads((ROOT / "tests/results/ladder_rates.json").read_text())
+    for name, value in (("largest", 5), ("law", {**whole["law"], "A": "x"}), ("held_out_error", "x"), ("preferred", {"flops": 0})):
+        (tmp_path / "l.json").write_text(json.dumps({**whole, name: value}))
+        with pytest.raises(UserError, match=r"is not what launch/benchmark\.py ladder --output writes"):
+            Ladder.read(tmp_path / "l.json")
     wrong: dict[str, list[object]] = {
         "three token counts at least, beside width 128, which is held out": ["--hidden", 32, 64, 128],
         r"three token counts at least: got --hidden 64 128 and": ["--hidden", 64, 128, "--held_out", "none"],
@@ -271,6 +293,7 @@ def test_what_cannot_be_a_ladder_is_said(tmp_path: Path) -> None:
         "--draws must be at least 1": ["--draws", 0],
         "--target_tokens must be over 0, got nan": ["--target_tokens", "nan"],
         "--learning_rates must be over 0": ["--learning_rates", 0],
+        "--tune_tokens is of what --learning_rates": ["--tune_tokens", 5],
     }
     for sentence, flags in wrong.items():
         with pytest.raises(UserError, match=sentence):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -16,6 +17,7 @@ from support import ROOT
 from transformers import Glm4MoeForCausalLM
 
 from data.cli import UserError
+from data.files import finite
 from launch.benchmarks import learning, small_runs
 from launch.benchmarks.variants import built_in, chosen_variants, merged, read_variants
 from launch.engine.keys import check_keys
@@ -91,7 +93,7 @@ def test_glm4_moe_starts_as_transformers_does() -> None:
 def test_every_variants_json_has_only_keys_that_are_read(path: Path) -> None:
     """The optimizers take different parameters: of one that the variant replaces nothing may be left that the other refuses."""
     for variant in built_in(MoEGPTConfig.preset("tiny")).values():
-        settings = variant.settings(read_config(path))
+        settings = variant.settings(read_config(path), path)
         settings = resolve_config(settings, path, world_size=2, num_experts=8, max_steps=100)
         assert settings.get("optimizer", {}).get("type") in ("AdamW", "Muon")
         check_keys(settings, path)
@@ -112,6 +114,84 @@ def test_all_runs_have_the_same_flops_and_samples(tmp_path: Path) -> None:
         assert given["--seed"] == "2" and ("--document_mask" in command) == (name == "wide")
 
 
+def test_a_larger_batch_is_fewer_steps_of_the_same_samples(tmp_path: Path) -> None:
+    (tmp_path / "v.json").write_text(json.dumps([{"name": "twice", "deepspeed": {"train_batch_size": 32}}]))
+    flags = ["--data", "x", "--variants", "ours", "--variants_file", tmp_path / "v.json", "--deepspeed_config", ROOT / CONFIG]
+    runs = learning.plan_runs(parse(*flags, "--max_steps", 100))
+    assert (runs["ours"][0].steps, runs["twice"][0].steps) == (100, 50)
+    assert runs["ours"][0].flops == runs["twice"][0].flops and runs["ours"][0].tokens == 100 * 16 * 256
+
+
+@pytest.mark.parametrize(
+    ("variant", "says"),
+    [
+        ({"deepspeed": {"optimiser": {}}}, r'a seed_1: .*unknown key "optimiser"'),
+        ({"deepspeed": {"train_batch_size": "many"}}, r"variant 'a': .*train_batch_size must be a whole number"),
+        ({"flags": ["--nonsense"]}, "a seed_1: unrecognized arguments: --nonsense"),
+        ({"flags": ["--max_steps=3"]}, "a seed_1: flags: --max_steps is the benchmark's own"),
+        ({"model": {"vocab_size": 4097}}, "a seed_1: --data .* and the model .*config.json has a vocabulary of 4097"),
+        ({"model": {"max_position_embeddings": 32}}, "a seed_1: --sequence_length 64 is beyond the 32 positions"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_variants_training_would_refuse_is_said_before_the_first_trains(
+    small_shards: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr(small_runs, "run_leashed", refuse)
+    (tmp_path / "v.json").write_text(json.dumps([{"name": "a", **variant}]))
+    with pytest.raises(UserError, match=says):
+        learning.run(parse(*small(small_shards, small_model, tmp_path), "--variants_file", tmp_path / "v.json"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_evaluations_or_slices_than_steps(small_shards: Path, small_model: Path, tmp_path: Path) -> None:
+    given = [*small(small_shards, small_model, tmp_path), "--max_steps", 3]
+    for more in (("--slices", 4), ("--evaluations", 4)):
+        with pytest.raises(UserError, match=f"{more[0]} 4 "):
+            learning.run(parse(*given, "--evaluations", 1, *more))
+
+
+def test_variants_on_other_data_are_judged_on_the_same_text(small_shards: Path, small_model: Path, tmp_path: Path) -> None:
+    """Two folders as one are other training data, and another validation split."""
+    again = tmp_path / "again"
+    again.symlink_to(small_shards)
+    (tmp_path / "v.json").write_text(json.dumps([{"name": "a", "flags": ["--data", str(small_shards), str(again)]}]))
+    given = [*small(small_shards, small_model, tmp_path), "--variants_file", tmp_path / "v.json"]
+    with pytest.raises(UserError, match="a seed_1 has another validation split than ours seed_1"):
+        learning.run(parse(*given))
+
+
+def small(small_shards: Path, small_model: Path, folder: Path) -> list[object]:
+    given: list[object] = ["--data", small_shards, "--model", small_model, "--deepspeed_config", ROOT / CONFIG]
+    return [*given, "--sequence_length", 64, "--variants", "ours", "--seeds", 1, "--folder", folder / "runs"]
+
+
+def refuse(*_: object, **__: object) -> int:
+    raise AssertionError("it trained")
+
+
+def test_a_variant_that_fails_is_named_and_the_others_are_shown(
+    small_shards: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(command: list[str], log: Path) -> int:
+        if "sign" in log.parts:
+            log.write_text("error: it diverged\nthe launcher's last words\n")
+            return 2
+        made_up_run(log.parent / "run", [3.0, 2.0, float("nan") if "seed_2" in log.parts else 1.0])
+        return 0
+
+    monkeypatch.setattr(small_runs, "run_leashed", train)
+    given = [*small(small_shards, small_model, tmp_path), "--max_steps", 10, "--evaluations", 2, "--chart", tmp_path / "c.svg"]
+    result = learning.run(parse(*given, "--variants", "sign", "ours", "none", "--seeds", 1, 2))
+    assert list(result["variants"]) == ["ours", "none"] and set(result["failed"]) == {"sign seed_1", "sign seed_2"}
+    assert re.fullmatch(r"sign seed_1: .* exit code 2: error: it diverged \(.*log\.txt\)", result["failed"]["sign seed_1"])
+    assert "nan ±nan" in capsys.readouterr().out and result["variants"]["ours"]["bits"][:2] == [3.0, 2.0]
+    drawn = ET.parse(tmp_path / "c.svg").getroot()
+    assert len([node for node in drawn.iter() if node.tag.endswith("circle")]) == 2 * 2  # not the means that are no numbers
+    with pytest.raises(UserError, match=r"^sign seed_1: .*; sign seed_2: "):
+        learning.run(parse(*given, "--variants", "sign", "--seeds", 1, 2))
+
+
 def made_up_run(folder: Path, bits: list[float]) -> Path:
     """Ten steps of 100 tokens, evaluated at 0, 5 and 10; the second layer's first expert has three times the mean."""
     folder.mkdir(parents=True)
@@ -122,7 +202,7 @@ def made_up_run(folder: Path, bits: list[float]) -> Path:
         rows.append({"step": step, "expert_load": [[5, 5, 5, 5], [12, 4, 0, 0] if step % 2 else [6, 2, 4, 4]]})
     rows.insert(9, {"step": 5, "samples": 5, "tokens": 500, "loss": 9.0, "grad_norm": 5.0, "skipped": "spike"})
     rows += [{"step": step, "val_loss": 2 * b, "val_bits_per_byte": b} for step, b in zip((0, 5, 10), bits, strict=True)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(finite(row)) + "\n" for row in rows))
     return folder
 
 
@@ -172,7 +252,9 @@ def test_means_spread_and_chart(tmp_path: Path) -> None:
         ('[{"model": {}}]', 'must be an object with a "name"'),
         ('[{"name": "a/b"}]', "a folder's as well"),
         ('[{"name": "a", "modle": {}}]', "unknown key 'modle'"),
-        ('[{"name": "a", "model": []}]', "model must be a dict"),
+        ('[{"name": "a", "model": []}]', "model must be an object"),
+        ('[{"name": "a", "name": "b"}]', "the key 'name' stands twice"),
+        ('[{"name": "a", "flags": ["-h"]}]', "--help trains nothing"),
         ('[{"name": "a"}, {"name": "a"}]', "'a' is there twice"),
         ('[{"name": "a", "model": {"hiden": 1}}]', "no field 'hiden'"),
         ('[{"name": "a", "model": {"n_group": 3}}]', "variant 'a': n_group"),

@@ -20,6 +20,7 @@ from data.cli import UserError
 from data.lock import FolderLock
 from launch.benchmarks import ladder, learning, small_runs
 from launch.benchmarks.same_run import check_same, claimed, evaluated
+from launch.benchmarks.shards import Shards
 from launch.benchmarks.small_runs import SmallRun
 from launch.benchmarks.variants import merged
 from launch.reporting.read import read_run
@@ -96,7 +97,7 @@ def test_a_moved_folder_another_port_and_more_runs_are_no_other_run(
     (tmp_path / "moved").symlink_to(small_shards)
     more = planned("--seeds", 5, 6, "--variants", "quantile", "none")
     for one in (*planned("--data", tmp_path / "moved"), *more):
-        check_same(one)
+        check_same(one, Shards())
     assert [one.is_done(STEPS) for one in more] == [True, False, False, False]
     assert more[0].arguments(STEPS) == planned()[0].arguments(STEPS)
 
@@ -132,7 +133,7 @@ def test_what_was_trained_otherwise_is_refused(
     masked = {"name": "quantile", "model": {"router_balance": "quantile"}, "flags": ["--document_mask"]}
     (tmp_path / "variants.json").write_text(json.dumps([masked]))
     (run,) = planned(more[0], *other)
-    with pytest.raises(UserError) as refused, claimed([run]):
+    with pytest.raises(UserError) as refused, claimed([run], Shards()):
         refuse()
     assert str(refused.value).startswith(f"{run.folder} holds a training of other settings")
     assert says in str(refused.value) and "name another --folder, or remove that one" in str(refused.value)
@@ -143,10 +144,10 @@ def test_a_folder_that_cannot_be_read_is_no_result(planned: Callable[..., list[S
     for missing, kept in (("run/config.json", "run/metrics.jsonl"), ("deepspeed.json", "run/config.json")):
         copy = replace(run, folder=tmp_path / missing.replace("/", "_"))
         (copy.folder / "run").mkdir(parents=True)
-        check_same(copy)  # nothing was trained yet
+        check_same(copy, Shards())  # nothing was trained yet
         (copy.folder / kept).write_bytes((run.folder / kept).read_bytes())
         with pytest.raises(UserError, match=f"what was trained there cannot be read .*{missing}"):
-            check_same(copy)
+            check_same(copy, Shards())
 
 
 def test_a_run_from_before_an_argument_and_a_field_had_their_defaults(
@@ -159,10 +160,10 @@ def test_a_run_from_before_an_argument_and_a_field_had_their_defaults(
     del config["arguments"]["compile"], config["arguments"]["spike_window"], config["model"]["router_aux_loss_coef"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     (tmp_path / "deepspeed.json").write_text(json.dumps(run.deepspeed))
-    check_same(old)
+    check_same(old, Shards())
     other = MoEGPTConfig(**{**run.config.to_dict(), "router_aux_loss_coef": 0.01})
     with pytest.raises(UserError, match=r"router_aux_loss_coef: 0\.0 -> 0\.01"):
-        check_same(replace(old, config=other))
+        check_same(replace(old, config=other), Shards())
 
 
 @pytest.mark.parametrize(("steps", "interval", "asked", "there"), [
@@ -203,6 +204,52 @@ def test_two_commands_do_not_train_one_run(
     theirs.release()
     with pytest.raises(UserError, match="--seeds 5 5: give each seed once"):
         learning.run(parse([*mine, "--seeds", "5", "5"]))
+
+
+def test_another_validation_split_alone_is_another_comparison(
+    planned: Callable[..., list[SmallRun]], small_shards: Path, tmp_path: Path
+) -> None:
+    (run,) = planned()
+    for file in small_shards.rglob("*"):
+        if file.is_file():
+            copy = tmp_path / "shards" / file.relative_to(small_shards)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    moved = replace(run, data=(str(tmp_path / "shards"),))
+    check_same(moved, Shards())
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
+    manifest["splits"]["validation"]["shards"][0]["sha256"] = "0" * 64
+    (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"other settings .*: validation split: "):
+        check_same(moved, Shards())
+    config = json.loads((run.folder / "run/config.json").read_text())
+    del config["validation"]  # as older runs have it
+    old = replace(moved, folder=tmp_path / "old")
+    (old.folder / "run").mkdir(parents=True)
+    (old.folder / "run/config.json").write_text(json.dumps(config))
+    (old.folder / "deepspeed.json").write_text(json.dumps(run.deepspeed))
+    check_same(old, Shards())
+
+
+def test_killed_before_its_last_evaluation_it_is_not_done(planned: Callable[..., list[SmallRun]], tmp_path: Path) -> None:
+    (run,) = planned()
+    rows = (run.folder / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+    killed = replace(run, folder=tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text(
+        "".join(row for row in rows if not ("val_loss" in json.loads(row) and json.loads(row)["step"] == STEPS))
+    )
+    assert killed.is_done(STEPS // 2) and not killed.is_done(STEPS) and run.is_done(STEPS)
+
+
+def test_only_what_this_training_said_are_its_last_words(planned: Callable[..., list[SmallRun]], tmp_path: Path) -> None:
+    (run,) = planned()
+    one = replace(run, folder=tmp_path)
+    one.log.write_text("error: of yesterday\n")
+    before = one.log.stat().st_size
+    assert one.last_words(before) == "it said nothing"
+    one.log.write_text("error: of yesterday\nerror: of today\nrank 0 exits\n")
+    assert one.last_words(before) == "error: of today"
 
 
 def test_one_that_stops_by_itself_is_no_result(
