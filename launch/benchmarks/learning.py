@@ -129,7 +129,7 @@ def announce(runs: list[SmallRun], shards: Shards) -> None:
     """What it will cost, and whether the data are enough for it."""
     done = sum(one.is_done(one.steps) for one in runs)
     cost = f"{counted(len(runs), 'run')} of {runs[0].flops:.2g} FLOPs each"
-    say(cost + (f"; {done} are done" if done else ""))
+    say(cost + (f"; already done: {done}" if done else ""))
     times_read = {one.name: epochs(shards.read_by(one.parsed()).train, one.tokens) for one in runs}
     most = max(times_read, key=lambda name: times_read[name])
     if times_read[most] > 1:

@@ -216,7 +216,7 @@ def announce(rungs: Rungs, tuning: list[SmallRun], times_read: float) -> None:
             f": {len(rungs)} of the family, {len(extra)} more to try rates and batches on width {extra[0].config.hidden_size} for "
             f"{extra[0].tokens / 1e6:.3g} M tokens ({share:.0%})"
         )
-    say(words + (f"; {done} are done" if done else ""))
+    say(words + (f"; already done: {done}" if done else ""))
     if times_read > 1:
         say(
             f"warning: the longest runs read the data {times_read:.3g} times, and the law takes that for new data; "

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Maps of the experts' load over a run, from which the whole run's balance is taken.
 LOAD_MAPS = 40
 SETTLED = 0.1  # of a run: what comes before counts neither for the balance nor for the gradient norms
-#: The checkpoint of which nothing can be written any more, in bytes.
+#: Bytes free below which a silent end is put down to a full disk.
 NO_ROOM = 1 << 20
 
 
