@@ -18,6 +18,7 @@ from typing import Any
 from data.cli import UserError
 from launch.benchmarks import small_runs
 from launch.benchmarks.checks import check_runs
+from launch.benchmarks.lines import short
 from launch.benchmarks.rungs import (
     Rungs,
     announce,
@@ -155,7 +156,7 @@ def show(result: dict[str, Any]) -> None:
 
     law = Law(**result["law"])
     rows = [
-        [p["hidden"], f"{p['active'] / 1e6:.3f}M", f"{p['tokens'] / 1e6:.3g}M", p["bits"], law.bits(p["active"], p["tokens"])]
+        [p["hidden"], short(p["active"]), short(p["tokens"]), p["bits"], law.bits(p["active"], p["tokens"])]
         for p in result["points"]
     ]
     print_table("validation bits per byte", ["width", "active", "tokens", "measured", "law"], rows)

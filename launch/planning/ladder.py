@@ -161,6 +161,11 @@ def _times(ratio: float) -> str:
     return f"{ratio:,.0f} x" if 100 <= ratio < 1e7 else f"{ratio:.3g} x"
 
 
+def _bits(value: float) -> str:
+    """`1.568`, and `1.34e+38` where a law says nothing."""
+    return f"{value:.3f}" if value < 100 else f"{value:.3g}"
+
+
 def _power(factor: float, count: float, exponent: float) -> float:
     """`factor / count^exponent`, with a fitted law's odd numbers too: 1e177 / 1e6^34."""
     return math.exp(min(math.log(factor) - exponent * math.log(count), LARGEST_LOGARITHM)) if factor > 0 else 0.0
@@ -181,9 +186,9 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 def in_words(found: dict[str, Any], *, tokens: float) -> list[str]:
     """Lines for a terminal: one, one for each doubt, and one of rate and batch where these were tried."""
-    beyond, between = found["beyond"], f"{found['low']:.3f} to {found['high']:.3f}"
+    beyond, between = found["beyond"], f"{_bits(found['low'])} to {_bits(found['high'])}"
     lines = [
-        f"expected after {tokens:.3g} tokens: {found['bits_per_byte']:.3f} bits per byte, {between} "
+        f"expected after {tokens:.3g} tokens: {_bits(found['bits_per_byte'])} bits per byte, {between} "
         f"({_times(beyond['parameters'])} the parameters and {_times(beyond['tokens'])} the tokens of the largest run measured)"
     ]
     lines += [f"not to be believed: {doubt}" for doubt in found["doubts"]]

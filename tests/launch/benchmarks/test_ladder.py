@@ -137,6 +137,7 @@ def test_sizes_that_do_not_matter_make_no_prediction() -> None:
     found = Ladder(law=law, bootstrap=laws, largest=largest, held_out_error=0.01, preferred=None).expectation(4e8, 2e10, 1.0, 1536)
     assert np.isfinite([found["low"], found["high"]]).all()
     assert any("exponent of the parameters" in doubt for doubt in found["doubts"])
+    assert "2.500 to 1.34e+38 (" in in_words({**found, "low": 2.5, "high": 1.338465e38}, tokens=2e10)[0]
     assert replace(CHINCHILLA, A=1e300, alpha=-400.0).bits(1e9, 1e9) > 1e300
 
 
