@@ -167,6 +167,7 @@ def test_folders_without_weights_are_one_corpus(tmp_path: Path) -> None:
     single = [PackedDataset([f], split="train", sequence_length=8) for f in (a, b)]
     data = PackedDataset([a, str(b)], split="train", sequence_length=8)
     assert len(data) == sum(map(len, single))
+    assert data.text_bytes_per_token == pytest.approx(3 * (60 + 20) / sum(s.streams[0].tokens for s in single))
     rows = sorted(data.batch(range(len(data)))["input_ids"].tolist())
     assert rows == sorted(row for s in single for row in s.batch(range(len(s)))["input_ids"].tolist())
 

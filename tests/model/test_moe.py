@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 
 from model.config import MoEGPTConfig
-from model.dispatch import combine, expert_order, gather_rows, grouped_linear, grouped_linears, joined, swiglu, tally
+from model.dispatch import (
+    combine,
+    expert_order,
+    gather_rows,
+    grouped_linear,
+    grouped_linears,
+    joined,
+    row_dots,
+    scale_rows,
+    swiglu,
+    tally,
+)
 from model.moe import MoE
 from tests import reference
 from tests.model.small_moe import config, initialised
@@ -84,6 +95,29 @@ def test_combine_and_its_gradients_against_the_formula(dtype: torch.dtype, token
     limit = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
     for a, b in zip([out, *ours], [expected, *theirs], strict=True):
         assert float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm()) < limit
+
+
+@pytest.mark.parametrize("others", ["both", "none"])
+def test_the_sum_of_a_token_is_rounded_once(others: str) -> None:
+    """To the bf16 number that is nearest to the exact sum, but where the fp32 sum falls on the other side of a tie."""
+    tokens, top_k, hidden = 300, 3, 32
+    order_R, place_R = expert_order(torch.randint(0, 5, (tokens, top_k)))
+    rows, weights = torch.randn(tokens * top_k, hidden).bfloat16(), torch.rand(tokens, top_k)
+    given = [torch.randn(tokens, hidden).bfloat16() if others == "both" else None for _ in range(2)]
+    exact = (rows.double()[place_R].view(tokens, top_k, hidden) * weights.double().unsqueeze(-1)).sum(dim=1)
+    exact += sum(x.double() for x in given if x is not None)
+    assert float((combine(rows, order_R, place_R, weights, *given) != exact.bfloat16()).double().mean()) < 0.01
+
+
+def test_the_products_of_rows_are_fp32() -> None:
+    """Of which the routers' gradient is made; and a row times its weight is rounded once."""
+    a, b = torch.randn(600, 64).bfloat16(), torch.randn(600, 64).bfloat16()
+    found = row_dots(a, b, torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), (a.double() * b.double()).sum(dim=1), rtol=1e-5, atol=1e-5)
+    scale, exact = torch.rand(600), a.double()
+    exact *= scale.double().unsqueeze(1)
+    assert float((scale_rows(a, scale) != exact.bfloat16()).double().mean()) < 0.001
 
 
 def rows_way(hidden_size: int, width: int, weights: Tensor, given: list[Tensor], order: Tensor, place: Tensor) -> Tensor:

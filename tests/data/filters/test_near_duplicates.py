@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from data_helpers import changed, words
 
 from data.filters.near_duplicates import NearDuplicates, record, signatures
@@ -26,6 +28,21 @@ def test_near_duplicates_are_those_of_the_exact_formula(texts: list[str]) -> Non
                 assert near.is_new(two) == (similarity < 0.8), similarity
                 decided[similarity < 0.8] += 1
     assert min(decided.values()) > 20
+
+
+def test_the_threshold_is_on_the_estimate() -> None:
+    """Two windows over one text, further and further apart: up to an estimated similarity of 0.8 the second is a duplicate."""
+    rng = random.Random(1)
+    text = [f"w{rng.randrange(10**6)}" for _ in range(300)]
+    decided = {}
+    for shift in range(14, 45, 3):
+        near = NearDuplicates()
+        one, two = signatures([" ".join(text[:200]), " ".join(text[shift : 200 + shift])])
+        estimate = near._restore(one).jaccard(near._restore(two))
+        assert near.is_new(one)
+        decided[estimate] = near.is_new(two)
+    assert all(new == (estimate < 0.8) for estimate, new in decided.items()), decided
+    assert min(e for e, new in decided.items() if not new) < 0.85 and max(e for e, new in decided.items() if new) > 0.75
 
 
 def test_near_duplicates_are_deterministic_and_survive_a_journal(texts: list[str]) -> None:

@@ -107,8 +107,9 @@ def test_any_text_survives_json(text: str) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_document_or_a_reason(line: bytes) -> None:
-    for found in read_documents(block(line), "content"):
-        assert isinstance(found, Document) or found.kind
+    found = list(read_documents(block(line), "content"))
+    assert all(isinstance(one, Document) or one.kind for one in found)
+    assert len(found) == sum(bool(part.strip()) for part in line.removeprefix(b"\xef\xbb\xbf").split(b"\n")), "each line is one"
 
 
 @given(st.text(alphabet="ab\n\u00e9\U0001f600", max_size=200), st.integers(4, 40))

@@ -64,6 +64,11 @@ def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
     assert not list(tmp_path.iterdir()), "looking changes nothing"
 
 
+def test_the_newest_before_a_step_is_of_a_step_before_it(run):
+    assert [manager(run).newest(before=step).path.name for step in (4, 3, 2)] == ["step_3", "step_2", "step_1"]
+    assert manager(run).newest(before=1) is None and manager(run).newest().path.name == "step_3"
+
+
 def test_never_does_not_mix_two_runs(run):
     with pytest.raises(ValueError, match="holds step_3"):
         manager(run).choose("never")

@@ -36,6 +36,19 @@ def test_nonsense_with_right_sums_is_refused_never_passed_over(run, change, sent
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(("samples", "sense"), [(23, False), (24, True), (40, True)])
+def test_a_place_in_the_data_is_not_before_the_steps_taken(run, samples, sense):
+    """Of three steps of eight samples. More are of steps that a rollback took back, and such a run goes on as well."""
+    folder = run / "checkpoints/step_3"
+    body = json.loads((folder / STATE).read_bytes())
+    replace_file(folder, STATE, to_json({**body, "samples": samples, "identity": {**body["identity"], "global_batch": 8}}))
+    if sense:
+        assert manager(run, global_batch=8).choose("auto").state.samples == samples
+        return
+    with pytest.raises(ValueError, match=r"samples is 23 at step 3 of 8 samples each"):
+        manager(run, global_batch=8).choose("auto")
+
+
 @pytest.mark.parametrize("text", [b"[]", b"not JSON", b"", b"[" * 100_000])
 def test_what_is_no_object_is_refused(run, text):
     replace_file(run / "checkpoints/step_3", STATE, text)

@@ -52,6 +52,16 @@ def test_completions_end_before_their_stop_string(loaded: tuple, problems: list[
     assert all(len(short) < len(text) for short, text in zip(found, whole, strict=True))
 
 
+def test_a_stop_string_of_the_prompt_ends_nothing(loaded: tuple, problems: list[Problem]) -> None:
+    """HumanEval's helpers stand in the prompt: the `def` after them is no end of what was not yet begun."""
+    model, tokenizer = loaded
+    whole = complete(model, tokenizer, problems, GREEDY)
+    ends = [problem.prompt.rstrip()[-3:] for problem in problems]
+    asked = [replace(problem, stops=(end,)) for problem, end in zip(problems, ends, strict=True)]
+    expected = [text.partition(end)[0] for text, end in zip(whole, ends, strict=True)]
+    assert complete(model, tokenizer, asked, GREEDY) == expected and all(len(text) > 10 for text in expected)
+
+
 def test_a_model_may_have_several_end_tokens_or_none(
     loaded: tuple, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:

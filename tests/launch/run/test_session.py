@@ -56,6 +56,7 @@ def trainer(tmp_path: Path) -> Iterator[Any]:
     flags = {
         "data": OLD / "tokens", "model": tmp_path / "model.json", "output": tmp_path / "run", "sequence_length": 16,
         "deepspeed_config": without_zero(tmp_path), "max_steps": 100, "stop_after": 40, "eval_interval": 5, "eval_batches": 2,
+        "log_interval": 7,
         "spike_sigma": 7.5, "spike_window": 33, "spike_rollback": 4, "health_interval": 9, "tracker": "none",
     }  # fmt: skip
     arguments = parse_arguments([text for name, value in flags.items() for text in (f"--{name}", str(value))])
@@ -85,6 +86,7 @@ def test_every_setting_reaches_its_part(trainer: Any) -> None:
     assert (spikes.sigma, spikes.window, spikes.rollback_after) == (7.5, 33, 4)
     assert (trainer.health.clip, trainer.health.interval) == (CLIP, 9)
     assert trainer.last_step == 40, "the schedule's steps are 100"
+    assert [step for step in range(1, 41) if trainer.is_logged(step)] == [7, 14, 21, 28, 35, 40], "and the last one"
     assert trainer.validation.samples == 2 * trainer.global_batch == 12
     assert trainer.validation.data.split == "validation" and trainer.train_data.split == "train" and not trainer.tasks
     assert (loader.micro_batch, loader.accumulation, loader.global_batch) == (MICRO_BATCH, ACCUMULATION, trainer.global_batch)

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from support import ROOT
 
 PROGRAM = """
 import time
+from types import SimpleNamespace
 from launch.run.stop import StopRequest
 from data.cli import drain
 stop = StopRequest().install()
@@ -108,13 +110,20 @@ def test_a_late_signal_after_all_is_saved_changes_nothing() -> None:
     assert process.wait(10) == 0
 
 
-def test_the_clock_asks() -> None:
-    from launch.run.stop import StopRequest
+def test_the_clock_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the process's start on, in hours."""
+    from launch.run import stop as module
 
-    stop = StopRequest()
+    now = [1000.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    stop = module.StopRequest()
+    now[0] += 60
     stop.after(0)
+    now[0] += 10**9
     assert not stop.requested()
-    stop.after(0.2 / 3600)
-    assert not stop.requested()
-    time.sleep(0.25)
-    assert stop.requested() and stop.reason == "--max_hours"
+    now[0] = 1060
+    stop.after(2)
+    for seconds, asked in ((7199.9, False), (7200, True)):
+        now[0] = 1000 + seconds
+        assert stop.requested() == asked
+    assert stop.reason == "--max_hours"
