@@ -307,6 +307,19 @@ def _(
     return x_TH.new_empty(x_TH.shape), weight_EH.new_empty(weight_EH.shape)
 
 
+@torch.library.custom_op("moe_gpt::add_lift_", mutates_args=("histogram_EN",))
+def add_lift_(
+    histogram_EN: Tensor, logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int, sigmoid: bool
+) -> None:
+    """Counts each token's `quantile.bias_lift` into its expert's row of int64 bins."""
+    _kernels("router").add_lift_(histogram_EN, logits_TE, bias_E, top_k, n_group, topk_group, sigmoid)
+
+
+@add_lift_.register_fake
+def _(histogram_EN: Tensor, logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int, sigmoid: bool) -> None:
+    return None
+
+
 @torch.library.custom_op("moe_gpt::cross_entropy_", mutates_args=("logits_CV",))
 def cross_entropy_(logits_CV: Tensor, targets_C: Tensor, scale: Tensor, z_weight: float, with_grad: bool, ignore: int) -> Tensor:
     """Each token's share of the loss, fp32; `logits` then holds the gradient, where one is wanted."""
@@ -341,6 +354,8 @@ def costs(name: str, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> tup
     if name == "route_backward":  # dlogits written and read; x read again; partial sums
         logits, dweight = outputs[0].shape[0] * outputs[1].shape[0], outputs[1].numel()
         return 3, 2 * fp32 * logits + 2 * fp32 * SHARES * dweight
+    if name == "add_lift_":  # the bins are written as well; they stay in the cache between a token's and the next
+        return 1, arguments[0].numel() * arguments[0].element_size()
     if name == "sink_gradient":
         batch, length, heads, _ = arguments[0].shape
         return 2, 2 * fp32 * batch * -(-length // POSITIONS) * heads

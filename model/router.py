@@ -124,6 +124,10 @@ class Router(nn.Module):
         self.logit_square_sum += logits_TE.square().sum()
         if self.lift_EN is not None:
             bias_E, made = self.e_score_correction_bias, self.settings
+            if self._fits_kernel(logits_TE):
+                choice = made["top_k"], made["n_group"], made["topk_group"]
+                ops.add_lift_(self.lift_EN, logits_TE, bias_E, *choice, made["scoring_func"] == "sigmoid")
+                return
             scores_TE = expert_scores(logits_TE, made["scoring_func"])
             lift_TE = bias_lift(scores_TE, bias_E, top_k=made["top_k"], n_group=made["n_group"], topk_group=made["topk_group"])
             add_to_histogram(self.lift_EN, lift_TE, bias_E)

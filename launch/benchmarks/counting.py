@@ -39,7 +39,7 @@ KINDS = {
     **dict.fromkeys(GATHERS | SCATTERS | {"embedding_dense_backward"}, "gather and scatter"),
     **dict.fromkeys(("norm", "norm_backward", "norm_rope", "norm_rope_backward"), "norm"),
     **dict.fromkeys(("spread", "collect", "combine", "weight_gradient"), "gather and scatter"),
-    **dict.fromkeys(("sort", "argsort", "topk", "cumsum", "repeat_interleave", "bincount"), "sort and count"),
+    **dict.fromkeys(("sort", "argsort", "topk", "cumsum", "repeat_interleave", "bincount", "add_lift_"), "sort and count"),
     **dict.fromkeys(("copy_", "_to_copy", "cat", "clone", "stack", "contiguous"), "copy and cast"),
 }
 
@@ -141,7 +141,9 @@ class Count(TorchDispatchMode):
         if not func.is_view:  # whose storage is there already: a weight's, where it is turned over
             for tensor in outputs:
                 self._follow(tensor)
-        if name not in FREE and not func.is_view and outputs:
+        if (
+            name not in FREE and not func.is_view and (outputs or func.namespace == "moe_gpt")
+        ):  # which may only write into an argument
             self._count(name, func, args, tensors_of((args, kwargs or {})), outputs)
         return out
 

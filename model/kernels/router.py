@@ -24,7 +24,7 @@ def _best(values, ids, E: tl.constexpr):
 
 @triton.jit
 def _limited(biased, ids, E: tl.constexpr, G: tl.constexpr, TOPK_G: tl.constexpr, TOKENS: tl.constexpr):
-    """-inf outside of the best groups; a group's score is the sum of its two best."""
+    """`biased`, -inf outside of the best groups; the groups' scores, sums of their two best; the same, -inf for the best groups."""
     group = ids // (E // G)
     groups = tl.arange(0, G)[None, :]
     scores = tl.zeros((TOKENS, G), dtype=tl.float32)
@@ -34,11 +34,12 @@ def _limited(biased, ids, E: tl.constexpr, G: tl.constexpr, TOPK_G: tl.constexpr
         second = tl.max(tl.where(ids == first[:, None], float("-inf"), inside), axis=1)
         scores = tl.where(groups == g, (tl.max(inside, axis=1) + second)[:, None], scores)
     allowed = tl.zeros((TOKENS, E), dtype=tl.int32)
+    left_out = scores
     for _ in tl.static_range(TOPK_G):
-        chosen = _best(scores, groups + tl.zeros((TOKENS, G), dtype=tl.int32), G)
+        chosen = _best(left_out, groups + tl.zeros((TOKENS, G), dtype=tl.int32), G)
         allowed = tl.where(group == chosen[:, None], 1, allowed)
-        scores = tl.where(groups == chosen[:, None], float("-inf"), scores)
-    return tl.where(allowed == 1, biased, float("-inf"))
+        left_out = tl.where(groups == chosen[:, None], float("-inf"), left_out)
+    return tl.where(allowed == 1, biased, float("-inf")), scores, left_out
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def router_kernel(
     scores = _scores(total, SIGMOID)
     biased = scores + tl.load(bias + e)[None, :]
     if G > 1:
-        biased = _limited(biased, ids, E, G, TOPK_G, TOKENS)
+        biased, _, _ = _limited(biased, ids, E, G, TOPK_G, TOKENS)
     place = tl.arange(0, PLACES)[None, :]
     choice = tl.zeros((TOKENS, PLACES), dtype=tl.int32)
     weight_of = tl.zeros((TOKENS, PLACES), dtype=tl.float32)
@@ -92,6 +93,37 @@ def router_kernel(
     tl.store(indices + at, choice.to(tl.int64), mask=here)
     tl.store(weights + at, weight_of * factor, mask=here)
     tl.atomic_add(counts + e, tl.sum(hits, axis=0).to(tl.int64))
+
+
+@triton.jit
+def lift_kernel(
+    logits, bias, histogram, tokens,
+    E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, TOPK_G: tl.constexpr, SIGMOID: tl.constexpr, BINS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = t < tokens
+    e = tl.arange(0, E)
+    ids = e[None, :] + tl.zeros((TOKENS, E), dtype=tl.int32)
+    bias = tl.load(bias + e)
+    biased = _scores(tl.load(logits + t[:, None] * E + e[None, :], mask=inside[:, None], other=0.0), SIGMOID) + bias[None, :]
+    lift = tl.full((TOKENS, E), float("-inf"), dtype=tl.float32)
+    open_to = biased
+    if G > 1:
+        open_to, scores, left_out = _limited(biased, ids, E, G, TOPK_G, TOKENS)
+        if TOPK_G < G:
+            for g in tl.static_range(G):
+                score = tl.sum(tl.where(tl.arange(0, G)[None, :] == g, scores, 0.0), axis=1)
+                lift = tl.where(ids // (E // G) == g, ((tl.max(left_out, axis=1) - score) / 2)[:, None], lift)
+    if K < E // G * TOPK_G:
+        for _ in tl.static_range(K):
+            open_to = tl.where(ids == _best(open_to, ids, E)[:, None], float("-inf"), open_to)
+        lift = tl.maximum(lift, tl.max(open_to, axis=1)[:, None] - biased)
+    part = tl.clamp(lift / (tl.max(bias, axis=0) - tl.min(bias, axis=0) + 1), -1.0, 1.0)
+    root = tl.exp2(tl.log2(tl.abs(part)) / 3)
+    bins = ((tl.where(part < 0, -root, root) + 1) * (BINS / 2)).to(tl.int32)
+    one = tl.full((TOKENS, E), 1, dtype=tl.int64)
+    tl.atomic_add(histogram + ids * BINS + tl.minimum(bins, BINS - 1), one, mask=inside[:, None] & (ids >= 0))
 
 
 @triton.jit
@@ -166,6 +198,17 @@ def route(
         PLACES=triton.next_power_of_2(top_k), **_tile(experts),
     )  # fmt: skip
     return weights, indices, counts, logits
+
+
+def add_lift_(
+    histogram_EN: Tensor, logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int, sigmoid: bool
+) -> None:
+    """Counts each token's `quantile.bias_lift` into its expert's row."""
+    tokens, experts = logits_TE.shape
+    lift_kernel[(triton.cdiv(tokens, TOKENS),)](
+        logits_TE, bias_E, histogram_EN, tokens, E=experts, K=top_k, G=n_group, TOPK_G=topk_group, SIGMOID=sigmoid,
+        BINS=histogram_EN.shape[1], TOKENS=TOKENS,
+    )  # fmt: skip
 
 
 def route_backward(

@@ -105,6 +105,7 @@ def routing(experts: int, k: int, groups: int, chosen_groups: int) -> Calls:
     weights, choice = meta(16384, k, dtype=torch.float32), meta(16384, k, dtype=torch.int64)
     return {
         ("router",): lambda: router.route(x, gate, bias, None, k, groups, chosen_groups, *RULE),
+        ("lift",): lambda: router.add_lift_(meta(experts, 1000, dtype=torch.int64), logits, bias, k, groups, chosen_groups, True),
         ("router, backward", "router, weight", "sum over programs"): lambda: router.route_backward(
             weights, x, x, gate, logits, choice, *RULE
         ),

@@ -2,9 +2,9 @@
 gradient; under the interpreter also a whole model.
 
 The same call takes the kernels in fp32 and bf16, and the plain way in float64. Prints one JSON object: `errors`, the relative
-error by case; under the interpreter also `loops`, of each loop in a kernel how often it went round with a short last trip, and the
-largest error of a case when it stops after its first; `operators`, what each says wrongly of itself; `graphs`, those in a compiled
-region.
+error by case; `lifts`, see there; under the interpreter also `loops`, of each loop in a kernel how often it went round with a short
+last trip, and the largest error of a case when it stops after its first; `operators`, what each says wrongly of itself; `graphs`,
+those in a compiled region.
 """
 
 import json
@@ -38,6 +38,13 @@ from model.sinks import add_sink, sink_gradient
 
 Results = dict[str, float]
 KERNELS = ("norm", "rows", "router", "sinks", "loss")
+#: Without groups; with; of chosen groups all experts chosen, so that only groups are left out; with softmax, every group chosen.
+LIFT_RULES = (
+    {"n_routed_experts": 8, "n_group": 1, "topk_group": 1},
+    {"n_routed_experts": 32, "n_group": 4, "topk_group": 2},
+    {"n_routed_experts": 8, "n_group": 4, "topk_group": 1},
+    {"n_routed_experts": 8, "n_group": 2, "topk_group": 2, "num_experts_per_tok": 3, "scoring_func": "softmax"},
+)
 random = partial(torch.randn, dtype=torch.float64)
 
 
@@ -292,6 +299,34 @@ def ties() -> float:
     return error(*chosen)
 
 
+def lifts(rules: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of each rule the furthest, in bins, that the kernel puts a token's lift from where float64 does. Infinite where the counts of
+    all tokens at once are not the sum of each alone, or one lift in fifty is moved: few lie next to a bin's end."""
+    found = {}
+    for rule in rules:
+        config = MoEGPTConfig.preset("tiny", router_balance="quantile", **rule)
+        logits, bias = 2 * random(20, config.n_routed_experts), 0.3 * random(config.n_routed_experts)
+        alone, plain = (
+            torch.stack([counted_lifts(config, row, bias, dtype) for row in logits.split(1)])
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert (
+            bool((plain.sum(dim=-1) == 1).all()) and plain.sum(dim=0).gt(0).sum() > 2 * config.n_routed_experts
+        )  # all over the bins
+        moved = (alone.argmax(dim=-1) - plain.argmax(dim=-1)).abs()
+        whole = torch.equal(counted_lifts(config, logits, bias, torch.float32), alone.sum(dim=0))
+        found[f"lifts {rule}"] = float(moved.max()) if whole and moved.count_nonzero() < moved.numel() / 50 else float("inf")
+    return found
+
+
+def counted_lifts(config: MoEGPTConfig, logits: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    gate = Gate(config)
+    gate.e_score_correction_bias = bias.to(dtype)
+    gate.observe(logits.to(dtype), gate.load_E)
+    assert gate.lift_EN is not None
+    return gate.lift_EN
+
+
 class FirstCalls(TorchDispatchMode):
     """The arguments of the first call of each operator."""
 
@@ -353,6 +388,8 @@ def main() -> None:
         if on_gpu:
             found |= {f"{name}, real sizes": value for name, value in of(real_cases, dtype).items()}
     found["ties"] = ties()
+    with calls:
+        moved = lifts(LIFT_RULES)
     config = MoEGPTConfig.preset("tiny", num_hidden_layers=2, hidden_size=64, vocab_size=128, z_loss_weight=1e-3)
     if not on_gpu:  # no grouped product and no flash attention there in fp32 and float64
         ours, plain = (model_step(config, dtype) for dtype in (torch.float32, torch.float64))
@@ -365,7 +402,7 @@ def main() -> None:
         found |= errors
         found["compiled"], graphs = compiled(config)
         said = {"loops": loops, "operators": operator_faults(calls), "graphs": graphs}
-    json.dump({"errors": found, **said}, sys.stdout)
+    json.dump({"errors": found, "lifts": moved, **said}, sys.stdout)
 
 
 if __name__ == "__main__":

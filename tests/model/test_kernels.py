@@ -29,6 +29,7 @@ class Found:
     """What the worker prints: see there."""
 
     errors: dict[str, float]
+    lifts: dict[str, float]
     loops: dict[str, tuple[int, float]] = field(default_factory=dict)
     operators: dict[str, str] = field(default_factory=dict)
     graphs: list[str] = field(default_factory=list)
@@ -94,7 +95,13 @@ def test_kernels_on_a_gpu() -> None:
         pytest.skip("needs a CUDA device")
     found = worker("--gpu")
     assert sum(name.endswith("real sizes") for name in found.errors) >= 14
-    assert too_far(found) == {}
+    assert too_far(found) == {} and max(found.lifts.values()) <= 1
+
+
+def test_a_lift_is_counted_in_its_bin(found: Found) -> None:
+    """Or, where it lies at a bin's end, in the next."""
+    assert len(found.lifts) == 4
+    assert max(found.lifts.values()) <= 1, found.lifts
 
 
 def test_equal_scores_choose_the_lower_index(found: Found) -> None:

@@ -219,6 +219,11 @@ def test_the_kernels_operators_cost_what_their_shapes_say() -> None:
             3,  # x for dweight, beside, dx; logits; dlogits written and read; 32 shares of dweight written and read
             3 * token + T * (K + 3 * E) * FP32 + index_bytes + 2 * E * H * BF16 + 2 * 32 * E * H * FP32,
         ),
+        "add_lift_": (
+            lambda: operators.add_lift_(tensor(E, 1000, dtype=torch.int64), logits, tensor(E, dtype=torch.float32), K, 1, 1, True),
+            1,  # the bins are read and written
+            T * E * FP32 + E * FP32 + 2 * 1000 * E * INT64,
+        ),
         "cross_entropy_": (
             lambda: operators.cross_entropy_(wide, tensor(T, dtype=torch.int64), one, 0.0, True, -100),
             1,
