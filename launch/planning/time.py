@@ -82,7 +82,8 @@ def plan_time(job: Job, device: Device) -> StepTime:
     peak = device.peak if job.weight_bytes == 2 else device.peak / 8  # fp32 without TF32: the vector units
     dense, expert, head = _products(job, device, peak)
     attention = tokens * _attention_flops(job) / (peak * device.efficiency.attention)
-    moved, forward = (tokens * each / device.memory_speed for each in (sum(_moved(job, device)), _moved(job, device)[0]))
+    by_token = _moved(job, device)
+    moved, forward = (tokens * each / device.memory_speed for each in (sum(by_token), by_token[0]))
     passes = tokens * job.sizes.num_hidden_layers * moved_again(job) / device.memory_speed
     # A block that is recomputed whole does its forward again, a third of its products; `selective` repeats a few passes.
     again = {"none": 0.0, "selective": passes, "full": forward + (tokens * (dense + expert) + attention) / 3}[job.recompute]

@@ -20,16 +20,9 @@ from launch.run.session import make_trainer
 from launch.run.stop import StopRequest
 from model import MoEGPTForCausalLM
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 CLIP, MICRO_BATCH, ACCUMULATION = 0.25, 2, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "s"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def without_zero(folder: Path) -> Path:
