@@ -146,7 +146,7 @@ def predict(result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, 
     for name in LARGE:
         config = MoEGPTConfig.preset(name)
         flops = tokens * training_flops_per_token(config, 2048)
-        expected = ladder.expectation(active_parameters(config), tokens, flops, config.hidden_size)
+        expected = ladder.expectation(active_parameters(config), tokens, flops, config.hidden_size, config.vocab_size)
         found[name] = {"target_tokens": tokens, **expected}
     return found
 

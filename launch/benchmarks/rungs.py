@@ -197,6 +197,7 @@ def family_facts(arguments: argparse.Namespace, rungs: Rungs) -> dict[str, Any]:
         "width": min(arguments.hidden),
         "widest": max(arguments.hidden),
         "head_dim": arguments.head_dim,
+        "vocabulary": smallest.config.vocab_size,
         "learning_rate": lookup(smallest.deepspeed, RATE),
         "rate_exponent": arguments.rate_exponent,
         "batch_tokens": smallest.batch * arguments.sequence_length,

@@ -174,7 +174,7 @@ def expected(arguments: PlanArguments, job: Job) -> dict[str, Any] | None:
     ladder, sizes = Ladder.read(arguments.ladder), job.sizes
     active = active_parameters(sizes)
     flops = arguments.tokens * training_flops_per_token(sizes, job.sequence_length)
-    return {"active": active, **ladder.expectation(active, arguments.tokens, flops, sizes.hidden_size)}
+    return {"active": active, **ladder.expectation(active, arguments.tokens, flops, sizes.hidden_size, sizes.vocab_size)}
 
 
 def assumptions(device: Device) -> list[str]:

@@ -68,7 +68,9 @@ class Ladder:
     largest: dict[str, float]  # active parameters and tokens of the largest runs
     held_out_error: float | None
     preferred: dict[str, float] | None  # learning_rate, batch_tokens, flops, tokens: of the smallest width's best run
-    family: dict[str, Any] | None = None  # width and widest, learning_rate (of width), rate_exponent, batch_tokens, head_dim
+    family: dict[str, Any] | None = (
+        None  # width and widest, learning_rate (of width), rate_exponent, batch_tokens, head_dim, vocabulary
+    )
     held_out_step: float | None = None  # times the parameters of the nearest fitted size; 1 for a size between fitted ones
     epochs: float | None = None  # how often the longest runs read their data
 
@@ -80,7 +82,7 @@ class Ladder:
             values = {one.name: found[one.name] for one in fields(cls) if one.name in found or one.default is MISSING}
             laws = [Law(**law) for law in values["bootstrap"]]
             made = cls(**{**values, "law": Law(**values["law"]), "bootstrap": laws})
-            made.expectation(1e6, 1e6, 1e12, 64)  # which uses every number in it
+            made.expectation(1e6, 1e6, 1e12, 64, 512)  # which uses every number in it
             return made
         except FileNotFoundError as error:
             raise NotFound(f"--ladder {path} is not a file; launch/benchmark.py ladder --output writes one") from error
@@ -88,7 +90,7 @@ class Ladder:
             why = f"{type(error).__name__}: {sentence(error)}"
             raise UserError(f"--ladder {path} is not what launch/benchmark.py ladder --output writes ({why})") from error
 
-    def doubts(self, beyond: Mapping[str, float]) -> list[str]:
+    def doubts(self, beyond: Mapping[str, float], vocabulary: int) -> list[str]:
         """Why this law is no prediction so many times beyond its largest run, in words; empty where nothing speaks against it."""
         found = []
         if self.held_out_error is None:
@@ -102,6 +104,11 @@ class Ladder:
                 found.append(
                     f"{_times(times)} the {what} of the largest run, over {FARTHEST:g}: no law is known to have held so far"
                 )
+        own = (self.family or {}).get("vocabulary", vocabulary)  # an older file does not say
+        if own != vocabulary:
+            found.append(
+                f"its runs' vocabulary has {own:,} tokens, this model's {vocabulary:,}: D and N are counts of other things"
+            )
         if (self.epochs or 0.0) > EPOCHS:
             found.append(f"its longest runs read their data {self.epochs:.3g} times, over {EPOCHS:g}: the law takes that for new")
         if self.law.E < FLOOR:
@@ -111,7 +118,7 @@ class Ladder:
                 found.append(f"the law's exponent of the {what} is {exponent:.3g}: its runs do not tell what more of them do")
         return found
 
-    def expectation(self, active: float, tokens: float, flops: float, width: int) -> dict[str, Any]:
+    def expectation(self, active: float, tokens: float, flops: float, width: int, vocabulary: int) -> dict[str, Any]:
         """`bits_per_byte`, its interval, how many times beyond the largest run that is, and the rate and batch to begin with.
 
         The interval has the bootstrapped laws' middle 90 % and, on either side, `form_error`.
@@ -126,7 +133,7 @@ class Ladder:
             "bits_per_byte": middle,
             "low": min(low, middle) / wider,
             "high": max(high, middle) * wider,
-            "doubts": self.doubts(beyond),
+            "doubts": self.doubts(beyond, vocabulary),
             "beyond": beyond,
         }
         return found | self.beginning(flops, width) if self.preferred else found

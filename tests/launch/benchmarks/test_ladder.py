@@ -44,7 +44,7 @@ def test_the_truth_lies_in_the_interval_which_widens_with_distance() -> None:
     law = fit(seen)
     largest = {"active": 3e7, "tokens": 6e8}
     made = Ladder(law=law, bootstrap=bootstrap(seen, law, draws=12), largest=largest, held_out_error=None, preferred=None)
-    near, far = made.expectation(3e7, 6e8, 1.0, 64), made.expectation(3e9, 6e10, 1.0, 64)
+    near, far = made.expectation(3e7, 6e8, 1.0, 64, 512), made.expectation(3e9, 6e10, 1.0, 64, 512)
     assert far["low"] < CHINCHILLA.bits(3e9, 6e10) < far["high"]
     assert far["high"] - far["low"] > 3 * (near["high"] - near["low"]) > 0
     assert far["beyond"] == pytest.approx({"parameters": 100, "tokens": 100})
@@ -65,7 +65,7 @@ def test_the_truth_lies_in_the_interval_about_as_often_as_it_says(side: int) -> 
         largest = {"active": sizes[-1], "tokens": tokens[-1]}
         laws = bootstrap(seen, found, draws=20)
         made = Ladder(law=found, bootstrap=laws, largest=largest, held_out_error=None, preferred=None)
-        said = made.expectation(active, read, 1.0, 64)
+        said = made.expectation(active, read, 1.0, 64, 512)
         held += said["low"] < law.bits(active, read) < said["high"]
         widths.append((said["high"] - said["low"]) / law.bits(active, read))
     assert held >= 15 and np.median(widths) < 0.4
@@ -77,7 +77,7 @@ def test_the_truth_lies_in_the_interval_about_as_often_as_it_says(side: int) -> 
 def test_a_law_that_predicts_nothing_says_so(error: float | None, floor: float, doubts: int) -> None:
     law = replace(CHINCHILLA, E=floor)
     made = Ladder(law=law, bootstrap=[law], largest={"active": 1e8, "tokens": 1e8}, held_out_error=error, preferred=None)
-    said = in_words(made.expectation(1e9, 1e9, 1.0, 64), tokens=1e9)
+    said = in_words(made.expectation(1e9, 1e9, 1.0, 64, 512), tokens=1e9)
     assert sum(line.startswith("not to be believed") for line in said) == doubts == len(said) - 1
 
 
@@ -85,12 +85,15 @@ def test_a_budget_far_beyond_the_runs_is_doubted() -> None:
     """Measured: 20 B tokens from runs of 3.2 M."""
     largest = {"active": 1e6, "tokens": 3.2e6}
     made = Ladder(law=CHINCHILLA, bootstrap=[CHINCHILLA], largest=largest, held_out_error=0.01, preferred=None)
-    assert made.expectation(1e8, 3.2e8, 1.0, 64)["doubts"] == []
-    (tokens,) = made.expectation(1e8, 2e10, 1.0, 64)["doubts"]
+    assert made.expectation(1e8, 3.2e8, 1.0, 64, 512)["doubts"] == []
+    (tokens,) = made.expectation(1e8, 2e10, 1.0, 64, 512)["doubts"]
     assert tokens == "6,250 x the tokens of the largest run, over 100: no law is known to have held so far"
-    assert len(made.expectation(4e8, 2e10, 1.0, 64)["doubts"]) == 2
-    assert len(replace(made, epochs=5.0).expectation(1e8, 3.2e8, 1.0, 64)["doubts"]) == 1
-    (between,) = replace(made, held_out_step=1.0).expectation(1e8, 3.2e8, 1.0, 64)["doubts"]
+    assert len(made.expectation(4e8, 2e10, 1.0, 64, 512)["doubts"]) == 2
+    assert len(replace(made, epochs=5.0).expectation(1e8, 3.2e8, 1.0, 64, 512)["doubts"]) == 1
+    (vocabulary,) = replace(made, family={"vocabulary": 2048}).expectation(1e8, 3.2e8, 1.0, 64, 512)["doubts"]
+    assert vocabulary == "its runs' vocabulary has 2,048 tokens, this model's 512: D and N are counts of other things"
+    assert replace(made, family={"vocabulary": 512}).expectation(1e8, 3.2e8, 1.0, 64, 512)["doubts"] == []
+    (between,) = replace(made, held_out_step=1.0).expectation(1e8, 3.2e8, 1.0, 64, 512)["doubts"]
     assert "lies between" in between
 
 
@@ -99,9 +102,9 @@ def test_the_form_of_the_law_is_trusted_less_with_distance() -> None:
     largest = {"active": 1e6, "tokens": 1e6}
     made = Ladder(law=CHINCHILLA, bootstrap=[CHINCHILLA], largest=largest, held_out_error=0.01, preferred=None, held_out_step=2.0)
     for active, tokens, steps in ((1e6, 1e6, 1), (2e6, 1e6, 2), (8e6, 4e6, 6), (1e3, 4e6, 3)):
-        said, middle = made.expectation(active, tokens, 1.0, 64), CHINCHILLA.bits(active, tokens)
+        said, middle = made.expectation(active, tokens, 1.0, 64, 512), CHINCHILLA.bits(active, tokens)
         assert (said["low"], said["high"]) == pytest.approx((middle / 1.01**steps, middle * 1.01**steps))
-    without = replace(made, held_out_step=None).expectation(8e6, 4e6, 1.0, 64)  # as older files have it
+    without = replace(made, held_out_step=None).expectation(8e6, 4e6, 1.0, 64, 512)  # as older files have it
     assert without["high"] == pytest.approx(CHINCHILLA.bits(8e6, 4e6) * 1.01)
 
 
@@ -110,11 +113,11 @@ def test_a_large_model_learns_at_the_rate_of_a_member_of_the_family() -> None:
     family = {"width": 64, "widest": 160, "rate_exponent": 0.5, "learning_rate": 0.004, "batch_tokens": 4096, "head_dim": 32}
     largest = {"active": 1e6, "tokens": 1e6}
     made = Ladder(law=CHINCHILLA, bootstrap=[], largest=largest, held_out_error=0.0, preferred=best, family=family)
-    said = made.expectation(1e7, 1e7, 1e15, 1536)
+    said = made.expectation(1e7, 1e7, 1e15, 1536, 512)
     assert said["learning_rate"] == pytest.approx(rungs.rate_of(1536, 64, 0.008, 0.5)) == pytest.approx(0.008 / 24**0.5)
     assert said["batch_tokens"] == pytest.approx(4096 * 1000**0.3271)
     assert "0.008 at 4,096 tokens a step x (64 / 1536)^0.5, as the family up to width 160" in in_words(said, tokens=1e7)[-1]
-    older = replace(made, family=None).expectation(1e7, 1e7, 1e15, 1536)
+    older = replace(made, family=None).expectation(1e7, 1e7, 1e15, 1536, 512)
     assert older["learning_rate"] is None and older["batch_tokens"] == said["batch_tokens"]
     assert "no learning rate (an older file" in in_words(older, tokens=1e7)[-1]
 
@@ -123,7 +126,7 @@ def test_a_large_model_learns_at_the_rate_of_a_member_of_the_family() -> None:
 def test_files_of_before_are_read(name: str) -> None:
     made = Ladder.read(ROOT / f"tests/results/{name}.json")
     assert made.family is made.held_out_step is made.epochs is None
-    assert any("x the tokens of the largest run" in doubt for doubt in made.expectation(4e8, 2e10, 1e20, 1536)["doubts"])
+    assert any("x the tokens of the largest run" in doubt for doubt in made.expectation(4e8, 2e10, 1e20, 1536, 512)["doubts"])
 
 
 def test_sizes_that_do_not_matter_make_no_prediction() -> None:
@@ -134,7 +137,9 @@ def test_sizes_that_do_not_matter_make_no_prediction() -> None:
     laws = bootstrap(seen, law, draws=8)
     assert laws and all(np.isfinite(list(one.to_json().values())).all() for one in (law, *laws))
     largest = {"active": 1e6, "tokens": 3.2e6}
-    found = Ladder(law=law, bootstrap=laws, largest=largest, held_out_error=0.01, preferred=None).expectation(4e8, 2e10, 1.0, 1536)
+    found = Ladder(law=law, bootstrap=laws, largest=largest, held_out_error=0.01, preferred=None).expectation(
+        4e8, 2e10, 1.0, 1536, 512
+    )
     assert np.isfinite([found["low"], found["high"]]).all()
     assert any("exponent of the parameters" in doubt for doubt in found["doubts"])
     assert "2.500 to 1.34e+38 (" in in_words({**found, "low": 2.5, "high": 1.338465e38}, tokens=2e10)[0]
@@ -192,6 +197,7 @@ def test_a_ladder_of_a_known_law(
     assert found["held_out"] == 256 and found["held_out_error"] < 0.002 and found["held_out_step"] > 1.5
     assert found["preferred"]["learning_rate"] == 0.004 and found["preferred"]["tokens"] == 1638400
     assert found["family"]["learning_rate"] == 0.002 and found["family"]["rate_exponent"] == 0
+    assert found["family"]["vocabulary"] == 512
     said, shown = capsys.readouterr(), "width 64 prefers learning rate 0.004 and 4,096 tokens a step, the law is of 0.002"
     assert "14 runs, " in said.err and "12 of the family, 2 more to try rates and batches on width 64 for 1.64 M tokens" in said.err
     assert f"read the data {found['epochs']:.3g} times" in said.err and found["epochs"] > 1
