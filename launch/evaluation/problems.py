@@ -188,11 +188,13 @@ def is_python(text: str) -> bool:
 
 
 def called_name(test: str) -> str:
-    """The function that a line of tests calls: the first name called that is none of Python's."""
-    for node in ast.walk(ast.parse(test)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not hasattr(builtins, node.func.id):
-            return node.func.id
-    raise KeyError("call of a function")
+    """The function that a line of tests calls: the first name called that is none of Python's, or the first at all, for MBPP/126
+    asks for a `sum`."""
+    calls = (node for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Call))
+    names = [call.func.id for call in calls if isinstance(call.func, ast.Name)]
+    if not names:
+        raise KeyError("call of a function")
+    return next((name for name in names if not hasattr(builtins, name)), names[0])
 
 
 def cut_at_stops(text: str, stops: tuple[str, ...]) -> str:

@@ -3,8 +3,8 @@
 #
 # Five minutes before the time limit Slurm sends SIGUSR1 to this script (`B:`; without it the signal goes to the ranks alone, and
 # nobody is left who knows that the job must go on). The script passes it on to the ranks, which save after their step and exit
-# with 0, and queues the job again with `scontrol requeue`. A run that ends by itself is finished and is not queued again; a
-# crash or a lost node requeues as well (--requeue).
+# with 0, and queues the job again with `scontrol requeue`. A run that ends by itself is finished and is not queued again. A lost
+# node requeues as well (--requeue); a run that fails does not: look at its last lines, then submit it again.
 #SBATCH --job-name=moe-code-gpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

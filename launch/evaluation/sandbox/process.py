@@ -92,7 +92,7 @@ def start(
         folder = private_folder(user)
     if level.name == "namespaces":
         assert folder
-        config |= namespaces_config(level, folder, limits.temporary_size, limits.temporary_files)
+        config |= namespaces_config(level, folder, limits.temporary_size, limits.temporary_files) | {"parent": os.getpid()}
     if level.name == "limits":
         config["folder"] = folder
         config["read_only"] = system_folders(level.python)[0]

@@ -72,6 +72,27 @@ MBPP = [
         "test_imports": ["import math"],
         "test_list": ["assert math.isclose(area(2), 12.566, rel_tol=0.001)"],
     },
+    # As MBPP/126, 367 and 596: a function of a builtin's name, a tree that the tests build, a module that only the program imports.
+    {
+        "task_id": 603,
+        "text": "Write a function to find the sum of common divisors.",
+        "code": "def sum(a, b):\n    s = 0\n    for d in range(1, a + 1):\n        s += d * (a % d == 0 == b % d)\n    return s",
+        "test_list": ["assert sum(10, 15) == 6", "assert sum(100, 150) == 93"],
+    },
+    {
+        "task_id": 604,
+        "text": "Write a function for the height of a tree.",
+        "code": "class Node:\r\n    def __init__(self, data):\r\n        self.data, self.left, self.right = data, None, None\r\n"
+        "def height(node):\r\n    return 1 + max(height(node.left), height(node.right)) if node else 0",
+        "test_setup_code": "root = Node(1) \r\nroot.left = Node(2) \r\nroot.left.right = Node(4) \r\nleaf = Node(1)",
+        "test_list": ["assert height(root) == 3", "assert (height(leaf), root.left.right.data, leaf.left) == (1, 4, None)"],
+    },
+    {
+        "task_id": 605,
+        "text": "Write a function to find the size of a tuple.",
+        "code": "import sys\ndef size(x):\n    return sys.getsizeof(x)",
+        "test_list": ["assert size((1, 2)) == sys.getsizeof((1, 2))"],
+    },
 ]
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
+from data.cli import UserError
 from launch.evaluation.execution import execute, execute_all
 from launch.evaluation.job import Job, Verdict
+from launch.evaluation.sandbox.levels import LEVELS
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.sandbox.probe import Isolation, find_isolation, probe, targets
+from launch.evaluation.sandbox.process import descendants
 
 LIMITS = Limits(seconds=2)
 TESTS = "def check(candidate):\n    assert candidate(20) == 21\n    assert candidate(-1) == 0\n\n\ncheck(successor)\n"
@@ -221,6 +226,52 @@ def test_helpers_are_the_reference_ones(isolation: Isolation) -> None:
     assert not judged(isolation, lying, test, reference=reference).passed
     assert judged(isolation, right, test, reference=reference).passed
     assert judged(isolation, lying, test).passed  # without a reference the names are the program's own
+
+
+def test_modules_of_the_tests_are_python_s(isolation: Isolation) -> None:
+    """A program that makes one up does not decide what its own answers are compared with."""
+    lying = "class sys:\n    def getsizeof(x): return 1\ndef size(x): return 1\n"
+    assert not judged(isolation, lying, "assert size((1, 2)) == sys.getsizeof((1, 2))", "size").passed
+    program = "def copy(x): return [x]\ncopy.name = 'own'\n"
+    assert judged(isolation, program, "assert copy(1) == [1] and copy.name == 'own'", "copy").passed
+
+
+KILLED = """
+import sys
+from launch.evaluation.execution import execute
+from launch.evaluation.job import Job
+from launch.evaluation.sandbox.levels import Level
+from launch.evaluation.sandbox.limits import Limits
+job = Job(program="import time\\ndef f(): time.sleep(1000)", test="f()", entry_point="f")
+execute(job, level=eval(sys.argv[1]), limits=Limits(seconds=1000), slot=1)
+"""
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_killed_evaluation_leaves_nothing_that_runs(name: str) -> None:
+    try:
+        level = find_isolation(name, LIMITS).level
+    except UserError as error:
+        pytest.skip(str(error))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, repr(level)])
+    until = time.monotonic() + 60
+    while len(family := descendants(process.pid)) < (5 if name == "limits" else 7) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 20
+    while (left := [one for one in family[1:] if runs(one)]) and time.monotonic() < until:
+        time.sleep(0.1)
+    for one in left:
+        os.kill(one, signal.SIGKILL)
+    assert len(family) > 4 and not left
+
+
+def runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_many_at_once_in_order(isolation: Isolation) -> None:

@@ -33,11 +33,12 @@ def test_fields(problem_files: dict[str, Path]) -> None:
     assert humaneval["Own/0"].test.endswith("\ncheck(rounded)\n")
     single, span = read_problems("infilling", problem_files["infilling"]).values()
     assert (single.stops, single.ending, span.stops, span.ending) == (("\n",), "\n", (), "")
-    pair, area = read_problems("mbpp", problem_files["mbpp"]).values()
+    pair, area, common, *_ = read_problems("mbpp", problem_files["mbpp"]).values()
     assert pair.test == "\n" + "\n".join(json.loads(problem_files["mbpp"].read_text())[0]["test_list"]) + "\n", "all of them"
     assert pair.task_id == "MBPP/601" and pair.entry_point == "add" and pair.reference == ""
     assert area.prompt.startswith('"""\nWrite a function for the area of a circle.\nassert math.isclose(')
     assert area.test.startswith("import math\nassert") and area.entry_point == "area"
+    assert common.entry_point == "sum"
 
 
 def test_gzip_and_empty_lines(problem_files: dict[str, Path], tmp_path: Path) -> None:

@@ -40,7 +40,12 @@ class Candidate:
         exec(compile(program, "<solution>", "exec"), self.module.__dict__)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The value of one call, and what it did to its arguments if it changed any."""
+        """The value of one call, and what it did to its arguments if it changed any; or an attribute, which may be set first."""
+        if "attribute" in request:
+            owner, name = self.find(request["of"]), request["attribute"]
+            if "set" in request:
+                setattr(owner, name, decode(request["set"], self.find))
+            return {"value": encode(getattr(owner, name), self.keep)}
         function = self.find(request["call"])
         arguments = [decode(value, self.find) for value in request["arguments"]]
         keywords = {name: decode(value, self.find) for name, value in request["keywords"].items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import sys
@@ -22,22 +23,40 @@ class CandidateError(Exception):
 
 
 class Remote:
-    """A function or an object of the candidate: it can be called and handed back. Equal to itself only."""
+    """A function or an object of the candidate: it can be called and handed back, and has its attributes (MBPP's tests build trees
+    by `root.left = Node(2)`). Equal to itself only."""
+
+    channel: Channel
+    reference: str | int
 
     def __init__(self, channel: Channel, reference: str | int) -> None:
-        self.channel, self.reference = channel, reference
+        vars(self).update(channel=channel, reference=reference)  # past __setattr__
+
+    def __getattr__(self, name: str) -> Any:
+        """Python asks for what this object does not have by itself; its own protocols are not the candidate's."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return decode(self.ask({"of": self.reference, "attribute": name})["value"], self.sibling)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.ask({"of": self.reference, "attribute": name, "set": encode(value, reference_of)})
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The candidate's reply. Raises what it raised."""
+        self.channel.send(request)
+        reply: dict[str, Any] = self.channel.receive()
+        if "raised" in reply:
+            raise exception_of(reply)
+        return reply
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        self.channel.send(
+        reply = self.ask(
             {
                 "call": self.reference,
                 "arguments": [encode(value, reference_of) for value in arguments],
                 "keywords": {name: encode(value, reference_of) for name, value in keywords.items()},
             }
         )
-        reply = self.channel.receive()
-        if "raised" in reply:
-            raise exception_of(reply)
         for given, changed in zip(arguments, reply.get("arguments", ()), strict=False):
             change(given, decode(changed, self.sibling))
         return decode(reply["value"], self.sibling)
@@ -87,6 +106,14 @@ def unknown_names(source: str, known: dict[str, Any]) -> set[str]:
     return {node.id for node in names} - assigned - set(known) - set(dir(builtins))
 
 
+def unimported_modules(source: str, entry_point: str) -> set[str]:
+    """Modules of Python's that the tests use by `name.`, for MBPP's leave the import to the candidate. None that they call."""
+    nodes = list(ast.walk(ast.parse(source)))
+    owners = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    return unknown_names(source, {}) & owners & sys.stdlib_module_names - called - {entry_point}
+
+
 def run_tests(job: dict[str, Any], channel: Channel) -> None:
     """Returns if they pass, raises if they do not."""
     first = channel.receive()
@@ -97,6 +124,8 @@ def run_tests(job: dict[str, Any], channel: Channel) -> None:
     if job["reference"] and missing - {job["entry_point"]}:
         # Helpers that a prompt defines and its tests use. Never the candidate's: those could lie.
         exec(compile(job["reference"], "<reference>", "exec"), namespace)
+    for name in unimported_modules(job["test"], job["entry_point"]) - set(namespace):
+        namespace[name] = importlib.import_module(name)
     for name in unknown_names(job["test"], namespace) | {job["entry_point"]}:
         namespace[name] = Remote(channel, name)
     exec(compile(job["test"], "<tests>", "exec"), namespace)

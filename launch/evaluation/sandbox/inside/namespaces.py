@@ -92,8 +92,12 @@ def wait_for(child: int) -> None:
 
 
 def enter(config: dict[str, Any]) -> None:
-    """Returns in a process of the new namespaces; the two that wait for it end when it ends, and it with them."""
-    separate(config["user_inside"])
+    """Returns in a process of the new namespaces; the two that wait for it end when it ends, and it with them. All of them end
+    with the thread that started them: an evaluation that is killed leaves nothing that runs."""
+    separate(config["user_inside"])  # another user's credentials would take the next line back
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != config["parent"]:  # it had ended before
+        os._exit(0)
     first = os.fork()
     if first:
         wait_for(first)
