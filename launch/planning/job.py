@@ -33,6 +33,7 @@ class Job:
     live_parameters: int  # ZeRO-3: elements that may be gathered at a time
     prefetched: int  # ZeRO-3: elements of one gathering ahead
     attention: str = "flash"
+    compiles: bool = False  # each block's attention and norms, which ZeRO-3 does not go with
 
     @property
     def tokens(self) -> int:
@@ -109,4 +110,5 @@ def job_from(
         live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         prefetched=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         attention=attention,
+        compiles=bool(lookup(config, "compile.autoep_non_moe", False)),
     )

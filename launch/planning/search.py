@@ -75,8 +75,9 @@ def _order(found: Candidate) -> tuple[float, int, int, float]:
 
 def variants(job: Job) -> Iterator[Job]:
     """Every layout that training takes, at the same sequence length and global batch."""
+    stages = [(1, False), (2, False), (2, True)] + [(3, False)] * (not job.compiles)
     for expert_ranks in _expert_ranks(job):
-        for stage, offload in ((1, False), (2, False), (2, True), (3, False)):
+        for stage, offload in stages:
             for micro_batch in _micro_batches(job):
                 for recompute in RECOMPUTATION:
                     yield dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from dataclasses import dataclass, field
@@ -51,7 +52,9 @@ def read_evaluation(path: Path) -> Evaluation | None:
     if not figures:
         return None
     intervals = {name: (low, high) for name in figures for low, high in _interval(content.get(f"{name}_interval"))}
-    return Evaluation(name=path.name, figures=figures, intervals=intervals, generations=generations_beside(path))
+    wrote = any(map(PASS.match, figures))  # the loss alone has no samples: those beside it are another evaluation's
+    generations = generations_beside(path, content.get("results_file")) if wrote else []
+    return Evaluation(name=path.name, figures=figures, intervals=intervals, generations=generations)
 
 
 def _figures(content: Row) -> dict[str, float]:
@@ -67,10 +70,12 @@ def _interval(value: Any) -> list[tuple[float, float]]:
     return [(float(value[0]), float(value[1]))] if is_pair else []
 
 
-def generations_beside(path: Path) -> list[Generation]:
-    """The first of `NAME.samples.jsonl_results.jsonl` and the like: executed ones before those that were only written."""
-    stem = path.name.removesuffix(".json")
-    for pattern in (f"{stem}*_results.jsonl", f"{stem}*samples*.jsonl", "*samples*_results.jsonl", "*samples*.jsonl"):
+def generations_beside(path: Path, results: Any = None) -> list[Generation]:
+    """The first of `results` (the path that the evaluation notes; its folder may have moved), `NAME.samples.jsonl_results.jsonl` and
+    the like: executed ones before those that were only written."""
+    stem = glob.escape(path.name.removesuffix(".json"))
+    noted = [glob.escape(Path(results).name)] if isinstance(results, str) and results else []
+    for pattern in (*noted, f"{stem}*_results.jsonl", f"{stem}*samples*.jsonl", "*samples*_results.jsonl", "*samples*.jsonl"):
         for file in sorted(path.parent.glob(pattern)):
             found = read_generations(file)
             if found:

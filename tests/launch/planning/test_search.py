@@ -15,11 +15,10 @@ from launch.planning.search import as_deepspeed, candidate, changes, least_chang
 from model.sizes import load_sizes
 
 
-def planned(model: str, file: str, *, gpus: int = 8, nodes: int = 1, length: int = 2048) -> Job:
+def planned(model: str, file: str, *, gpus: int = 8, nodes: int = 1, length: int = 2048, **sections: object) -> Job:
     sizes, path = load_sizes(model), strategy.CONFIG_FOLDER / file
-    resolved = strategy.resolve_config(
-        strategy.read_config(path), path, world_size=gpus * nodes, num_experts=sizes.n_routed_experts, max_steps=10
-    )
+    config = {**strategy.read_config(path), **sections}
+    resolved = strategy.resolve_config(config, path, world_size=gpus * nodes, num_experts=sizes.n_routed_experts, max_steps=10)
     return job_from(sizes, resolved, ranks=gpus * nodes, ranks_per_node=gpus, sequence_length=length)
 
 
@@ -50,6 +49,15 @@ def test_the_least_change_that_helps() -> None:
     fewest = min(len(changes(job, v)) for v in variants(job) if candidate(v, device).is_safe)
     assert len(changes(job, found.job)) == fewest == 1
     assert changes(job, job) == {} and least_change(job, find_device("b200")).job == job  # type: ignore[union-attr]
+
+
+def test_compiled_regions_are_not_proposed_with_zero_3() -> None:
+    """Training refuses the two together; there stage 3 is the fastest on this card."""
+    device = find_device("h100-pcie")
+    assert search(planned("800m", "ep8_zero2.json"), device)[0].job.zero_stage == 3
+    compiled = planned("800m", "ep8_zero2.json", compile={"autoep_non_moe": True})
+    assert {one.zero_stage for one in variants(compiled)} == {1, 2}
+    assert {one.job.zero_stage for one in search(compiled, device)} == {1, 2}
 
 
 def test_nothing_fits_a_model_that_is_too_large() -> None:

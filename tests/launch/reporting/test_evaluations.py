@@ -45,6 +45,17 @@ def test_generations_beside_a_result_one_a_problem_passed_first(tmp_path: Path) 
     assert found.generations[0].text == "return 'second'\n" and found.generations[0].passed is True
 
 
+def test_each_evaluation_of_a_folder_has_its_own_generations(tmp_path: Path) -> None:
+    """As the README's commands leave them: a loss, HumanEval, and MBPP with a file of samples of its own."""
+    (tmp_path / "evaluation.json").write_text('{"loss": 1.0}')
+    for name, samples in (("humaneval.json", "samples.jsonl"), ("mbpp [1].json", "mbpp.samples.jsonl")):
+        results = samples + "_results.jsonl"
+        (tmp_path / name).write_text(json.dumps({"pass@1": 0.5, "results_file": f"elsewhere/{results}"}))
+        write_lines(tmp_path / results, [{"task_id": name, "completion": "x", "passed": True}])
+    found = {one.name: [g.title for g in one.generations] for one in find_evaluations(tmp_path)}
+    assert found == {"evaluation.json": [], "humaneval.json": ["humaneval.json"], "mbpp [1].json": ["mbpp [1].json"]}
+
+
 def test_damaged_samples_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "e.json").write_text('{"pass@1": 0.5}')
     (tmp_path / "samples.jsonl").write_bytes(
