@@ -24,6 +24,8 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_COPY_BYTES = 4 << 30
 _UNIT = 512
 _REGULAR = (b"0", b"\0", b"7")
+#: Links, devices, folders and FIFOs: a size in such a header is another file's or a hint, and no content follows it.
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
 
 ReadFile = Callable[[Source, int, Position, ReadOptions], Iterator[Block]]
 
@@ -67,6 +69,7 @@ def members(stream: Readable) -> Iterator[Member]:
             raise Damage("the checksum of a member's header is wrong")
         kind, size = header[156:157], _number(header[124:136])
         size = _number_of(named["size"]) if "size" in named and kind in _REGULAR else size
+        size = 0 if kind in _WITHOUT_CONTENT else size
         if kind in (b"x", b"L"):
             named |= _extended(kind, _read(stream, size, limit=MAX_HEADER_BYTES))
             _padding(stream, size)

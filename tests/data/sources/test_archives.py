@@ -198,6 +198,24 @@ def test_links_and_devices_are_no_documents(tmp_path: Path) -> None:
     assert read_file(tmp_path / "x.tar") == (TEXTS, [])
 
 
+@pytest.mark.parametrize(
+    "kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE]
+)
+def test_the_size_of_what_has_no_content_hides_no_member(kind: bytes, tmp_path: Path) -> None:
+    """Old writers give a hard link its file's size, and folders one as a hint: the member after it was skipped without a word."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for number, text in enumerate(TEXTS):
+            info = tarfile.TarInfo(f"{number}.py")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+            link = tarfile.TarInfo(f"{number}.link")
+            link.type, link.linkname, link.size = kind, info.name, len(text)
+            archive.addfile(link)
+    (tmp_path / "x.tar").write_bytes(file.getvalue())
+    assert read_file(tmp_path / "x.tar") == (TEXTS, [])
+
+
 def test_any_bytes_behind_a_header_end_in_documents_or_reasons(tmp_path: Path) -> None:
     rng, kinds = random.Random(0), set()
     data = make_tar(MEMBERS)
