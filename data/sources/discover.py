@@ -27,6 +27,8 @@ ALL_DATA_SUFFIXES = (*DATA_SUFFIXES, ".json")
 SOURCE_SUFFIXES = (".py",)
 #: Folders without code that anyone wrote for this project: version control, caches, installed packages.
 SKIPPED_FOLDERS = frozenset({".git", ".hg", ".svn", "__pycache__", "node_modules", "site-packages", "dist-packages"})
+#: What ends the path of a folder that cannot be looked into.
+UNREADABLE = os.sep
 STDLIB_SKIPPED_FOLDERS = SKIPPED_FOLDERS | {"test", "tests", "idlelib"}
 
 
@@ -86,13 +88,21 @@ def _expand(text: str, exclude: Path | None, suffixes: tuple[str, ...]) -> list[
 
 
 def _glob(pattern: str, suffixes: tuple[str, ...], exclude: Path | None) -> list[Source]:
-    paths = sorted(glob.glob(pattern, recursive=True))
+    paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if not _lies_in(path, exclude)]
     if not paths:
         raise NotFound(f"no input matches {pattern}")
     found: list[Source] = []
     for path in map(Path, paths):
         found += _folder(path, suffixes, exclude) if path.is_dir() else [_named(path, suffixes)]
     return found
+
+
+def _lies_in(path: str, folder: Path | None) -> bool:
+    """A glob over a folder finds the job's own output in it as soon as there is one."""
+    if folder is None:
+        return False
+    whole = Path(path).resolve()
+    return folder == whole or folder in whole.parents
 
 
 def _named(path: Path, suffixes: tuple[str, ...]) -> Source:
@@ -123,8 +133,8 @@ def _folder(folder: Path, suffixes: tuple[str, ...], exclude: Path | None) -> li
         )
     if sources:
         return [_tree(folder, suffixes, SKIPPED_FOLDERS, exclude)]
-    found = [name for name in names if name.endswith(ALL_DATA_SUFFIXES)]
-    others = tuple(name for name in names if not name.endswith(ALL_DATA_SUFFIXES))
+    found = [name for name in names if name.endswith((*ALL_DATA_SUFFIXES, UNREADABLE))]
+    others = tuple(name for name in names if not name.endswith((*ALL_DATA_SUFFIXES, UNREADABLE)))
     if not found:
         held = f"; it holds {describe_endings(others)}" if others else ""
         archives = f"; name archives themselves, as '{folder}/*.tar*'" if any(".tar" in name for name in others) else ""
@@ -144,8 +154,8 @@ def _tree(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str], exclud
     if not root.is_dir():
         raise NotFound(f"no folder at {root}")
     names = list(_walk(root, skipped, exclude))
-    files = tuple(name for name in names if name.endswith(suffixes))
-    others = tuple(name for name in names if not name.endswith(suffixes))
+    files = tuple(name for name in names if name.endswith((*suffixes, UNREADABLE)))
+    others = tuple(name for name in names if not name.endswith((*suffixes, UNREADABLE)))
     if not files:
         held = f"; it holds {describe_endings(others)}: name their endings with --suffixes" if others else ""
         raise NotFound(f"no {' '.join(suffixes)} files in {root}{held}")
@@ -154,9 +164,19 @@ def _tree(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str], exclud
 
 
 def _walk(root: Path, skipped: frozenset[str], exclude: Path | None) -> Iterable[str]:
-    """Relative paths of all files, sorted; links to folders are not followed, so a loop cannot trap us."""
-    names = []
-    for folder, folders, files in os.walk(root):
+    """Relative paths of all files, sorted; links to folders are not followed, so a loop cannot trap us.
+
+    A folder that cannot be looked into comes by its own path and UNREADABLE: for the reader to report, or it would be missing
+    without a word.
+    """
+    names: list[str] = []
+
+    def keep(error: OSError) -> None:
+        if os.fspath(error.filename) == os.fspath(root):
+            raise error
+        names.append(os.path.relpath(error.filename, root) + UNREADABLE)
+
+    for folder, folders, files in os.walk(root, onerror=keep):
         folders[:] = [f for f in folders if f not in skipped and (exclude is None or Path(folder, f).resolve() != exclude)]
         # macOS puts metadata beside each file on foreign disks, as `._NAME`.
         names += [os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith("._")]

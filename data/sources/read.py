@@ -71,7 +71,10 @@ class Kind(NamedTuple):
 def sniff(path: str, name: str = "") -> Kind:
     """What the file at `path` is, by its first bytes: `name` may lie. Raises Fault for what is not read."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise Fault("folder that cannot be looked into")
+        if not stat.S_ISREG(mode):
             raise Fault("not a regular file")
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)

@@ -35,6 +35,8 @@ def read_file(path: str) -> bytes:
     """The whole file. Raises Fault for what is none, cannot be read or is larger than MAX_LINE_BYTES."""
     try:
         status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise Fault("folder that cannot be looked into")
         if not stat.S_ISREG(status.st_mode):
             raise Fault("not a regular file")
         if status.st_size > blocks.MAX_LINE_BYTES:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,10 +51,58 @@ def test_the_output_folder_is_never_read(tmp_path: Path) -> None:
     assert len(find_sources([str(tmp_path)], exclude=tmp_path / "out")) == 1
 
 
+@pytest.mark.parametrize("pattern", ["*", "**/*.jsonl", "sub/../*"])
+def test_a_glob_over_the_output_folder_does_not_read_it(pattern: str, tmp_path: Path) -> None:
+    """A killed job could not go on, nor a finished one be found finished: its own lists were new input."""
+    touch(tmp_path, "a.jsonl", "sub/b.jsonl")
+    before = find_sources([f"{tmp_path}/{pattern}"], exclude=tmp_path / "out")
+    touch(tmp_path, "out/rejected.jsonl", "out/tokenizer/tokenizer.json", "out.jsonl")
+    after = find_sources([f"{tmp_path}/{pattern}"], exclude=tmp_path / "out")
+    names = [os.path.relpath(source.name, tmp_path) for source in after]
+    assert [name for name in names if name != "out.jsonl"] == [
+        os.path.relpath(s.name, tmp_path) for s in before
+    ] and "out.jsonl" in names
+    assert len(find_sources([f"{tmp_path}/{pattern}"])) == len(after) + (2 if pattern != "**/*.jsonl" else 1)
+
+
 def test_links_in_a_loop_end(tmp_path: Path) -> None:
     touch(tmp_path, "a/x.py")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert find_sources([str(tmp_path)])[0].files == ("a/x.py",)
+
+
+def locked(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As for somebody who may not look into it; root, as whom tests may run, always may."""
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if str(path) == str(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+@pytest.mark.parametrize("kind", ["tree", "data"])
+def test_a_folder_that_cannot_be_looked_into_is_counted(
+    kind: str, tmp_path: Path, preprocess: Any, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All below it was missing without a word, and the job was called complete."""
+    root, line = tmp_path / "in", '{"content": "x = 1"}\n'
+    touch(root, "secret/b.py", "other.txt")
+    (root / ("a.py" if kind == "tree" else "a.jsonl")).write_text(line)
+    locked(monkeypatch, root / "secret")
+    flags = ["--tokenizer", tokenizer_file, "--validation_fraction", 0]
+    code, out, err = preprocess("--input", root, "--output", tmp_path / "out", *flags)
+    assert code == 0 and f"{root}/secret" in err and "folder that cannot be looked into" in err and "(1 .txt) left out" in out
+    documents = json.loads((tmp_path / "out" / "manifest.json").read_text())["documents"]
+    assert documents["rejected"] == {"folder that cannot be looked into": 1}
+    assert preprocess("--input", root, "--output", tmp_path / "out", *flags)[0] == 0
+    code, _, err = preprocess("--input", root, "--output", tmp_path / "strict", "--on_error", "fail", *flags)
+    assert code == 2 and "secret" in err
+    locked(monkeypatch, root)
+    code, _, err = preprocess("--input", root, "--output", tmp_path / "none", *flags)
+    assert code == 2 and "Permission denied" in err and err.count("\n") == 1
 
 
 def test_stdlib_has_no_packages_tests_or_idle() -> None:
