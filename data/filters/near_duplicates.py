@@ -19,8 +19,8 @@ _LENGTH = struct.Struct("<H")
 
 
 def shingles(text: str) -> set[str]:
-    """The runs of five words; one run of all there are in a shorter text."""
-    words = WORD.findall(text)
+    """The runs of five words; one run of all there are in a shorter text, and a text without words is one itself."""
+    words = WORD.findall(text) or [text]
     return {" ".join(words[i : i + WORDS]) for i in range(max(len(words) - WORDS + 1, 1))}
 
 

@@ -54,3 +54,10 @@ def test_near_duplicates_are_deterministic_and_survive_a_journal(texts: list[str
     more = signatures([*(changed(t, 0.005, 1) for t in texts[:30]), *texts[30:60]])
     answers = [first.is_new(s) for s in more]
     assert answers == [second.is_new(s) for s in more] and 5 < sum(answers) < 55
+
+
+def test_texts_without_words_are_not_one_another() -> None:
+    """Of all files of punctuation (brainfuck, drawings of ASCII) only the first was kept."""
+    near = NearDuplicates()
+    found = [near.is_new(s) for s in signatures(["+++[>++<-]>.", "->+<[-]..,,", "{}();", "->+<[-]..,,", "x", "{}()"])]
+    assert found == [True, True, True, False, True, True]
