@@ -9,7 +9,7 @@ import numpy as np
 from data.filters.contamination import Contamination
 from data.filters.near_duplicates import signatures
 from data.filters.rules import Rule, codeparrot, license_rule
-from data.sources.blocks import Block, Position, Rejection
+from data.sources.blocks import Block, Position, Rejection, field_of
 from data.sources.documents import Document, content_key, read_documents, split_document, utf8_length
 from data.tokens.encoder import make_encoder
 from data.tokens.fim import FimOptions, arrange
@@ -81,7 +81,7 @@ class Worker:
         self.encoder = make_encoder(options.tokenizer_json, options.encoder)
         self.rules: list[Rule] = [codeparrot] if options.filter == "codeparrot" else []
         if options.licenses:
-            self.rules.append(license_rule(options.licenses, options.license_field))
+            self.rules.append(license_rule(options.licenses, options.license_field, field_of))
         if options.contamination:
             self.rules.append(options.contamination)
 

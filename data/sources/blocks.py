@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -83,3 +84,20 @@ class ReadOptions:
 
 def too_long() -> str:
     return f"line longer than {MAX_LINE_BYTES} bytes"
+
+
+#: What `field_of` answers where there is no such field; None is a value of JSON.
+MISSING = object()
+
+
+def field_of(row: Mapping[str, Any], name: str) -> Any:
+    """The field of this name; where there is none and the name has dots, the field inside objects that they lead to."""
+    if name in row:
+        return row[name]
+    outer, dot, inner = name.partition(".")
+    while dot:
+        if isinstance(row.get(outer), Mapping):
+            return field_of(row[outer], inner)
+        more, dot, inner = inner.partition(".")
+        outer = f"{outer}.{more}"
+    return MISSING

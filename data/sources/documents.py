@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from data.sources import blocks
-from data.sources.blocks import Block, Fault, Rejection, Row
+from data.sources.blocks import MISSING, Block, Fault, Rejection, Row, field_of
 from data.sources.formats import bare_line, check_text
 
 #: Why a text of nothing but white space is refused. A source tree has many such files, so no warning names them.
@@ -113,23 +113,6 @@ def parse_json(line: bytes) -> Any:
         # A number of more than 4,300 digits is a plain ValueError.
         reason = "broken JSON" if isinstance(error, json.JSONDecodeError) else "JSON number too long"
         raise Refused(reason) from None
-
-
-#: What `field_of` answers where there is no such field; None is a value of JSON.
-MISSING = object()
-
-
-def field_of(row: Mapping[str, Any], name: str) -> Any:
-    """The field of this name; where there is none and the name has dots, the field inside objects that they lead to."""
-    if name in row:
-        return row[name]
-    outer, dot, inner = name.partition(".")
-    while dot:
-        if isinstance(row.get(outer), Mapping):
-            return field_of(row[outer], inner)
-        more, dot, inner = inner.partition(".")
-        outer = f"{outer}.{more}"
-    return MISSING
 
 
 def _text(row: dict[str, Any], text_field: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from data.cli import UserError
 from data.sources import blocks
-from data.sources.blocks import Block, Position, ReadOptions, Rejection, Row
+from data.sources.blocks import MISSING, Block, Position, ReadOptions, Rejection, Row, field_of
 from data.sources.discover import Source
 
 #: In place of a value that is longer than any document may be.
@@ -34,10 +34,11 @@ def _hub_rows(name: str, skip: int, options: ReadOptions) -> Iterator[dict[str, 
 
     datasets.disable_progress_bars()
     stream = datasets.load_dataset(name, split=options.hub_split, streaming=True)
-    if stream.column_names and options.columns[0] not in stream.column_names:
-        raise UserError(f"no column {options.columns[0]}, only {', '.join(stream.column_names)}")
+    wanted, known = options.columns[0], stream.column_names
+    if known and not any(wanted == name or wanted.startswith(f"{name}.") for name in known):
+        raise UserError(f"no column {wanted}, only {', '.join(known)}")
     for row in stream.skip(skip) if skip else stream:
-        yield {c: row.get(c) for c in options.columns if c in row}
+        yield {c: value for c in options.columns if (value := field_of(row, c)) is not MISSING}
 
 
 def row_blocks(rows: Iterator[dict[str, Any]], source: Source, number: int, here: Position) -> Iterator[Block]:

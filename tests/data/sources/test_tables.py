@@ -92,6 +92,25 @@ def test_hub_names_through_datasets_streaming(
     assert found == documents(preprocess, tokenizer_file, tmp_path / "b", path, flags=("--licenses", "mit")) and len(found) == 40
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_nested_fields_are_found_in_every_kind_of_table(
+    kind: str, tmp_path: Path, preprocess: Any, tokenizer_file: Path, rows: list[dict]
+) -> None:
+    """In JSON Lines a nested license was not seen, and every document went as one of unknown license."""
+    nested = [{"meta": {"text": r["content"], "info": {"license": r["license"]}}} for r in rows]
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(nested), folder / "train.parquet")
+    else:
+        write_rows(folder / "train.jsonl", nested)
+    source = f"hub:{folder}" if kind == "hub" else next(folder.iterdir())
+    flags = ("--text_field", "meta.text", "--licenses", "mit", "--license_field", "meta.info.license")
+    found = documents(preprocess, tokenizer_file, tmp_path / "a", source, flags=flags)
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    assert found == documents(preprocess, tokenizer_file, tmp_path / "b", path, flags=("--licenses", "mit")) and len(found) == 40
+
+
 def test_a_hub_stream_that_breaks_stops_the_job_and_is_taken_up(
     tmp_path: Path, preprocess: Any, tokenizer_file: Path, rows: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
