@@ -78,7 +78,9 @@ class Worker:
 
     def __init__(self, options: WorkOptions) -> None:
         self.options = options
-        self.encoder = make_encoder(options.tokenizer_json, options.encoder)
+        fim = options.fim
+        ours = (options.eos_token_id, *((fim.prefix, fim.middle, fim.suffix) if fim else ()))
+        self.encoder = make_encoder(options.tokenizer_json, options.encoder, ours)
         self.rules: list[Rule] = [codeparrot] if options.filter == "codeparrot" else []
         if options.licenses:
             self.rules.append(license_rule(options.licenses, options.license_field, field_of))

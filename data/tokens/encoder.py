@@ -15,6 +15,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -56,12 +57,13 @@ class Encoder(Protocol):
 
 
 class ReferenceEncoder:
-    """The tokenizers library itself. Special tokens spelled in a text stay text."""
+    """The tokenizers library itself. Special tokens spelled in a text stay text, and so do those of the ids `ours`, which are put
+    between texts: a file that does not call its end of text special would have documents end where they speak of it."""
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: str, ours: Sequence[int] = ()) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.tokenizer = Tokenizer.from_str(_with_special(tokenizer_json, ours))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
@@ -72,6 +74,14 @@ class ReferenceEncoder:
 
     def encode(self, texts: Sequence[str], end_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _join([_followed(ids, token) for ids, token in zip(self.ids(texts), end_ids, strict=True)])
+
+
+def _with_special(tokenizer_json: str, ids: Sequence[int]) -> str:
+    content = orjson.loads(tokenizer_json)
+    plain = [token for token in content.get("added_tokens") or [] if token["id"] in ids and not token.get("special")]
+    for token in plain:
+        token["special"] = True
+    return orjson.dumps(content).decode() if plain else tokenizer_json
 
 
 class Piece(NamedTuple):
@@ -233,6 +243,19 @@ def _complete(content: dict[str, Any]) -> int:
     return size
 
 
+@cache
+def safe_symbols() -> list[str]:
+    """What byte-level BPE calls the bytes of SAFE_RANGES.
+
+    A tokenizer trained without `initial_alphabet` lacks those that it has not seen, and the library leaves them out of a text.
+    """
+    from tokenizers import pre_tokenizers
+
+    text = "".join(chr(c) for low, high in SAFE_RANGES for c in range(low, high + 1))
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return sorted({symbol for word, _ in words for symbol in word})
+
+
 def unsafe_pattern() -> re.Pattern[str]:
     """Matches a code point outside SAFE_RANGES, unassigned, or a number (which digit splitting would cut) beyond 0 to 9."""
     chars = (chr(c) for low, high in SAFE_RANGES for c in range(low, high + 1))
@@ -269,7 +292,7 @@ def can_be_fast(tokenizer_json: str) -> bool:
         and model.get("type", "BPE") == "BPE"
         and not any(model.get(option) for option in _UNKNOWN_OPTIONS)
         and all(token.get("special") for token in content.get("added_tokens", []))
-        and all(digit in model["vocab"] for digit in DIGITS)
+        and all(symbol in model["vocab"] for symbol in safe_symbols())
         # gigatoken has 16 bytes for each id up to the largest, and ends the process where there is no room for them
         and max(model["vocab"].values()) < SPARSE_MOST * len(model["vocab"])
         # gigatoken refuses two tokens of one id, or takes one of them: which, changes from run to run
@@ -277,9 +300,9 @@ def can_be_fast(tokenizer_json: str) -> bool:
     )
 
 
-def make_encoder(tokenizer_json: str, backend: str = "auto") -> Encoder:
-    """`auto`: the fast path where it applies; `reference`: always the tokenizers library."""
-    reference = ReferenceEncoder(tokenizer_json)
+def make_encoder(tokenizer_json: str, backend: str = "auto", ours: Sequence[int] = ()) -> Encoder:
+    """`auto`: the fast path where it applies; `reference`: always the tokenizers library. `ours`: as of ReferenceEncoder."""
+    reference = ReferenceEncoder(tokenizer_json, ours)
     if backend == "auto" and can_be_fast(tokenizer_json):
         try:
             return FastEncoder(tokenizer_json, reference)

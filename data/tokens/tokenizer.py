@@ -121,6 +121,8 @@ def lossy_example(tokenizer: Any) -> tuple[str, str] | None:
 def fingerprint(text: str) -> str:
     """sha256 of what decides the ids: white space, key order and the two spellings of merges make no difference."""
     content = orjson.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
     content = {k: content.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     model = content["model"]
     if isinstance(model, dict) and "merges" in model:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import change, read_documents, run
+from data_helpers import change, read_documents, run, write_rows
+from tokenizers import Tokenizer
 
 from data.verify import verify
 
@@ -20,6 +21,28 @@ def test_sound_shards_verify(sound_shards: Path) -> None:
     done = run(sound_shards, script="data/verify.py")
     assert done.returncode == 0 and "all sound" in done.stdout
     assert len(read_documents(sound_shards)) > 20
+
+
+@pytest.mark.parametrize("fim", [0, 1])
+def test_a_text_that_spells_an_end_token_that_is_not_special(
+    fim: int, tmp_path: Path, preprocess: Any, tokenizer_text: str
+) -> None:
+    """Its document ended there, and shards just made were called damaged."""
+    content = json.loads(tokenizer_text)
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "end, prefix = '<|endoftext|>', '<fim_prefix>'"
+    write_rows(tmp_path / "x.jsonl", [{"content": text}])
+    flags = ["--tokenizer", tmp_path / "tokenizer.json", "--validation_fraction", 0, "--fim_rate", fim]
+    code, _, err = preprocess("--input", tmp_path / "x.jsonl", "--output", tmp_path / "out", *flags)
+    assert code == 0 and verify(tmp_path / "out") == [], err
+    (ids,) = read_documents(tmp_path / "out")
+    # Without --fim_rate the tokens for it are whatever the file makes of them.
+    assert [ids.count(special) for special in range(4)] == [1, 1, fim, fim] and ids[-1] == 0
+    if not fim:
+        plain = Tokenizer.from_str(tokenizer_text)
+        assert plain.decode(ids[:-1], skip_special_tokens=False) == text
 
 
 def resum(folder: Path) -> None:
@@ -51,6 +74,11 @@ def resum(folder: Path) -> None:
         (lambda f: change(f / IDX, -8, b"\x01"), True, f"{IDX}: document numbers that do not count up"),
         (lambda f: (f / "train" / "shard_000099.bin").touch(), False, "shard_000099.bin is not in the manifest"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), False, "tokenizer.json cannot be read"),
+        (
+            lambda f: (f / "tokenizer" / "tokenizer.json").write_text("[]"),
+            False,
+            "tokenizer.json cannot be read: it is not a JSON object",
+        ),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text('{"model": 1}'), False, "not the tokenizer these shards"),
     ],
 )

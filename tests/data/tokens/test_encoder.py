@@ -10,10 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import ROOT, shared_data
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data.cli import drain
-from data.tokens.encoder import NO_TOKEN, FastEncoder, ReferenceEncoder, _complete, can_be_fast, make_encoder
+from data.tokens.encoder import (
+    NO_TOKEN,
+    SAFE_RANGES,
+    FastEncoder,
+    ReferenceEncoder,
+    _complete,
+    can_be_fast,
+    make_encoder,
+    safe_symbols,
+)
 
 HARD = [
     "",
@@ -175,6 +184,30 @@ def test_what_gigatoken_refuses_goes_to_the_library_in_one_line(
     monkeypatch.setattr("data.tokens.encoder._splits_digits", lambda content: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a fault of ours stays one
         make_encoder(tokenizer_text)
+
+
+def test_a_tokenizer_without_some_bytes_goes_to_the_library(texts: list[str]) -> None:
+    """As the library trains one by default, without the bytes that it has not seen; the first of them in a text ended the job."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.train_from_iterator(["def f(x):\n    return x + 1234567890\n"] * 9, trainer)
+    text = tokenizer.to_str()
+    encoder = make_encoder(text)
+    samples = ["def f(x)", "Z = 7 \0 é", "\u65e5", *texts[:3]]
+    assert not can_be_fast(text) and isinstance(encoder, ReferenceEncoder)
+    assert documents(encoder, samples, [0] * 6) == [[*library_ids(tokenizer, t), 0] for t in samples]
+    assert documents(encoder, samples[2:3], [0]) == [[0]]
+
+
+def test_the_bytes_of_safe_texts(starcoder2: str) -> None:
+    """Counted once more by hand; StarCoder2's, which lacks those that no text has, stays fast."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbol = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    seen = {byte for low, high in SAFE_RANGES for code in range(low, high + 1) for byte in chr(code).encode()}
+    assert set(safe_symbols()) == {symbol[byte] for byte in seen} and 180 < len(seen) < 256
+    assert can_be_fast(starcoder2)
 
 
 def test_an_id_far_beyond_the_others_goes_to_the_library(tokenizer_text: str) -> None:
