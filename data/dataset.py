@@ -77,6 +77,12 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                     f"{other.folder} was made with tokenizer {other.manifest['tokenizer']['name']} and {first.folder} with "
                     f"{first.manifest['tokenizer']['name']}: shards of one run must have the same tokenizer"
                 )
+            ends = [s.manifest["tokenizer"]["eos_token_id"] for s in (other, first)]
+            if ends[0] != ends[1]:  # one tokenizer.json, and two configurations beside it that name its end of text
+                raise UserError(
+                    f"documents end with token {ends[0]} in {other.folder} and with {ends[1]} in {first.folder}: preprocess one of "
+                    "them again with the other's tokenizer folder"
+                )
 
     def _check_lengths(self) -> None:
         short = [s for s, n in zip(self.streams, self.samples, strict=True) if n == 0]

@@ -221,6 +221,12 @@ def test_mistakes_are_sentences(folder: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             PackedDataset(sources, split="train", sequence_length=16)
+    third = make(tmp_path / "c", random_documents(2))
+    assert len(PackedDataset([folder, third], split="train", sequence_length=16).streams) == 2
+    path = third / "manifest.json"
+    path.write_text(path.read_text().replace('"eos_token_id": 0', '"eos_token_id": 4'))
+    with pytest.raises(ValueError, match=r"documents end with token 4 in .*c and with 0 in .*a: preprocess one of them again"):
+        PackedDataset([folder, third], split="train", sequence_length=16)
     with pytest.raises(ValueError, match="a sample of 100000 needs 100001"):
         PackedDataset([folder], split="train", sequence_length=100_000)
 
