@@ -8,6 +8,7 @@ python launch/report.py runs/first --follow
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ python launch/report.py runs/first runs/second --output comparison.html
 python launch/report.py runs/first --follow
 """
 SECONDS_MOST = 86_400
+PAGE_BEGINS = b"<!doctype html>"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +67,15 @@ def write_report(arguments: argparse.Namespace, output: Path) -> list[Run]:
     return runs
 
 
+def check_output(path: Path) -> None:
+    """Raises `UserError` for what a page would destroy: a run's metrics, an evaluation, anything that is no page itself."""
+    check_replaceable(path)
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(len(PAGE_BEGINS)) != PAGE_BEGINS:
+                raise UserError(f"--output {path} exists and is no page of launch/report.py; name another file")
+
+
 def wait_for_rows(folders: list[Path]) -> None:
     """A run makes its folder, reads its data, builds its engine, and only then logs: until then there is nothing to show."""
     starting = [folder for folder in folders if _is_starting(folder)]
@@ -85,11 +96,12 @@ def main() -> int:
     if not 1 <= arguments.seconds <= SECONDS_MOST:
         raise UserError(f"--seconds must be at least 1 and at most {SECONDS_MOST:,}, not {arguments.seconds:g}")
     if output.parent.is_dir():  # else it is made, if there is a run to report
-        check_replaceable(output)
+        check_output(output)
     if arguments.follow:
         wait_for_rows(arguments.runs)
     runs = write_report(arguments, output)
-    print(f"wrote {output} ({output.stat().st_size / 1000:,.0f} KB); open it in a browser", flush=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads; the page is written all the same
+        print(f"wrote {output} ({output.stat().st_size / 1000:,.0f} KB); open it in a browser", flush=True)
     while arguments.follow and any(map(goes_on, runs)):
         time.sleep(arguments.seconds)
         runs = write_report(arguments, output)

@@ -74,6 +74,12 @@ def task_of(arguments: argparse.Namespace) -> tuple[str, Path | None] | None:
     return (found[0][0], None if found[0][1] == PACKAGED else found[0][1]) if found else None
 
 
+def samples_path(arguments: argparse.Namespace) -> Path:
+    """Where the samples of a task are, or will be."""
+    path: Path = arguments.score or arguments.samples_file or (arguments.output or Path("e.json")).with_name("samples.jsonl")
+    return path
+
+
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together."""
     task = task_of(arguments)
@@ -87,6 +93,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--{task[0]} runs code that a model wrote; if that is what you want, add --allow_code_execution")
     if task and not arguments.score and not (arguments.output or arguments.samples_file):
         raise UserError(f"--{task[0]} writes samples.jsonl beside --output, which is missing")
+    others = [samples_path(arguments), task[1]] if task else []
+    if arguments.output and any(one and one.resolve() == arguments.output.resolve() for one in others):
+        raise UserError(f"--output {arguments.output} would replace the samples or problems of that name; name another file")
     if arguments.batch_size < 1 or arguments.execution_timeout < 1:
         raise UserError("--batch_size and --execution_timeout must be at least 1")
     for name in ("eval_batches", "problems", "workers"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from data.cli import UserError
 from data.files import check_replaceable, replace_file
-from launch.evaluation.arguments import task_of
+from launch.evaluation.arguments import samples_path, task_of
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.scoring import available_cores, prepare_isolation, score
@@ -26,9 +26,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     limits = Limits(seconds=arguments.execution_timeout)
     isolation = prepare_isolation(arguments.isolation, limits, required=arguments.require_isolation) if task else None
     result: dict[str, Any] = {}
-    samples_file: Path = (
-        arguments.score or arguments.samples_file or (arguments.output or Path("e.json")).with_name("samples.jsonl")
-    )
+    samples_file = samples_path(arguments)
     if arguments.model and (arguments.data or not arguments.score):
         result |= with_model(arguments, task[0] if task else "", problems, samples_file)
     if task and isolation:

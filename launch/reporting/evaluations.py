@@ -71,8 +71,8 @@ def _interval(value: Any) -> list[tuple[float, float]]:
 
 
 def generations_beside(path: Path, results: Any = None) -> list[Generation]:
-    """The first of `results` (the path that the evaluation notes; its folder may have moved), `NAME.samples.jsonl_results.jsonl` and
-    the like: executed ones before those that were only written."""
+    """The first of `results` (the path that the evaluation notes; its folder may have moved), `NAME.samples.jsonl_results.jsonl`
+    and the like: executed ones before those that were only written."""
     stem = glob.escape(path.name.removesuffix(".json"))
     noted = [glob.escape(Path(results).name)] if isinstance(results, str) and results else []
     for pattern in (*noted, f"{stem}*_results.jsonl", f"{stem}*samples*.jsonl", "*samples*_results.jsonl", "*samples*.jsonl"):

@@ -156,6 +156,12 @@ MISTAKES = [
     (["--score", "nowhere.jsonl", "--humaneval", "FILE", "--allow_code_execution"], "--score nowhere.jsonl: there is no such file"),
     (["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution"], "beside --output, which is missing"),
     (["--model", "EXPORTED", "--humaneval", "FILE", "--mbpp", "FILE"], "not allowed with"),
+    (["--score", "e.json", "--humaneval", "FILE", "--allow_code_execution", "--output", "e.json"], "would replace the samples"),
+    (["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution", "--output", "FILE"], "samples or problems of that"),
+    (
+        ["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution", "--output", "samples.jsonl"],
+        "--output samples.jsonl would replace",
+    ),
     (["--model", "EXPORTED", "--data", "SHARDS", "--batch_size", "0"], "must be at least 1"),
     (["--model", "EXPORTED", "--data", "SHARDS", "--eval_batches", "-1"], "--eval_batches must be 0 or more"),
 ]

@@ -48,6 +48,7 @@ def test_several_runs_of_one_name_into_a_file_elsewhere(tmp_path: Path) -> None:
         (["{}/run", "--evaluation", "{}/run/config.json"], "is not a result of launch/evaluate.py"),
         *((["{}/run", "--follow", "--seconds", bad], "--seconds must be at least 1") for bad in ("0", "nan", "1e400")),
         (["{}/run", "--output", "/dev/null"], "/dev/null"),
+        (["{}/run", "--output", "{}/run/metrics.jsonl"], "metrics.jsonl exists and is no page"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
@@ -55,6 +56,15 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentenc
     done = report(*(argument.format(tmp_path) for argument in arguments))
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "launch/report.py", write_run(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "run" / "report.html").exists()
 
 
 def test_follow_writes_anew_until_the_run_is_done(tmp_path: Path) -> None:
