@@ -3,7 +3,7 @@
 SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGXCPU on any rank (Slurm sends SIGUSR1 with `--signal=B:USR1@300`, Grid Engine SIGUSR2
 with `-notify`, the kernel SIGXCPU at the soft limit of CPU time) set a flag; the trainer adds the flags of all ranks to the one
 all-reduce that every step makes anyway, so all ranks stop after the same step, save one checkpoint and exit with code 0. A second
-signal stops at once, also a rank that waits in a collective for one that hangs: there
+signal (a SIGTERM after ECHO_SECONDS) stops at once, also a rank that waits in a collective for one that hangs: there
 Python's own handlers never run, so a thread reads the signals. SIGHUP, an ssh session that ends, is ignored: training goes on.
 """
 
@@ -18,8 +18,9 @@ from data.cli import say
 from launch.cli import end_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-#: One Ctrl-C reaches a rank twice, as the terminal's SIGINT and as the DeepSpeed launcher's SIGTERM: within this many seconds
-#: another kind of signal is the same request.
+#: One request reaches a rank several times. Ctrl-C: as the terminal's SIGINT and as the DeepSpeed launcher's SIGTERM. SIGTERM to a
+#: whole group (`timeout`, systemd, Slurm's end of a step, pdsh's `pkill`): its own, and its launcher's. Within this many seconds
+#: another kind of signal, or one more SIGTERM, is the same request.
 ECHO_SECONDS = 5.0
 
 
@@ -62,7 +63,8 @@ class StopRequest:
         now = time.monotonic()
         if self._first is not None:
             first, when = self._first
-            if number == signal.SIGXCPU or (number != first and now - when < ECHO_SECONDS):
+            echoes = number != first or number == signal.SIGTERM
+            if number == signal.SIGXCPU or (echoes and now - when < ECHO_SECONDS):
                 return  # the kernel repeats SIGXCPU every second, until the hard limit kills
             say("second signal: stopping at once")
             end_at_once(128 + number)

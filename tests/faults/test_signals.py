@@ -48,11 +48,11 @@ def test_a_second_signal_stops_at_once(site: Site, tmp_path: Path) -> None:
     run = tmp_path / "run"
     running = site.start(run, pause_at="0/8/saving: writing")
     running.until_said("rank 0 pauses")
-    running.signal(signal.SIGTERM, [1])
+    running.signal(signal.SIGINT, [1])
     time.sleep(0.3)  # two signals that are pending together are one
-    running.signal(signal.SIGTERM, [1])
+    running.signal(signal.SIGINT, [1])
     running.until(lambda: 1 in running.poll(), "end of rank 1")
-    assert running.codes[1] == 128 + signal.SIGTERM
+    assert running.codes[1] == 128 + signal.SIGINT
     running.signal(signal.SIGCONT)
     running.wait()
     assert running.codes[0] == 1

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from support import ROOT
 
+from launch.run.stop import ECHO_SECONDS
+
 PROGRAM = """
 import time
 from types import SimpleNamespace
@@ -72,8 +74,20 @@ def test_a_terminal_that_goes_away_asks_nothing() -> None:
 
 def test_the_second_signal_stops_at_once() -> None:
     process = start(WAIT)
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout and process.stdout.readline() == "asked by SIGUSR1\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(10) == 128 + signal.SIGUSR1
+
+
+def test_sigterm_to_a_group_is_one_request_though_the_launcher_repeats_it() -> None:
+    """`timeout 10h deepspeed ...`, systemd: each process gets it, and each rank the launcher's as well."""
+    process = start(WAIT)
     process.send_signal(signal.SIGTERM)
     assert process.stdout and process.stdout.readline() == "asked by SIGTERM\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(ECHO_SECONDS + 0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 128 + signal.SIGTERM
 
@@ -81,12 +95,12 @@ def test_the_second_signal_stops_at_once() -> None:
 def test_the_second_signal_stops_a_process_that_waits_in_a_collective() -> None:
     """Deep in C++, where Python runs no handler: a store's `get` of a key that never comes."""
     process = start("import torch.distributed as d; print('waits', flush=True); d.HashStore().get('never')")
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout and process.stdout.readline() == "asked by SIGTERM\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout and process.stdout.readline() == "asked by SIGINT\n"
     assert process.stdout.readline() == "waits\n"
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 128 + signal.SIGTERM
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGINT
 
 
 def test_one_ctrl_c_arrives_as_two_signals_and_is_one_request() -> None:
