@@ -35,6 +35,7 @@ class StepHook:
     def __init__(self, engine: DeepSpeedEngine, *, clip: float = 0.0) -> None:
         self.engine, self.clip = engine, clip
         self.grad_norm = 0.0
+        self.overflowed = False  # fp16: gradients beyond its range, and the next step's loss scale is smaller
         self.reason: str | None = None
         self._reason_to_skip: ReasonToSkip = lambda _: None
         optimizer = engine.optimizer
@@ -57,6 +58,8 @@ class StepHook:
         self.engine.step()
         if self.reason is None and not self.engine.was_step_applied():
             self.reason = reason_to_skip(math.inf) or "the gradients are not finite"  # DeepSpeed saw it before the norm was taken
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        self.overflowed = getattr(scaler, "dynamic", False) and math.isinf(self.grad_norm)
         if self.reason is not None:
             self._drop_gradients()
         return self.reason
@@ -70,7 +73,8 @@ class StepHook:
                 optimizer.averaged_gradients[group] = None
 
     def _objects_to(self, norm: float) -> bool:
-        self.grad_norm = norm if norm >= 0 else math.inf  # DeepSpeed marks inf and NaN as -1
+        scale = getattr(self.engine.optimizer, "loss_scale", None) or 1.0  # the gradients' of fp16, still in them
+        self.grad_norm = norm / scale if norm >= 0 else math.inf  # DeepSpeed marks inf and NaN as -1
         self.reason = self._reason_to_skip(self.grad_norm)
         return self.reason is not None
 

@@ -134,7 +134,9 @@ def resolve_settings(
         resolved["compile"] = {**resolved.get("compile", {}), "autoep_non_moe": arguments.compile}
     check_compile(resolved, path, documents=arguments.document_mask)
     check_keys(resolved, path)
-    device = get_accelerator()
-    if strategy.Strategy.of(resolved).dtype == "float16" and not device.is_fp16_supported():
+    device, chosen = get_accelerator(), strategy.Strategy.of(resolved)
+    if chosen.dtype == "float16" and not device.is_fp16_supported():
         raise UserError(f"{path}: fp16.enabled: the {device.device_name().upper()} cannot train in fp16; use bf16.enabled")
+    if chosen.dtype == "float16" and chosen.zero_stage == 0:
+        raise UserError(f"{path}: fp16.enabled needs zero_optimization.stage 1, 2 or 3: without ZeRO no checkpoint can be written")
     return resolved

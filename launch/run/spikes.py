@@ -66,10 +66,13 @@ class SpikeDetector:
             window.append(value)
             del window[: max(0, len(window) - self.window)]
 
-    def skip_step(self) -> bool:
-        """Count a skipped step; True where the run should roll back."""
-        self.skipped_in_a_row += 1
+    def skip_step(self, *, in_a_row: bool = True) -> bool:
+        """Count a skipped step; True where the run should roll back. Not `in_a_row`: fp16 looks for its loss scale, which takes
+        some steps by design and says nothing about the run."""
         self.skipped_in_all += 1
+        if not in_a_row:
+            return False
+        self.skipped_in_a_row += 1
         return bool(self.rollback_after) and self.skipped_in_a_row >= self.rollback_after
 
     def forget_history(self) -> None:

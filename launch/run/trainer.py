@@ -191,7 +191,8 @@ class Trainer:
             f"step {self.position.step} skipped, weights unchanged: {reason_to_skip} "
             f"(samples {first_sample} to {self.position.samples - 1})"
         )
-        if self.spikes.skip_step():
+        rescaling = self.step_hook.overflowed and math.isfinite(loss)
+        if self.spikes.skip_step(in_a_row=not rescaling):
             self.roll_back(finite=math.isfinite(loss) and math.isfinite(self.step_hook.grad_norm))
         return metrics
 

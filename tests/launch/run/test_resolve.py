@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
+from support import ROOT
 
+from data.cli import UserError
 from launch.run.arguments import parse_arguments
-from launch.run.resolve import ResolvedRun, resolve_run
+from launch.run.resolve import ResolvedRun, resolve_run, resolve_settings
 from launch.run.session import identify
 
 OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
@@ -68,3 +73,14 @@ def test_the_end_of_a_text_is_the_tokenizers(tmp_path: Path) -> None:
     assert json.loads((OLD / "model.json").read_text())["eos_token_id"] is None
     run, _ = resolved(command(tmp_path))
     assert run.model.eos_token_id == json.loads((OLD / "tokens" / "manifest.json").read_text())["tokenizer"]["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize(("stage", "refused"), [(0, True), (1, False), (2, False), (3, False)])
+def test_fp16_without_zero_is_refused_at_the_start(stage: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trained to the end, and its first save ended the run."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    settings = json.loads((ROOT / "tests" / "fixtures" / "fp16.json").read_text()) | {"zero_optimization": {"stage": stage}}
+    flags: Any = SimpleNamespace(max_steps=9, compile=None, document_mask=False)
+    said = pytest.raises(UserError, match=r"fp16\.enabled needs zero_optimization\.stage 1, 2 or 3") if refused else nullcontext()
+    with said:
+        resolve_settings(settings, Path("fp16.json"), flags, world_size=1, num_experts=4)

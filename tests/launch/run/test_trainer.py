@@ -155,7 +155,7 @@ def balanced(rule: str, **more: Any) -> tuple[Any, Gate]:
         position=Position(),
         global_batch=8,
         arguments=SimpleNamespace(sequence_length=16, max_steps=10),
-        step_hook=SimpleNamespace(grad_norm=1.0),
+        step_hook=SimpleNamespace(grad_norm=1.0, overflowed=False),
         spikes=SpikeDetector(sigma=6, window=50, rollback_after=3),
         balancer=LoadBalancer.of(config, [gate]),
         health=Health(clip=1.0, interval=1),
@@ -201,3 +201,18 @@ def test_the_rate_of_balancing_decays_over_the_whole_run() -> None:
         Trainer.advance(trainer, 2.0, None)
         apart.append(float(gate.e_score_correction_bias.max() - gate.e_score_correction_bias.min()))
     assert apart == pytest.approx([0.02 * 0.95, 0.02 * 0.5])
+
+
+def test_looking_for_a_loss_scale_is_no_row_of_spikes() -> None:
+    """fp16 from 2^32, as many a JSON has it: a dozen steps overflow before one is taken. A loss that is not finite counts."""
+    trainer, _ = balanced("none")
+    trainer.step_hook = SimpleNamespace(grad_norm=math.inf, overflowed=True)
+    trainer.roll_back = lambda *, finite: pytest.fail("rolled back")
+    for _ in range(12):
+        Trainer.advance(trainer, 2.0, "gradient norm is inf")
+    assert (trainer.spikes.skipped_in_all, trainer.spikes.skipped_in_a_row, trainer.position.step) == (12, 0, 12)
+    asked: list[bool] = []
+    trainer.roll_back = lambda *, finite: asked.append(finite)
+    for _ in range(3):
+        Trainer.advance(trainer, math.nan, "loss is nan")
+    assert asked == [False]
