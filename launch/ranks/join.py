@@ -70,12 +70,19 @@ def _environment_from_mpi() -> None:
 
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = (socket.gethostbyname(socket.gethostname()), free_port()) if world.rank == 0 else None
+    address = (own_address(), free_port()) if world.rank == 0 else None
     host, port = world.bcast(address)
     on_one_host = local.size == world.size
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local.rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if on_one_host else host)
     os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def own_address() -> str:
+    """Of this host, for others. Debian's and Ubuntu's /etc/hosts give a host's own name a loopback address: then the name."""
+    name = socket.gethostname()
+    found = socket.gethostbyname(name)
+    return name if found.startswith("127.") else found
 
 
 def free_port() -> int:
@@ -119,6 +126,7 @@ def start(timeout: float, backend: str | None = None) -> None:
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )
+        bound_later_groups(timedelta(seconds=timeout))
     except DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -126,6 +134,18 @@ def start(timeout: float, backend: str | None = None) -> None:
             f"port {os.environ['MASTER_PORT']} is in use, by another run on this host perhaps; choose one, as in "
             "deepspeed --master_port 29501 ..."
         ) from None
+
+
+def bound_later_groups(timeout: timedelta) -> None:
+    """Give the groups that DeepSpeed makes, over which nearly all of a step's collectives go, this timeout as well.
+
+    It makes them without one, and torch then takes ten minutes for NCCL and half an hour for gloo: a rank that waits longer for a
+    disk would end the run there, before the watchdog and without a name.
+    """
+    import torch.distributed as dist
+    from deepspeed.comm.torch import TorchBackend
+
+    TorchBackend.new_group = lambda _, ranks: dist.new_group(ranks, timeout=timeout)
 
 
 def device_index(local_rank: int, visible: int) -> int:

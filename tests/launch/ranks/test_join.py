@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from datetime import timedelta
 
 import pytest
 
@@ -64,3 +65,28 @@ def test_a_port_that_is_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # so that it is put back
         with pytest.raises(UserError, match=f"port {port} is in use, by another run on this host perhaps"):
             join.start(10)
+
+
+def test_every_group_of_deepspeed_waits_as_long_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it gives its groups no timeout: ten minutes under NCCL, whatever --stall_timeout says."""
+    import torch.distributed as dist
+    from deepspeed.comm.torch import TorchBackend
+
+    asked: list[timedelta] = []
+    monkeypatch.setattr(TorchBackend, "new_group", TorchBackend.new_group)  # so that it is put back
+    monkeypatch.setattr(dist, "new_group", lambda ranks, timeout=None: asked.append(timeout))
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **_: None)
+    monkeypatch.setattr(join, "wait_for_builds", lambda _: None)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}.items():
+        monkeypatch.setenv(name, value)
+    join.start(77)
+    TorchBackend.__new__(TorchBackend).new_group([0, 1])
+    assert asked == [timedelta(seconds=77)]
+
+
+@pytest.mark.parametrize("found, address", [("10.0.0.7", "10.0.0.7"), ("127.0.1.1", "node7")])
+def test_other_hosts_are_given_no_loopback_address(found: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's /etc/hosts has `127.0.1.1 node7`: by mpiexec, the ranks of other hosts looked for rank 0 on their own."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: found)
+    assert join.own_address() == address
