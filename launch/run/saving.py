@@ -32,6 +32,7 @@ class Saving:
     on_saved: Callable[[str], None]  # told of every checkpoint that is complete, by its name
     saved_at: int = -1  # the step of the newest checkpoint that is written or pending
     last_failure: AgreedError | None = None
+    failed_at: int = -1  # the step at which a save failed last
     _saved_before: int = -1
     _pending: str = ""
     _finishing: bool = False
@@ -41,12 +42,14 @@ class Saving:
         """What was saved, and the settings of the JSON, which may have changed since."""
         state = self.checkpoints.load(self.engine, choice)
         self.settings.apply()
-        self.saved_at = state.step
+        self.saved_at, self.failed_at = state.step, -1
         return state
 
     def save(self, state: TrainingState, *, is_best: bool = False) -> None:
         """A checkpoint of now. `is_best` also where the step has one already."""
         if self.saved_at == state.step and not is_best:
+            return
+        if self.failed_at == state.step and not self._finishing:  # as the best, a moment ago: nothing is different now
             return
         self.finish_pending_save(state.step)
         self._started = time.monotonic()
@@ -85,7 +88,7 @@ class Saving:
     def _record_failure(self, error: AgreedError, step: int) -> None:
         if self.last_failure is not None:
             raise error
-        self.last_failure, self.saved_at = error, self._saved_before
+        self.last_failure, self.saved_at, self.failed_at = error, self._saved_before, step
         self.monitor.log({"step": step, "save_failed": str(error)})
         if not self._finishing:  # which raises it at once
             self.monitor.say(f"warning: step {step}: {error}; the next save that fails ends the run")

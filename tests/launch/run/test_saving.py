@@ -121,3 +121,15 @@ def test_what_was_loaded_is_saved_already_and_trains_by_the_json(run: Run) -> No
     run.saving.save(state(4))
     run.saving.save(state(5))
     assert run.checkpoints.asked == [(5, False)]
+
+
+def test_a_step_that_failed_as_the_best_is_not_tried_again_a_moment_later(run: Run) -> None:
+    """Evaluation and save at the same step: that was the second failure in a row, and ended a run on a disk full for a moment."""
+    run.checkpoints.failing = 2
+    run.saving.save(state(4), is_best=True)
+    run.saving.save(state(4))
+    run.checkpoints.failing = 0
+    run.saving.finish_pending_save(5)
+    run.saving.save(state(6))
+    run.saving.finish(state(6))
+    assert run.checkpoints.asked == [(4, True), (6, False)] and run.told == ["step_6"]
