@@ -145,7 +145,7 @@ class Session:
         """What the JSON says otherwise than when the checkpoint was made. Before `publish_config` writes over it."""
         if not isinstance(choice, ResumeFrom):
             return []
-        run = choice.path.parents[1]
+        run = choice.path.resolve().parents[1]  # `--resume step_4` may be given in the folder itself
         return ranks.run_on_rank0(lambda: run_folder.changed_settings(run, self.run.deepspeed))
 
     def build(self, choice: ResumeChoice, ranks: ControlGroup) -> DeepSpeedEngine:

@@ -12,11 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.checkpoint.choose import ResumeFrom
+from launch.checkpoint.state import TrainingState
 from launch.engine.build import without_our_keys
 from launch.engine.strategy import Strategy
+from launch.ranks.control_group import ControlGroup
 from launch.run.arguments import parse_arguments
 from launch.run.resolve import resolve_run
-from launch.run.session import make_trainer
+from launch.run.session import Session, make_trainer
 from launch.run.stop import StopRequest
 from model import MoEGPTForCausalLM
 
@@ -98,3 +101,17 @@ def test_without_zero_gradients_are_clipped_all_the_same(trainer: Any) -> None:
     moved = before - torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
     assert trainer.step_hook.grad_norm == pytest.approx(before.numel() ** 0.5)
     assert float(moved.double().norm()) == pytest.approx(0.1 * CLIP, rel=1e-3)
+
+
+def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--resume step_4`, `--resume ../checkpoints/step_4`: the run is two folders up, wherever one stands."""
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step_4").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1}}}}))
+    now: Any = SimpleNamespace(run=SimpleNamespace(deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 2}}}))
+    monkeypatch.chdir(folder)
+    for path in ("step_4", "../checkpoints/step_4"):
+        choice = ResumeFrom(message="", path=Path(path), state=TrainingState(step=4, samples=0, tokens=0))
+        assert Session.compare_settings(now, choice, ControlGroup()) == ["optimizer.params.lr: 1 -> 2"]
