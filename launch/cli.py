@@ -30,7 +30,6 @@ class RankFailedError(RuntimeError):
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and end the process: a user's mistake as its sentence, anything else with its traceback."""
-    rank = int(os.environ.get("RANK", "0"))
     try:
         check_interpreter()
         code = main() or Exit.DONE
@@ -38,7 +37,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         leave(left.code if isinstance(left.code, int) else Exit.USER_ERROR)
     except (Exception, KeyboardInterrupt) as error:
         # Not sys.exit: threads of NCCL, gloo or W&B must not keep a failed rank (and with it the whole job) alive.
-        end_at_once(speak(error, rank))
+        # The rank is asked for now: srun and mpiexec have other names for it, which `main` has translated.
+        end_at_once(speak(error, int(os.environ.get("RANK", "0"))))
     leave(code)
 
 

@@ -36,3 +36,12 @@ def test_others_work(env: dict[str, str]) -> None:
 
 def test_one_rank_speaks() -> None:
     assert start({"PYTHONOPTIMIZE": "2", "RANK": "1"}, "launch/train.py", "--help").stderr == ""
+
+
+def test_one_rank_speaks_where_the_launcher_has_another_name_for_the_rank() -> None:
+    """Under srun and mpiexec RANK is what `main` makes of theirs: every rank said what rank 0 says for all."""
+    program = "import os; from launch.cli import AgreedError, run_command\ndef main():\n    os.environ['RANK'] = '{}'\n"
+    program += "    raise AgreedError('no such data')\nrun_command(main)"
+    for rank, said in ((0, "error: no such data\n"), (1, "")):
+        done = start({"RANK": ""}, "-c", f"import os; del os.environ['RANK']\n{program.format(rank)}")
+        assert (done.returncode, done.stderr) == (2, said)
