@@ -99,7 +99,13 @@ def share_folder(ranks: ControlGroup, output: Path) -> None:
     """Every rank can write to the run's folder, and it is the same folder for all."""
     mine = output / f".preflight_{ranks.rank}"
     token = f"{socket.gethostname()}:{output.resolve()}"
-    ranks.run_everywhere(lambda: mine.write_bytes(os.fsencode(token)) and None)
+
+    def write() -> None:
+        # Rank 0 has made it. Over NFS a host that looked before may believe for half a minute that it is not there; this asks.
+        output.mkdir(parents=True, exist_ok=True)
+        mine.write_bytes(os.fsencode(token))
+
+    ranks.run_everywhere(write)
     seen = ranks.run_on_rank0(lambda: [(output / f".preflight_{r}").exists() for r in range(ranks.size)])
     ranks.run_everywhere(lambda: mine.unlink(missing_ok=True))
     if not all(seen):
