@@ -27,6 +27,7 @@ from launch.checkpoint.publish import publish, working_name
 from launch.checkpoint.state import STATE, read_state
 from launch.checkpoint.unpickle import load_file, save_stages_by_value
 from launch.checkpoint.weights import EXPERT_WEIGHT, module_weights, numbered
+from launch.engine.settings import give_own_steps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: More parameter groups than an optimizer of ours has; DeepSpeed pairs them by position and stops at the shorter list.
@@ -185,23 +186,6 @@ def load(engine: DeepSpeedEngine, folder: Path) -> None:
     for group, mine in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(mine)
     give_own_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
-
-
-def give_own_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Give every state a `step` of its own, where and as the optimizer counts it.
-
-    DeepSpeed puts the tensor into the states that the file held: on the host, where a fused kernel on a GPU would read at that
-    address of its own memory, and under ZeRO 3 the same one into all, which then counts once for each group (5, 8, 11, ...).
-    """
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for parameter, state in optimizer.state.items():
-        if "step" not in state:
-            continue
-        if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
-            device = parameter.device if on_device else torch.device("cpu")
-            state["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=device)
-        else:  # DeepSpeed's own count with an int
-            state["step"] = int(state["step"])
 
 
 @torch.no_grad()

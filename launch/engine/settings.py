@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.lr_schedules import update_lr
 
@@ -41,6 +42,8 @@ class EngineSettings:
                 vars(optimizer.loss_scaler).update(self._scaler_settings)  # and its scale goes on
             else:
                 optimizer.loss_scaler = self._scaler
+        if isinstance(inner := getattr(optimizer, "optimizer", optimizer), torch.optim.Adam):
+            give_own_steps(inner)  # `fused` may have changed, and with it where the kernel reads them
         self._apply_rate()
 
     def _apply_rate(self) -> None:
@@ -62,3 +65,20 @@ def _settings(of: Any, state: tuple[str, ...]) -> dict[str, Any]:
     if of is None:
         return {}
     return {k: v for k, v in vars(of).items() if k not in state and isinstance(v, (bool, int, float, str, list, tuple, type(None)))}
+
+
+def give_own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give every state a `step` of its own, where and as the optimizer counts it.
+
+    DeepSpeed puts the tensor into the states that the file held: on the host, where a fused kernel on a GPU would read at that
+    address of its own memory, and under ZeRO 3 the same one into all, which then counts once for each group (5, 8, 11, ...).
+    """
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if "step" not in state:
+            continue
+        if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+            device = parameter.device if on_device else torch.device("cpu")
+            state["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=device)
+        else:  # DeepSpeed's own count with an int
+            state["step"] = int(state["step"])

@@ -8,8 +8,9 @@ import torch
 from training_process import launch_ranks
 
 from launch.checkpoint import manifest
-from launch.checkpoint.universal import _is_whole, give_own_steps
+from launch.checkpoint.universal import _is_whole
 from launch.checkpoint.weights import _assemble, master_weights
+from launch.engine.settings import give_own_steps
 
 QUICK = [  # (ranks, source, ZeRO stage, dtype, EP size); sources are of two ranks with EP 2
     (1, "zero2-bfloat16", 2, "bfloat16", 1),

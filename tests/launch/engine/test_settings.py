@@ -105,3 +105,16 @@ def test_loss_scaling() -> None:
     load(static, saved)
     settings.apply()
     assert static.optimizer.loss_scaler.cur_scale == 128.0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_changed_fused_finds_the_steps_where_its_kernel_reads_them(fused: bool) -> None:
+    """On a GPU (here: the meta device), and not where the checkpoint's optimizer had them: of a CPU, or not fused."""
+    weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+    resumed = SimpleNamespace(optimizer=torch.optim.AdamW([weight]), lr_scheduler=None)
+    resumed.optimizer.param_groups[0]["fused"] = fused
+    settings = EngineSettings(resumed)  # type: ignore[arg-type]
+    resumed.optimizer.param_groups[0]["fused"] = not fused
+    resumed.optimizer.state[weight] = {"step": torch.tensor(5.0, device="cpu")}
+    settings.apply()
+    assert resumed.optimizer.state[weight]["step"].device.type == ("meta" if fused else "cpu")
