@@ -149,6 +149,8 @@ def lookup(config: dict[str, Any], dotted: str, default: Any = None) -> Any:
 
 def check_kinds(path: Path, config: dict[str, Any]) -> None:
     """KINDS, and the numbers and names of which only a few are right. Raises UserError for the first that is not."""
+    if "bfloat16" in config:
+        raise UserError(f'{path}: bfloat16 is DeepSpeed\'s older name of "bf16", which is read here; write "bf16"')
     missing = object()
     for dotted, kind in KINDS.items():
         value = lookup(config, dotted, missing)

@@ -21,11 +21,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from data.cli import UserError, sentence
 from launch.engine.kinds import SWITCH, another_kind, is_kind, shown
-from launch.engine.strategy import AUTO
+from launch.engine.strategy import AUTO, lookup
 
 WARMUP_TYPES = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
 #: What DeepSpeed takes out of an Adam's parameters before it makes one.
 SWITCHES = {ADAM_W_MODE, TORCH_ADAM_PARAM, "fp32_optimizer_states"}
+#: Where one is off DeepSpeed takes no norm, or takes a step whose norm it was told is invalid: the `StepHook` has no veto, and the
+#: rehearsal trains.
+JUDGED_BY = ("zero_optimization.compute_grad_norm", "bf16.check_grad_overflow")
 PRESET = "deepseek_v3"  # of AutoEP: how the model names and computes its experts
 
 
@@ -39,6 +42,9 @@ def check_values(config: dict[str, Any], path: Path) -> None:
             raise UserError(f'{path}: {key} cannot be "auto": that is filled in for {filled}; give a value, or leave the key out')
     if (clipping := config.get("gradient_clipping", 0.0)) < 0:
         raise UserError(f"{path}: gradient_clipping must be 0 (none) or a norm, not {clipping}")
+    for key in JUDGED_BY:
+        if not lookup(config, key, True):
+            raise UserError(f"{path}: {key} must be true: by the norm of its gradients a step is taken or skipped")
     if (preset := config["expert_parallel"]["preset_model"]) != PRESET:
         raise UserError(
             f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {shown(preset)}'

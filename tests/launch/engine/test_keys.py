@@ -102,6 +102,9 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
     "key, value, wanted",
     [
         ("gradient_clipping", -1, "gradient_clipping must be 0 (none) or a norm, not -1"),
+        ("zero_optimization.compute_grad_norm", False, "zero_optimization.compute_grad_norm must be true: by the norm of its"),
+        ("bf16.check_grad_overflow", False, "bf16.check_grad_overflow must be true: by the norm of its gradients a step is"),
+        ("bfloat16", {"enabled": True}, 'bfloat16 is DeepSpeed\'s older name of "bf16", which is read here'),
         ("steps_per_print", "10", "steps_per_print must be a whole number"),
         ("optimizer.params.lr", float("inf"), "optimizer.params.lr must be a finite number, not inf"),
         ("optimizer.params.lr", None, "optimizer.params.lr must be a number, not null"),
