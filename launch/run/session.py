@@ -29,6 +29,7 @@ from launch.engine.strategy import Strategy
 from launch.planning.expectation import duration_line, job_of_run, memory_line
 from launch.profiling.ranges import STEP
 from launch.ranks.control_group import ControlGroup
+from launch.ranks.heartbeat import here
 from launch.ranks.join import JOIN_SECONDS, start, within
 from launch.ranks.watchdog import Watchdog
 from launch.run import folder as run_folder
@@ -213,7 +214,8 @@ class Session:
         """With the run's own next batch, so after the position is known. From then on an error is no mistake in the input."""
         self.watchdog.phase("preflight: one step at full size")
         preflight.rehearse(trainer, ranks)
-        say_what_to_expect(trainer, config, memory_bytes() - self.memory_before)
+        hosts = ranks.gather(here())  # not the GPUs that this rank sees, which may be its own alone
+        say_what_to_expect(trainer, config, memory_bytes() - self.memory_before, ranks_per_node=hosts.count(hosts[0]))
         self.watchdog.training = True
 
     def finish(self, trainer: Trainer, outcome: str) -> int:
@@ -344,10 +346,10 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     monitor.start_trackers(arguments.tracker, tracked, detailed=arguments.tracker_detail == "detailed")
 
 
-def say_what_to_expect(trainer: Trainer, config: dict[str, Any], measured: float) -> None:
+def say_what_to_expect(trainer: Trainer, config: dict[str, Any], measured: float, *, ranks_per_node: int) -> None:
     """After the rehearsal: what it took beside the plan's figure, and the plan's time for the rest."""
     on_gpu = trainer.device.type == "cuda"
-    job = job_of_run(config, ranks_per_node=min(config["world_size"], torch.cuda.device_count() or config["world_size"]))
+    job = job_of_run(config, ranks_per_node=ranks_per_node)
     trainer.monitor.say(memory_line(job, measured, on_gpu=on_gpu))
     name = torch.cuda.get_device_name() if on_gpu else None
     expected = duration_line(job, name, trainer.last_step - trainer.position.step)

@@ -17,6 +17,7 @@ from launch.checkpoint.state import TrainingState
 from launch.engine.build import without_our_keys
 from launch.engine.strategy import Strategy
 from launch.ranks.control_group import ControlGroup
+from launch.run import session
 from launch.run.arguments import parse_arguments
 from launch.run.resolve import resolve_run
 from launch.run.session import Session, make_trainer
@@ -115,3 +116,20 @@ def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
     for path in ("step_4", "../checkpoints/step_4"):
         choice = ResumeFrom(message="", path=Path(path), state=TrainingState(step=4, samples=0, tokens=0))
         assert Session.compare_settings(now, choice, ControlGroup()) == ["optimizer.params.lr: 1 -> 2"]
+
+
+def test_the_plan_is_of_the_ranks_of_a_host_whatever_a_rank_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's --gpus-per-task shows each rank one GPU: the plan had every exchange go over the network."""
+    planned: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(session.preflight, "rehearse", lambda *_: None)
+    monkeypatch.setattr(session, "job_of_run", lambda _, ranks_per_node: planned.append(ranks_per_node))
+    for name in ("memory_line", "duration_line"):
+        monkeypatch.setattr(session, name, lambda *_, **__: None)
+    trainer: Any = SimpleNamespace(
+        device=torch.device("cpu"), monitor=SimpleNamespace(say=lambda _: None), last_step=9, position=SimpleNamespace(step=0)
+    )
+    run: Any = SimpleNamespace(watchdog=SimpleNamespace(phase=lambda _: None), memory_before=0.0)
+    ranks: Any = SimpleNamespace(gather=lambda _: ["node0"] * 8 + ["node1"] * 8)
+    Session.rehearse(run, trainer, ranks, {"world_size": 16})
+    assert planned == [8]
