@@ -14,8 +14,11 @@ from deepspeed.runtime.lr_schedules import update_lr
 
 #: What counts and adapts in a loss scaler; the rest of it is settings.
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-#: What counts in a schedule.
-SCHEDULE_STATE = ("last_batch_iteration", "last_epoch", "_step_count", "_last_lr")
+#: What counts in a schedule; `T_cur` and `T_i` where a cosine of torch's that restarts is in its period.
+SCHEDULE_STATE = ("last_batch_iteration", "last_epoch", "_step_count", "_last_lr", "T_cur", "T_i")
+#: In a group, by whichever optimizer.
+MOMENTUM = ("betas", "momentum")
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 class EngineSettings:
@@ -29,12 +32,14 @@ class EngineSettings:
         self._scaler = getattr(engine.optimizer, "loss_scaler", None)
         self._scaler_settings = _settings(self._scaler, SCALER_STATE)
         self._schedule_settings = _settings(engine.lr_scheduler, SCHEDULE_STATE)
+        # What a schedule writes into the groups is where it is, and no setting.
+        self._scheduled = {"lr", *(MOMENTUM if getattr(engine.lr_scheduler, "cycle_momentum", False) else ())}
 
     def apply(self) -> None:
         """Put the JSON's values back. With an unchanged JSON nothing changes, to the bit."""
         optimizer = self._engine.optimizer
         for group, settings in zip(optimizer.param_groups, self._groups, strict=True):
-            group.update({key: value for key, value in settings.items() if key != "lr"})
+            group.update({key: value for key, value in settings.items() if key not in self._scheduled})
         if self._clip is not None:
             optimizer.clip_grad = self._clip
         if self._scaler is not None:
@@ -52,10 +57,12 @@ class EngineSettings:
         if schedule is None:
             update_lr(groups, self._rates)
             return
+        changed = any(vars(schedule).get(name) != value for name, value in self._schedule_settings.items())
         vars(schedule).update(self._schedule_settings)
         closed_form = getattr(schedule, "_get_closed_form_lr", None)  # torch's; its `get_lr` goes on from the groups' rate
         if closed_form is not None:
-            schedule._last_lr = update_lr(groups, closed_form())
+            if changed:  # it rounds otherwise than the steps that led there
+                schedule._last_lr = update_lr(groups, closed_form())
         elif getattr(schedule, "last_batch_iteration", -1) >= 0:  # DeepSpeed's
             schedule._last_lr = update_lr(groups, schedule.get_lr())
 
@@ -64,7 +71,7 @@ def _settings(of: Any, state: tuple[str, ...]) -> dict[str, Any]:
     """Plain values that its constructor was given or computed; not what counts, nor other objects."""
     if of is None:
         return {}
-    return {k: v for k, v in vars(of).items() if k not in state and isinstance(v, (bool, int, float, str, list, tuple, type(None)))}
+    return {k: v for k, v in vars(of).items() if k not in state and isinstance(v, PLAIN)}
 
 
 def give_own_steps(optimizer: torch.optim.Optimizer) -> None:

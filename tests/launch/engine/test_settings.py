@@ -88,6 +88,46 @@ def test_a_schedule_of_torch_s(gamma: float) -> None:
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * gamma**4)
 
 
+TORCHS = {
+    "ExponentialLR": {"gamma": 0.9},
+    "MultiStepLR": {"milestones": [2, 5]},
+    "PolynomialLR": {"total_iters": 20},
+    "CosineAnnealingLR": {"T_max": 20},
+    "CosineAnnealingWarmRestarts": {"T_0": 6},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 20},
+}
+
+
+@pytest.mark.parametrize("kind", TORCHS)
+def test_with_an_unchanged_json_a_schedule_of_torch_s_goes_on_to_the_bit(kind: str) -> None:
+    """Of one that restarts the period began anew at each resume, and closed forms round otherwise than the steps."""
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return getattr(torch.optim.lr_scheduler, kind)(optimizer, **TORCHS[kind])
+
+    saved, resumed = engine(schedule=schedule), engine(schedule=schedule)
+    train(saved, 9)
+    settings = EngineSettings(resumed)
+    load(resumed, saved)
+    settings.apply()
+    for _ in range(8):
+        assert groups(resumed) == groups(saved)
+        train(saved, 1)
+        train(resumed, 1)
+
+
+def test_changed_milestones_hold() -> None:
+    def schedule(*milestones: int) -> Any:
+        return lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+
+    saved, resumed = engine(lr=0.01, schedule=schedule(2, 5)), engine(lr=0.01, schedule=schedule(2, 50))
+    train(saved, 9)
+    settings = EngineSettings(resumed)
+    load(resumed, saved)
+    settings.apply()
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+
+
 def test_loss_scaling() -> None:
     """A dynamic scale goes on with the new settings; a static one is the JSON's."""
     old = DynamicLossScaler(2.0**16, 1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
