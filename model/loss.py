@@ -66,6 +66,10 @@ class FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x_TH: Tensor, head_VH: Tensor, targets_T: Tensor, scale: Tensor, z_weight: float, with_grad: bool
     ) -> Tensor:
+        # fp16 has no numbers as small as a softmax over the tokens of a step, and a loss scale comes only in the backward: there
+        # the gradients are the sum's, and wait for both.
+        waits = x_TH.dtype == torch.float16
+        weight = torch.ones_like(scale) if waits else scale
         total = torch.zeros((), dtype=scale.dtype, device=x_TH.device)
         dx_TH = torch.empty_like(x_TH) if with_grad else None
         dhead_VH = torch.zeros(head_VH.shape, dtype=scale.dtype, device=x_TH.device) if with_grad else None
@@ -73,22 +77,23 @@ class FusedLoss(torch.autograd.Function):
         rows = max(1, min(2 * head_VH.shape[1], CHUNK_BYTES // (logit * head_VH.shape[0])))
         for start in range(0, x_TH.shape[0], rows):
             chunk = slice(start, start + rows)
-            loss, dlogits_CV = chunk_loss(x_TH[chunk], head_VH, targets_T[chunk], scale, z_weight, with_grad)
+            loss, dlogits_CV = chunk_loss(x_TH[chunk], head_VH, targets_T[chunk], weight, z_weight, with_grad)
             total = total + loss  # torch 2.11's dynamo takes an input changed in place and returned for one without a gradient
             if dx_TH is not None and dhead_VH is not None and dlogits_CV is not None:
                 torch.mm(dlogits_CV, head_VH, out=dx_TH[chunk])
                 accumulate_outer(dhead_VH, dlogits_CV, x_TH[chunk])
             del dlogits_CV  # or the next chunk's would lie beside it
         if dhead_VH is not None:
-            ctx.save_for_backward(dx_TH, dhead_VH.to(head_VH.dtype))
-        return total
+            ctx.save_for_backward(dx_TH, dhead_VH if waits else dhead_VH.to(head_VH.dtype), scale if waits else None)
+        return total * scale if waits else total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dx_TH, dhead_VH = ctx.saved_tensors
+        dx_TH, dhead_VH, waiting = ctx.saved_tensors
+        dloss = dloss if waiting is None else dloss * waiting
         # Out of place, so that a second backward over a retained graph is right as well.
-        return dx_TH * dloss, dhead_VH * dloss, None, None, None, None
+        return dx_TH * dloss, (dhead_VH * dloss).to(dx_TH.dtype), None, None, None, None
 
 
 def chunk_loss(

@@ -52,6 +52,20 @@ def test_against_pytorch(dtype: torch.dtype) -> None:
         assert error < (6e-3 if dtype == torch.bfloat16 else 1e-6), float(error)
 
 
+def test_fp16_keeps_its_gradients_under_a_loss_scale() -> None:
+    """Of a step of half a million tokens: a softmax over so many is below fp16's smallest number, until the loss scale comes."""
+    x, head, targets = case(300, 64, 1000, torch.float16)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, head)]
+    items, loss_scale = 2.0**19, 2.0**16
+    exact = F.cross_entropy(F.linear(*wide), targets, reduction="sum") / items
+    ours = token_loss(x, head, targets, items)
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=0)
+    for a, b in zip(torch.autograd.grad(ours * loss_scale, [x, head]), torch.autograd.grad(exact, wide), strict=True):
+        assert a.dtype == torch.float16
+        error = (a.double() / loss_scale - b).norm() / b.norm()
+        assert error < 2e-3, float(error)
+
+
 def test_the_heads_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a hundred chunks: in bf16 each addition would round the sum again, and small ones would be lost."""
     x, head, targets = case(800, 64, 50, torch.bfloat16)
