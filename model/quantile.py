@@ -51,10 +51,11 @@ def reach(bias: Tensor) -> Tensor:
 
 
 def add_to_histogram(histogram_EN: Tensor, lift_TE: Tensor, bias_E: Tensor) -> None:
-    """Counts each lift into its expert's row, in place. No host synchronisation."""
+    """Counts each lift into its expert's row, in place. No host synchronisation. One that is no number lands in some bin: the
+    loss is none either, and whoever trains skips the step."""
     part_TE = (lift_TE / reach(bias_E)).clamp(-1, 1)
     root_TE = part_TE.abs().pow(1 / 3).copysign(part_TE)
-    bins_TE = ((root_TE + 1) * (BINS / 2)).long().clamp(max=BINS - 1)
+    bins_TE = ((root_TE + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
     index = (bins_TE + torch.arange(len(bias_E), device=bias_E.device) * BINS).flatten()
     histogram_EN.view(-1).scatter_add_(0, index, torch.ones_like(index))
 

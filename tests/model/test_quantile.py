@@ -83,6 +83,21 @@ def test_the_histogram_finds_the_exact_quantile(experts: int, k: int, groups: in
     assert ((found - exact).abs() <= bin_width).all(), (found - exact, bin_width)
 
 
+@pytest.mark.parametrize("what", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_does_not_end_the_run(what: float) -> None:
+    """It is the loss's to say so, and the trainer's to skip the step."""
+    (gate,) = gates(1)
+    x = torch.randn(10, 32)
+    x[3] = what
+    gate(x)
+    assert int(gate.lift_EN.sum()) == 10 * 8
+    gate.forget()
+    gate(x[:3])
+    assert int(gate.lift_EN.sum()) == 3 * 8
+    LoadBalancer([gate], 0.0, rule="quantile").step()
+    assert gate.e_score_correction_bias.isfinite().all()
+
+
 def test_the_step_is_zero_mean_and_an_average_goes_half_way() -> None:
     scores, bias = scores_and_bias(8, 4)
     bias -= bias.mean()
