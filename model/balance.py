@@ -140,7 +140,7 @@ def router_health(load_YE: Tensor, bias_YE: Tensor, square_Y: Tensor, top_k: int
     share_YE = load_YE / routed_Y.unsqueeze(1)
     numbers = {
         "load_max_over_mean": share_YE.amax(dim=1) * experts,
-        "load_entropy": -torch.xlogy(share_YE, share_YE).sum(dim=1) / math.log(experts),
+        "load_entropy": -torch.xlogy(share_YE, share_YE).sum(dim=1) / math.log(max(experts, 2)),
         "unused_experts": (load_YE == 0).double().mean(dim=1),
         "bias_range": (bias_YE.amax(dim=1) - bias_YE.amin(dim=1)).double(),
         "router_logit_rms": (square_Y.double() * top_k / (routed_Y * experts)).sqrt(),

@@ -111,6 +111,14 @@ def test_health_of_even_and_collapsed_loads() -> None:
     assert numbers["router_logit_rms"] == pytest.approx([2.0, 0])  # 160 over 10 tokens x 4 experts is 4
 
 
+def test_health_of_a_single_expert_is_a_number() -> None:
+    """As of the dense model that `launch/benchmark.py learning` compares with."""
+    numbers = router_health(torch.tensor([[20]]), torch.zeros(1, 1), torch.tensor([20.0]), top_k=1)
+    assert {name: value for name, (value,) in numbers.items()} == {
+        "load_max_over_mean": 1, "load_entropy": 0, "unused_experts": 0, "bias_range": 0, "router_logit_rms": 1
+    }  # fmt: skip
+
+
 def test_a_model_without_routers_is_refused() -> None:
     with pytest.raises(ValueError, match="no router"):
         LoadBalancer(torch.nn.Linear(2, 2), 0.001)
