@@ -3,7 +3,7 @@
 Worked out once per forward and shared by all layers. Shapes: B batch, S queries, L keys (cached ones included).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -48,6 +48,15 @@ class AttentionMask:
     def max_seqlen(self) -> int:
         """Length of the longest document; the number of keys where there are none."""
         return max(self.seqlens) if self.seqlens else self.keys
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "AttentionMask":
+        """By this name accelerate moves what it hands to the blocks of a model that lies on several GPUs."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        tensors = {name: getattr(self, name) for name in ("cu_seqlens", "padding_BL", "given_B1SL")}
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items() if x is not None}
+        return replace(self, device=device, **moved)
 
     @cached_property
     def allowed_B1SL(self) -> Tensor:

@@ -54,6 +54,25 @@ def test_a_mask_of_four_dimensions_is_the_callers_word() -> None:
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])},
+        {"attention_mask": torch.rand(1, 1, 5, 5) < 0.5},
+    ],
+)
+def test_accelerate_moves_it_with_what_else_a_block_gets(given: dict[str, torch.Tensor]) -> None:
+    """Blocks of one model on several GPUs; here the second device is one without data."""
+    operations = pytest.importorskip("accelerate.utils.operations")
+    mask = causal_mask((1, 5), 0, CPU, **given)
+    moved = operations.send_to_device({"mask": mask}, "meta")["mask"]
+    assert moved.device.type == moved.allowed_B1SL.device.type == "meta"
+    assert moved.cu_seqlens is None or moved.cu_seqlens.device.type == "meta"
+    assert moved.seqlens == mask.seqlens and moved.allowed_B1SL.shape == mask.allowed_B1SL.shape
+    assert operations.send_to_device({"mask": mask}, "cpu")["mask"] is mask  # and with it the tensor that all layers share
+
+
+@pytest.mark.parametrize(
     ("mask", "sentence"),
     [
         (torch.ones(2, 4), "attention_mask must be"),  # fewer keys than positions
