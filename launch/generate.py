@@ -59,7 +59,8 @@ def check(arguments: argparse.Namespace) -> None:
     """What is wrong whatever the model says: before the libraries are loaded, which takes seconds."""
     if not (arguments.model / "config.json").is_file():
         raise NotFound(f"--model {arguments.model} has no config.json; name a folder that launch/export.py wrote")
-    if not (arguments.prompt or arguments.prompt_file or sys.stdin.isatty()):
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()  # None: closed when the process started
+    if not (arguments.prompt or arguments.prompt_file or at_terminal):
         raise UserError("give --prompt or --prompt_file; without either it asks at a terminal, and standard input is none")
     if (arguments.prompt or []).count("-") > 1:
         raise UserError("--prompt - reads standard input, which can be done once")

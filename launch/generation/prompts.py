@@ -27,7 +27,7 @@ class Prompt:
 
 def read_prompts(texts: list[str], files: list[Path], suffix: str | None) -> list[Prompt]:
     """`--prompt`s, then `--prompt_file`s; `-` is standard input. Raises UserError for an empty or unreadable one."""
-    found = [("--prompt", _bounded("--prompt -", sys.stdin) if text == "-" else text) for text in texts]
+    found = [("--prompt", _standard_input() if text == "-" else text) for text in texts]
     for path in files:
         try:
             with path.open("rb") as file:
@@ -41,6 +41,15 @@ def read_prompts(texts: list[str], files: list[Path], suffix: str | None) -> lis
         if not text and suffix is None:
             raise UserError(f"{name} is empty; give the text to continue")
     return [Prompt(text=text, suffix=suffix) for _, text in found]
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:  # closed when the process started
+        raise UserError("--prompt - reads standard input, and this process has none")
+    try:
+        return _bounded("--prompt -", sys.stdin)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt - is no {error.encoding.upper()} text: it has a byte {error.object[error.start]:#04x}") from None
 
 
 def _bounded(name: str, file: IO[AnyStr]) -> AnyStr:

@@ -37,10 +37,14 @@ def test_sources_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [prompt.text for prompt in found] == ["one", "standard input", "file"]
 
 
-def test_unreadable_ones_are_named(tmp_path: Path) -> None:
+def test_unreadable_ones_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"latin is no UTF-8 text: byte 3 is 0xe9"):
         read_prompts([], [tmp_path / "latin"], None)
+    for stdin, sentence in ((io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"), "no UTF-8 text.* 0xe9"), (None, "has none")):
+        monkeypatch.setattr("sys.stdin", stdin)
+        with pytest.raises(UserError, match=f"--prompt - .*{sentence}"):
+            read_prompts(["-"], [], None)
     (tmp_path / "empty").write_text("")
     with pytest.raises(UserError, match="empty is empty"):
         read_prompts([], [tmp_path / "empty"], None)
