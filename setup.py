@@ -14,7 +14,12 @@ setup(
     python_requires=">=3.11",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],  # what the tests ran on
     packages=find_packages(include=["model", "model.*", "data", "data.*", "launch", "launch.*"]),
-    package_data={"model": ["presets/*.json"], "launch.reporting": ["assets/*"], "launch.evaluation.lm_eval": ["*.yaml"]},
+    package_data={
+        "model": ["presets/*.json"],
+        "launch.reporting": ["assets/*"],
+        "launch.planning": ["devices.json"],
+        "launch.evaluation.lm_eval": ["*.yaml"],
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",  # the first with correct universal conversion of expert optimizer states
