@@ -103,7 +103,7 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, 
         theirs = without_our_keys(deepspeed_config, strategy)
         try:
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=theirs)
-        except (AssertionError, NotImplementedError) as error:  # how it says that settings do not go together
+        except (AssertionError, NotImplementedError, ValueError) as error:  # how it says that settings do not go together
             raise UserError(f"DeepSpeed refuses these settings of --deepspeed_config: {sentence(error)}") from error
     passes.after_engine(engine.optimizer)
     expert_parallel.check_swapped(engine.module, model.config)

@@ -89,13 +89,23 @@ def test_mistakes_after_joining(mistake: str, flags: list, run_train) -> None:
     assert sentence in refuse(run_train(1, *changed(flags, **changes)))
 
 
-def test_settings_that_deepspeed_does_not_combine(flags: list, run_train, tmp_path: Path) -> None:
-    """Each is right in itself; DeepSpeed says it with an assertion while the engine is built."""
+APART: dict[str, dict] = {
+    "pre-scale gradients is not yet supported with ZeRO-2": {"prescale_gradients": True},
+    "Muon and reduce scatter cannot be used together": {
+        "optimizer": {"type": "Muon", "params": {"lr": 0.001, "torch_adam": True}},
+        "zero_optimization": {"stage": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("sentence", APART)
+def test_settings_that_deepspeed_does_not_combine(sentence: str, flags: list, run_train, tmp_path: Path) -> None:
+    """Each is right in itself; DeepSpeed says it with an assertion or a ValueError while the engine is built."""
     config = json.loads(Path("ds_configs/cpu_ep1_zero2.json").read_text())
-    path = tmp_path / "scaled_before.json"
-    path.write_text(json.dumps({**config, "prescale_gradients": True}))
+    path = tmp_path / "apart.json"
+    path.write_text(json.dumps({**config, **APART[sentence]}))
     said = refuse(run_train(1, *changed(flags, deepspeed_config=path)))
-    assert "DeepSpeed refuses these settings of --deepspeed_config: pre-scale gradients is not yet supported with ZeRO-2" in said
+    assert f"DeepSpeed refuses these settings of --deepspeed_config: {sentence}" in said
 
 
 def test_a_run_and_what_it_leaves(flags: list, run_train, small_shards: Path, tmp_path: Path) -> None:
