@@ -47,9 +47,10 @@ def _standard_input() -> str:
     if sys.stdin is None:  # closed when the process started
         raise UserError("--prompt - reads standard input, and this process has none")
     try:
-        return _bounded("--prompt -", sys.stdin)
+        text: str = _bounded("--prompt -", sys.stdin)
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt - is no {error.encoding.upper()} text: it has a byte {error.object[error.start]:#04x}") from None
+    return text
 
 
 def _bounded(name: str, file: IO[AnyStr]) -> AnyStr:
