@@ -70,12 +70,19 @@ def main() -> int:
         description="The whole line, from text to a model that generates, on this Python's own code.",
         examples="make quickstart\npython launch/quickstart.py --steps 50 --folder /tmp/quickstart",
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="where everything goes")
+    where = "where everything goes (default: runs/quickstart in the clone)"
+    parser.add_argument("--folder", type=Path, metavar="DIR", help=where)
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="optimizer steps of 4,096 tokens")
     arguments = parser.parse_args()
+    folder = Path("runs/quickstart") if arguments.folder is None else from_root(arguments.folder)
     os.chdir(ROOT)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    return run(arguments.folder, arguments.steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    return run(folder, arguments.steps)
+
+
+def from_root(folder: Path) -> Path:
+    """What was meant where the command was started, as the stations find it, which run in the clone."""
+    return folder if folder.is_absolute() else Path(os.path.relpath(folder, ROOT))
 
 
 def run(folder: Path, steps: int) -> int:

@@ -10,10 +10,25 @@ from pathlib import Path
 import pytest
 from support import ROOT, metrics
 
+import launch.quickstart
+
 
 def quickstart(folder: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "launch/quickstart.py", "--folder", str(folder), "--steps", "8"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.parametrize("flags", [["--folder", "mine"], []])
+def test_a_folder_is_meant_from_where_one_stands(flags: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr(launch.quickstart, "ROOT", tmp_path / "clone")
+    monkeypatch.setattr(launch.quickstart, "run", lambda folder, steps: made.append(folder.resolve()))
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags])
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    launch.quickstart.main()
+    assert made == [tmp_path / ("work/mine" if flags else "clone/runs/quickstart")] and made[0].is_dir()
 
 
 @pytest.fixture(scope="module")
