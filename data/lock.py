@@ -48,6 +48,9 @@ class FolderLock:
         except BlockingIOError:
             with file:
                 raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
+        if not _is_at(file, path):  # whoever held it removed it as the last thing: locked or not, it keeps nobody out any more
+            file.close()
+            return self.take()
         held_before = file.read(200)
         if held_before and not held_before.startswith(WHO):
             file.close()
@@ -62,7 +65,7 @@ class FolderLock:
         return locked
 
     def release(self) -> None:
-        """The folder is free. The file stays: whoever removed it could remove another's."""
+        """The folder is free. The file stays; only its holder may remove it, before this."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -78,6 +81,13 @@ def try_lock(file: IO[Any]) -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _ours(path: str, flags: int) -> int:

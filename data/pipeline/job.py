@@ -69,7 +69,6 @@ def run(args: PreprocessArguments, team: Team | None = None) -> None:
             manifest = job.run(team or Team(args.workers), work_options(args, text, facts, contamination))
         finally:
             job.close()
-    clear_leftovers(args.output)
     report(manifest, args, time.monotonic() - started)
 
 

@@ -69,10 +69,12 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / STATE
         strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-        if STATE not in strangers and set(strangers) - {REJECTED}:
+        if not {STATE, MANIFEST} & set(strangers) and set(strangers) - {REJECTED}:
             raise UserError(f"--output {folder} is not empty ({', '.join(strangers[:4])}) and holds no job of ours; name another")
         lock = take_folder(folder, "job")
         try:
+            if (folder / MANIFEST).is_file():  # what is left of its state would have us cut its shards back
+                raise UserError(f"another job has completed {folder} meanwhile; use it, or name another --output")
             if path.is_file():
                 state = read_json(path)
                 check_same(state["arguments"], arguments, folder)
@@ -115,17 +117,22 @@ class Ledger:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """A job that fails before anything of it is durable leaves its folder free for other arguments."""
-        self.close()
-        if isinstance(error, Exception) and "position" not in self.state:
-            clear(self.folder)
+        """A job that is complete leaves only its result, and one that fails before anything of it is durable a folder that is free
+        for other arguments; both as long as nobody else can begin in it."""
+        try:
+            self.close()
+            if error is None:
+                clear_leftovers(self.folder)
+            elif isinstance(error, Exception) and "position" not in self.state:
+                clear(self.folder)
+        finally:
+            self.lock.release()
 
     def close(self) -> None:
         """After an error: what is not durable yet is lost anyway, so a disk that is still full must not hide that error."""
         for file in self.journals.values():
             with contextlib.suppress(OSError):
                 file.close()
-        self.lock.release()
 
 
 def clear(folder: Path) -> None:
@@ -147,5 +154,5 @@ def clear_leftovers(folder: Path) -> None:
     assert (folder / MANIFEST).is_file()
     for split in SPLITS:
         for path in (folder / split).glob(".*.tmp"):
-            path.unlink()
+            path.unlink(missing_ok=True)
     _clear_files(folder)  # the state last of all: while it is there, something may be left

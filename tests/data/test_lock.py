@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_helpers import ROOT, environment
@@ -40,6 +41,27 @@ def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path: Path) -> None
     first.release()
     assert second.take()
     second.release()
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_keeps_out_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before, locked after: two of three held the folder."""
+    first, second, third = (FolderLock(tmp_path) for _ in range(3))
+    assert first.take()
+    real = lock.try_lock
+
+    def late(file: Any) -> bool:
+        monkeypatch.setattr(lock, "try_lock", real)
+        (tmp_path / ".lock").unlink()
+        first.release()
+        return real(file)
+
+    monkeypatch.setattr(lock, "try_lock", late)
+    assert second.take()
+    with pytest.raises(LockHeld):
+        third.take()
+    second.release()
+    assert third.take()
+    third.release()
 
 
 def test_a_forked_child_does_not_hold_the_folder(tmp_path: Path) -> None:

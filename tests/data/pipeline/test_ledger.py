@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 from data_helpers import command, contents, environment, write_rows
 
+from data.cli import UserError
+from data.lock import take_folder
+from data.pipeline import job, ledger
+
 
 def test_a_finished_job_is_left_alone(expected: Path, flags: list[object], preprocess: Any) -> None:
     before = contents(expected)
@@ -55,6 +59,55 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, flags: list[objec
     (tmp_path / "train" / "precious").write_text("x")
     code, _, err = preprocess(*flags, "--output", tmp_path)
     assert code == 2 and "not empty" in err and (tmp_path / "train" / "precious").exists()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_job_that_is_completed_while_another_begins_stays_complete(
+    killed: bool, expected: Path, flags: list[object], tmp_path: Path, preprocess: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second had found no manifest and listed its input when the first was done, or (`killed`) had only its manifest written.
+
+    What was left of the first's state had the second cut finished shards back.
+    """
+    output, real = tmp_path / "out", job.load_contamination
+
+    def first(files: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "load_contamination", real)
+            patch.setattr(job, "STATE_INTERVAL_S", 0.0)
+            if killed:
+                patch.setattr(ledger, "clear_leftovers", lambda folder: None)
+            assert preprocess(*flags, "--output", output)[0] == 0
+        assert (output / "state.json").exists() == killed
+        return real(files)
+
+    monkeypatch.setattr(job, "load_contamination", first)
+    code, _, err = preprocess(*flags, "--output", output)
+    assert code == 2 and "another job has completed" in err and err.count("\n") == 1, err
+    monkeypatch.setattr(job, "load_contamination", real)
+    assert preprocess(*flags, "--output", output)[0] == 0
+    assert contents(output) == contents(expected)
+
+
+def test_nobody_begins_in_a_folder_that_is_being_cleared(
+    flags: list[object], tmp_path: Path, preprocess: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last document, or an error, the lock was given back first."""
+    tried = []
+    for name in ("clear_leftovers", "clear"):
+        real = getattr(ledger, name)
+
+        def clear(folder: Path, real: Any = real) -> None:
+            with pytest.raises(UserError, match="in use by another job"):
+                take_folder(folder, "job")
+            tried.append(folder.name)
+            real(folder)
+
+        monkeypatch.setattr(ledger, name, clear)
+    assert preprocess(*flags, "--output", tmp_path / "whole")[0] == 0
+    write_rows(tmp_path / "broken.jsonl", [{"x": 1}])
+    assert preprocess("--input", tmp_path / "broken.jsonl", *flags[2:4], "--output", tmp_path / "failed")[0] == 2
+    assert tried == ["whole", "failed"]
 
 
 def test_two_jobs_on_one_folder(tmp_path: Path, flags: list[object], preprocess: Any) -> None:
