@@ -53,6 +53,7 @@ def run(args: PreprocessArguments, team: Team | None = None) -> None:
     sources = find_sources(args.input, exclude=args.output, suffixes=args.suffixes)
     wanted, inputs = identity(args, sources), list_inputs(sources, args.decontaminate)
     check_inputs(args.output, inputs)
+    check_tokenizer(args)
     if (args.output / MANIFEST).is_file():
         check_same(load_manifest(args.output)["arguments"], wanted, args.output)
         clear_leftovers(args.output)
@@ -70,6 +71,16 @@ def run(args: PreprocessArguments, team: Team | None = None) -> None:
         finally:
             job.close()
     report(manifest, args, time.monotonic() - started)
+
+
+def check_tokenizer(args: PreprocessArguments) -> None:
+    """Raises UserError where the file of --tokenizer is another one than that whose copy the folder has, and goes on with."""
+    copy = args.output / "tokenizer"
+    if args.tokenizer is None or not os.path.exists(args.tokenizer) or not (copy / CONFIG).is_file():
+        return
+    now, then = load(args.tokenizer), load(str(copy))
+    if now.text != then.text or now.end_token not in (None, then.end_token):
+        raise UserError(f"--tokenizer {args.tokenizer} was written to since {args.output} was begun; name another --output")
 
 
 def prepare_tokenizer(args: PreprocessArguments, sources: list[Source]) -> tuple[str, TokenizerFacts]:

@@ -140,6 +140,34 @@ def test_files_of_every_kind_are_held(kind: str, tmp_path: Path, corpus: Path, p
     assert code == 2 and f"{path} was written to" in err
 
 
+@pytest.mark.parametrize("change", ["text", "end"])
+@pytest.mark.parametrize("state", ["killed", "complete"])
+def test_another_tokenizer_of_the_same_name_is_refused(
+    state: str, change: str, tree: Path, tmp_path: Path, preprocess: Command, tokenizer_file: Path, monkeypatch: Any
+) -> None:
+    """Trained anew under the same name, it was said to be complete, with the shards of the old one."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    path = Path(shutil.copy(tokenizer_file, folder / "tokenizer.json"))
+    flags = ["--input", f"tree:{tree}", "--tokenizer", folder, "--output", tmp_path / "out"]
+    if state == "killed":
+        stop_in_the_middle(monkeypatch, preprocess, *flags)
+    else:
+        assert preprocess(*flags)[0] == 0
+    before = path.read_text()
+    if change == "text":
+        path.write_text(before.replace("<fim_pad>", "<padding>"))
+    else:
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "<fim_pad>"}')
+    code, _, err = preprocess(*flags)
+    assert code == 2 and f"--tokenizer {folder} was written to since" in err and err.count("\n") == 1, err
+    path.write_text(before)
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    assert preprocess(*flags)[0] == 0
+    shutil.rmtree(folder)  # its copy is enough
+    assert preprocess(*flags)[0] == 0
+
+
 def test_the_middle_of_a_large_file_is_held_by_its_time(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(3 * inputs.END_BYTES))
