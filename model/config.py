@@ -89,6 +89,8 @@ class MoEGPTConfig(PreTrainedConfig):
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         if not self.head_dim and self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if "rope_theta" in kwargs and isinstance(self.rope_parameters, dict | None):  # where it stood before transformers 5
+            self.rope_parameters = {"rope_theta": kwargs.pop("rope_theta"), **(self.rope_parameters or {})}
         self.rope_parameters = self._complete_rope(self.rope_parameters or {})
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self._check()
@@ -97,6 +99,8 @@ class MoEGPTConfig(PreTrainedConfig):
         """YaRN's parameters with defaults filled in; `factor` 1 is plain RoPE (arXiv 2309.00071)."""
         if not isinstance(given, dict):
             raise ValueError(f"rope_parameters must be an object of YaRN's parameters, got {given!r}")
+        if "type" in given:  # the older name
+            given = {"rope_type": given["type"], **{key: value for key, value in given.items() if key != "type"}}
         factor = float(given.get("factor") or 1.0)
         rope: dict[str, Any] = {
             "rope_type": "yarn",
@@ -158,6 +162,13 @@ class MoEGPTConfig(PreTrainedConfig):
         for name in ("beta_fast", "beta_slow", "attention_factor"):
             if rope.get(name) is not None and not (_is_number(rope[name]) and rope[name] > 0):
                 raise ValueError(f"rope_parameters.{name} must be a finite number above 0, got {rope[name]!r}")
+        for name, only in (("partial_rotary_factor", 1.0), ("truncate", True)):
+            if rope.get(name, only) != only:
+                raise ValueError(f"rope_parameters.{name} must be {only!r}, got {rope[name]!r}")
+        if rope.get("mscale") and rope.get("mscale_all_dim") and rope.get("attention_factor") is None:
+            raise ValueError("rope_parameters.mscale and mscale_all_dim are not read: give the attention_factor they make")
+        if rope.get("beta_fast", 32.0) < rope.get("beta_slow", 1.0):
+            raise ValueError(f"rope_parameters.beta_fast must not be below beta_slow, got {rope.get('beta_fast', 32.0)!r}")
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group

@@ -53,6 +53,12 @@ def test_it_survives_json(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta must be a finite number"),
         ({"rope_parameters": {"factor": 1e300}}, "original_max_position_embeddings must be a finite number"),
         ({"rope_parameters": {"beta_fast": 0}}, "beta_fast must be a finite number above 0"),
+        ({"rope_parameters": {"beta_fast": 1.0, "beta_slow": 32.0}}, "beta_fast must not be below beta_slow"),
+        ({"rope_parameters": {"beta_slow": 64.0}}, "beta_fast must not be below beta_slow"),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "rope_type must be one of default, yarn, got 'linear'"),
+        ({"rope_parameters": {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0}}, "give the attention_factor"),
+        ({"rope_parameters": {"factor": 4.0, "truncate": False}}, "truncate must be True"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1.0"),
         ({"eos_token_id": "x"}, "eos_token_id must be the number of a token"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder must be false"),
         ({"hiden_size": 5}, "unknown model configuration field 'hiden_size'"),
@@ -66,6 +72,14 @@ def test_wrong_values_are_named(fields: dict, sentence: str) -> None:
 def test_unknown_preset_names_the_presets() -> None:
     with pytest.raises(ValueError, match="unknown preset '3b'; the presets are tiny, 60m, 800m, 4b"):
         MoEGPTConfig.preset("3b")
+
+
+def test_older_names_of_rope_are_read() -> None:
+    """`rope_theta` beside `rope_parameters` was an attribute that nothing read, and `type` a key."""
+    assert MoEGPTConfig(rope_theta=5e5).rope_parameters["rope_theta"] == 5e5
+    assert MoEGPTConfig(rope_theta=5e5, rope_parameters={"rope_theta": 1e6}).rope_parameters["rope_theta"] == 1e6
+    plain = MoEGPTConfig(rope_parameters={"type": "default", "rope_theta": 500.0})
+    assert plain.rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
 
 
 def test_rope_factor() -> None:

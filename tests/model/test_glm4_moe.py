@@ -10,6 +10,7 @@ from model import MoEGPTConfig
 from model.glm4_moe import expert_name, expert_place, from_glm4_moe, to_glm4_moe
 
 STOCK = {"first_k_dense_replace": 0, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "n_routed_experts": 8}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
 
 
 def test_there_and_back() -> None:
@@ -39,6 +40,8 @@ def test_what_glm4_moe_lacks_is_said() -> None:
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({}, "partial_rotary_factor must be 1.0, got 0.5"),  # Glm4Moe's default
+        ({"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale"),
+        ({"rope_parameters": {**YARN, "truncate": False}}, "truncate"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 1.0}}, "rope_type"),
     ],
 )
