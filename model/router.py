@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from .auxiliary import AuxiliaryLoss, balance_loss
 from .choice import group_limited_topk
@@ -23,7 +24,8 @@ from .replay import RouterReplay
 def router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     """`[T, E]` in fp32 (float64 stays), whatever dtype the engine trains in: bf16 logits move tokens near a tie."""
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
-    return F.linear(rebuildable(x_TH.to(dtype), partial(torch.Tensor.to, dtype=dtype), x_TH), weight_EH.to(dtype))
+    with maybe_autocast(x_TH.device.type, enabled=False):  # which would multiply in bf16 all the same
+        return F.linear(rebuildable(x_TH.to(dtype), partial(torch.Tensor.to, dtype=dtype), x_TH), weight_EH.to(dtype))
 
 
 def expert_scores(logits_TE: Tensor, scoring_func: str) -> Tensor:

@@ -146,3 +146,12 @@ def test_one_chosen_group_leaves_no_gradient_that_says_which(chosen_groups: int)
 def test_the_presets_groups_can_be_learned(preset: str) -> None:
     config = MoEGPTConfig.preset(preset)
     assert config.n_group == 1 or config.topk_group > 1
+
+
+def test_autocast_leaves_the_logits_alone() -> None:
+    """`Trainer(bf16=True)` trains under it: in bf16 they would move tokens near a tie."""
+    x, weight = torch.randn(20, 16), torch.randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ weight.T).dtype == torch.bfloat16
+        logits = router_logits(x, weight)
+    assert torch.equal(logits, router_logits(x, weight)) and logits.dtype == torch.float32
