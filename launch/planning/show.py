@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ def show(answer: dict[str, Any], *, with_curve: bool) -> str:
         sections.append(_curve(answer))
     sections.append("\n".join(["assumptions", *(wrapped(f"  {line}") for line in answer["assumptions"])]))
     if "written" in answer:
-        sections.append(f"wrote {answer['written']}: train with --deepspeed_config {answer['written']}")
+        sections.append(f"wrote {answer['written']}: train with --deepspeed_config {shlex.quote(answer['written'])}")
     return "\n\n".join(sections)
 
 

@@ -49,6 +49,10 @@ def test_the_usual_question() -> None:
     assert sum(found["limits"].values()) == pytest.approx(1, abs=0.001)
 
 
+def test_a_written_path_can_be_pasted(tmp_path: Path) -> None:
+    assert f"train with --deepspeed_config '{tmp_path / 'to fit.json'}'" in plan(*USUAL, "--write", tmp_path / "to fit.json").stdout
+
+
 def test_in_words() -> None:
     done = plan(*USUAL, "--tokens", "131e9", "--curve")
     assert done.returncode == 0 and not done.stderr
