@@ -53,7 +53,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(Cache):
-    """For `generate(past_key_values=GrowingCache())` and the model's own default."""
+    """For `generate(past_key_values=GrowingCache())`; it is written in place, so no gradients."""
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)

@@ -26,6 +26,8 @@ def to_glm4_moe(config: MoEGPTConfig) -> Glm4MoeConfig:
         raise ValueError("this model has attention sinks, which Glm4Moe has not")
     if config.scoring_func != "sigmoid":
         raise ValueError(f"Glm4Moe scores experts by sigmoid, this model by {config.scoring_func}")
+    if config.n_routed_experts == 1:
+        raise ValueError("Glm4Moe takes the two best experts of a group, and this model has one")
     known = Glm4MoeConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "dtype"}
     fields = {name: value for name, value in config.to_dict().items() if name in known}
     fields.update(

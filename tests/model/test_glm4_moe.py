@@ -30,6 +30,9 @@ def test_what_glm4_moe_lacks_is_said() -> None:
         to_glm4_moe(MoEGPTConfig.preset("tiny"))
     with pytest.raises(ValueError, match="by sigmoid, this model by softmax"):
         to_glm4_moe(MoEGPTConfig.preset("tiny", attention_sinks=False, scoring_func="softmax"))
+    dense = {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    with pytest.raises(ValueError, match="two best experts of a group, and this model has one"):
+        to_glm4_moe(MoEGPTConfig.preset("tiny", attention_sinks=False, **dense))
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,18 @@ class MoEGPTAttention(Glm4MoeAttention):
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 
-class MoEGPTSoftmaxRouter(Glm4MoeTopkRouter):
-    """Glm4Moe's router with softmax scores: groups by the sum of their two best, then the best experts of those."""
+class MoEGPTRouter(Glm4MoeTopkRouter):
+    """Glm4Moe's router with softmax scores, or with a single expert, of which it would take the two best: groups by the sum of
+    their two best, then the best experts of those."""
+
+    def __init__(self, config: MoEGPTConfig) -> None:
+        super().__init__(config)
+        self.softmax = config.scoring_func == "softmax"
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden_states = hidden_states.view(-1, self.hidden_dim)
         router_logits = F.linear(hidden_states.type(torch.float32), self.weight.type(torch.float32))
-        scores = router_logits.softmax(dim=-1)
+        scores = router_logits.softmax(dim=-1) if self.softmax else router_logits.sigmoid()
         biased = (scores + self.e_score_correction_bias).view(-1, self.num_group, self.num_experts // self.num_group)
         group_scores = biased.topk(min(2, biased.shape[-1]), dim=-1)[0].sum(dim=-1)
         chosen = torch.topk(group_scores, k=self.topk_group, dim=-1, sorted=False)[1]
@@ -135,8 +140,8 @@ class MoEGPTModel(MoEGPTPreTrainedModel, Glm4MoeModel):
         for index, layer in enumerate(self.layers):
             if config.attention_sinks:
                 layer.self_attn = MoEGPTAttention(config, index)
-            if config.scoring_func == "softmax":
-                layer.mlp.gate = MoEGPTSoftmaxRouter(config)  # type: ignore[union-attr]
+            if config.scoring_func == "softmax" or config.n_routed_experts == 1:
+                layer.mlp.gate = MoEGPTRouter(config)  # type: ignore[union-attr]
         self.post_init()  # type: ignore[no-untyped-call]
 
 

@@ -41,6 +41,7 @@ CASES = [
     {},
     {"scoring_func": "softmax"},
     {"attention_sinks": False},
+    {"n_group": 1, "topk_group": 1, "n_routed_experts": 1, "num_experts_per_tok": 1},  # a dense model
     {"qk_norm": False, "head_dim": 32},
     {"tie_word_embeddings": True, "routed_scaling_factor": 2.5, "norm_topk_prob": False},
     {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "num_experts_per_tok": 3},
