@@ -68,9 +68,8 @@ class Ladder:
     largest: dict[str, float]  # active parameters and tokens of the largest runs
     held_out_error: float | None
     preferred: dict[str, float] | None  # learning_rate, batch_tokens, flops, tokens: of the smallest width's best run
-    family: dict[str, Any] | None = (
-        None  # width and widest, learning_rate (of width), rate_exponent, batch_tokens, head_dim, vocabulary
-    )
+    # width and widest, learning_rate (of width), rate_exponent, batch_tokens, head_dim, vocabulary
+    family: dict[str, Any] | None = None
     held_out_step: float | None = None  # times the parameters of the nearest fitted size; 1 for a size between fitted ones
     epochs: float | None = None  # how often the longest runs read their data
 
