@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -224,7 +225,8 @@ class Session:
         trainer.monitor.say(f"{outcome} at step {trainer.position.step}; everything lies in {folder}")
         if trainer.profile is not None and trainer.profile.written:
             trainer.monitor.say(f"where a step's time goes: {trainer.profile.folder}/table.txt")
-        trainer.monitor.say(f"next: python launch/export.py --checkpoint {folder} --output {folder}-hf")
+        export = ["python", "launch/export.py", "--checkpoint", str(folder), "--output", f"{folder}-hf"]
+        trainer.monitor.say(f"next: {shlex.join(export)}")  # quoted, to be pasted
         clean = trainer.monitor.close()
         self.watchdog.at(trainer.position.step, "waiting for the other ranks to finish")
         dist.barrier()

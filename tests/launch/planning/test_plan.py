@@ -222,15 +222,15 @@ def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:
 
 def test_training_says_what_to_expect(small_shards: Path, small_model: Path, run_train, tmp_path: Path) -> None:
     """The plan's memory beside what the process grew by, and at the end the next command."""
-    flags = ["--data", small_shards, "--model", small_model, "--output", tmp_path / "run", "--sequence_length", 64]
+    flags = ["--data", small_shards, "--model", small_model, "--output", tmp_path / "a run", "--sequence_length", 64]
     flags += ["--max_steps", 2, "--eval_interval", 0, "--log_interval", 1, "--wandb", "disabled"]
     done = run_train(1, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     said = re.search(r"memory of a rank: ([\d.]+) GB of tensors by the plan, the process grew by (-?[\d.]+) GB", done.stderr)
     assert said, done.stderr  # this model is so small that freed memory can hold it: growth may round to nothing
-    job = job_of_run(json.loads((tmp_path / "run/config.json").read_text()), ranks_per_node=1)
+    job = job_of_run(json.loads((tmp_path / "a run/config.json").read_text()), ranks_per_node=1)
     assert float(said[1]) == pytest.approx(plan_memory(job, on_gpu=False).live / 1e9, abs=0.006)
-    assert f"next: python launch/export.py --checkpoint {tmp_path / 'run'}" in done.stderr
+    assert f"next: python launch/export.py --checkpoint '{tmp_path}/a run' --output '{tmp_path}/a run-hf'" in done.stderr
     assert "steps should take about" not in done.stderr  # of a CPU nobody has a data sheet
 
 
