@@ -101,11 +101,13 @@ class MoEGPTConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters must be an object of YaRN's parameters, got {given!r}")
         if "type" in given:  # the older name
             given = {"rope_type": given["type"], **{key: value for key, value in given.items() if key != "type"}}
-        factor = float(given.get("factor") or 1.0)
+        factor = given.get("factor") or 1.0
+        if not _is_number(factor, least=1):
+            raise ValueError(f"rope_parameters.factor must be a finite number of at least 1, got {factor!r}")
         rope: dict[str, Any] = {
             "rope_type": "yarn",
             "rope_theta": 10_000.0,
-            "factor": factor,
+            "factor": float(factor),
             "original_max_position_embeddings": int(self.max_position_embeddings / factor),
             "beta_fast": 32.0,
             "beta_slow": 1.0,
@@ -159,6 +161,8 @@ class MoEGPTConfig(PreTrainedConfig):
         for name in ("factor", "rope_theta", "original_max_position_embeddings"):
             if name in rope and not _is_number(rope[name], least=1):
                 raise ValueError(f"rope_parameters.{name} must be a finite number of at least 1, got {rope[name]!r}")
+        if rope_type == "yarn" and rope["rope_theta"] == 1:
+            raise ValueError("rope_parameters.rope_theta must be above 1 for YaRN: all dimensions would turn alike")
         for name in ("beta_fast", "beta_slow", "attention_factor"):
             if rope.get(name) is not None and not (_is_number(rope[name]) and rope[name] > 0):
                 raise ValueError(f"rope_parameters.{name} must be a finite number above 0, got {rope[name]!r}")

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from data.cli import NotFound, UserError
-from data.files import replace_file, sync_file
+from data.cli import NotFound, UserError, sentence
+from data.files import read_json, replace_file, sync_file
 from data.lock import try_lock
 from launch.evaluation.problems import Problem, parsed
 
@@ -37,7 +37,7 @@ class SampleFile:
         if not self.path.stat().st_size:
             replace_file(noted, json.dumps(self.settings, indent=2).encode())
             return 0
-        before = json.loads(noted.read_text()) if noted.is_file() else {}
+        before = read_settings(noted) if noted.is_file() else {}
         changed = [name for name in self.settings if before.get(name) != self.settings[name]]
         if changed:
             raise UserError(
@@ -110,3 +110,16 @@ def write_results(samples: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path = results_path(samples)
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return path
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Raises UserError for a damaged file."""
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({sentence(error)}): remove it and its samples, or name another --samples_file"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (no object): remove it and its samples, or name another --samples_file")
+    return found

@@ -26,7 +26,7 @@ from launch.engine.hardware import peak_flops
 from launch.engine.regions import hint
 from launch.engine.settings import EngineSettings
 from launch.engine.step_hook import StepHook
-from launch.engine.strategy import Strategy
+from launch.engine.strategy import Strategy, schedule_hint
 from launch.planning.expectation import duration_line, job_of_run, memory_line
 from launch.profiling.ranges import STEP
 from launch.ranks.control_group import ControlGroup
@@ -331,7 +331,8 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     )
     strategy = Strategy.of(run.deepspeed)
     mode = arguments.activation_checkpointing or strategy.activation_checkpointing
-    for warning in filter(None, (hint(strategy.compiles, mode), group_hint(run.model))):
+    hints = (hint(strategy.compiles, mode), group_hint(run.model), schedule_hint(run.deepspeed, arguments.max_steps))
+    for warning in filter(None, hints):
         monitor.say(warning)
     monitor.say(choice.message)
     monitor.begin(trainer.position.step, trainer.position.samples)

@@ -21,7 +21,9 @@ def cross_entropy_kernel(
     weight = tl.where(target == IGNORE, 0.0, tl.load(scale))
     at = logits + row * vocabulary
     # Before the sums: between here and the gradients, which other threads write in the logits' place, threads wait for each other.
-    logit = tl.load(at + tl.where(target == IGNORE, 0, target)).to(tl.float32)
+    index = tl.where(target == IGNORE, 0, target)
+    # A target past the vocabulary makes the loss no number; what lies there is another row's, or nobody's.
+    logit = tl.load(at + index, mask=(index >= 0) & (index < vocabulary), other=float("nan")).to(tl.float32)
     high = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, vocabulary, BLOCK):

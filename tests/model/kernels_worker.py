@@ -291,6 +291,16 @@ def going_round() -> tuple[Results, dict[str, tuple[int, float]]]:
     return errors, found
 
 
+def impossible_targets() -> float:
+    """0 if a target past the vocabulary, or below 0, makes its loss no number and leaves its neighbours' alone; else 1."""
+    logits, scale = torch.randn(4, 50), torch.ones(())
+    targets = torch.tensor([3, 50, -1, -100])
+    losses = operators.cross_entropy_(logits.clone(), targets, scale, 0.0, True, -100)
+    plain = torch.nn.functional.cross_entropy(logits[:1], targets[:1])
+    right = losses[1:3].isnan().all() and losses[3] == 0 and (losses[0] - plain).abs() < 1e-5
+    return 0.0 if right else 1.0
+
+
 def ties() -> float:
     """Equal scores go to the lower index."""
     config = MoEGPTConfig.preset("tiny", n_routed_experts=8, n_group=4, topk_group=2)
@@ -388,6 +398,7 @@ def main() -> None:
         if on_gpu:
             found |= {f"{name}, real sizes": value for name, value in of(real_cases, dtype).items()}
     found["ties"] = ties()
+    found["impossible targets"] = impossible_targets()
     with calls:
         moved = lifts(LIFT_RULES)
     config = MoEGPTConfig.preset("tiny", num_hidden_layers=2, hidden_size=64, vocab_size=128, z_loss_weight=1e-3)

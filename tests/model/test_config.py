@@ -44,6 +44,8 @@ def test_it_survives_json(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_type must be one of default, yarn"),
         ({"rope_parameters": {"factor": 0.5}}, "factor must be a finite number of at least 1"),
+        ({"rope_parameters": {"factor": "two"}}, "rope_parameters.factor must be a finite number of at least 1, got 'two'"),
+        ({"rope_parameters": {"rope_theta": 1, "factor": 2.0}}, "rope_theta must be above 1 for YaRN"),
         ({"head_dim": 33}, "head_dim must be even"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers must be at most"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a finite number"),

@@ -108,6 +108,11 @@ def test_equal_scores_choose_the_lower_index(found: Found) -> None:
     assert found.errors["ties"] == 0
 
 
+def test_a_target_past_the_vocabulary_makes_the_loss_no_number(found: Found) -> None:
+    """Where PyTorch's own kernel ends the process; what lay there was another row's."""
+    assert found.errors["impossible targets"] == 0
+
+
 def test_kernels_are_for_gpus_and_not_for_float64() -> None:
     assert not operators.usable(torch.zeros(1))
     double = torch.empty(1, dtype=torch.float64, device="meta")

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from launch.engine.strategy import CHECKPOINTING_MODES, CONFIG_FOLDER, Strategy, default_path, lookup, read_config, resolve_config
+from launch.engine.strategy import (
+    CHECKPOINTING_MODES,
+    CONFIG_FOLDER,
+    Strategy,
+    default_path,
+    lookup,
+    read_config,
+    resolve_config,
+    schedule_hint,
+)
 
 SHIPPED = sorted(CONFIG_FOLDER.glob("*.json"))
 
@@ -112,6 +121,17 @@ MISTAKES = [
     ({"activation_checkpointing__mode": "half"}, "mode must be one of"),
     ({"optimizer__params__weight_decay": None}, "weight_decay must be a number, not null"),
 ]
+
+
+def test_a_schedule_of_another_length_is_warned_of() -> None:
+    def said(**steps: object) -> str:
+        return str(schedule_hint({"scheduler": {"params": steps}}, max_steps=400))
+
+    assert "warmup_num_steps is 2,000 and the run has 400 steps" in said(warmup_num_steps=2000, total_num_steps=400)
+    assert "total_num_steps is 399 and the run has 400 steps" in said(warmup_num_steps=10, total_num_steps=399)
+    for right in ({"warmup_num_steps": 10, "total_num_steps": 400}, {"warmup_num_steps": 399}, {"step_size": 30}):
+        assert said(**right) == "None"
+    assert schedule_hint({}, max_steps=400) is None
 
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES, ids=[next(iter(c)) for c, _ in MISTAKES])

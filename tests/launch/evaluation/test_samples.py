@@ -112,6 +112,10 @@ def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems:
     assert part.path.read_bytes() == whole.path.read_bytes()
     with pytest.raises(UserError, match=r"part.jsonl has samples with another temperature \(1.0, now 0.5\)"):
         SampleFile(part.path, {**settings, "temperature": 0.5}).begin(2)
+    for damage in ("{", "[]"):
+        (tmp_path / "part.jsonl.settings.json").write_text(damage)
+        with pytest.raises(UserError, match=r"part\.jsonl\.settings\.json is damaged"):
+            SampleFile(part.path, settings).begin(2)
 
 
 @pytest.mark.parametrize(
