@@ -32,9 +32,10 @@ else:
 time.sleep(600)
 """
 BENCHMARK = """
-import sys
+import signal, sys
 from pathlib import Path
 from launch.benchmarks.leash import run_leashed
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
 run_leashed([sys.executable, "-c", *sys.argv[2:]], Path(sys.argv[1]) / "log")
 """
 
