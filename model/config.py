@@ -101,13 +101,12 @@ class MoEGPTConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters must be an object of YaRN's parameters, got {given!r}")
         if "type" in given:  # the older name
             given = {"rope_type": given["type"], **{key: value for key, value in given.items() if key != "type"}}
-        factor = given.get("factor") or 1.0
-        if not _is_number(factor, least=1):
-            raise ValueError(f"rope_parameters.factor must be a finite number of at least 1, got {factor!r}")
+        # Anything else stays as it is, for `_check` to refuse.
+        factor = float(given["factor"]) if _is_number(given.get("factor"), least=1) else 1.0
         rope: dict[str, Any] = {
             "rope_type": "yarn",
             "rope_theta": 10_000.0,
-            "factor": float(factor),
+            "factor": factor,
             "original_max_position_embeddings": int(self.max_position_embeddings / factor),
             "beta_fast": 32.0,
             "beta_slow": 1.0,

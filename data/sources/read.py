@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from data.sources.formats import HEAD_BYTES, check_lines, check_named, compressi
 from data.sources.lines import line_blocks
 from data.sources.parquet import parquet_blocks
 from data.sources.tables import hub_blocks
-from data.sources.trees import tree_blocks
+from data.sources.trees import file_status, tree_blocks
 
 
 def read_blocks(sources: Sequence[Source], options: ReadOptions, start: Position | None = None) -> Iterator[Block]:
@@ -71,11 +70,7 @@ class Kind(NamedTuple):
 def sniff(path: str, name: str = "") -> Kind:
     """What the file at `path` is, by its first bytes: `name` may lie. Raises Fault for what is not read."""
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise Fault("folder that cannot be looked into")
-        if not stat.S_ISREG(mode):
-            raise Fault("not a regular file")
+        file_status(path)
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
             file.seek(max(os.fstat(file.fileno()).st_size - 4, 0))

@@ -34,14 +34,19 @@ def tree_blocks(source: Source, number: int, here: Position) -> Iterator[Block]:
 def read_file(path: str) -> bytes:
     """The whole file. Raises Fault for what is none, cannot be read or is larger than MAX_LINE_BYTES."""
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise Fault("folder that cannot be looked into")
-        if not stat.S_ISREG(status.st_mode):
-            raise Fault("not a regular file")
-        if status.st_size > blocks.MAX_LINE_BYTES:
+        if file_status(path).st_size > blocks.MAX_LINE_BYTES:
             raise Fault(f"file larger than {blocks.MAX_LINE_BYTES} bytes")
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
         raise Fault("cannot be read", error.strerror or "") from error
+
+
+def file_status(path: str) -> os.stat_result:
+    """Raises Fault for what is no file: a folder comes here only where it cannot be looked into (`discover.UNREADABLE`)."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise Fault("folder that cannot be looked into")
+    if not stat.S_ISREG(status.st_mode):
+        raise Fault("not a regular file")
+    return status

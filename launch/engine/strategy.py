@@ -213,14 +213,14 @@ def _resolve_schedule(config: dict[str, Any], max_steps: int) -> None:
 
 def schedule_hint(config: dict[str, Any], max_steps: int) -> str | None:
     """What a user should know whose schedule, in steps of its own, is none of this run's."""
-    steps = {name: lookup(config, f"scheduler.params.{name}") for name in ("warmup_num_steps", "total_num_steps")}
-    warmup, total = ((value if isinstance(value, int) else None) for value in steps.values())
-    if warmup is not None and warmup >= max_steps:
+    warmup = lookup(config, "scheduler.params.warmup_num_steps", 0)
+    total = lookup(config, "scheduler.params.total_num_steps", max_steps)
+    if warmup >= max_steps:
         return (
             f"warning: scheduler.params.warmup_num_steps is {warmup:,} and the run has {max_steps:,} steps: it ends before the "
             'learning rate is reached; "auto" suits any length'
         )
-    if total is not None and total < max_steps:
+    if total < max_steps:
         return (
             f"warning: scheduler.params.total_num_steps is {total:,} and the run has {max_steps:,} steps: the rest is trained at "
             'the last rate; "auto" suits any length'

@@ -116,10 +116,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Raises UserError for a damaged file."""
     try:
         found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("no object")
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({sentence(error)}): remove it and its samples, or name another --samples_file"
         ) from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (no object): remove it and its samples, or name another --samples_file")
     return found
