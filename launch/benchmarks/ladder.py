@@ -21,19 +21,17 @@ from launch.benchmarks.checks import check_runs
 from launch.benchmarks.lines import short
 from launch.benchmarks.rungs import (
     Rungs,
-    announce,
-    at_the_edge,
-    best_settings,
     check,
     family_facts,
     held_out_width,
     plan_runs,
-    plan_tuning,
 )
 from launch.benchmarks.same_run import claimed
 from launch.benchmarks.scaling_law import Point, bootstrap, fit
 from launch.benchmarks.shards import Shards, epochs
-from launch.benchmarks.small_runs import SmallRun, train_in_turns
+from launch.benchmarks.small_runs import train_in_turns
+from launch.benchmarks.trials import announce, judged, plan_trials
+from launch.benchmarks.trials import in_words as trials_in_words
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
 from model.accounting import training_flops_per_token
@@ -68,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batches", type=int, nargs="*", default=[], metavar="N", help="samples a step, tried on the smallest width"
     )
+    parser.add_argument(
+        "--tune_hidden",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="of --hidden: the rates are tried on these too, by --rate_exponent, which shows whether it is right",
+    )
     parser.add_argument("--tune_tokens", type=float, metavar="T", help="of these trials (default: the most of --tokens)")
     parser.add_argument("--target_tokens", type=float, default=20e9, metavar="T", help="at which 60m and 800m are predicted")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights and data order")
@@ -79,22 +85,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     shards = Shards()
     train, _ = shards.of(arguments.data, arguments.sequence_length)
     rungs = plan_runs(arguments, train.vocab_size)
-    tuning = plan_tuning(arguments, rungs)
-    runs = (*rungs.values(), *tuning)
+    trials = plan_trials(arguments, rungs)
+    runs = (*rungs.values(), *trials.values())
     check_runs(runs, shards)
     times_read = epochs(train, max(one.tokens for one in runs))
     with claimed(runs, shards):
-        announce(rungs, tuning, times_read)
+        announce(rungs, trials, times_read)
         failed = train_in_turns(runs)
     if missing := [failed[one.name] for one in rungs.values() if one.name in failed]:
         raise UserError("; ".join(missing))
     result = climb(measured(rungs), held_out=held_out_width(arguments), draws=arguments.draws)
-    tried = [one for one in tuning if one.name not in failed]
-    result |= {"preferred": best_settings(tried), "family": family_facts(arguments, rungs), "epochs": times_read}
+    result |= judged({key: one for key, one in trials.items() if one.name not in failed})
+    result |= {"family": family_facts(arguments, rungs), "epochs": times_read}
     result["predictions"] = predict(result, arguments)
     show(result)
-    for line in tuning_in_words(result, tried):
-        print(line)
+    print("\n".join(trials_in_words(result, result["family"])))
     return {**result, "failed": failed}
 
 
@@ -160,22 +165,13 @@ def show(result: dict[str, Any]) -> None:
         for p in result["points"]
     ]
     print_table("validation bits per byte", ["width", "active", "tokens", "measured", "law"], rows)
+    if trials := result["trials"]:
+        rows = [
+            [one["hidden"], one["learning_rate"], short(one["batch_tokens"]), short(one["tokens"]), one["bits"]] for one in trials
+        ]
+        print_table("tried", ["width", "learning rate", "tokens a step", "tokens", "measured"], rows)
     print("bits = {E:.3f} + {A:.4g} / N^{alpha:.3f} + {B:.4g} / D^{beta:.3f}".format(**result["law"]))
     if result["held_out_error"] is not None:
         print(f"width {result['held_out']} was not fitted: off by {result['held_out_error']:.1%} at most")
     for name, found in result["predictions"].items():
         print("\n".join([f"{name}:", *(f"  {line}" for line in in_words(found, tokens=found["target_tokens"]))]))
-
-
-def tuning_in_words(result: dict[str, Any], tuning: list[SmallRun]) -> list[str]:
-    """What to do about the rate and the batch that were found best; nothing where none were tried."""
-    best, own = result["preferred"], result["family"]
-    if best is None:
-        return ["every rate and batch that was tried diverged: try lower rates"] if tuning else []
-    lines = at_the_edge(tuning, best)
-    if (best["learning_rate"], best["batch_tokens"]) != (own["learning_rate"], own["batch_tokens"]):
-        lines.append(
-            f"width {own['width']} prefers learning rate {best['learning_rate']:g} and {best['batch_tokens']:,.0f} tokens a step, "
-            f"the law is of {own['learning_rate']:g} and {own['batch_tokens']:,.0f}: put them into the JSON, name another --folder"
-        )
-    return lines

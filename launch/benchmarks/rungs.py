@@ -1,4 +1,4 @@
-"""The trainings of `launch/benchmark.py ladder`: the family's, and those that try rates and batches on its smallest width.
+"""The trainings of `launch/benchmark.py ladder`'s family.
 
 Everything that can be wrong is said here, before hours of training.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from data.cli import UserError, counted, say
+from data.cli import UserError
 from launch.benchmarks.small_runs import SmallRun, check_counts
 from launch.benchmarks.variants import merged
 from launch.engine.strategy import lookup, read_config
@@ -59,6 +57,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--rate_exponent must be a number such as 0.5, got {arguments.rate_exponent}")
     if arguments.tune_tokens is not None and not (arguments.learning_rates or arguments.batches):
         raise UserError("--tune_tokens is of what --learning_rates and --batches try; give one of them, or leave it out")
+    if arguments.tune_hidden and not arguments.learning_rates:
+        raise UserError("--tune_hidden is of what --learning_rates tries; give it, or leave this out")
+    if other := sorted(set(arguments.tune_hidden) - set(arguments.hidden)):
+        raise UserError(f"--tune_hidden {other[0]} must be one of --hidden {' '.join(map(str, arguments.hidden))}")
     held_out = held_out_width(arguments)
     fitted = {n for n in arguments.hidden if n != held_out}
     if min(len(fitted), len(set(arguments.tokens))) < 3:
@@ -142,54 +144,6 @@ def rate_of(hidden: int, smallest: int, rate: float, exponent: float) -> float:
         return math.inf
 
 
-def plan_tuning(arguments: argparse.Namespace, rungs: Rungs) -> list[SmallRun]:
-    """The smallest width under every learning rate and batch that is to be tried, for as many tokens as its longest run.
-
-    The shorter a run, the higher the rate that it prefers. A run that the family has already is not trained twice.
-    """
-    if not arguments.learning_rates and not arguments.batches:
-        return []
-    base = rungs[min(arguments.hidden), max(arguments.tokens)]
-    tokens = arguments.tune_tokens or max(arguments.tokens)
-    made = []
-    for batch in dict.fromkeys(arguments.batches or [base.batch]):
-        for rate in dict.fromkeys(arguments.learning_rates or [lookup(base.deepspeed, RATE)]):
-            settings = merged(base.deepspeed, {"train_batch_size": batch, "optimizer": {"params": {"lr": rate}}})
-            steps = max(1, round(tokens / batch / base.sequence_length))
-            folder = arguments.folder / "tuning" / f"tokens_{tokens:.0f}_batch_{batch}_lr_{rate:g}"
-            asked = replace(base, deepspeed=settings, steps=steps)
-            made.append(base if asked == base else replace(asked, folder=folder))
-    return made
-
-
-def best_settings(tuning: Sequence[SmallRun]) -> dict[str, float] | None:
-    """None where the loss of none was finite."""
-    bits = {one.folder: one.result()["bits"][-1] for one in tuning}
-    finite = [one for one in tuning if math.isfinite(bits[one.folder])]
-    if not finite:
-        return None
-    best = min(finite, key=lambda one: bits[one.folder])
-    return {
-        "learning_rate": float(lookup(best.deepspeed, RATE)),
-        "batch_tokens": float(best.batch * best.sequence_length),
-        "tokens": float(best.tokens),
-        "flops": best.flops,
-    }
-
-
-def at_the_edge(tuning: Sequence[SmallRun], best: dict[str, float]) -> list[str]:
-    """What of `best` is the least or the greatest that was tried, in words: better ones may lie beyond."""
-    tried = {
-        "learning rate": ({lookup(one.deepspeed, RATE) for one in tuning}, best["learning_rate"]),
-        "batch in tokens": ({one.batch * one.sequence_length for one in tuning}, best["batch_tokens"]),
-    }
-    return [
-        f"the best {what}, {chosen:g}, is the {'least' if chosen == min(values) else 'greatest'} that was tried: try beyond it"
-        for what, (values, chosen) in tried.items()
-        if len(values) > 1 and chosen in (min(values), max(values))
-    ]
-
-
 def family_facts(arguments: argparse.Namespace, rungs: Rungs) -> dict[str, Any]:
     """What `launch.planning.ladder.Ladder` needs of the family, beside its law."""
     smallest = rungs[min(arguments.hidden), max(arguments.tokens)]
@@ -202,24 +156,3 @@ def family_facts(arguments: argparse.Namespace, rungs: Rungs) -> dict[str, Any]:
         "rate_exponent": arguments.rate_exponent,
         "batch_tokens": smallest.batch * arguments.sequence_length,
     }
-
-
-def announce(rungs: Rungs, tuning: list[SmallRun], times_read: float) -> None:
-    """What it will cost, and whether the data are enough for it."""
-    trained = list({one.folder: one for one in (*rungs.values(), *tuning)}.values())
-    flops = {one.folder: one.flops for one in trained}
-    done = sum(one.is_done(one.steps) for one in trained)
-    words = f"{counted(len(trained), 'run')}, {sum(flops.values()):.2g} FLOPs"
-    extra = [one for one in tuning if one not in rungs.values()]
-    if extra:
-        share = sum(flops[one.folder] for one in extra) / sum(flops.values())
-        words += (
-            f": {len(rungs)} of the family, {len(extra)} more to try rates and batches on width {extra[0].config.hidden_size} for "
-            f"{extra[0].tokens / 1e6:.3g} M tokens ({share:.0%})"
-        )
-    say(words + (f"; already done: {done}" if done else ""))
-    if times_read > 1:
-        say(
-            f"warning: the longest runs read the data {times_read:.3g} times, and the law takes that for new data; "
-            "lower --tokens or give more --data"
-        )

@@ -16,7 +16,7 @@ from support import ROOT
 
 from data.cli import UserError
 from data.dataset import PackedDataset
-from launch.benchmarks import ladder, rungs
+from launch.benchmarks import ladder, rungs, trials
 from launch.benchmarks.scaling_law import bootstrap, fit
 from launch.benchmarks.shards import epochs
 from launch.benchmarks.small_runs import SmallRun
@@ -191,16 +191,21 @@ def test_a_ladder_of_a_known_law(
     monkeypatch.setattr(SmallRun, "train", lambda one, stop_after: trained.append((one.folder, stop_after)))
     monkeypatch.setattr(SmallRun, "result", result)
     flags = ["--data", f"{small_shards}:0.5", "--hidden", 64, 128, 192, 256, "--tokens", 409600, 819200, 1638400]
-    flags += ["--deepspeed_config", CPU, "--learning_rates", 0.002, 0.004, 0.008]  # the first is the JSON's
+    flags += ["--deepspeed_config", CPU, "--learning_rates", 0.002, 0.004, 0.008, "--tune_hidden", 128]  # the first is the JSON's
     found = ladder.run(parse(*flags, "--draws", 5, "--folder", tmp_path / "runs"))
-    assert len({folder for folder, _ in trained}) == 4 * 3 + 2
+    assert len({folder for folder, _ in trained}) == 4 * 3 + 2 * 2
     assert found["held_out"] == 256 and found["held_out_error"] < 0.002 and found["held_out_step"] > 1.5
     assert found["preferred"]["learning_rate"] == 0.004 and found["preferred"]["tokens"] == 1638400
     assert found["family"]["learning_rate"] == 0.002 and found["family"]["rate_exponent"] == 0
     assert found["family"]["vocabulary"] == 512
     said, shown = capsys.readouterr(), "width 64 prefers learning rate 0.004 and 4,096 tokens a step, the law is of 0.002"
-    assert "14 runs, " in said.err and "12 of the family, 2 more to try rates and batches on width 64 for 1.64 M tokens" in said.err
+    assert (
+        "16 runs, " in said.err
+        and "12 of the family, 4 more to try rates and batches on width 64 128 for 1.64 M tokens" in said.err
+    )
     assert f"read the data {found['epochs']:.3g} times" in said.err and found["epochs"] > 1
+    by_width = "best learning rates by width: 0.004 for 64, 0.004 for 128; that is (smallest / width)^0.00, the family's is ^0"
+    assert by_width in said.out and len(found["trials"]) == 6
     assert shown in said.out and "not to be believed" in said.out
     (tmp_path / "l.json").write_text(json.dumps(found))
     check_the_plan(tmp_path / "l.json")
@@ -226,13 +231,67 @@ def test_rate_and_batch_are_tried_on_the_longest_run_of_the_smallest_width(small
     flags += ["--deepspeed_config", CPU, "--batches", 16, 32, "--learning_rates", 0.001, 0.002]
     for more, tokens in (([], 1638400), (["--tune_tokens", 819200], 819200)):
         arguments = parse(*flags, *more)
-        tuning = rungs.plan_tuning(arguments, rungs.plan_runs(arguments, VOCABULARY))
-        assert {one.config.hidden_size for one in tuning} == {64}
-        assert {one.tokens for one in tuning} == {tokens}
-        own = [one for one in tuning if one.folder.parent.name == "hidden_64"]
-        assert len(own) == (not more) and len({one.folder for one in tuning}) == 4
-    edges = rungs.at_the_edge(tuning, {"learning_rate": 0.001, "batch_tokens": 8192.0})
-    assert [line.split(",")[0] for line in edges] == ["the best learning rate", "the best batch in tokens"]
+        tried = trials.plan_trials(arguments, rungs.plan_runs(arguments, VOCABULARY)).values()
+        assert {one.config.hidden_size for one in tried} == {64}
+        assert {one.tokens for one in tried} == {tokens}
+        own = [one for one in tried if one.folder.parent.name == "hidden_64"]
+        assert len(own) == (not more) and len({one.folder for one in tried}) == 4
+
+
+def test_rates_are_tried_on_other_widths_by_the_rule_of_the_family(small_shards: Path, tmp_path: Path) -> None:
+    flags = ["--data", small_shards, "--hidden", 64, 128, 192, "--tokens", 409600, 1638400, "--folder", tmp_path]
+    flags += ["--deepspeed_config", CPU, "--batches", 32, "--learning_rates", 0.001, 0.002, "--tune_hidden", 192]
+    for exponent in (0.0, 1.0):
+        arguments = parse(*flags, "--rate_exponent", exponent)
+        planned = trials.plan_trials(arguments, rungs.plan_runs(arguments, VOCABULARY))
+        assert set(planned) == {
+            (64, 0.001, 16),
+            (64, 0.001, 32),
+            (64, 0.002, 16),
+            (64, 0.002, 32),
+            (192, 0.001, 16),
+            (192, 0.002, 16),
+        }
+        for (hidden, rate, batch), one in planned.items():
+            assert one.deepspeed["optimizer"]["params"]["lr"] == rungs.rate_of(hidden, 64, rate, exponent)
+            assert (one.config.hidden_size, one.batch, one.tokens) == (hidden, batch, 1638400)
+        assert len({one.folder for one in planned.values()}) == 6
+        assert {one.folder.parent.name for one in planned.values()} == {"hidden_64", "hidden_192", "tuning"}  # 0.002 is the JSON's
+
+
+def tried(hidden: int, rate: float, bits: float, batch: float = 4096.0) -> dict[str, Any]:
+    return {"hidden": hidden, "learning_rate": rate, "batch_tokens": batch, "tokens": 1e6, "flops": 1e12, "bits": bits}
+
+
+def test_the_exponent_of_the_best_rates_is_that_of_known_curves() -> None:
+    """Parabolas over log(rate) whose lowest points go by width^-0.8 and lie between the rates that were tried."""
+    best = {hidden: 0.011 * (32 / hidden) ** 0.8 for hidden in (32, 64, 128)}
+    made = [
+        tried(hidden, rate, 2.0 + 0.1 * float(np.log(rate / lowest)) ** 2)
+        for hidden, lowest in best.items()
+        for rate in (lowest / 3, lowest / 1.3, lowest * 1.7)
+    ]
+    made.append(tried(32, 0.5, 1.0, batch=8192.0))  # a batch that the others did not try
+    found = trials.best_rates(made)
+    assert found == pytest.approx(best)
+    assert trials.fitted_exponent(found) == pytest.approx(0.8)
+    assert trials.fitted_exponent({64: 0.01}) is None
+
+
+def test_the_lowest_point_of_what_was_tried() -> None:
+    assert trials.lowest({0.001: 3.0, 0.002: 2.0, 0.004: float("nan")}) == 0.002  # beside one that diverged
+    assert trials.lowest({0.001: 1.0, 0.002: 2.0, 0.004: 3.0}) == 0.001
+    assert trials.lowest({0.001: float("inf")}) is None
+    between = trials.lowest({0.001: 2.3, 0.002: 2.0, 0.004: 2.1})
+    assert between is not None and 0.002 < between < 0.004
+
+
+def test_a_best_value_at_the_edge_of_what_was_tried_is_said() -> None:
+    made = [tried(64, 0.001, 2.0), tried(64, 0.002, 2.1), tried(64, 0.001, 2.2, batch=8192.0), tried(64, 0.002, 2.3, batch=8192.0)]
+    rate, batch = trials.at_the_edge(made)
+    assert rate == "width 64: the best learning rate, 0.001, is the least that was tried: try beyond it"
+    assert batch == "width 64: the best batch in tokens, 4096, is the least that was tried: try beyond it"
+    assert trials.at_the_edge([tried(64, 0.001, 2.1), tried(64, 0.002, 2.0), tried(64, 0.004, float("nan"))]) == []
 
 
 def test_what_training_would_refuse_is_refused_before_the_first(small_shards: Path, tmp_path: Path) -> None:
@@ -248,13 +307,17 @@ def test_what_training_would_refuse_is_refused_before_the_first(small_shards: Pa
 def test_a_run_that_diverged_makes_no_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = parse("--data", "x", "--folder", tmp_path, "--deepspeed_config", CPU, "--learning_rates", 0.002, 9)
     planned = rungs.plan_runs(arguments, VOCABULARY)
-    lost, *others = tuning = rungs.plan_tuning(arguments, planned)
-    bits = {one.folder: [9.0, 2.0] for one in (*planned.values(), *others)} | {lost.folder: [9.0, float("nan")]}
+    made = trials.plan_trials(arguments, planned)
+    (first, lost), *others = made.items()
+    bits = {one.folder: [9.0, 2.0] for one in planned.values()} | {one.folder: [9.0, 2.0] for _, one in others}
+    bits[lost.folder] = [9.0, float("nan")]
     monkeypatch.setattr(SmallRun, "result", lambda one: {"bits": bits[one.folder]})
     with pytest.raises(UserError, match="hidden_64 tokens_1600000 diverged, and no law goes through that"):
         ladder.measured(planned)
-    best = rungs.best_settings(tuning)
-    assert best is not None and best["learning_rate"] == 9 and rungs.best_settings([lost]) is None
+    assert trials.judged(made)["preferred"]["learning_rate"] == 9
+    alone = trials.judged({first: lost})
+    assert alone["preferred"] is None and alone["best_rates"] == {}
+    assert trials.in_words(alone, {}) == ["every rate and batch that was tried diverged: try lower rates"]
 
 
 def test_how_often_the_data_are_read(small_shards: Path) -> None:
@@ -301,6 +364,8 @@ def test_what_cannot_be_a_ladder_is_said(tmp_path: Path) -> None:
         "--target_tokens must be over 0, got nan": ["--target_tokens", "nan"],
         "--learning_rates must be over 0": ["--learning_rates", 0],
         "--tune_tokens is of what --learning_rates": ["--tune_tokens", 5],
+        "--tune_hidden is of what --learning_rates": ["--tune_hidden", 96],
+        "--tune_hidden 100 must be one of --hidden 64 96 128 160": ["--tune_hidden", 100, "--learning_rates", 1e-3],
     }
     for sentence, flags in wrong.items():
         with pytest.raises(UserError, match=sentence):

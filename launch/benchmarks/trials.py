@@ -1,0 +1,182 @@
+"""Learning rates and batches that `launch/benchmark.py ladder` tries: which is best, and how the best rate goes by width.
+
+A rate is named as the smallest width's; another width tries it by the family's rule (`--rate_exponent`). So where the rule is right
+all widths prefer the same name, muP's check of itself (arXiv 2203.03466, figure 1), and how far it is off is fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from data.cli import counted, say
+from launch.benchmarks.rungs import RATE, Rungs, rate_of
+from launch.benchmarks.small_runs import SmallRun
+from launch.benchmarks.variants import merged
+from launch.engine.strategy import lookup
+
+Trials = dict[tuple[int, float, int], SmallRun]  # by width, the rate as the smallest width has it, and samples a step
+
+
+def plan_trials(arguments: argparse.Namespace, rungs: Rungs) -> Trials:
+    """Rates and batches on the smallest width, rates on those of `--tune_hidden` too, for as many tokens as the longest run.
+
+    The shorter a run, the higher the rate that it prefers. A run that the family has already is not trained twice.
+    """
+    if not arguments.learning_rates and not arguments.batches:
+        return {}
+    smallest = min(arguments.hidden)
+    longest = {hidden: rungs[hidden, max(arguments.tokens)] for hidden in sorted({smallest, *arguments.tune_hidden})}
+    rates = dict.fromkeys(arguments.learning_rates or [float(lookup(longest[smallest].deepspeed, RATE))])
+    made: Trials = {}
+    for hidden, family_run in longest.items():
+        batches = [family_run.batch] if hidden != smallest or arguments.tune_hidden or not arguments.batches else []
+        for batch in dict.fromkeys([*batches, *(arguments.batches if hidden == smallest else [])]):
+            for rate in rates:
+                made[hidden, rate, batch] = plan_trial(arguments, family_run, rate, batch)
+    return made
+
+
+def plan_trial(arguments: argparse.Namespace, family_run: SmallRun, rate: float, batch: int) -> SmallRun:
+    smallest, hidden = min(arguments.hidden), family_run.config.hidden_size
+    own = rate_of(hidden, smallest, rate, arguments.rate_exponent)
+    tokens = arguments.tune_tokens or max(arguments.tokens)
+    settings = merged(family_run.deepspeed, {"train_batch_size": batch, "optimizer": {"params": {"lr": own}}})
+    asked = replace(family_run, deepspeed=settings, steps=max(1, round(tokens / batch / family_run.sequence_length)))
+    if asked == family_run:
+        return family_run
+    width = "" if hidden == smallest else f"hidden_{hidden}_"
+    return replace(asked, folder=arguments.folder / "tuning" / f"{width}tokens_{tokens:.0f}_batch_{batch}_lr_{own:g}")
+
+
+def announce(rungs: Rungs, trials: Trials, times_read: float) -> None:
+    """What it will cost, and whether the data are enough for it."""
+    trained = list({one.folder: one for one in (*rungs.values(), *trials.values())}.values())
+    flops = {one.folder: one.flops for one in trained}
+    done = sum(one.is_done(one.steps) for one in trained)
+    words = f"{counted(len(trained), 'run')}, {sum(flops.values()):.2g} FLOPs"
+    extra = [one for one in trials.values() if one not in rungs.values()]
+    if extra:
+        share = sum(flops[one.folder] for one in extra) / sum(flops.values())
+        widths = " ".join(str(hidden) for hidden in dict.fromkeys(hidden for hidden, _, _ in trials))
+        words += (
+            f": {len(rungs)} of the family, {len(extra)} more to try rates and batches on width {widths} for "
+            f"{extra[0].tokens / 1e6:.3g} M tokens ({share:.0%})"
+        )
+    say(words + (f"; already done: {done}" if done else ""))
+    if times_read > 1:
+        say(
+            f"warning: the longest runs read the data {times_read:.3g} times, and the law takes that for new data; "
+            "lower --tokens or give more --data"
+        )
+
+
+def judged(trials: Trials) -> dict[str, Any]:
+    """`trials`, what each came to; `preferred`, the best of the smallest width, None where no loss was finite; `best_rates` by
+    width and `fitted_exponent`, what `--rate_exponent` would be by them (None for one width)."""
+    tried = [
+        {
+            "hidden": hidden,
+            "learning_rate": float(lookup(one.deepspeed, RATE)),
+            "batch_tokens": float(batch * one.sequence_length),
+            "tokens": float(one.tokens),
+            "flops": one.flops,
+            "bits": one.result()["bits"][-1],
+        }
+        for (hidden, _, batch), one in trials.items()
+    ]
+    rates = best_rates(tried)
+    return {
+        "trials": tried,
+        "preferred": best_of_smallest(tried),
+        "best_rates": rates,
+        "fitted_exponent": fitted_exponent(rates),
+    }
+
+
+def best_of_smallest(tried: list[dict[str, Any]]) -> dict[str, float] | None:
+    smallest = min((one["hidden"] for one in tried), default=0)
+    finite = [one for one in tried if one["hidden"] == smallest and math.isfinite(one["bits"])]
+    if not finite:
+        return None
+    best = min(finite, key=lambda one: float(one["bits"]))
+    return {name: best[name] for name in ("learning_rate", "batch_tokens", "tokens", "flops")}
+
+
+def best_rates(tried: list[dict[str, Any]]) -> dict[int, float]:
+    """By width, at the batch that all of them tried."""
+    batches = {
+        hidden: {one["batch_tokens"] for one in tried if one["hidden"] == hidden} for hidden in {one["hidden"] for one in tried}
+    }
+    common = set.intersection(*batches.values()) if batches else set()
+    found = {}
+    for hidden in sorted(batches):
+        curve = {one["learning_rate"]: one["bits"] for one in tried if one["hidden"] == hidden and one["batch_tokens"] in common}
+        if (best := lowest(curve)) is not None:
+            found[hidden] = best
+    return found
+
+
+def fitted_exponent(rates: dict[int, float]) -> float | None:
+    """X of rate ~ (smallest / width)^X through the rates by width; None for fewer than two."""
+    if len(rates) < 2:
+        return None
+    slope, _ = np.polyfit(np.log(list(rates)), np.log(list(rates.values())), 1)
+    return -float(slope)
+
+
+def lowest(curve: dict[float, float]) -> float | None:
+    """The rate of least bits: the vertex of the parabola over log(rate) through the best one and its neighbours.
+
+    The best one itself where a neighbour is missing or diverged, None where all diverged.
+    """
+    rates = sorted(curve)
+    finite = [i for i, rate in enumerate(rates) if math.isfinite(curve[rate])]
+    if not finite:
+        return None
+    best = min(finite, key=lambda i: curve[rates[i]])
+    around = rates[max(0, best - 1) : best + 2]
+    if len(around) < 3 or not all(math.isfinite(curve[rate]) for rate in around):
+        return rates[best]
+    bend, slope, _ = np.polyfit(np.log(around), [curve[rate] for rate in around], 2)
+    return float(np.exp(-slope / (2 * bend))) if bend > 0 else rates[best]
+
+
+def at_the_edge(tried: list[dict[str, Any]]) -> list[str]:
+    """Where a width's best rate or batch is the least or the greatest that it tried: better may lie beyond."""
+    said = []
+    for hidden in sorted({one["hidden"] for one in tried}):
+        own = [one for one in tried if one["hidden"] == hidden]
+        best = min(own, key=lambda one: float(one["bits"]) if math.isfinite(one["bits"]) else math.inf)
+        for name, what in (("learning_rate", "learning rate"), ("batch_tokens", "batch in tokens")):
+            values = {one[name] for one in own}
+            if len(values) > 1 and best[name] in (min(values), max(values)):
+                which = "least" if best[name] == min(values) else "greatest"
+                said.append(f"width {hidden}: the best {what}, {best[name]:g}, is the {which} that was tried: try beyond it")
+    return said
+
+
+def in_words(found: dict[str, Any], family: dict[str, Any]) -> list[str]:
+    """What to do about the rate and the batch that were found best; nothing where none were tried. `found`: of `judged`."""
+    tried, best = found["trials"], found["preferred"]
+    if best is None:
+        return ["every rate and batch that was tried diverged: try lower rates"] if tried else []
+    lines = at_the_edge(tried)
+    of_law = {name: family[name] for name in ("learning_rate", "batch_tokens")}
+    if of_law != {name: best[name] for name in of_law}:
+        lines.append(
+            f"width {family['width']} prefers learning rate {best['learning_rate']:g} and {best['batch_tokens']:,.0f} tokens a "
+            f"step, the law is of {of_law['learning_rate']:g} and {of_law['batch_tokens']:,.0f}: put them into the JSON, name "
+            "another --folder"
+        )
+    if found["fitted_exponent"] is not None:
+        rates = ", ".join(f"{rate:.2g} for {hidden}" for hidden, rate in found["best_rates"].items())
+        lines.append(
+            f"best learning rates by width: {rates}; that is (smallest / width)^{round(found['fitted_exponent'], 2) + 0.0:.2f}, the family's is "
+            f"^{family['rate_exponent']:g} (--rate_exponent)"
+        )
+    return lines
