@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data.cli import UserError
 from launch.benchmarks import small_runs
 from launch.benchmarks.checks import check_runs
-from launch.benchmarks.lines import short
+from launch.benchmarks.lines import Curve, draw, short
 from launch.benchmarks.rungs import (
     Rungs,
     check,
@@ -30,6 +33,7 @@ from launch.benchmarks.same_run import claimed
 from launch.benchmarks.scaling_law import Point, bootstrap, fit
 from launch.benchmarks.shards import Shards, epochs
 from launch.benchmarks.small_runs import train_in_turns
+from launch.benchmarks.svg import svg_path
 from launch.benchmarks.trials import announce, judged, plan_trials
 from launch.benchmarks.trials import in_words as trials_in_words
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
@@ -77,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune_tokens", type=float, metavar="T", help="of these trials (default: the most of --tokens)")
     parser.add_argument("--target_tokens", type=float, default=20e9, metavar="T", help="at which 60m and 800m are predicted")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights and data order")
+    parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw what was measured, and the law dashed, there")
     parser.add_argument("--draws", type=int, default=100, metavar="N", help="bootstrapped laws behind an interval")
 
 
@@ -100,6 +105,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result["predictions"] = predict(result, arguments)
     show(result)
     print("\n".join(trials_in_words(result, result["family"])))
+    if arguments.chart:
+        draw_chart(arguments.chart, result)
     return {**result, "failed": failed}
 
 
@@ -175,3 +182,27 @@ def show(result: dict[str, Any]) -> None:
         print(f"width {result['held_out']} was not fitted: off by {result['held_out_error']:.1%} at most")
     for name, found in result["predictions"].items():
         print("\n".join([f"{name}:", *(f"  {line}" for line in in_words(found, tokens=found["target_tokens"]))]))
+
+
+def draw_chart(path: Path, result: dict[str, Any]) -> None:
+    """A curve for each width over tokens, and one for each token count over active parameters; the law through the same range."""
+    law, points = Law(**result["law"]), result["points"]
+    panels: dict[str, list[Curve]] = {"tokens": [], "active parameters": []}
+    for hidden in dict.fromkeys(p["hidden"] for p in points):
+        name = f"width {hidden}" + (", not fitted" if hidden == result["held_out"] else "")
+        panels["tokens"] += two_curves(name, "tokens", [p for p in points if p["hidden"] == hidden], law)
+    for tokens in dict.fromkeys(p["tokens"] for p in points):
+        name = f"{short(tokens)} tokens"
+        panels["active parameters"] += two_curves(name, "active", [p for p in points if p["tokens"] == tokens], law)
+    draw(path, panels, "Validation bits per byte, measured and by the law (dashed)", unit="bits per byte")
+
+
+def two_curves(name: str, across: str, points: list[dict[str, float]], law: Law) -> list[Curve]:
+    """Of points that differ in `across` alone: what was measured, and the law between the least and the greatest."""
+    x = [p[across] for p in points]
+    between = [{**points[0], across: value} for value in np.geomspace(min(x), max(x), 32)]
+    expected = [law.bits(p["active"], p["tokens"]) for p in between]
+    return [
+        Curve(name=name, points=[(p[across], *3 * (p["bits"],)) for p in points]),
+        Curve(name=name, points=[(p[across], *3 * (y,)) for p, y in zip(between, expected, strict=True)], computed=True),
+    ]

@@ -14,10 +14,14 @@ BETWEEN = 44  # the least between two numbers on the x axis
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Points `(x, least, mean, greatest)`: a line through the means, a band between the others."""
+    """Points `(x, least, mean, greatest)`: a line through the means, a band between the others.
+
+    Curves of one name have one color. One that is computed and not measured is dashed and has no marks.
+    """
 
     name: str
     points: list[tuple[float, float, float, float]]
+    computed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,8 @@ def _panel(label: str, curves: list[Curve], colors: dict[str, str], unit: str) -
         return []
     axes = Axes.around(drawn)
     lines = [line for curve in drawn for line in _curve(curve, axes, colors[curve.name])]
-    return [*_grid(axes), *_ticks(axes, drawn), *lines, svg.words(LEFT, HEIGHT - 8, f"{unit} over {label}")]
+    measured = [curve for curve in drawn if not curve.computed]
+    return [*_grid(axes), *_ticks(axes, measured), *lines, svg.words(LEFT, HEIGHT - 8, f"{unit} over {label}")]
 
 
 def _grid(axes: Axes) -> list[str]:
@@ -91,6 +96,8 @@ def _ticks(axes: Axes, curves: list[Curve]) -> list[str]:
 def _curve(curve: Curve, axes: Axes, color: str) -> list[str]:
     band = [(x, high) for x, _, _, high in curve.points] + [(x, low) for x, low, _, _ in reversed(curve.points)]
     means = [(x, mean) for x, _, mean, _ in curve.points]
+    if curve.computed:
+        return [f'<polyline points="{axes.path(means)}" fill="none" stroke="{color}" stroke-dasharray="5 4"/>']
     return [
         f'<polygon points="{axes.path(band)}" fill="{color}" opacity="0.18"/>',
         f'<polyline points="{axes.path(means)}" fill="none" stroke="{color}" stroke-width="2"/>',

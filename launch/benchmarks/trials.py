@@ -175,8 +175,9 @@ def in_words(found: dict[str, Any], family: dict[str, Any]) -> list[str]:
         )
     if found["fitted_exponent"] is not None:
         rates = ", ".join(f"{rate:.2g} for {hidden}" for hidden, rate in found["best_rates"].items())
+        fitted = round(found["fitted_exponent"], 2) + 0.0  # no -0
         lines.append(
-            f"best learning rates by width: {rates}; that is (smallest / width)^{round(found['fitted_exponent'], 2) + 0.0:.2f}, the family's is "
+            f"best learning rates by width: {rates}; that is (smallest / width)^{fitted:.2f}, the family's is "
             f"^{family['rate_exponent']:g} (--rate_exponent)"
         )
     return lines

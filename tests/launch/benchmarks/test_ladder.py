@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,9 @@ def test_a_ladder_of_a_known_law(
     monkeypatch.setattr(SmallRun, "result", result)
     flags = ["--data", f"{small_shards}:0.5", "--hidden", 64, 128, 192, 256, "--tokens", 409600, 819200, 1638400]
     flags += ["--deepspeed_config", CPU, "--learning_rates", 0.002, 0.004, 0.008, "--tune_hidden", 128]  # the first is the JSON's
-    found = ladder.run(parse(*flags, "--draws", 5, "--folder", tmp_path / "runs"))
+    found = ladder.run(parse(*flags, "--draws", 5, "--folder", tmp_path / "runs", "--chart", tmp_path / "l.svg"))
+    lines = [node for node in ET.parse(tmp_path / "l.svg").iter() if node.tag.endswith("polyline")]
+    assert len(lines) == 2 * (4 + 3) and sum("stroke-dasharray" in line.attrib for line in lines) == 4 + 3
     assert len({folder for folder, _ in trained}) == 4 * 3 + 2 * 2
     assert found["held_out"] == 256 and found["held_out_error"] < 0.002 and found["held_out_step"] > 1.5
     assert found["preferred"]["learning_rate"] == 0.004 and found["preferred"]["tokens"] == 1638400
