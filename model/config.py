@@ -89,7 +89,9 @@ class MoEGPTConfig(PreTrainedConfig):
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         if not self.head_dim and self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if "rope_theta" in kwargs and isinstance(self.rope_parameters, dict | None):  # where it stood before transformers 5
+        # Before transformers 5 RoPE's settings stood in these two, and a folder's `rope_scaling` is what counts in it.
+        self.rope_parameters = kwargs.pop("rope_scaling", None) or self.rope_parameters
+        if "rope_theta" in kwargs and isinstance(self.rope_parameters, dict | None):
             self.rope_parameters = {"rope_theta": kwargs.pop("rope_theta"), **(self.rope_parameters or {})}
         self.rope_parameters = self._complete_rope(self.rope_parameters or {})
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]

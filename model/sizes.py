@@ -26,7 +26,8 @@ ALIASES = {
 }
 #: Every other field of `MoEGPTConfig`, and what transformers writes beside them.
 _OTHER = """
-    hidden_act rms_norm_eps rope_parameters n_group topk_group scoring_func norm_topk_prob routed_scaling_factor
+    hidden_act rms_norm_eps rope_parameters rope_theta rope_scaling
+    n_group topk_group scoring_func norm_topk_prob routed_scaling_factor
     router_balance router_bias_rate router_bias_decay router_bias_average router_aux_loss_coef expert_dropout z_loss_weight
     initializer_range embedding_initializer_range router_initializer_range use_cache bos_token_id eos_token_id pad_token_id
     transformers_version architectures output_hidden_states output_attentions return_dict dtype torch_dtype
@@ -114,8 +115,9 @@ def check_fields(values: Any) -> None:
         raise ValueError(f"model_type must be {' or '.join(MODEL_TYPES)}, not {kind!r}")
     if kind == MODEL_TYPES[0]:
         _check_names(values, {field.name for field in fields(ModelSizes)} | OTHER_FIELDS | ALIASES.keys(), "the model")
-        rope = values.get("rope_parameters")
-        _check_names(rope if isinstance(rope, dict) else {}, ROPE_FIELDS, "rope_parameters")
+        for name in ("rope_parameters", "rope_scaling"):  # today's name, and the one before transformers 5
+            rope = values.get(name)
+            _check_names(rope if isinstance(rope, dict) else {}, ROPE_FIELDS, name)
 
 
 def _check_names(values: dict[str, Any], known: Collection[str], whole: str) -> None:

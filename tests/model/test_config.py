@@ -80,6 +80,11 @@ def test_older_names_of_rope_are_read() -> None:
     """`rope_theta` beside `rope_parameters` was an attribute that nothing read, and `type` a key."""
     assert MoEGPTConfig(rope_theta=5e5).rope_parameters["rope_theta"] == 5e5
     assert MoEGPTConfig(rope_theta=5e5, rope_parameters={"rope_theta": 1e6}).rope_parameters["rope_theta"] == 1e6
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}  # of Qwen's model cards
+    older, kept = MoEGPTConfig(rope_theta=1e6, rope_scaling=yarn), dict(yarn)
+    today = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    assert older.rope_parameters == MoEGPTConfig(rope_parameters=today).rope_parameters and yarn == kept
+    assert MoEGPTConfig(rope_theta=1e6, rope_scaling=None).rope_parameters["rope_theta"] == 1e6
     plain = MoEGPTConfig(rope_parameters={"type": "default", "rope_theta": 500.0})
     assert plain.rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
 

@@ -64,6 +64,7 @@ def test_parameters_are_those_of_the_model() -> None:
         ('{"num_hiden_layers": 2}', "num_hiden_layers is not a field of the model; did you mean num_hidden_layers?"),
         ('{"hidden_size": 64, "n_layer": 2}', "n_layer is not a field of the model"),
         ('{"rope_parameters": {"facter": 4}}', "facter is not a field of rope_parameters; did you mean factor?"),
+        ('{"rope_scaling": {"facter": 4}}', "facter is not a field of rope_scaling; did you mean factor?"),
         ('{"model_type": "llama", "hidden_size": 64}', "model_type must be moe_gpt or glm4_moe, not 'llama'"),
         ('{"model": {"hidden_size": 64}, "deepspeed": {}}', "this is a run's config.json"),
         ("{", "Expecting property name"),
@@ -85,6 +86,7 @@ def test_every_field_of_a_configuration_is_known() -> None:
     assert {name for name in written if not name.startswith("_")} <= OTHER_FIELDS | {field.name for field in fields(ModelSizes)}
     check_fields({**dict.fromkeys(OTHER_FIELDS), **dict.fromkeys(ALIASES), "model_type": "moe_gpt", "_comment": "mine"})
     check_fields(Glm4MoeConfig().to_dict())
+    check_fields({"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}})  # as before transformers 5
     assert (config.rope_parameters or {}).keys() <= ROPE_FIELDS >= RopeParameters.__annotations__.keys()
 
 
