@@ -26,6 +26,11 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run's folder, wherever one stands (`step_4` is a path too), and also where `checkpoints` is a link to another disk."""
+    return checkpoint.absolute().parent.parent
+
+
 @dataclass(frozen=True)
 class CheckpointFolder:
     """A run's, or one that a user names with `--resume`. It need not exist."""

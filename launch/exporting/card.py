@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.files import read_json, small_file
 from data.redact import redact
+from launch.checkpoint.folder import run_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ holds; run it in a sandbox and review it as a stranger's patch. It knows nothing
 
 def model_card(model: PreTrainedModel, checkpoint: Path) -> str:
     """Markdown with the front matter that the hub reads. `checkpoint`: runs/R/checkpoints/step_N."""
-    run = redact(_read(checkpoint.parent.parent / "config.json"))  # a run of an older version may not have
+    run = redact(_read(run_of(checkpoint) / "config.json"))  # a run of an older version may not have
     state = _read(checkpoint / "state.json")
     config = model.config
     total = sum(p.numel() for p in model.parameters())
@@ -60,7 +61,7 @@ def training_lines(run: dict[str, Any], state: dict[str, Any], losses: list[floa
 def logged_losses(checkpoint: Path, state: dict[str, Any]) -> list[float]:
     """The training losses up to the checkpoint's step."""
     try:
-        lines = small_file(checkpoint.parent.parent / "metrics.jsonl", METRICS_BYTES).splitlines()
+        lines = small_file(run_of(checkpoint) / "metrics.jsonl", METRICS_BYTES).splitlines()
     except OSError:
         return []
     return [loss for line in lines if (loss := _loss(line, state.get("step", 0))) is not None]
@@ -108,7 +109,7 @@ def shard_manifests(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def fim_rate(checkpoint: Path) -> float | None:
     """The highest share of documents that the run saw cut for filling in; None where its shards are gone."""
-    manifests = shard_manifests(_read(checkpoint.parent.parent / "config.json"))
+    manifests = shard_manifests(_read(run_of(checkpoint) / "config.json"))
     rates = [float(_object(manifest, "arguments").get("fim_rate") or 0.0) for _, manifest in manifests]
     return max(rates) if rates else None
 

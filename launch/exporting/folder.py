@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from data.cli import UserError, say
 from launch.checkpoint import manifest
+from launch.checkpoint.folder import run_of
 from launch.checkpoint.publish import discard, leftovers, publish, working_name
 from launch.exporting.card import fim_rate, model_card
 from launch.exporting.formats import CODE
@@ -106,7 +107,7 @@ def set_generation(model: PreTrainedModel) -> None:
 
 
 def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:
-    tokenizer = checkpoint.parent.parent / "tokenizer"
+    tokenizer = run_of(checkpoint) / "tokenizer"
     if not tokenizer.is_dir():
         say(f"warning: {tokenizer} is missing, so the export has no tokenizer")
         return

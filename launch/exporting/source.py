@@ -11,7 +11,7 @@ from data.cli import NotFound, UserError, sentence
 from data.files import read_json
 from data.redact import redact
 from launch.checkpoint import manifest
-from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
+from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder, run_of, step_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ def _check_run(checkpoint: Path, identity: RunIdentity) -> None:
     """Raises UserError where another run's checkpoint lies in this one, whose tokenizer it would be exported with."""
     from launch.checkpoint.identity import RunIdentity, listed
 
-    config = checkpoint.parent.parent / "config.json"
+    config = run_of(checkpoint) / "config.json"
     try:
         run = RunIdentity.from_json(read_json(config))
     except (OSError, ValueError, TypeError, AttributeError):

@@ -18,6 +18,7 @@ from data.dataset import PackedDataset
 from data.lock import FolderLock, take_folder
 from data.redact import redact
 from launch.checkpoint.choose import ResumeChoice, ResumeFrom
+from launch.checkpoint.folder import run_of
 from launch.checkpoint.identity import RunIdentity, listed
 from launch.checkpoint.manager import CheckpointManager
 from launch.cli import AgreedError, end_at_once
@@ -147,8 +148,7 @@ class Session:
         """What the JSON says otherwise than when the checkpoint was made. Before `publish_config` writes over it."""
         if not isinstance(choice, ResumeFrom):
             return []
-        run = choice.path.resolve().parents[1]  # `--resume step_4` may be given in the folder itself
-        return ranks.run_on_rank0(lambda: run_folder.changed_settings(run, self.run.deepspeed))
+        return ranks.run_on_rank0(lambda: run_folder.changed_settings(run_of(choice.path), self.run.deepspeed))
 
     def build(self, choice: ResumeChoice, ranks: ControlGroup) -> DeepSpeedEngine:
         """The weights depend on the seed alone and are the same on all ranks; what is drawn after them (dropout) may differ."""

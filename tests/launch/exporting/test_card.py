@@ -28,7 +28,7 @@ def test_card_of_a_real_run(checkpoint: Path) -> None:
     assert "--max_steps 12" in card and "b258fec79a54" in card and "## Limits" in card and "## Intended use" in card
 
 
-def test_data_and_licenses_where_the_shards_still_lie(checkpoint: Path) -> None:
+def test_data_and_licenses_where_the_shards_still_lie(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = checkpoint.parent.parent / "config.json"
     shards = checkpoint.parent.parent / "shards"
     shards.mkdir()
@@ -45,6 +45,8 @@ def test_data_and_licenses_where_the_shards_still_lie(checkpoint: Path) -> None:
         assert "4 documents, licenses kept: mit, apache-2.0, fill-in-the-middle rate 0.5" in card
         assert "- license mit: 3 documents\n- license apache-2.0: 1 documents" in card
         assert fim_rate(checkpoint) == 0.5
+    monkeypatch.chdir(checkpoint.parent)
+    assert fim_rate(Path("step_6")) == 0.5  # `--checkpoint step_6`, given in the folder itself
 
 
 def test_nothing_is_claimed_that_is_not_recorded(checkpoint: Path) -> None:

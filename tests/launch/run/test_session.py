@@ -107,15 +107,25 @@ def test_without_zero_gradients_are_clipped_all_the_same(trainer: Any) -> None:
 def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--resume step_4`, `--resume ../checkpoints/step_4`: the run is two folders up, wherever one stands."""
-    folder = tmp_path / "run" / "checkpoints"
-    (folder / "step_4").mkdir(parents=True)
+    """`--resume step_4`, `--resume ../checkpoints/step_4`: the run is two folders up, wherever one stands, and so it is where its
+    `checkpoints` is a link to another disk."""
+    disk, folder = tmp_path / "disk" / "of_this_run", tmp_path / "run" / "checkpoints"
+    (disk / "step_4").mkdir(parents=True)
+    folder.parent.mkdir()
+    folder.symlink_to(disk)
     (tmp_path / "run" / "config.json").write_text(json.dumps({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1}}}}))
     now: Any = SimpleNamespace(run=SimpleNamespace(deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 2}}}))
+
+    def compared(path: Path) -> list[str]:
+        choice = ResumeFrom(message="", path=path, state=TrainingState(step=4, samples=0, tokens=0))
+        return Session.compare_settings(now, choice, ControlGroup())
+
+    assert compared(folder / "step_4") == ["optimizer.params.lr: 1 -> 2"]
+    folder.unlink()
+    disk.rename(folder)
     monkeypatch.chdir(folder)
-    for path in ("step_4", "../checkpoints/step_4"):
-        choice = ResumeFrom(message="", path=Path(path), state=TrainingState(step=4, samples=0, tokens=0))
-        assert Session.compare_settings(now, choice, ControlGroup()) == ["optimizer.params.lr: 1 -> 2"]
+    for inside in ("step_4", "../checkpoints/step_4"):
+        assert compared(Path(inside)) == ["optimizer.params.lr: 1 -> 2"]
 
 
 def test_the_plan_is_of_the_ranks_of_a_host_whatever_a_rank_sees(monkeypatch: pytest.MonkeyPatch) -> None:
