@@ -211,10 +211,10 @@ def _resolve_schedule(config: dict[str, Any], max_steps: int) -> None:
         params["warmup_num_steps"] = max(2, min(WARMUP_MOST, int(max_steps * WARMUP_SHARE)))
 
 
-def schedule_hint(config: dict[str, Any], max_steps: int) -> str | None:
-    """What a user should know whose schedule, in steps of its own, is none of this run's."""
-    warmup = lookup(config, "scheduler.params.warmup_num_steps", 0)
-    total = lookup(config, "scheduler.params.total_num_steps", max_steps)
+def schedule_hint(schedule: object, max_steps: int) -> str | None:
+    """What a user should know whose schedule, in steps of its own, is none of this run's. DeepSpeed's own defaults count: 1,000
+    steps of warm-up where the JSON names none."""
+    warmup, total = getattr(schedule, "warmup_num_steps", 0), getattr(schedule, "total_num_steps", max_steps)
     if warmup >= max_steps:
         return (
             f"warning: scheduler.params.warmup_num_steps is {warmup:,} and the run has {max_steps:,} steps: it ends before the "

@@ -331,7 +331,7 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     )
     strategy = Strategy.of(run.deepspeed)
     mode = arguments.activation_checkpointing or strategy.activation_checkpointing
-    hints = (hint(strategy.compiles, mode), group_hint(run.model), schedule_hint(run.deepspeed, arguments.max_steps))
+    hints = (hint(strategy.compiles, mode), group_hint(run.model), schedule_hint(trainer.engine.lr_scheduler, arguments.max_steps))
     for warning in filter(None, hints):
         monitor.say(warning)
     monitor.say(choice.message)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from launch.engine.strategy import (
@@ -124,14 +126,18 @@ MISTAKES = [
 
 
 def test_a_schedule_of_another_length_is_warned_of() -> None:
-    def said(**steps: object) -> str:
-        return str(schedule_hint({"scheduler": {"params": steps}}, max_steps=400))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
 
-    assert "warmup_num_steps is 2,000 and the run has 400 steps" in said(warmup_num_steps=2000, total_num_steps=400)
-    assert "total_num_steps is 399 and the run has 400 steps" in said(warmup_num_steps=10, total_num_steps=399)
-    for right in ({"warmup_num_steps": 10, "total_num_steps": 400}, {"warmup_num_steps": 399}, {"step_size": 30}):
-        assert said(**right) == "None"
-    assert schedule_hint({}, max_steps=400) is None
+    def said(kind: type, **steps: int) -> str:
+        return str(schedule_hint(kind(optimizer, **steps), max_steps=400))
+
+    warm_up, decay = lr_schedules.WarmupLR, lr_schedules.WarmupDecayLR
+    assert "warmup_num_steps is 2,000 and the run has 400 steps" in said(decay, warmup_num_steps=2000, total_num_steps=400)
+    assert "total_num_steps is 399 and the run has 400 steps" in said(decay, warmup_num_steps=10, total_num_steps=399)
+    assert "warmup_num_steps is 1,000 and the run has 400 steps" in said(warm_up)  # DeepSpeed's default
+    for kind, right in ((decay, {"warmup_num_steps": 10, "total_num_steps": 400}), (warm_up, {"warmup_num_steps": 399})):
+        assert said(kind, **right) == "None"
+    assert said(torch.optim.lr_scheduler.StepLR, step_size=30) == str(schedule_hint(None, max_steps=400)) == "None"
 
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES, ids=[next(iter(c)) for c, _ in MISTAKES])
