@@ -79,7 +79,11 @@ def check_tokenizer(args: PreprocessArguments) -> None:
     if args.tokenizer is None or not os.path.exists(args.tokenizer) or not (copy / CONFIG).is_file():
         return
     now, then = load(args.tokenizer), load(str(copy))
-    if now.text != then.text or now.end_token not in (None, then.end_token):
+    changed = now.end_token not in (None, then.end_token)
+    if now.text != then.text:  # saved anew, a file has other white space or a post-processor, and the same ids
+        tokenizers.library_tokenizer(args.tokenizer, now.text)
+        changed |= tokenizers.fingerprint(now.text) != tokenizers.fingerprint(then.text)
+    if changed:
         raise UserError(f"--tokenizer {args.tokenizer} was written to since {args.output} was begun; name another --output")
 
 

@@ -88,9 +88,10 @@ def _expand(text: str, exclude: Path | None, suffixes: tuple[str, ...]) -> list[
 
 
 def _glob(pattern: str, suffixes: tuple[str, ...], exclude: Path | None) -> list[Source]:
-    paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if not _lies_in(path, exclude)]
+    matches = sorted(glob.glob(pattern, recursive=True))
+    paths = [path for path in matches if not _lies_in(path, exclude)]
     if not paths:
-        raise NotFound(f"no input matches {pattern}")
+        raise NotFound(f"no input matches {pattern}" + (f" outside of --output {exclude}, which is no input" if matches else ""))
     found: list[Source] = []
     for path in map(Path, paths):
         found += _folder(path, suffixes, exclude) if path.is_dir() else [_named(path, suffixes)]

@@ -161,9 +161,12 @@ def test_another_tokenizer_of_the_same_name_is_refused(
         (folder / "tokenizer_config.json").write_text('{"eos_token": "<fim_pad>"}')
     code, _, err = preprocess(*flags)
     assert code == 2 and f"--tokenizer {folder} was written to since" in err and err.count("\n") == 1, err
-    path.write_text(before)
+    path.write_text(json.dumps(json.loads(before), indent=4))  # saved anew: the same ids
     (folder / "tokenizer_config.json").unlink(missing_ok=True)
     assert preprocess(*flags)[0] == 0
+    path.write_text("{}")
+    code, _, err = preprocess(*flags)
+    assert code == 2 and "is not a tokenizer.json" in err and err.count("\n") == 1, err
     shutil.rmtree(folder)  # its copy is enough
     assert preprocess(*flags)[0] == 0
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data.cli import NotFound
 from data.sources.discover import describe_endings, find_sources
 
 
@@ -63,6 +65,15 @@ def test_a_glob_over_the_output_folder_does_not_read_it(pattern: str, tmp_path: 
         os.path.relpath(s.name, tmp_path) for s in before
     ] and "out.jsonl" in names
     assert len(find_sources([f"{tmp_path}/{pattern}"])) == len(after) + (2 if pattern != "**/*.jsonl" else 1)
+
+
+def test_an_output_folder_that_holds_all_that_a_glob_matches_is_named(tmp_path: Path) -> None:
+    """`--input 'corpus/*.jsonl' --output corpus` was told that nothing matches."""
+    touch(tmp_path, "a.jsonl")
+    with pytest.raises(NotFound, match=rf"no input matches .* outside of --output {re.escape(str(tmp_path.resolve()))}"):
+        find_sources([f"{tmp_path}/*.jsonl"], exclude=tmp_path)
+    with pytest.raises(NotFound, match=r"no input matches .*\.zip$"):
+        find_sources([f"{tmp_path}/*.zip"], exclude=tmp_path)
 
 
 def test_links_in_a_loop_end(tmp_path: Path) -> None:
