@@ -6,6 +6,7 @@ ignored without a word, while the schedule computes with the new one: the first 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class EngineSettings:
                 schedule._last_lr = update_lr(groups, closed_form())
         elif getattr(schedule, "last_batch_iteration", -1) >= 0:  # DeepSpeed's
             schedule._last_lr = update_lr(groups, schedule.get_lr())
+        elif changed:  # torch's others (one that restarts, one of cycles) compute by their count alone, and warn outside of a step
+            with warnings.catch_warnings(action="ignore"):
+                schedule._last_lr = update_lr(groups, schedule.get_lr())
 
 
 def _settings(of: Any, state: tuple[str, ...]) -> dict[str, Any]:

@@ -116,6 +116,27 @@ def test_with_an_unchanged_json_a_schedule_of_torch_s_goes_on_to_the_bit(kind: s
         train(resumed, 1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("CosineAnnealingWarmRestarts", {}), ("OneCycleLR", {"max_lr": 0.7}), ("ExponentialLR", {})]
+)
+def test_a_changed_rate_holds_from_the_first_step_on(kind: str, changes: dict[str, float]) -> None:
+    """Where torch has no closed form the first step was at the old rate."""
+
+    def schedule(**changes: float) -> Any:
+        return lambda optimizer: getattr(torch.optim.lr_scheduler, kind)(optimizer, **{**TORCHS[kind], **changes})
+
+    saved, resumed, whole = (engine(lr=lr, schedule=schedule(**now)) for lr, now in ((0.01, {}), (0.1, changes), (0.1, changes)))
+    train(saved, 9)
+    train(whole, 9)
+    settings = EngineSettings(resumed)
+    load(resumed, saved)
+    settings.apply()
+    for _ in range(3):
+        assert [group["lr"] for group in groups(resumed)] == pytest.approx([group["lr"] for group in groups(whole)])
+        train(resumed, 1)
+        train(whole, 1)
+
+
 def test_changed_milestones_hold() -> None:
     def schedule(*milestones: int) -> Any:
         return lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
