@@ -115,10 +115,12 @@ def fim_rate(checkpoint: Path) -> float | None:
 
 
 def loading(model_type: str) -> str:
-    trust = ", trust_remote_code=True" if model_type == "moe_gpt" else ""
+    trust = ", trust_remote_code=True" if model_type == "moe_gpt" else ""  # AutoTokenizer reads config.json too, and would ask
     return f'''    from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto"{trust})
-    tokenizer = AutoTokenizer.from_pretrained("this folder")'''
+    tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})
+    prompt = tokenizer("def fibonacci(n):", return_tensors="pt")
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))'''
 
 
 def _object(holder: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,10 +1,15 @@
 """The model card says what the run's files say."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from launch.exporting.card import fim_rate, model_card
 from launch.exporting.formats import build, exported_config
@@ -55,3 +60,15 @@ def test_nothing_is_claimed_that_is_not_recorded(checkpoint: Path) -> None:
     config = exported_config(model_config(checkpoint), "moe_gpt")
     card = model_card(build(config, weights(checkpoint), "float32"), checkpoint)
     assert "- not recorded" in card and "command" not in card and fim_rate(checkpoint) is None
+
+
+def test_the_cards_code_runs_as_it_is_printed(checkpoint: Path, tmp_path: Path) -> None:
+    """In an interpreter that knows nothing of ours, with nobody at the keyboard: transformers asks whether code may run."""
+    folder, home = tmp_path / "hf", {"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "launch/export.py", "--checkpoint", str(checkpoint), "--output", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    code = textwrap.dedent((folder / "README.md").read_text().partition("## Loading\n\n")[2]).replace("this folder", str(folder))
+    run = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(run, env=os.environ | home, cwd=tmp_path, input="", capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("def fibonacci(n):"), done.stdout + done.stderr[-3000:]
+    assert "custom code" not in done.stdout + done.stderr and "instantiate a model of type" not in done.stderr
