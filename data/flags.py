@@ -7,7 +7,10 @@ says something: not where it is none, off, or in the text already.
 from __future__ import annotations
 
 import argparse
+import difflib
 import shutil
+import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from data.cli import UserError
@@ -38,9 +41,29 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.examples = examples.strip().splitlines()
+        self.given: list[str] = []
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """argparse looks for what must be given first, and would call a misspelt `--input` missing."""
+        flag, meant = self._misspelt()
+        if meant and "required" in message:
+            message = f"unrecognized arguments: {flag}"
+        if meant and message.startswith("unrecognized arguments"):
+            raise UserError(f"{message}; did you mean {meant}? --help lists the flags")
         raise UserError(f"{message}; --help lists the flags")
+
+    def _misspelt(self) -> tuple[str, str]:
+        """The first given flag that is none but nearly one, and that one; else empty."""
+        known = [name for name, action in self._option_string_actions.items() if action.help is not argparse.SUPPRESS]
+        for flag in (word.partition("=")[0] for word in self.given if word.startswith("--")):
+            nearest = difflib.get_close_matches(flag, known, 1, 0.75)
+            if nearest and flag not in self._option_string_actions:
+                return flag, nearest[0]
+        return "", ""
 
     def format_help(self) -> str:
         """What it does, examples, a usage of one line, and the groups."""

@@ -9,6 +9,8 @@ import pytest
 from data.cli import UserError
 from data.flags import Parser
 
+HELP = "--help lists the flags"
+
 
 @pytest.fixture
 def parser() -> Parser:
@@ -46,7 +48,11 @@ def test_a_group_with_nothing_but_help_comes_last() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--input", "x", "--left", "l", "--siz", "3"], "unrecognized arguments: --siz 3; --help lists the flags"),
+        (["--input", "x", "--left", "l", "--siz", "3"], f"unrecognized arguments: --siz 3; did you mean --size? {HELP}"),
+        (["--inptu", "x", "--left", "l"], f"unrecognized arguments: --inptu; did you mean --input? {HELP}"),
+        (["--input", "x", "--rihgt=3"], f"unrecognized arguments: --rihgt; did you mean --right? {HELP}"),
+        (["--input", "x", "--left", "l", "--epochs", "3"], "unrecognized arguments: --epochs 3; --help lists the flags"),
+        (["--epochs", "3", "--left", "l"], "the following arguments are required: --input; --help lists the flags"),
         (["--left", "l"], "the following arguments are required: --input; --help lists the flags"),
         (["--input", "x", "--left", "l", "--size", "much"], "argument --size: invalid int value: 'much'; --help lists the flags"),
     ],
