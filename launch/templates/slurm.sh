@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Slurm: sbatch launch/templates/slurm.sh   (from the clone; edit the #SBATCH lines and the last command)
+# Slurm: sbatch launch/templates/slurm.sh   (from the clone; edit the #SBATCH lines)
+#
+# DATA and OUTPUT name the folders; flags of launch/train.py may follow: DATA=shards sbatch launch/templates/slurm.sh --model 4b
 #
 # Five minutes before the time limit Slurm sends SIGUSR1 to this script (`B:`; without it the signal goes to the ranks alone, and
 # nobody is left who knows that the job must go on). The script passes it on to the ranks, which save after their step and exit
@@ -26,6 +28,9 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 # Hosts with several networks: name the one that the ranks reach each other by, here or in your shell, for NCCL and for gloo
 # (control messages; all traffic on CPUs). `ip -br addr` lists them.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# Since Slurm 22.05 srun gives a task one core, whatever --cpus-per-task says above, unless it is told again.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 # One process a GPU, started by srun itself: no ssh, the environment travels, and a failed task ends the step (-K). Every task
 # sees the GPUs of its node and takes the one of its LOCAL_RANK; a cluster that binds them (--gpus-per-task) shows it one.

@@ -58,7 +58,7 @@ def test_torchrun(flags: list[str], tmp_path: Path) -> None:
 
 SRUN = """#!/usr/bin/env bash
 # What srun does here: one task, with Slurm's variables, and every signal that it gets passed on to the task.
-echo "$@" >>"$STUB_LOG"
+echo "$@ on ${SRUN_CPUS_PER_TASK:-1} cores" >>"$STUB_LOG"
 while [[ $1 == --* ]]; do shift; done
 SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 "$@" &
 task=$!
@@ -104,6 +104,7 @@ def slurm(flags: list[str], tmp_path: Path) -> tuple[list[str], dict[str, str], 
     log = tmp_path / "stub.log"
     environment = {"DATA": data, "OUTPUT": output, "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7", "STUB_LOG": str(log)}
     environment["PATH"] = f"{bin_folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment["SLURM_CPUS_PER_TASK"] = "8"
     environment["VENV"] = str(Path(sys.executable).parent.parent)
     return rest, environment, log
 
@@ -112,6 +113,7 @@ def test_slurm_a_run_that_finishes_is_not_queued_again(slurm: tuple, tmp_path: P
     rest, environment, log = slurm
     trained(template("slurm.sh", *rest, **environment, GPUS_PER_TASK="1"), tmp_path, ranks=1)
     assert "--gpus-per-task=1 python launch/train.py" in log.read_text() and "requeue" not in log.read_text()
+    assert " on 8 cores" in log.read_text()  # since 22.05 srun does not take over what sbatch was asked for
 
 
 def test_slurm_the_signal_saves_and_queues_again(slurm: tuple, tmp_path: Path) -> None:
