@@ -10,6 +10,8 @@ from model import MoEGPTConfig
 
 #: How the state lies over the ranks: another value means a conversion, not a refusal.
 LAYOUT = ("world_size", "ep_size", "zero_stage", "dtype")
+#: Of the samples: two fingerprints, which say nothing to a person.
+CONTENT = "data.content"
 #: The fields of a model that are ours. Those of transformers' base class come and go with its versions and say nothing about
 #: the weights; whether generation uses a cache does not either.
 MODEL_FIELDS = tuple(name for name in MoEGPTConfig.__annotations__ if name != "use_cache")
@@ -43,7 +45,11 @@ class RunIdentity:
 
     def conflicts(self, other: RunIdentity) -> list[str]:
         """What makes `other` another run, as `path: here -> there`. Empty: a run may go on from the one to the other."""
-        return differences(self._essence(), other._essence())
+        found = differences(self._essence(), other._essence())
+        named = [f"{CONTENT}: other shards, weights or order of --data" if d.startswith(f"{CONTENT}:") else d for d in found]
+        if self.sequence_length != other.sequence_length:  # a fingerprint is of the samples, so it differs as well
+            named = [d for d in named if not d.startswith(CONTENT)]
+        return named
 
     def conversions(self, other: RunIdentity) -> list[str]:
         """What lies differently over the ranks, as `ep_size: 2 -> 4`."""

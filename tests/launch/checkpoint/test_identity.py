@@ -39,6 +39,13 @@ def test_content_is_a_conflict(name: str, value: object) -> None:
     assert not HELD.conversions(replace(HELD, **{name: value}))
 
 
+def test_another_content_is_said_in_words_and_not_beside_another_length() -> None:
+    """The fingerprint is of the samples: whoever asked for a shorter context read first that the data was another."""
+    other = replace(HELD, data={"content": "abd"})
+    assert HELD.conflicts(other) == ["data.content: other shards, weights or order of --data"]
+    assert HELD.conflicts(replace(other, sequence_length=16)) == ["sequence_length: 32 -> 16"]
+
+
 def test_layout_is_a_conversion_and_no_conflict() -> None:
     other = replace(HELD, world_size=4, ep_size=1, zero_stage=1, dtype="float32")
     assert not HELD.conflicts(other)
