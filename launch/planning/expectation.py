@@ -32,14 +32,16 @@ def memory_line(job: Job, measured: float, *, on_gpu: bool) -> str:
     return f"memory of a rank: {memory.live / GB:,.2f} GB of tensors by the plan, {what} {measured / GB:,.2f} GB in the rehearsal"
 
 
-def duration_line(job: Job, device_name: str | None, steps: int) -> str | None:
-    """None for a device that the planner has no data of."""
+def duration_line(job: Job, device_name: str | None, steps: int, save_interval: int) -> str | None:
+    """None for a device that the planner has no data of. `save_interval`: what a run that dies can lose is said as well."""
     device = device_of(device_name) if device_name else None
     if device is None or steps < 1:
         return None
     time = plan_time(job, device)
+    days = time.total / 86_400
     return (
-        f"{steps:,} steps should take about {duration(steps * time.total / 86_400)}: {time.tokens_per_second(job):,.0f} tokens/s, "
+        f"{steps:,} steps should take about {duration(steps * days)}, a checkpoint every {duration(save_interval * days)} "
+        f"(--save_interval {save_interval}): {time.tokens_per_second(job):,.0f} tokens/s, "
         f"MFU {time.mfu(job, device):.0%} by the plan for {device.name}; launch/plan.py says what it rests on"
     )
 

@@ -97,6 +97,7 @@ def _time(answer: dict[str, Any]) -> str:
         line = f"{answer['tokens']:.4g} tokens: {answer['steps']:,} steps, {duration(answer['days'])}, "
         line += f"{answer['gpu_hours']:,.0f} GPU hours, {answer['energy_kwh']:,.0f} kWh"
         lines.append(line + (f", cost {answer['cost']:,.0f}" if answer["cost"] is not None else ""))
+        lines.append(f"train so long with --max_steps {answer['steps']}")
     if answer["expected"] is not None:
         lines += in_words(answer["expected"], tokens=answer["tokens"])
     return "\n".join(map(wrapped, lines))

@@ -327,7 +327,8 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     tokens = trainer.global_batch * arguments.sequence_length
     monitor.say(
         f"{samples:,} samples of {arguments.sequence_length:,} tokens; {tokens:,} tokens a step, "
-        f"{arguments.max_steps * trainer.global_batch / samples:,.2f} epochs in {arguments.max_steps:,} steps"
+        f"{arguments.max_steps * trainer.global_batch / samples:,.2f} epochs in {arguments.max_steps:,} steps, "
+        f"a checkpoint every {arguments.save_interval:,}"
     )
     strategy = Strategy.of(run.deepspeed)
     mode = arguments.activation_checkpointing or strategy.activation_checkpointing
@@ -355,6 +356,6 @@ def say_what_to_expect(trainer: Trainer, config: dict[str, Any], measured: float
     job = job_of_run(config, ranks_per_node=ranks_per_node)
     trainer.monitor.say(memory_line(job, measured, on_gpu=on_gpu))
     name = torch.cuda.get_device_name() if on_gpu else None
-    expected = duration_line(job, name, trainer.last_step - trainer.position.step)
+    expected = duration_line(job, name, trainer.last_step - trainer.position.step, trainer.arguments.save_interval)
     if expected is not None:
         trainer.monitor.say(expected)

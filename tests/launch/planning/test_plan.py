@@ -61,6 +61,7 @@ def test_in_words() -> None:
         "fits: ",
         "tokens/s, MFU",
         "days",
+        "--max_steps 249863",
         "NVLink 3",
         "fastest that fit safely",
         "512",
@@ -237,10 +238,11 @@ def test_training_says_what_to_expect(small_shards: Path, small_model: Path, run
 def test_the_expected_time_of_a_known_card(run_folder: Path) -> None:
     config = json.loads((run_folder / "config.json").read_text())
     job = job_of_run(config, ranks_per_node=8)
-    line = duration_line(job, "NVIDIA A100-SXM4-80GB", 249_863)
+    line = duration_line(job, "NVIDIA A100-SXM4-80GB", 249_863, 1000)
     days = answer(*USUAL, "--tokens", 249_863 * 256 * 2048)["days"]
-    assert line is not None and f"249,863 steps should take about {days:.1f} days" in line and "for a100-80gb" in line
-    assert duration_line(job, "NVIDIA GeForce GTX 1080", 10) is None and duration_line(job, None, 10) is None
+    assert line is not None and "a checkpoint every 21 minutes (--save_interval 1000)" in line
+    assert f"249,863 steps should take about {days:.1f} days" in line and "for a100-80gb" in line
+    assert duration_line(job, "NVIDIA GeForce GTX 1080", 10, 5) is None and duration_line(job, None, 10, 5) is None
     beside = beside_measured(job, "NVIDIA A100-SXM4-80GB", 1.1 * days * 86_400 / 249_863)
     assert beside is not None and beside["device"] == "a100-80gb" and beside["measured_to_predicted"] == pytest.approx(1.1)
     assert beside_measured(job, None, 1.0) is None and beside_measured(job, "NVIDIA GeForce GTX 1080", 1.0) is None
