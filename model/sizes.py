@@ -35,6 +35,11 @@ _OTHER = """
     attn_implementation
 """
 OTHER_FIELDS = frozenset(_OTHER.split())
+#: What an exported folder says beside them, since transformers reads it as a Glm4Moe, and the only value that this model has.
+EXPORTED_FIELDS = {
+    **{"attention_bias": False, "attention_dropout": 0.0, "first_k_dense_replace": 0, "output_router_logits": False},
+    **{"num_mtp_layers": 0, "num_nextn_predict_layers": 0, "partial_rotary_factor": 1.0},
+}
 _ROPE = "rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow attention_factor"
 ROPE_FIELDS = frozenset(_ROPE.split())
 #: Whose config.json describes a model that this one can be; a stock Glm4Moe has fields of its own, which are passed over.
@@ -121,7 +126,11 @@ def check_fields(values: Any) -> None:
 
 
 def _check_names(values: dict[str, Any], known: Collection[str], whole: str) -> None:
-    for name in values:
+    for name, value in values.items():
+        if name in EXPORTED_FIELDS:
+            if value != EXPORTED_FIELDS[name]:
+                raise ValueError(f"{name} must be {EXPORTED_FIELDS[name]!r}, got {value!r}: this model has nothing else")
+            continue
         if name not in known and not name.startswith("_"):
             nearest = difflib.get_close_matches(name, sorted(known), n=1)
             raise ValueError(f"{name} is not a field of {whole}" + (f"; did you mean {nearest[0]}?" if nearest else ""))

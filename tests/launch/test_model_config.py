@@ -12,7 +12,10 @@ import pytest
 from data.cli import UserError
 from launch.engine.build import check_room, load_model_config
 from launch.exported import own_config
+from launch.exporting.formats import exported_config
 from model import MoEGPTConfig
+from model.accounting import count_parameters
+from model.sizes import ModelSizes, load_sizes
 
 HOSTILE: list[dict[str, Any]] = [
     *({"num_labels": 10**9}, {"num_labels": 10**8}, {"num_labels": "x"}, {"num_labels": 2.5}),
@@ -65,3 +68,22 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_built(change: dict[st
     with pytest.raises(UserError, match=r"[\d,]+ parameters, which each rank builds in fp32: .* GB, and its device has"):
         check_room(MoEGPTConfig.preset("tiny", **change))
     check_room(MoEGPTConfig.preset("60m"))
+
+
+@pytest.mark.parametrize(("format", "sinks"), [("moe_gpt", True), ("glm4_moe", False)])
+def test_an_exported_folder_says_what_model_to_train_on(format: str, sinks: bool, tmp_path: Path) -> None:
+    """`--model hf/config.json --init_from hf`: Glm4Moe's own fields in it were no fields of the model."""
+    config = MoEGPTConfig.preset("tiny", attention_sinks=sinks, hidden_size=128)
+    exported_config(config, format).save_pretrained(tmp_path)
+    for named in (tmp_path, tmp_path / "config.json"):
+        assert load_sizes(str(named)) == ModelSizes.of(
+            {**config.to_dict(), "attention_sinks": True}
+        )  # a stock one has no such field
+    assert count_parameters(load_model_config(str(tmp_path / "config.json"))) == count_parameters(config)
+
+
+@pytest.mark.parametrize("change", [{"attention_bias": True}, {"first_k_dense_replace": 1}, {"num_mtp_layers": 1}], ids=str)
+def test_what_only_glm4_moe_can_be_is_no_model_of_ours(path: Path, change: dict[str, Any]) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=rf"config\.json: {next(iter(change))} must be .*: this model has nothing else"):
+        load_model_config(str(path))
