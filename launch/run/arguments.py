@@ -120,8 +120,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--sequence_length", type=int, metavar="N", help=f"tokens of one sample (default: {USUAL_CONTEXT}, or all the model can)"
     )
     what.add_argument("--document_mask", action="store_true", help="attention and positions stay inside a document")
-    what.add_argument("--rope_factor", type=float, metavar="X", help="YaRN: take a trained model to this many times its context")
-    what.add_argument("--init_from", type=Path, metavar="DIR", help="start from the weights of an exported folder, at step 0")
+    what.add_argument(
+        "--rope_factor", type=float, metavar="X", help="YaRN: take a trained model to this many times its first context"
+    )
+    what.add_argument(
+        "--init_from",
+        type=Path,
+        metavar="DIR",
+        help="start from the weights of an exported folder, at step 0; give its --model DIR/config.json too",
+    )
     how = p.add_argument_group("how")
     how.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/; default by the number of GPUs")
     how.add_argument("--attn_implementation", default="flash", choices=("flash", "sdpa", "eager"), help="attention")

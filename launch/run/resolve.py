@@ -107,18 +107,24 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
 def fit_model(config: MoEGPTConfig, arguments: TrainArguments, train: PackedDataset) -> MoEGPTConfig:
     """The model as it is trained on these data. Raises UserError for another vocabulary, or samples longer than its positions."""
     if config.vocab_size != train.vocab_size:
+        mend = f"preprocess with the model's tokenizer, or copy the model's config.json with \"vocab_size\": {train.vocab_size}"
+        if arguments.init_from:
+            mend = f"to go on from {arguments.init_from} name its model, --model {arguments.init_from / 'config.json'}"
         raise UserError(
             f"--data {arguments.data[0]} was made with a tokenizer of {train.vocab_size} tokens and the model {arguments.model} "
-            f"has a vocabulary of {config.vocab_size}; preprocess with the model's tokenizer, or copy the model's config.json "
-            f'with "vocab_size": {train.vocab_size}'
+            f"has a vocabulary of {config.vocab_size}; {mend}"
         )
     config.eos_token_id = train.eos_token_id
     if arguments.rope_factor:
         config = config.with_rope_factor(arguments.rope_factor)
     if arguments.sequence_length > config.max_position_embeddings:
+        mend = "--rope_factor extends them"
+        if arguments.rope_factor:
+            first = (config.rope_parameters or {})["original_max_position_embeddings"]
+            mend = f"--rope_factor {arguments.rope_factor:g} counts from the {first} it was first trained at; take a larger one"
         raise UserError(
             f"--sequence_length {arguments.sequence_length} is beyond the {config.max_position_embeddings} positions of "
-            f"{arguments.model}; --rope_factor extends them"
+            f"{arguments.model}; {mend}"
         )
     return config
 

@@ -53,7 +53,9 @@ MISTAKES = {
     "flag": ({"epochs": 3}, "unrecognized arguments: --epochs 3; --help lists the flags"),
     "preset": ({"model": "7b"}, "unknown preset '7b'; the presets are tiny"),
     "vocabulary": ({"model": "tiny"}, "tokenizer of 512 tokens and the model tiny has a vocabulary of 4096"),
+    "init's model": ({"model": "tiny", "init_from": "hf"}, "to go on from hf name its model, --model hf/config.json"),
     "context": ({"sequence_length": 4096}, "beyond the 1024 positions"),
+    "factor": ({"sequence_length": 4096, "rope_factor": 4}, "2048 positions of {model}; --rope_factor 4 counts from the 512 that"),
     "json": ({"deepspeed_config": "ds_configs/none.json"}, "is not a file; ds_configs/ has cpu_ep1_zero2.json"),
     "steps": ({"max_steps": 0}, "--max_steps must be at least 1"),
     "ranks": ({"deepspeed_config": "ds_configs/cpu_ep2_zero2.json"}, "autoep_size 2 does not divide the 1 ranks"),
@@ -80,7 +82,7 @@ def test_mistakes_are_one_sentence(mistake: str, flags: list, monkeypatch: pytes
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         arguments = parse_arguments([str(f) for f in changed(flags, **changes)])
         resolve_run(arguments, join.set_environment()[1])
-    assert sentence in str(caught.value)
+    assert sentence.format(model=flags[3]) in str(caught.value)
 
 
 @pytest.mark.parametrize("mistake", LATER_MISTAKES)
