@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,7 @@ def check_output(output: Path) -> None:
         str(output.absolute()).encode()
     except UnicodeEncodeError:
         raise UserError(f"--output {output}: safetensors writes only under names that are UTF-8; name another folder") from None
+    check_writable(output.absolute().parent)
     if not output.exists():
         return
     if not output.is_dir():
@@ -41,6 +43,14 @@ def check_output(output: Path) -> None:
     held, _ = manifest.find_manifest(output)
     if held is None or held.get("kind") != KIND:
         raise UserError(f"--output {output} holds something that is no earlier export; name a new or empty folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where `folder`, or what is there of its path, takes no new entry: else it is said after all is read."""
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "this folder may not be written to", os.fspath(folder))
 
 
 def write(model: PreTrainedModel, checkpoint: Path, output: Path, *, max_shard_size: str) -> None:

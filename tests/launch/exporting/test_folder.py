@@ -46,3 +46,13 @@ def test_one_number_that_reads_otherwise_leaves_no_export(
     with pytest.raises(UserError, match=rf"{name} reads back otherwise than it was written"):
         folder.write(model, checkpoint, output, max_shard_size="1GB")
     assert not list(output.parent.iterdir())
+
+
+def test_a_closed_folder_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was said once all weights were verified, read and about to be written."""
+    monkeypatch.setattr(folder.os, "access", lambda path, _: Path(path) != tmp_path)
+    (tmp_path / "open").mkdir()
+    folder.check_output(tmp_path / "open" / "hf")
+    for output in (tmp_path / "hf", tmp_path / "new" / "hf"):
+        with pytest.raises(PermissionError, match="may not be written to"):
+            folder.check_output(output)
