@@ -55,7 +55,7 @@ MISTAKES = {
     "vocabulary": ({"model": "tiny"}, "tokenizer of 512 tokens and the model tiny has a vocabulary of 4096"),
     "init's model": ({"model": "tiny", "init_from": "hf"}, "to go on from hf name its model, --model hf/config.json"),
     "context": ({"sequence_length": 4096}, "beyond the 1024 positions"),
-    "factor": ({"sequence_length": 4096, "rope_factor": 4}, "2048 positions of {model}; --rope_factor 4 counts from the 512 that"),
+    "factor": ({"sequence_length": 4096, "rope_factor": 4}, "2048 positions of {model}; --rope_factor 4 counts from the 512 it"),
     "json": ({"deepspeed_config": "ds_configs/none.json"}, "is not a file; ds_configs/ has cpu_ep1_zero2.json"),
     "steps": ({"max_steps": 0}, "--max_steps must be at least 1"),
     "ranks": ({"deepspeed_config": "ds_configs/cpu_ep2_zero2.json"}, "autoep_size 2 does not divide the 1 ranks"),
