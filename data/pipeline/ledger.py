@@ -145,7 +145,8 @@ def clear(folder: Path) -> None:
 
 
 def _clear_files(folder: Path) -> None:
-    for name in (KEY_JOURNAL, NEAR_JOURNAL, FolderLock.NAME, f".{STATE}.tmp", f".{MANIFEST}.tmp", STATE):
+    # The lock last: from then on another job may begin. Before it the state: while that is there, something may be left.
+    for name in (KEY_JOURNAL, NEAR_JOURNAL, f".{STATE}.tmp", f".{MANIFEST}.tmp", STATE, FolderLock.NAME):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -155,4 +156,4 @@ def clear_leftovers(folder: Path) -> None:
     for split in SPLITS:
         for path in (folder / split).glob(".*.tmp"):
             path.unlink(missing_ok=True)
-    _clear_files(folder)  # the state last of all: while it is there, something may be left
+    _clear_files(folder)

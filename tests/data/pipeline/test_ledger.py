@@ -110,6 +110,23 @@ def test_nobody_begins_in_a_folder_that_is_being_cleared(
     assert tried == ["whole", "failed"]
 
 
+def test_nobody_begins_while_the_last_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock went before the state, which a job that began in between read, and then lost."""
+    for name in (ledger.STATE, ledger.KEY_JOURNAL):
+        (tmp_path / name).touch()
+    held, real, seen = take_folder(tmp_path, "job"), Path.unlink, []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == ".lock":
+            seen.append(sorted(other.name for other in tmp_path.iterdir()))
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    ledger.clear(tmp_path)
+    held.release()
+    assert seen == [[".lock"]] and not list(tmp_path.iterdir())
+
+
 def test_two_jobs_on_one_folder(tmp_path: Path, flags: list[object], preprocess: Any) -> None:
     """The first is stopped as soon as it holds the folder; killed, it holds it no longer, whatever its workers do."""
     first = subprocess.Popen(
