@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from data.cli import UserError
@@ -35,7 +36,7 @@ def read_model_config(path: Path, default: str | None = None) -> MoEGPTConfig:
         AutoConfig.from_pretrained(path, trust_remote_code=False)  # a sentence about an unknown type
     except OtherModel:
         raise
-    except (ValueError, OSError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+    except (ValueError, OSError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, StrictDataclassError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     raise OtherModel(f"{path}: it is a {kind}, and must be a {MoEGPTConfig.model_type} or glm4_moe")
 

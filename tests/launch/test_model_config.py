@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Glm4MoeConfig
 
 from data.cli import UserError
 from launch.engine.build import check_room, load_model_config
@@ -46,6 +47,16 @@ def refused_by_both(path: Path) -> None:
 @pytest.mark.parametrize("change", HOSTILE, ids=lambda change: str(change)[:50])
 def test_a_value_without_sense(path: Path, change: dict[str, Any]) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refused_by_both(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "64"}, {"rope_parameters": [1]}, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}}],
+)
+def test_a_value_of_another_kind_in_a_stock_folder(path: Path, change: dict[str, Any]) -> None:
+    """Whose fields transformers checks as they are set, with an error that is no ValueError."""
+    path.write_text(json.dumps({**Glm4MoeConfig(first_k_dense_replace=0).to_dict(), **change}))
     refused_by_both(path)
 
 
