@@ -8,8 +8,8 @@ dim, P positions or programs, C tokens of a chunk, V vocabulary.
 """
 
 import os
-from collections.abc import Sequence
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +19,24 @@ from torch import Tensor
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ops: Any = torch.ops.moe_gpt
-_operator: Any = partial(torch.library.custom_op, mutates_args=())
+
+
+def on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """On the device of the first tensor: Triton launches on the current one, and a model may lie on several GPUs."""
+
+    @wraps(kernel)
+    def call(*arguments: Any) -> Any:
+        first = arguments[0][0] if isinstance(arguments[0], (list, tuple)) else arguments[0]
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return kernel(*arguments)
+        with torch.cuda.device(first.device):
+            return kernel(*arguments)
+
+    return call
+
+
+def _operator(name: str, mutates_args: Sequence[str] = ()) -> Any:
+    return lambda kernel: torch.library.custom_op(name, on_its_device(kernel), mutates_args=mutates_args)
 
 
 @cache
@@ -307,7 +324,7 @@ def _(
     return x_TH.new_empty(x_TH.shape), weight_EH.new_empty(weight_EH.shape)
 
 
-@torch.library.custom_op("moe_gpt::add_lift_", mutates_args=("histogram_EN",))
+@_operator("moe_gpt::add_lift_", mutates_args=("histogram_EN",))
 def add_lift_(
     histogram_EN: Tensor, logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int, sigmoid: bool
 ) -> None:
@@ -320,7 +337,7 @@ def _(histogram_EN: Tensor, logits_TE: Tensor, bias_E: Tensor, top_k: int, n_gro
     return None
 
 
-@torch.library.custom_op("moe_gpt::cross_entropy_", mutates_args=("logits_CV",))
+@_operator("moe_gpt::cross_entropy_", mutates_args=("logits_CV",))
 def cross_entropy_(logits_CV: Tensor, targets_C: Tensor, scale: Tensor, z_weight: float, with_grad: bool, ignore: int) -> Tensor:
     """Each token's share of the loss, fp32; `logits` then holds the gradient, where one is wanted."""
     cross_entropy_ = _kernels("loss").cross_entropy_

@@ -127,7 +127,7 @@ class RotaryTable(nn.Module):
             rounded = 1 << max(length - 1, 255).bit_length()  # grows in powers of two, so generation rebuilds it rarely
             with torch.device("cpu"), torch.inference_mode(False):
                 cos_LD, sin_LD = rope_table(self.rope, self.head_dim, rounded)
-            self.table = (cos_LD.to(device), sin_LD.to(device))
+                self.table = (cos_LD.to(device), sin_LD.to(device))
         return self.table
 
     def forward(self, position_ids_BS: Tensor | None, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

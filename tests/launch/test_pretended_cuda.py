@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from support import ROOT
+from torch.library import CustomOpDef
 
 from launch.checkpoint.random_state import random_state, set_random_state
 from launch.cli import make_quiet
@@ -23,8 +26,9 @@ from launch.engine.build import build_model
 from launch.ranks import heartbeat, join
 from launch.run import resolve
 from launch.run.arguments import parse_arguments
-from model import MoEGPTConfig
+from model import MoEGPTConfig, operators
 from model.layers import to_device
+from model.operators import on_its_device
 
 OLD = ROOT / "tests" / "fixtures" / "before_the_move"
 
@@ -157,6 +161,28 @@ def test_to_a_gpu_a_tensor_goes_through_pinned_memory(monkeypatch: pytest.Monkey
     assert done[2:] == ["cuda:1 True"], "what the loader has pinned is not copied once more"
 
 
+def test_a_kernel_runs_on_the_gpu_that_its_tensor_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on several, by `device_map`: Triton takes the current one, and says "Pointer argument cannot be accessed"."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def entering(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    class There:
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", entering)
+    assert on_its_device(lambda x, y: y)(There(1), 5) == 5 and entered == [torch.device("cuda", 1)]
+    assert on_its_device(len)([There(0), There(0)]) == 2 and len(entered) == 1
+    assert {operator._init_fn.__code__.co_name for operator in vars(operators).values() if isinstance(operator, CustomOpDef)} == {
+        "call"
+    }
+
+
 def test_nccl_out_of_memory_is_the_ranks_own_trouble() -> None:
     own = torch.distributed.DistBackendError("NCCL error: ncclUnhandledCudaError, Cuda failure 2 'out of memory'")
     assert not heartbeat.is_second_hand(own)
@@ -188,6 +214,7 @@ RUN_BY = {
     "model/layers.py:_is_plain": "tests/model/test_layers.py",
     "model/layers.py:to_device": HERE,
     "model/operators.py:fits": GPU,
+    "model/operators.py:on_its_device.call": HERE,
 }
 
 

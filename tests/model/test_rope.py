@@ -103,3 +103,12 @@ def test_given_positions_and_counted_ones_agree() -> None:
     assert torch.equal(counted[0], given[0]) and torch.equal(counted[1], given[1])
     beyond = table(None, 5000, 3, device)  # grows on demand
     assert beyond[0].shape == (1, 3, 64)
+
+
+def test_a_table_that_inference_made_is_one_to_train_with() -> None:
+    """Moved to another device in inference mode it was none: "Inference tensors cannot be saved for backward"."""
+    table = RotaryTable(config(1.0))
+    with torch.inference_mode():
+        table(None, 0, 4, torch.device("meta"))
+    cos, _ = table(None, 0, 4, torch.device("meta"))
+    (torch.empty(1, 4, 64, device="meta", requires_grad=True) * cos).sum().backward()
