@@ -19,11 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_MB = 60.0
 #: Binary wheels, for the Python that the bundle is for.
-WHEELS = ("orjson", "isal", "gigatoken", "awkward", "awkward-cpp", "rensa", "pydantic", "pydantic-core", "hypothesis", "xxhash")
+WHEELS = (
+    *("orjson", "isal", "gigatoken", "awkward", "awkward-cpp", "rensa", "pydantic", "pydantic-core", "hypothesis"),
+    *("xxhash", "msgpack"),
+)
 #: Pure Python, from wheels or sources.
 PURE = (
     "deepspeed",
     "hjson",
+    "einops",
     "annotated-types",
     "typing-inspection",
     "sortedcontainers",

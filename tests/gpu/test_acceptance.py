@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from support import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 import acceptance
+import bundle
 
 SCRIPT = ROOT / "tests" / "gpu" / "acceptance.py"
 
@@ -67,3 +70,10 @@ def test_every_station_on_a_cpu(tmp_path: Path) -> None:
     stations = json.loads(output.read_text())["stations"]
     assert done.returncode == 0, done.stdout
     assert set(stations) == set(acceptance.STATIONS) and stations["resume"]["bit_equal"]
+
+
+def test_the_bundle_has_what_deepspeed_imports() -> None:
+    """It lacked two packages, without which `import deepspeed` ends; the last two only serve kernels that are compiled."""
+    machine = {"torch", "numpy", "packaging", "psutil", "tqdm"}  # its own, or come with its torch and transformers
+    wanted = {re.split(r"[^\w.-]", line)[0] for line in requires("deepspeed") or () if "extra ==" not in line}
+    assert wanted - machine - {"ninja", "py-cpuinfo"} <= {*bundle.WHEELS, *bundle.PURE}
