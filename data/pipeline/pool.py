@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.cli import ONE_THREAD, Exit, UserError, drain
+from data.cli import LIMITS, ONE_THREAD, Exit, UserError, drain
 from data.pipeline.worker import Result, Worker, WorkOptions
 from data.sources.blocks import Block
 
@@ -70,7 +70,8 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
         if method == "spawn":
             path = around.enter_context(_in_a_file(options))
             around.enter_context(_no_hang_after_a_kill(context.started))
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(path,))
+        with _shared_memory_named():
+            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(path,))
         with _without_interrupts(), _killed_workers_named():
             for _ in range(workers):
                 submit(pool, os.getpid)  # starts one process, as long as none is idle
@@ -80,6 +81,19 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
             yield pool
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _shared_memory_named() -> Iterator[None]:
+    """The locks of the pool's queues lie in /dev/shm, which a container may not have; the error names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in LIMITS:
+            raise
+        raise UserError(
+            f"worker processes share locks in /dev/shm, and it cannot be written ({error.strerror}); mount it, or give --workers 1"
+        ) from error
 
 
 def _remembering(context: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import signal
@@ -27,6 +28,19 @@ def test_bytes_do_not_depend_on_workers(expected: Path, flags: list[object], tmp
     done = run(*flags, "--output", tmp_path / "out", "--workers", workers)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(expected)
+
+
+def test_no_shared_memory_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The semaphores' error names no file: all that was said is `Read-only file system`."""
+    options = WorkOptions(tokenizer_json="", eos_token_id=0, dtype="uint16")
+    monkeypatch.setattr(pool, "start_worker", lambda _: None)
+
+    def no_semaphore(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", no_semaphore)
+    with pytest.raises(UserError, match=r"/dev/shm.*Read-only file system.*--workers 1"), pool.Team(2).start(options):
+        pass
 
 
 def test_workers_die_with_a_killed_job_and_a_killed_worker_is_a_sentence(flags: list[object], tmp_path: Path) -> None:
