@@ -71,7 +71,8 @@ class StopRequest:
         self._first = (number, now)
         name = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":
-            say(f"{name}: saving after this step; once more stops at once")
+            later = f" after {ECHO_SECONDS:g} seconds" if number == signal.SIGTERM else ""
+            say(f"{name}: saving after this step; once more{later} stops at once")
         self.reason = name
 
     def requested(self) -> bool:
