@@ -69,9 +69,7 @@ def _kernels(name: str) -> Any:
 @_operator("moe_gpt::norm")
 def norm(x_TH: Tensor, added_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(x + added, its RMSNorm)`; the first is empty where nothing is added."""
-    norm_forward = _kernels("norm").norm_forward
-
-    return norm_forward(x_TH.contiguous(), _contiguous(added_TH), weight_H, eps)
+    return _kernels("norm").norm_forward(x_TH.contiguous(), _contiguous(added_TH), weight_H, eps)
 
 
 @norm.register_fake
@@ -82,9 +80,7 @@ def _(x_TH: Tensor, added_TH: Tensor | None, weight_H: Tensor, eps: float) -> tu
 @_operator("moe_gpt::norm_backward")
 def norm_backward(dout_TH: Tensor, dstream_TH: Tensor | None, x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(dx, dweight)`; the stream's gradient is added to dx."""
-    norm_backward = _kernels("norm").norm_backward
-
-    return norm_backward(dout_TH.contiguous(), _contiguous(dstream_TH), x_TH.contiguous(), weight_H, eps)
+    return _kernels("norm").norm_backward(dout_TH.contiguous(), _contiguous(dstream_TH), x_TH.contiguous(), weight_H, eps)
 
 
 @norm_backward.register_fake
@@ -97,9 +93,9 @@ def norm_rope(
     q_TND: Tensor, k_TMD: Tensor, weights_D: Sequence[Tensor], cos_PD: Tensor, sin_PD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """q and k, normed by head with the two weights if any, then rotated; token t is at row t mod P of the tables."""
-    norm_rope = _kernels("norm").norm_rope
-
-    return norm_rope(q_TND.contiguous(), k_TMD.contiguous(), weights_D, cos_PD.contiguous(), sin_PD.contiguous(), eps)
+    return _kernels("norm").norm_rope(
+        q_TND.contiguous(), k_TMD.contiguous(), weights_D, cos_PD.contiguous(), sin_PD.contiguous(), eps
+    )
 
 
 @norm_rope.register_fake
@@ -115,10 +111,10 @@ def norm_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`(dq, dk, dweights [2, D] in fp32)`; without weights the last is empty."""
-    norm_rope_backward = _kernels("norm").norm_rope_backward
-
     dq_TND, dk_TMD, q_TND, k_TMD = (x.contiguous() for x in (dq_TND, dk_TMD, q_TND, k_TMD))
-    return norm_rope_backward(dq_TND, dk_TMD, q_TND, k_TMD, weights_D, cos_PD.contiguous(), sin_PD.contiguous(), eps)
+    return _kernels("norm").norm_rope_backward(
+        dq_TND, dk_TMD, q_TND, k_TMD, weights_D, cos_PD.contiguous(), sin_PD.contiguous(), eps
+    )
 
 
 @norm_rope_backward.register_fake
@@ -133,9 +129,7 @@ def _(
 @_operator("moe_gpt::add_sink")
 def add_sink(out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
     """Output and logsumexp with the sink."""
-    add_sink = _kernels("sinks").add_sink
-
-    return add_sink(out_BSND.contiguous(), lse_BNS.contiguous(), sinks_N)
+    return _kernels("sinks").add_sink(out_BSND.contiguous(), lse_BNS.contiguous(), sinks_N)
 
 
 @add_sink.register_fake
@@ -145,9 +139,7 @@ def _(out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tenso
 
 @_operator("moe_gpt::sink_gradient")
 def sink_gradient(dout_BSND: Tensor, out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> Tensor:
-    sink_gradient = _kernels("sinks").sink_gradient
-
-    return sink_gradient(dout_BSND.contiguous(), out_BSND.contiguous(), lse_BNS.contiguous(), sinks_N)
+    return _kernels("sinks").sink_gradient(dout_BSND.contiguous(), out_BSND.contiguous(), lse_BNS.contiguous(), sinks_N)
 
 
 @sink_gradient.register_fake
@@ -158,9 +150,7 @@ def _(dout_BSND: Tensor, out_BSND: Tensor, lse_BNS: Tensor, sinks_N: Tensor) -> 
 @_operator("moe_gpt::spread")
 def spread(x_TH: Tensor, places_R: Tensor, copies: int, weights_TK: Tensor | None) -> Tensor:
     """`[R, H]`: copy k of token t at row `places[t * K + k]`, times its weight if there are any."""
-    spread = _kernels("rows").spread
-
-    return spread(x_TH.contiguous(), places_R, copies, _contiguous(weights_TK))
+    return _kernels("rows").spread(x_TH.contiguous(), places_R, copies, _contiguous(weights_TK))
 
 
 @spread.register_fake
@@ -171,9 +161,7 @@ def _(x_TH: Tensor, places_R: Tensor, copies: int, weights_TK: Tensor | None) ->
 @_operator("moe_gpt::collect")
 def collect(rows_RH: Tensor, places_R: Tensor, copies: int, a_TH: Tensor | None, b_TH: Tensor | None) -> Tensor:
     """`[T, H]`: of each token the sum of its copies, and of what is given beside them."""
-    collect = _kernels("rows").collect
-
-    return collect(rows_RH.contiguous(), places_R, copies, _contiguous(a_TH), _contiguous(b_TH))
+    return _kernels("rows").collect(rows_RH.contiguous(), places_R, copies, _contiguous(a_TH), _contiguous(b_TH))
 
 
 @collect.register_fake
@@ -184,10 +172,8 @@ def _(rows_RH: Tensor, places_R: Tensor, copies: int, a_TH: Tensor | None, b_TH:
 @_operator("moe_gpt::combine")
 def combine(rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor, shared_TH: Tensor | None, residual_TH: Tensor | None) -> Tensor:
     """`residual + shared + sum over k of weight * row`."""
-    combine = _kernels("rows").combine
-
     beside = _contiguous(shared_TH), _contiguous(residual_TH)
-    return combine(rows_RH.contiguous(), places_R, weights_TK.contiguous(), *beside)
+    return _kernels("rows").combine(rows_RH.contiguous(), places_R, weights_TK.contiguous(), *beside)
 
 
 @combine.register_fake
@@ -198,9 +184,7 @@ def _(rows_RH: Tensor, places_R: Tensor, weights_TK: Tensor, shared_TH: Tensor |
 @_operator("moe_gpt::weight_gradient")
 def weight_gradient(products_R: Tensor, places_R: Tensor, weights_TK: Tensor) -> Tensor:
     """`[T, K]`: of each row what it has in `products`, over its weight; 0 where that is 0."""
-    weight_gradient = _kernels("rows").weight_gradient
-
-    return weight_gradient(products_R.contiguous(), places_R, weights_TK.contiguous())
+    return _kernels("rows").weight_gradient(products_R.contiguous(), places_R, weights_TK.contiguous())
 
 
 @weight_gradient.register_fake
@@ -211,9 +195,7 @@ def _(products_R: Tensor, places_R: Tensor, weights_TK: Tensor) -> Tensor:
 @_operator("moe_gpt::swiglu")
 def swiglu(gate_up: Sequence[Tensor]) -> Tensor:
     """`silu(gate) * up`, of one packed tensor or of two."""
-    swiglu = _kernels("rows").swiglu
-
-    return swiglu([x.contiguous() for x in gate_up])
+    return _kernels("rows").swiglu([x.contiguous() for x in gate_up])
 
 
 @swiglu.register_fake
@@ -225,9 +207,7 @@ def _(gate_up: Sequence[Tensor]) -> Tensor:
 @_operator("moe_gpt::swiglu_backward")
 def swiglu_backward(dout: Tensor, gate_up: Sequence[Tensor], with_products: bool) -> list[Tensor]:
     """Gradients of what was given, packed where that was; then `<out, dout>` of each row, fp32, or nothing."""
-    swiglu_backward = _kernels("rows").swiglu_backward
-
-    return swiglu_backward(dout.contiguous(), [x.contiguous() for x in gate_up], with_products)
+    return _kernels("rows").swiglu_backward(dout.contiguous(), [x.contiguous() for x in gate_up], with_products)
 
 
 @swiglu_backward.register_fake
@@ -239,9 +219,7 @@ def _(dout: Tensor, gate_up: Sequence[Tensor], with_products: bool) -> list[Tens
 @_operator("moe_gpt::grouped_product")
 def grouped_product(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """`[R, W * B]`: of rows that lie by expert the products with the weights `[E, B, A]`, side by side."""
-    product = _kernels("grouped").product
-
-    return product(x_RA.contiguous(), ends_E, [weight.contiguous() for weight in weights])
+    return _kernels("grouped").product(x_RA.contiguous(), ends_E, [weight.contiguous() for weight in weights])
 
 
 @grouped_product.register_fake
@@ -252,9 +230,7 @@ def _(x_RA: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
 @_operator("moe_gpt::grouped_product_backward")
 def grouped_product_backward(dout_RB: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """`[R, A]`: one sum over what comes through each of the weights."""
-    product_backward = _kernels("grouped").product_backward
-
-    return product_backward(dout_RB.contiguous(), ends_E, [weight.contiguous() for weight in weights])
+    return _kernels("grouped").product_backward(dout_RB.contiguous(), ends_E, [weight.contiguous() for weight in weights])
 
 
 @grouped_product_backward.register_fake
@@ -265,9 +241,7 @@ def _(dout_RB: Tensor, ends_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
 @_operator("moe_gpt::grouped_weight_gradient")
 def grouped_weight_gradient(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor, weights: int) -> list[Tensor]:
     """Of so many weights, each `[E, B, A]`; 0 for an expert without rows."""
-    weight_gradient = _kernels("grouped").weight_gradient
-
-    return weight_gradient(dout_RB.contiguous(), x_RA.contiguous(), ends_E, weights)
+    return _kernels("grouped").weight_gradient(dout_RB.contiguous(), x_RA.contiguous(), ends_E, weights)
 
 
 @grouped_weight_gradient.register_fake
@@ -282,11 +256,8 @@ def route(
     sigmoid: bool, normalise: bool, factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`(weights_TK, indices_TK, counts_E, logits_TE)`."""
-    route = _kernels("router").route
-
-    replay_TK = _contiguous(replay_TK)
-    given = (x_TH.contiguous(), weight_EH.contiguous(), bias_E)
-    return route(*given, replay_TK, top_k, n_group, topk_group, sigmoid, normalise, factor)
+    given = (x_TH.contiguous(), weight_EH.contiguous(), bias_E, _contiguous(replay_TK))
+    return _kernels("router").route(*given, top_k, n_group, topk_group, sigmoid, normalise, factor)
 
 
 @route.register_fake
@@ -310,10 +281,8 @@ def route_backward(
     sigmoid: bool, normalise: bool, factor: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(dx, dweight)`; what came to x from elsewhere is added to dx."""
-    route_backward = _kernels("router").route_backward
-
     given = (dweights_TK.contiguous(), _contiguous(dbeside_TH), x_TH.contiguous(), weight_EH.contiguous())
-    return route_backward(*given, logits_TE, indices_TK.contiguous(), sigmoid, normalise, factor)
+    return _kernels("router").route_backward(*given, logits_TE, indices_TK.contiguous(), sigmoid, normalise, factor)
 
 
 @route_backward.register_fake
@@ -340,9 +309,7 @@ def _(histogram_EN: Tensor, logits_TE: Tensor, bias_E: Tensor, top_k: int, n_gro
 @_operator("moe_gpt::cross_entropy_", mutates_args=("logits_CV",))
 def cross_entropy_(logits_CV: Tensor, targets_C: Tensor, scale: Tensor, z_weight: float, with_grad: bool, ignore: int) -> Tensor:
     """Each token's share of the loss, fp32; `logits` then holds the gradient, where one is wanted."""
-    cross_entropy_ = _kernels("loss").cross_entropy_
-
-    return cross_entropy_(logits_CV, targets_C, scale, z_weight, with_grad, ignore)
+    return _kernels("loss").cross_entropy_(logits_CV, targets_C, scale, z_weight, with_grad, ignore)
 
 
 @cross_entropy_.register_fake
