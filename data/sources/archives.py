@@ -27,7 +27,7 @@ _REGULAR = (b"0", b"\0", b"7")
 #: Links, devices, folders and FIFOs: a size in such a header is another file's or a hint, and no content follows it.
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
 
-ReadFile = Callable[[Source, int, Position, ReadOptions], Iterator[Block]]
+ReadFile = Callable[[Source, Position, ReadOptions], Iterator[Block]]
 
 
 @dataclass
@@ -156,9 +156,7 @@ class Limited:
         return data
 
 
-def tar_blocks(
-    source: Source, number: int, here: Position, how: str | None, options: ReadOptions, read_file: ReadFile
-) -> Iterator[Block]:
+def tar_blocks(source: Source, here: Position, how: str | None, options: ReadOptions, read_file: ReadFile) -> Iterator[Block]:
     """Blocks from `here` on: `offset` is the member's number, `inner` the position in it. Raises Fault for what is damaged."""
     limit, fault = verified_bytes(source.at, how) if options.verify else (None, None)
     try:
@@ -274,7 +272,7 @@ def _copied_blocks(
         while chunk := stream.read(blocks.CHUNK_BYTES):
             file.write(chunk)
         file.flush()
-        yield from read_file(Source(kind="file", name=name, size=member.size, path=file.name), here.source, here, options)
+        yield from read_file(Source(kind="file", name=name, size=member.size, path=file.name), here, options)
 
 
 class Prefixed:

@@ -11,7 +11,7 @@ from data.sources.compressed import Damage, Readable, open_stream, verified_byte
 from data.sources.discover import Source
 
 
-def line_blocks(source: Source, number: int, here: Position, compression: str | None, options: ReadOptions) -> Iterator[Block]:
+def line_blocks(source: Source, here: Position, compression: str | None, options: ReadOptions) -> Iterator[Block]:
     """Blocks from `here` on. Of a damaged file the part whose checksum is right is kept, then the Fault is raised."""
     try:
         limit, fault = verified_bytes(source.at, compression) if options.verify else (None, None)

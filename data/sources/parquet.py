@@ -31,7 +31,7 @@ class Column(NamedTuple):
     leaves: range
 
 
-def parquet_blocks(source: Source, number: int, here: Position, options: ReadOptions) -> Iterator[Block]:
+def parquet_blocks(source: Source, here: Position, options: ReadOptions) -> Iterator[Block]:
     """Rows from `here` on. The file is decoded once to its end before its first row is used: pages have no checksum to trust."""
     import pyarrow
 
@@ -39,7 +39,7 @@ def parquet_blocks(source: Source, number: int, here: Position, options: ReadOpt
         if here.offset == 0 and options.verify:
             for _ in _batches(source.at, options):
                 pass
-        yield from row_blocks(_rows(source.at, here.offset, options), source, number, here)
+        yield from row_blocks(_rows(source.at, here.offset, options), source, here)
     except MemoryError as error:  # pyarrow's own is one, too
         raise Fault("Parquet file that needs more memory than there is", _first_line(error)) from error
     except pyarrow.ArrowNotImplementedError as error:
@@ -179,15 +179,11 @@ def _matches(fields: Any, name: str, first: int) -> Iterator[tuple[tuple[str, ..
 
 def _count_leaves(kind: Any) -> int:
     """How many of the file's columns an Arrow type is spread over."""
-    if isinstance(kind, _extension_type()):
-        return _count_leaves(kind.storage_type)
-    return sum(_count_leaves(kind.field(i).type) for i in range(kind.num_fields)) or 1
-
-
-def _extension_type() -> Any:
     import pyarrow
 
-    return pyarrow.BaseExtensionType
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _count_leaves(kind.storage_type)
+    return sum(_count_leaves(kind.field(i).type) for i in range(kind.num_fields)) or 1
 
 
 def _reached(batch: Any, column: Column) -> Any:

@@ -31,7 +31,7 @@ def read_blocks(sources: Sequence[Source], options: ReadOptions, start: Position
         here = start if number == start.source else Position(source=number)
         last = Block(name=source.name, after=Position(source=number + 1), done_bytes=before + max(source.size, 0))
         try:
-            for block in _read_source(source, number, here, options):
+            for block in _read_source(source, here, options):
                 block.done_bytes += before
                 yield block
         except Fault as fault:
@@ -40,24 +40,24 @@ def read_blocks(sources: Sequence[Source], options: ReadOptions, start: Position
         before += max(source.size, 0)
 
 
-def _read_source(source: Source, number: int, here: Position, options: ReadOptions) -> Iterator[Block]:
+def _read_source(source: Source, here: Position, options: ReadOptions) -> Iterator[Block]:
     if source.kind == "tree":
-        return tree_blocks(source, number, here)
+        return tree_blocks(source, here)
     if source.kind == "hub":
-        return hub_blocks(source, number, here, options)
-    return _file_blocks(source, number, here, options)
+        return hub_blocks(source, here, options)
+    return _file_blocks(source, here, options)
 
 
-def _file_blocks(source: Source, number: int, here: Position, options: ReadOptions) -> Iterator[Block]:
+def _file_blocks(source: Source, here: Position, options: ReadOptions) -> Iterator[Block]:
     """A file on disk, or of an archive, by its first bytes."""
     compression, content = sniff(source.at, source.name)
     if content == "parquet":
-        return parquet_blocks(source, number, here, options)
+        return parquet_blocks(source, here, options)
     if content == "lines":
-        return line_blocks(source, number, here, compression, options)
+        return line_blocks(source, here, compression, options)
     if source.path:
         raise Fault("archive inside an archive, which is not read", "unpack it")
-    return tar_blocks(source, number, here, compression, options, _file_blocks)
+    return tar_blocks(source, here, compression, options, _file_blocks)
 
 
 class Kind(NamedTuple):

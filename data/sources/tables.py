@@ -14,11 +14,11 @@ from data.sources.discover import Source
 TOO_LONG = object()
 
 
-def hub_blocks(source: Source, number: int, here: Position, options: ReadOptions) -> Iterator[Block]:
+def hub_blocks(source: Source, here: Position, options: ReadOptions) -> Iterator[Block]:
     """Rows of `datasets.load_dataset(NAME, streaming=True)`. A stream that breaks stops the job: the rest must not be lost."""
     rows = here.offset
     try:
-        for block in row_blocks(_hub_rows(source.name, rows, options), source, number, here):
+        for block in row_blocks(_hub_rows(source.name, rows, options), source, here):
             rows = block.after.offset
             yield block
     except Exception as error:  # the hub, the network, the builder of that data set: anything
@@ -41,7 +41,7 @@ def _hub_rows(name: str, skip: int, options: ReadOptions) -> Iterator[dict[str, 
         yield {c: value for c in options.columns if (value := field_of(row, c)) is not MISSING}
 
 
-def row_blocks(rows: Iterator[dict[str, Any]], source: Source, number: int, here: Position) -> Iterator[Block]:
+def row_blocks(rows: Iterator[dict[str, Any]], source: Source, here: Position) -> Iterator[Block]:
     """Rows are numbered from 1, as lines are."""
     block = Block(name=source.name, after=here, done_bytes=0)
     size = 0
@@ -53,9 +53,9 @@ def row_blocks(rows: Iterator[dict[str, Any]], source: Source, number: int, here
             block.rows.append(Row(source.name, index, row))
         size += length
         if size >= blocks.BLOCK_BYTES:
-            block.after = Position(source=number, offset=index)
+            block.after = Position(source=here.source, offset=index)
             yield block
             block, size = Block(name=source.name, after=block.after, done_bytes=0), 0
-        block.after = Position(source=number, offset=index)
+        block.after = Position(source=here.source, offset=index)
     if block.rows or block.rejections:
         yield block

@@ -11,7 +11,7 @@ from data.sources.blocks import Block, Fault, Position, Rejection, Row
 from data.sources.discover import Source
 
 
-def tree_blocks(source: Source, number: int, here: Position) -> Iterator[Block]:
+def tree_blocks(source: Source, here: Position) -> Iterator[Block]:
     """Blocks of whole files from `here` on."""
     rows: list[Row] = []
     rejections: list[Rejection] = []
@@ -26,7 +26,7 @@ def tree_blocks(source: Source, number: int, here: Position) -> Iterator[Block]:
             rejections.append(fault.of(path))
         if size >= blocks.BLOCK_BYTES or index + 1 == len(source.files):
             done += size
-            after = Position(source=number, offset=index + 1)
+            after = Position(source=here.source, offset=index + 1)
             yield Block(name=source.name, after=after, done_bytes=done, rows=rows, rejections=rejections)
             rows, rejections, size = [], [], 0
 

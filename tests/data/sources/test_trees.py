@@ -27,14 +27,14 @@ def test_every_file_is_a_row_or_a_rejection_and_every_block_can_be_the_first(tmp
     os.mkfifo(tmp_path / "05.py")
     (tmp_path / "12.py").write_bytes(b"y" * 1001)
     (source,) = find_sources([f"tree:{tmp_path}"])
-    found = list(tree_blocks(source, 0, Position()))
+    found = list(tree_blocks(source, Position()))
     assert len(found) > 5
     names = [Path(row.name).name for block in found for row in block.rows]
     assert names == [f"{i:02d}.py" for i in range(20) if i not in (5, 12)]
     kinds = {Path(r.name).name: r.kind for block in found for r in block.rejections}
     assert kinds == {"05.py": "not a regular file", "12.py": "file larger than 1000 bytes"}
     for i, block in enumerate(found):
-        rest = [row for later in tree_blocks(source, 0, block.after) for row in later.rows]
+        rest = [row for later in tree_blocks(source, block.after) for row in later.rows]
         assert rest == [row for later in found[i + 1 :] for row in later.rows]
 
 
