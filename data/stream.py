@@ -54,8 +54,7 @@ class TokenStream:
         self._offsets.clear()
 
     def _tokens(self, shard: int) -> np.ndarray:
-        found = self._maps.get(shard)
-        return found if found is not None else _keep(self._maps, shard, lambda: self._map(shard))
+        return _kept(self._maps, shard, self._map)
 
     def _map(self, shard: int) -> np.ndarray:
         path = (self.folder / self.split / self.shards[shard]["name"]).with_suffix(".bin")
@@ -64,10 +63,7 @@ class TokenStream:
         return np.frombuffer(view, np.dtype(self.dtype).newbyteorder("<"))
 
     def _document_offsets(self, shard: int) -> np.ndarray:
-        found = self._offsets.get(shard)
-        if found is not None:
-            return found
-        return _keep(self._offsets, shard, lambda: self._map_offsets(shard))
+        return _kept(self._offsets, shard, self._map_offsets)
 
     def _map_offsets(self, shard: int) -> np.ndarray:
         """Verified whole, 20 ns a document: from wrong offsets wrong masks would be trained on without a word."""
@@ -122,20 +118,24 @@ class TokenStream:
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-def _keep(cache: OrderedDict[int, np.ndarray], key: int, open_file: Callable[[], np.ndarray]) -> np.ndarray:
-    """Open a file and remember it. First in, first out: what was opened longest ago is closed when nobody uses it any more."""
+def _kept(cache: OrderedDict[int, np.ndarray], shard: int, open_file: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Open a shard's file once and remember it. First in, first out: what was opened longest ago is closed when nobody uses it any
+    more."""
+    found = cache.get(shard)
+    if found is not None:
+        return found
     while len(cache) >= open_limit():
         cache.popitem(last=False)
     try:
-        cache[key] = open_file()
+        cache[shard] = open_file(shard)
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         # Somebody else has taken the handles: give up all of ours and try once more.
         for stream in list(_streams):
             stream.close()
-        cache[key] = open_file()
-    return cache[key]
+        cache[shard] = open_file(shard)
+    return cache[shard]
 
 
 def open_limit() -> int:
