@@ -97,7 +97,7 @@ class Strategy:
             ep_size=lookup(config, "expert_parallel.autoep_size", 1),
             dtype="bfloat16" if bf16 else "float16" if fp16 else "float32",
             gradient_clipping=float(config.get("gradient_clipping", 0.0)),
-            optimizer=lookup(config, "optimizer.type", ""),
+            optimizer=str(lookup(config, "optimizer.type", "")),
             weight_decay=float(lookup(config, "optimizer.params.weight_decay", 0.0)),
             activation_checkpointing=lookup(config, "activation_checkpointing.mode", "none"),
             compiles=lookup(config, "compile.autoep_non_moe", False),

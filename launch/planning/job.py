@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.engine.strategy import lookup
+from launch.engine.strategy import Strategy, lookup
 from model.accounting import count_parameters
 from model.sizes import ModelSizes
 
@@ -86,29 +86,29 @@ def job_from(
     attention: str = "flash",
 ) -> Job:
     """From a resolved DeepSpeed JSON (`strategy.resolve_config`); `recompute` overrides its mode."""
-    weight_bytes = 2 if lookup(config, "bf16.enabled", False) or lookup(config, "fp16.enabled", False) else 4
-    zero = lookup(config, "zero_optimization", {})
+    strategy, zero = Strategy.of(config), lookup(config, "zero_optimization", {})
+    weight_bytes = 4 if strategy.dtype == "float32" else 2
     accumulated_in = lookup(config, "data_types.grad_accum_dtype")
     return Job(
         sizes=sizes,
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         sequence_length=sequence_length,
-        micro_batch=config["train_micro_batch_size_per_gpu"],
-        accumulation=config["gradient_accumulation_steps"],
-        zero_stage=zero.get("stage", 0),
-        expert_ranks=lookup(config, "expert_parallel.autoep_size", 1),
-        recompute=recompute or lookup(config, "activation_checkpointing.mode", "none"),
-        offload_optimizer=lookup(zero, "offload_optimizer.device", "none") != "none",
-        optimizer=str(lookup(config, "optimizer.type", "AdamW")),
+        micro_batch=strategy.micro_batch_size,
+        accumulation=strategy.accumulation_steps,
+        zero_stage=strategy.zero_stage,
+        expert_ranks=strategy.ep_size,
+        recompute=recompute or strategy.activation_checkpointing,
+        offload_optimizer=strategy.offloads_optimizer,
+        optimizer=strategy.optimizer,
         fused_optimizer=bool(lookup(config, "optimizer.params.fused", False)),
         weight_bytes=weight_bytes,
         gradient_bytes=weight_bytes if accumulated_in is None else 4 if "32" in accumulated_in else 2,
         # DeepSpeed's own defaults where the JSON is silent (deepspeed/runtime/zero/config.py, 0.19.8)
         bucket_elements=int(zero.get("reduce_bucket_size", 500_000_000)),
-        buckets=2 if zero.get("overlap_comm", zero.get("stage", 0) == 3) and zero.get("stage", 0) < 3 else 1,
+        buckets=2 if zero.get("overlap_comm", False) and strategy.zero_stage < 3 else 1,
         live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         prefetched=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         attention=attention,
-        compiles=bool(lookup(config, "compile.autoep_non_moe", False)),
+        compiles=strategy.compiles,
     )
