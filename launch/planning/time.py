@@ -26,12 +26,13 @@ HIDING = 0.9
 KERNELS, EXCHANGE_KERNELS, GROUPING_KERNELS, SPARED_KERNELS, SELECTIVE_KERNELS = 75, 8, 20, 4, 6
 #: Bytes that a GPU's host moves to and from it a second, and its memory's speed for one rank's share of CPU Adam.
 PCIE_SPEED, HOST_MEMORY_SPEED = 20e9, 20e9
-
-
 #: Bytes a parameter that ZeRO-2 in bf16 with fp32 sums moves beside its collectives, counted on an engine of DeepSpeed 0.19.8. In
 #: every micro-step of what a rank holds (into the bucket, flat, scaled) and of its shard (added to the sum, and back); in every
 #: optimizer step of its shard (AdamW 28, norm 20 by way of fp64, clipping 8, cast 6, whether finite 8, zeroing 4).
 HELD_BYTES, SHARD_BYTES, STEP_BYTES = 12, 14, 74
+
+#: The parts of a `StepTime` that add up to the step.
+WAITS = ("matrix", "attention", "memory", "recompute", "optimizer", "imbalance", "communication", "host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +52,12 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return (
-            self.matrix
-            + self.attention
-            + self.memory
-            + self.recompute
-            + self.optimizer
-            + self.imbalance
-            + self.communication
-            + self.host
-        )
+        return float(sum(getattr(self, name) for name in WAITS))
 
     @property
     def limits(self) -> list[tuple[str, float]]:
         """What the step waits for and the share of it, largest first."""
-        names = ("matrix", "attention", "memory", "recompute", "optimizer", "imbalance", "communication", "host")
-        return sorted(((name, getattr(self, name) / self.total) for name in names), key=lambda pair: -pair[1])
+        return sorted(((name, getattr(self, name) / self.total) for name in WAITS), key=lambda pair: -pair[1])
 
     def mfu(self, job: Job, device: Device) -> float:
         return self.flops / (self.total * device.peak * job.ranks)
@@ -172,12 +163,6 @@ def moved_by_layer(job: Job, device: Device) -> tuple[float, float]:
     if job.expert_ranks > 1 and _local_experts(job) > 1:  # grouped by expert where they arrive, and the results back
         forward, backward = forward + 4 * r, backward + 4 * r
     return forward, backward
-
-
-def exchanged_by_layer(job: Job) -> float:
-    """Bytes a token that a layer's four all-to-alls read and write, beside `moved_by_layer`; they take the link's time."""
-    rows = job.sizes.num_experts_per_tok * job.sizes.hidden_size * job.weight_bytes
-    return 8.0 * rows if job.expert_ranks > 1 else 0.0
 
 
 def has_kernel(job: Job, device: Device) -> bool:
