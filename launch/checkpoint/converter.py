@@ -16,20 +16,18 @@ from pathlib import Path
 
 from data.cli import UserError
 from launch.checkpoint.unpickle import no_code_from_files, save_stages_by_value
+from launch.ranks.join import environment_of_no_rank
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-#: The launcher's: the child is no rank of the run.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run_converter(source: Path, target: Path, on_phase: Callable[[str], None]) -> None:
     """Convert the checkpoint `source` into the new folder `target`. Raises UserError with the converter's last words."""
     command = [sys.executable, "-m", "launch.checkpoint.converter", str(source), str(target)]
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     said: list[str] = []
     with subprocess.Popen(
         command,
-        env=environment,
+        env=environment_of_no_rank(),
         cwd=REPOSITORY,
         text=True,
         start_new_session=True,

@@ -21,6 +21,8 @@ from data.cli import Exit, UserError
 
 #: For all ranks to join: hosts of one job may start minutes apart.
 JOIN_SECONDS = 600.0
+#: After which a builder's lock that no process here holds open is nobody's.
+STALE_SECONDS = 120.0
 #: What NCCL does when a peer fails, as torch counts its ways: abort the communicators and keep the process. By default torch ends
 #: the process in C++ (exit code 134), before it can say whom the run ends for.
 CLEAN_UP_ONLY = "2"
@@ -28,7 +30,14 @@ CLEAN_UP_ONLY = "2"
 LEAST_OPEN_FILES = 64
 #: Enough for any job; where a container's hard limit is 2^30, programs that a rank starts may walk through all of them.
 MOST_OPEN_FILES = 1 << 16
+#: By which launchers say what a rank is.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def environment_of_no_rank() -> dict[str, str]:
+    """For a process that a rank starts and that is none itself."""
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
 
 
 def raise_open_files() -> None:
@@ -158,15 +167,15 @@ def device_index(local_rank: int, visible: int) -> int:
 
 
 @contextlib.contextmanager
-def within(seconds: float, what: str) -> Iterator[None]:
-    """End this process if what is done in here takes longer. Before the watchdog runs nobody else can tell: a rank that joins waits
+def joining_within(seconds: float) -> Iterator[None]:
+    """End this process if joining the others takes longer. Before the watchdog runs nobody else can tell: a rank that joins waits
     for minutes, some of them again and again, for a rank 0 that has died or was never started."""
 
     def give_up() -> None:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         print(
-            f"error: rank {os.environ['RANK']} has waited {seconds:.0f} s for {what} (rank 0 is to be at {place}); look for the "
-            "one that has died or was never started, and between hosts at a firewall or the wrong network device "
+            f"error: rank {os.environ['RANK']} has waited {seconds:.0f} s for all ranks to join (rank 0 is to be at {place}); "
+            "look for the one that has died or was never started, and between hosts at a firewall or the wrong network device "
             "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
             file=sys.stderr,
             flush=True,
@@ -182,7 +191,7 @@ def within(seconds: float, what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def wait_for_builds(root: Path, *, stale_after: float = 120.0) -> None:
+def wait_for_builds(root: Path) -> None:
     """Wait while another process compiles an extension, and remove the lock that a killed one left.
 
     PyTorch's lock is a file that its owner creates and holds open. A process killed in the middle leaves it, and every later
@@ -190,7 +199,7 @@ def wait_for_builds(root: Path, *, stale_after: float = 120.0) -> None:
     that shares the folder.
     """
     for lock in root.glob("**/lock"):
-        while (age := _age(lock)) is not None and (_is_open(lock) or age < stale_after):
+        while (age := _age(lock)) is not None and (_is_open(lock) or age < STALE_SECONDS):
             time.sleep(0.5)
         if age is not None:
             print(f"removing {lock}: the process that compiled there is gone", file=sys.stderr, flush=True)

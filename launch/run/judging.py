@@ -6,7 +6,6 @@ It has a low priority, no GPU, and random numbers of its own; nothing that is tr
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.evaluation.problems import ProblemFile
+from launch.ranks.join import environment_of_no_rank
 from launch.run.metrics import Monitor
-
-#: By which launchers say what a rank is; the judge is none.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(kw_only=True)
@@ -43,8 +40,7 @@ class Judging:
         checkpoint = self.output / "checkpoints" / name
         tasks = [f"{title}={file.task}={file.path.resolve()}" for title, file in self.files.items()]
         command = [sys.executable, "-m", "launch.evaluation.of_checkpoint", str(checkpoint), str(self.folder), str(self.problems)]
-        environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment = environment_of_no_rank() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with open(self.folder / f"{name}.log", "wb") as log:
             self._process = subprocess.Popen(
                 [*command, *tasks],

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from data.cli import UserError
 from launch.ranks.control_group import ControlGroup
-from launch.ranks.join import JOIN_SECONDS, start, within
+from launch.ranks.join import JOIN_SECONDS, joining_within, start
 
 
 def refuse_together(error: UserError) -> NoReturn:
@@ -15,7 +15,7 @@ def refuse_together(error: UserError) -> NoReturn:
     def give_reason() -> None:
         raise error
 
-    with within(JOIN_SECONDS, "all ranks to join"):
+    with joining_within(JOIN_SECONDS):
         start(timeout=JOIN_SECONDS)
         ControlGroup().run_everywhere(give_reason)
     raise error

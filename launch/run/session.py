@@ -32,7 +32,7 @@ from launch.planning.expectation import duration_line, job_of_run, memory_line
 from launch.profiling.ranges import STEP
 from launch.ranks.control_group import ControlGroup
 from launch.ranks.heartbeat import here
-from launch.ranks.join import JOIN_SECONDS, start, within
+from launch.ranks.join import JOIN_SECONDS, joining_within, start
 from launch.ranks.watchdog import Watchdog
 from launch.run import folder as run_folder
 from launch.run import preflight
@@ -103,7 +103,7 @@ class Session:
         The empty `run_everywhere` is where a rank that refuses its own input says so (`refuse_together`): the others meet it
         there before they do anything.
         """
-        with within(min(JOIN_SECONDS, self.arguments.stall_timeout), "all ranks to join"):
+        with joining_within(min(JOIN_SECONDS, self.arguments.stall_timeout)):
             # Longer than the watchdog waits: it names a culprit, and a timeout of the process group does not.
             start(timeout=2 * self.arguments.stall_timeout + 60)
             ranks = ControlGroup()
