@@ -64,9 +64,8 @@ class AwakeClock:
 class Watchdog:
     """`at(step, phase)` from the training thread; everything else happens in the watchdog's own threads."""
 
-    def __init__(self, *, stall: float, silence: float | None = None, beat: float = BEAT_SECONDS) -> None:
-        self.stall, self.beat = stall, beat
-        self.silence = min(SILENCE_SECONDS, stall) if silence is None else silence
+    def __init__(self, *, stall: float) -> None:
+        self.stall, self.silence = stall, min(SILENCE_SECONDS, stall)
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._clock = AwakeClock()
         self._step, self._phase, self._moves, self._since = 0, "joining the other ranks", 0, self._clock()
@@ -144,7 +143,7 @@ class Watchdog:
 
     def _exchange(self, store: HeartbeatStore) -> None:
         """Write this rank's heartbeat and read the others', for as long as the run lasts."""
-        while not self._done.wait(self.beat):
+        while not self._done.wait(BEAT_SECONDS):
             self._beats += 1
             slept = self._clock.slept
             try:
@@ -153,7 +152,7 @@ class Watchdog:
                 self._answered = self._clock()
             except RuntimeError as error:
                 # The training thread sees a closed connection within moments, and reports it.
-                if not self._done.wait(PATIENCE + self.beat) and self._clock.slept == slept:
+                if not self._done.wait(PATIENCE + BEAT_SECONDS) and self._clock.slept == slept:
                     said = str(error).splitlines()[0][:120]
                     self._end(Hang(cause=f"rank 0 does not answer any more{self._last_of_rank0()} ({said})"))
 
@@ -173,7 +172,7 @@ class Watchdog:
             self._end(Hang(cause=f"rank {rank} failed at {words.place}: {words.cause}"), code=Exit.FAULT)
 
     def _watch(self) -> None:
-        while not self._clock.wait(self._done, self.beat):
+        while not self._clock.wait(self._done, BEAT_SECONDS):
             silent = self._clock() - self._answered
             if silent > self.silence:
                 self._store_answers = False  # nothing can be written there
@@ -209,7 +208,7 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):
                 self._store.write(hang)
             if self.rank == 0:
-                time.sleep(self.beat + 1)  # the others read it in the store, which goes with this process
+                time.sleep(BEAT_SECONDS + 1)  # the others read it in the store, which goes with this process
         end_at_once(code)
 
 
