@@ -6,6 +6,7 @@ import json
 from pathlib import PurePath
 from typing import Any
 
+from launch.engine.strategy import lookup
 from launch.reporting.read import Run
 
 #: Differ between any two runs and explain nothing.
@@ -26,14 +27,6 @@ def settings_that_differ(runs: list[Run]) -> list[tuple[str, list[str]]]:
     names = sorted({name for settings in flat for name in settings if not name.startswith(NOISE)})
     rows = [(name, [settings.get(name, MISSING) for settings in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def lookup(config: dict[str, Any], path: str) -> Any:
-    """`a.b.c` of nested objects, or None."""
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def settings_in_short(run: Run) -> list[tuple[str, str]]:

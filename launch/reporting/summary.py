@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from launch.engine.strategy import lookup
 from launch.reporting.checks import is_finite
 from launch.reporting.columns import Floats
 from launch.reporting.curves import per_layer_columns, training_hours
-from launch.reporting.differences import lookup
 from launch.reporting.read import Run
 
 QUIET_SECONDS = 15 * 60  # without a new line a run that is not at its end is no longer said to run

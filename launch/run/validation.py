@@ -11,11 +11,9 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from data.dataset import PackedDataset
+from data.dataset import IGNORED, PackedDataset
 from launch.run.batches import on_device
 from model.sinks import watching_sink_mass
-
-IGNORED = -100  # a target that counts nowhere
 
 
 @dataclass(kw_only=True)
