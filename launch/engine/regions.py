@@ -39,7 +39,7 @@ def _in_training(block: Block, compiled: Callable[..., Any], eager: Callable[...
     return attend
 
 
-def hint(compiles: bool, mode: str) -> str | None:
+def compile_hint(compiles: bool, mode: str) -> str | None:
     """What a user who compiles under `selective` should know: `model.rebuild` makes nothing again of a region that is traced."""
     if not compiles or mode != "selective":
         return None

@@ -199,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
-    """Parse and validate. Errors: `ValueError` with the flag's name."""
+    """Parse and validate. Raises UserError with the flag's name."""
     values = vars(build_parser().parse_args(argv))
     values["data"], values["eval_tasks"] = tuple(values["data"]), tuple(values["eval_tasks"])
     if values["sequence_length"] is None:

@@ -24,7 +24,7 @@ from launch.checkpoint.manager import CheckpointManager
 from launch.cli import AgreedError, end_at_once
 from launch.engine.build import build_engine, build_model, check_room, group_hint
 from launch.engine.hardware import peak_flops
-from launch.engine.regions import hint
+from launch.engine.regions import compile_hint
 from launch.engine.settings import EngineSettings
 from launch.engine.step_hook import StepHook
 from launch.engine.strategy import Strategy, schedule_hint
@@ -332,7 +332,11 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     )
     strategy = Strategy.of(run.deepspeed)
     mode = arguments.activation_checkpointing or strategy.activation_checkpointing
-    hints = (hint(strategy.compiles, mode), group_hint(run.model), schedule_hint(trainer.engine.lr_scheduler, arguments.max_steps))
+    hints = (
+        compile_hint(strategy.compiles, mode),
+        group_hint(run.model),
+        schedule_hint(trainer.engine.lr_scheduler, arguments.max_steps),
+    )
     for warning in filter(None, hints):
         monitor.say(warning)
     monitor.say(choice.message)

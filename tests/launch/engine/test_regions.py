@@ -11,7 +11,7 @@ from nursery import Nursery
 
 from data.cli import UserError
 from launch.engine.keys import check_keys
-from launch.engine.regions import check_compile, hint
+from launch.engine.regions import check_compile, compile_hint
 from launch.engine.strategy import CONFIG_FOLDER, Strategy, check_kinds, read_config, resolve_config
 
 PATH = Path("some.json")
@@ -53,8 +53,8 @@ def test_the_section_is_known_and_read() -> None:
 
 
 def test_selective_of_compiled_regions_is_warned_of() -> None:
-    assert "only the experts' half" in str(hint(True, "selective"))
-    assert [hint(False, "selective"), hint(True, "none"), hint(True, "full")] == [None] * 3
+    assert "only the experts' half" in str(compile_hint(True, "selective"))
+    assert [compile_hint(False, "selective"), compile_hint(True, "none"), compile_hint(True, "full")] == [None] * 3
 
 
 REFUSED = {
