@@ -184,6 +184,14 @@ def pointer(head: bytes) -> Pointer | None:
     return next((known for known in POINTERS if head.startswith(known.magic)), None)
 
 
+def is_open_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one at `path`, and was not removed, moved away or replaced since."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def is_inside(name: object) -> bool:
     """Whether a manifest's `name` is that of a file inside its folder: relative, and without a way up."""
     if not isinstance(name, str) or not name or "\0" in name:

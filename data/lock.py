@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.cli import UserError, say
+from data.files import is_open_at
 
 WHO = "process "  # what a lock begins with
 
@@ -48,7 +49,7 @@ class FolderLock:
         except BlockingIOError:
             with file:
                 raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
-        if not _is_at(file, path):  # whoever held it removed it as the last thing: locked or not, it keeps nobody out any more
+        if not is_open_at(file.fileno(), path):  # whoever held it removed it as the last thing: it keeps nobody out any more
             file.close()
             return self.take()
         held_before = file.read(200)
@@ -81,13 +82,6 @@ def try_lock(file: IO[Any]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _is_at(file: IO[Any], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _ours(path: str, flags: int) -> int:

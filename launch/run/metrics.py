@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.cli import say, stderr
-from data.files import finite, replace_file
+from data.files import finite, is_open_at, replace_file
 from launch.run.progress import coloured, count, interval, progress_line
 from launch.run.trackers import Tracked, Tracker, start_trackers
 
@@ -63,11 +63,7 @@ class JsonLines:
 
     def _open_anew_if_gone(self) -> None:
         """The file was deleted or moved away: what is written to it now, nobody would find."""
-        try:
-            there = os.path.samestat(os.stat(self.path), os.fstat(self._file))
-        except FileNotFoundError:
-            there = False
-        if not there:
+        if not is_open_at(self._file, self.path):
             gone = self._file
             self._open()
             os.close(gone)
