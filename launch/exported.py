@@ -102,9 +102,7 @@ def own_config(folder: Path) -> MoEGPTConfig | None:
         return None  # transformers' own class computes what ours does not
 
 
-def load_model(
-    folder: Path, config: MoEGPTConfig, *, attn_implementation: str = "sdpa", dtype: torch.dtype | str = "auto"
-) -> MoEGPTForCausalLM:
+def load_model(folder: Path, config: MoEGPTConfig, *, attn_implementation: str = "sdpa") -> MoEGPTForCausalLM:
     """This repository's model with a folder's weights, bit for bit. Raises UserError with a file or a weight that is not right."""
     ours = config_type(folder) == MoEGPTConfig.model_type
     _check_layers(folder, config, check_weights(folder), no_more=ours)
@@ -113,7 +111,7 @@ def load_model(
             loaded: Any = MoEGPTForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype,
+                dtype="auto",
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -123,7 +121,7 @@ def load_model(
         return made
     # Stock folders keep an expert's weights apart; transformers puts them together.
     with _damage_named(folder):
-        stock: Any = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        stock: Any = Glm4MoeForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
     _check_complete(folder, stock[1])
     theirs: Glm4MoeForCausalLM = stock[0]
     config._attn_implementation = attn_implementation

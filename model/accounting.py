@@ -65,6 +65,6 @@ def forward_flops_per_token(config: Config, sequence_length: int, causal: bool =
     return 2 * matrices + scores * (0.5 if causal else 1.0)
 
 
-def training_flops_per_token(config: Config, sequence_length: int, causal: bool = True) -> float:
+def training_flops_per_token(config: Config, sequence_length: int) -> float:
     """Forward, and twice that for the two gradients of each product; recomputation is not useful work, so not in it."""
-    return 3 * forward_flops_per_token(config, sequence_length, causal)
+    return 3 * forward_flops_per_token(config, sequence_length)

@@ -44,14 +44,14 @@ def fit(points: Sequence[Point]) -> Law:
     return law
 
 
-def bootstrap(points: Sequence[Point], law: Law, *, draws: int, seed: int = 0) -> list[Law]:
+def bootstrap(points: Sequence[Point], law: Law, *, draws: int) -> list[Law]:
     """Laws through losses drawn about `law` at the same sizes and tokens, each begun at `law`.
 
     The noise of log L is normal. Its variance is what the residuals leave open: the sum of their squares over a chi-squared of
     P - 5 degrees of freedom, drawn each time. (Points drawn with replacement take many points; of nine only four degrees are left.)
     Draws that cannot be fitted are drawn again, up to `TRIES` times as many: fewer laws than `draws` may come out.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     start = torch.tensor([[np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta]], dtype=torch.float64)
     sizes, tokens, losses = (torch.tensor(column, dtype=torch.float64).log() for column in zip(*points, strict=True))
     expected = _predicted(start, sizes, tokens)[0]

@@ -15,6 +15,7 @@ from launch.reporting.columns import Floats
 LEVELS = ("bad", "look", "note")
 LEAST_ROWS = 40  # a trend is judged from this many logged steps on
 WINDOWS = 20
+SHOWN = 4  # steps that a flag names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,15 @@ def window_medians(column: Floats) -> Floats:
     return np.array([np.median(part) for part in np.array_split(values, WINDOWS)])
 
 
-def last_part(column: Floats, share: float = 0.1) -> Floats:
-    return column[-max(1, int(len(column) * share)) :]
+def last_part(column: Floats) -> Floats:
+    """Its last tenth."""
+    return column[-max(1, int(len(column) * 0.1)) :]
 
 
-def some_steps(steps: list[int], limit: int = 4) -> str:
-    """`12, 40, 41 and 9 more`"""
-    shown = ", ".join(f"{step:,}" for step in steps[:limit])
-    return shown + (f" and {len(steps) - limit} more" if len(steps) > limit else "")
+def some_steps(steps: list[int]) -> str:
+    """`12, 40, 41, 52 and 9 more`"""
+    shown = ", ".join(f"{step:,}" for step in steps[:SHOWN])
+    return shown + (f" and {len(steps) - SHOWN} more" if len(steps) > SHOWN else "")
 
 
 def is_finite(value: object) -> bool:

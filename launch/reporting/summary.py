@@ -14,6 +14,7 @@ from launch.reporting.columns import Floats
 from launch.reporting.curves import per_layer_columns, training_hours
 from launch.reporting.read import Run
 
+RECENT = 20
 QUIET_SECONDS = 15 * 60  # without a new line a run that is not at its end is no longer said to run
 
 
@@ -76,9 +77,9 @@ def goes_on(run: Run) -> bool:
     return _quiet_seconds(run) <= QUIET_SECONDS and not (_is_through(run) and saved)
 
 
-def recent(column: Floats, rows: int = 20) -> float:
-    """Mean of the last few finite values: one step says little."""
-    finite = column[np.isfinite(column)][-rows:]
+def recent(column: Floats) -> float:
+    """Mean of the last RECENT finite values: one step says little."""
+    finite = column[np.isfinite(column)][-RECENT:]
     return float(finite.mean()) if len(finite) else math.nan
 
 
@@ -101,7 +102,7 @@ def figures_of(run: Run) -> list[Figure]:
     at, best, bits = best_evaluation(run)
     return [
         Figure(label="Step", value=f"{run.last_step:,}", sub=f"of {planned:,}" if planned else ""),
-        Figure(label="Loss", value=brief(recent(train.get("loss")), 4), sub="last 20 lines"),
+        Figure(label="Loss", value=brief(recent(train.get("loss")), 4), sub=f"last {RECENT} lines"),
         Figure(
             label="Best validation", value=brief(best, 4), sub=f"at step {at:,}" if math.isfinite(best) else "no evaluation yet"
         ),

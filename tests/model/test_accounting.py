@@ -63,7 +63,7 @@ def test_flops_formula_equals_pytorchs_counter(experts: tuple[int, int, int]) ->
     with FlopCounterMode(display=False) as counter:
         logits = model(ids).logits
         logits.backward(torch.ones_like(logits))
-    assert counter.get_total_flops() == training_flops_per_token(config, 96, causal=False) * 192
+    assert counter.get_total_flops() == 3 * forward_flops_per_token(config, 96, causal=False) * 192
 
 
 def test_flops_of_the_default_preset() -> None:

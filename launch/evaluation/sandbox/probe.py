@@ -60,15 +60,14 @@ def probe(level: Level, limits: Limits) -> dict[str, bool]:
         extra |= {"most_processes": limits.processes, "most_memory": limits.memory, "caller": os.getpid()}
         read, write = os.pipe()
         os.set_blocking(read, False)
-        answer_to, errors = subprocess.PIPE, subprocess.PIPE
         confined = start(
             level,
             limits,
             role="probe",
             slot=os.getpid(),
             stdin=subprocess.DEVNULL,
-            stdout=answer_to,
-            stderr=errors,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             descriptors=(write,),
             extra=extra,
         )

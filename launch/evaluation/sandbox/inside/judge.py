@@ -93,16 +93,13 @@ def change(given: Any, after: Any) -> None:
 
 def unknown_names(source: str, known: dict[str, Any]) -> set[str]:
     """What `source` reads and neither it nor `known` nor Python defines: to be found in the candidate's program."""
-    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
     assigned = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
-    assigned |= {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assigned |= {node.arg for node in ast.walk(ast.parse(source)) if isinstance(node, ast.arg)}
-    assigned |= {
-        (alias.asname or alias.name).partition(".")[0]
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
+    assigned |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assigned |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assigned |= {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
     return {node.id for node in names} - assigned - set(known) - set(dir(builtins))
 
 
