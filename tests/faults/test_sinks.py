@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from nursery import ROOT
 from runs import TRAIN, Site, last_saved, rows, struck
+from support import fill_pipe
 
 
 @pytest.mark.parametrize(
@@ -19,12 +20,7 @@ def test_a_sink_that_fails(site: Site, tmp_path: Path, sink: str) -> None:
     """Closed: `train.py ... 2>&1 | head -2`. Full pipe: a terminal on hold. Full disk: a redirected log."""
     reader, writer = os.pipe()
     if sink == "full pipe":
-        os.set_blocking(writer, False)
-        try:
-            while os.write(writer, bytes(4096)):
-                pass
-        except BlockingIOError:
-            os.set_blocking(writer, True)
+        fill_pipe(writer)
     elif sink == "full disk":
         os.close(writer)
         writer = os.open("/dev/full", os.O_WRONLY)

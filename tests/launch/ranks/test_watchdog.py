@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-from support import ROOT
+from support import ROOT, fill_pipe
 
 from launch.ranks.watchdog import AwakeClock, stacks
 
@@ -39,12 +39,7 @@ def test_a_store_that_is_stuck_does_not_keep_a_rank_alive() -> None:
 def test_a_standard_error_that_is_stuck_does_not_keep_a_rank_alive() -> None:
     """A terminal on hold: nobody reads the pipe, and it is full."""
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    try:
-        while os.write(writer, bytes(4096)):
-            pass
-    except BlockingIOError:
-        os.set_blocking(writer, True)
+    fill_pipe(writer)
     process = end("", stderr=writer)
     assert process.wait(60) == 17
     os.close(reader)
