@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """`{"rows": {name: {"ms", "peak_mb", "time_over_plain", "memory_over_plain", "gradient_difference"}}}`; prints the table too."""
+    """`{"rows": {name: {"ms", "peak_mb", "time_over_plain", "memory_over_plain", "gradient_difference"}}}`; prints it too."""
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     x = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype).requires_grad_()

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """`{"rows": {name: {"ms", "peak_mb", "tflops", "speedup", "difference"}}}`; prints the table as well."""
+    """`{"rows": {name: {"ms", "peak_mb", "tflops", "speedup", "difference"}}}`; prints the table too."""
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     config = MoEGPTConfig.preset(args.model)
