@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 
 class AuxiliaryLoss(torch.autograd.Function):
@@ -20,7 +21,7 @@ class AuxiliaryLoss(torch.autograd.Function):
     way out for it.
     """
 
-    #: The gradient of the model's loss, set at the start of a backward (`follow`); one backward at a time.
+    #: The gradient of the model's loss, for the length of its backward (`follow`); one backward at a time.
     gradient: Tensor | None = None
 
     @staticmethod
@@ -41,6 +42,10 @@ class AuxiliaryLoss(torch.autograd.Function):
 
         def remember(gradient: Tensor) -> None:
             AuxiliaryLoss.gradient = gradient.detach()
+            Variable._execution_engine.queue_callback(forget)  # called when this backward is over
+
+        def forget() -> None:
+            AuxiliaryLoss.gradient = None
 
         if loss.requires_grad:
             loss.register_hook(remember)

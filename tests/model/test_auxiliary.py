@@ -57,3 +57,10 @@ def test_through_a_recomputed_model(kind: str) -> None:
     assert torch.equal(without[0], loss) and torch.equal(again, loss)  # the loss that is logged is the language model's
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(plain, without[1], strict=True))
+
+
+def test_a_backward_without_the_models_loss_is_refused_after_one_with_it_too() -> None:
+    model = build(router_aux_loss_coef=0.1, attn_implementation="sdpa")
+    run(model)
+    with pytest.raises(RuntimeError, match="a backward without the model's own loss"):
+        model(torch.zeros(1, 8, dtype=torch.int64)).logits.sum().backward()
