@@ -91,8 +91,10 @@ class JsonLines:
 def _is_before(line: bytes, step: int, samples: int) -> bool:
     try:
         row = json.loads(line)
+        if step == samples == 0:
+            return not {"step", "samples"} & row.keys()  # a run that begins anew evaluates at step 0 again as well
         return bool(row["samples"] <= samples if "samples" in row else row["step"] <= step)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return True  # not ours to judge
 
 

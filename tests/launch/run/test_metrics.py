@@ -114,6 +114,15 @@ def test_a_resumed_run_writes_no_row_twice(tmp_path: Path) -> None:
     assert len(rows(path)) == 10, "nothing more goes"
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    """It evaluates at step 0 again: that row stood twice."""
+    path = tmp_path / "metrics.jsonl"
+    old = [{"step": 0, "val_loss": 9.0}, {"step": 1, "samples": 8}, {"note": "of somebody else's"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    Monitor(tmp_path, enabled=True, last_step=8).begin(0, 0)
+    assert rows(path) == old[2:] and rows(tmp_path / "metrics.superseded.jsonl") == old[:2]
+
+
 def test_nothing_is_written_where_nothing_is_superseded(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "samples": 8}\n')
