@@ -35,9 +35,12 @@ def main() -> int:
         arguments = parse_arguments()
         stop.after(arguments.max_hours)
         check_paths(arguments)
+        accelerator = os.environ.get("DS_ACCELERATOR")  # the user's choice: `make_quiet` makes one as well
         make_quiet()  # which loads torch for seconds: not before --help
         from launch.run.resolve import resolve_run
+        from launch.run.toolchain import check_driver
 
+        check_driver(accelerator)
         run = resolve_run(arguments, world_size)
     except (UserError, OSError) as error:
         mistake = as_user_error(error)

@@ -207,6 +207,7 @@ RUN_BY = {
     "launch/run/progress.py:memory_bytes": GPU,
     "launch/run/resolve.py:resolve_run": HERE,
     "launch/run/session.py:say_what_to_expect": GPU,
+    "launch/run/toolchain.py:check_driver": "tests/launch/run/test_toolchain.py",
     "launch/run/toolchain.py:check_toolchain": "tests/launch/run/test_toolchain.py",
     "model/flash.py:kernel_preference": "tests/model/test_flash.py",
     "model/flash.py:pick_kernel": GPU,

@@ -1,11 +1,14 @@
-"""A host without a compiler or Python's headers is told so before the first kernel is compiled, on a GPU and only there."""
+"""A host without a compiler or Python's headers is told so before the first kernel is compiled, on a GPU and only there; one whose
+GPU PyTorch cannot use before it trains on the CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
+from data.cli import UserError
 from launch.run import toolchain
 
 
@@ -49,3 +52,36 @@ def test_only_a_gpu_needs_them(device: str, tmp_path: Path, monkeypatch: pytest.
         return
     with pytest.raises(ValueError, match=r"this host lacks a C compiler .*apt-get install gcc python3-dev"):
         toolchain.check_toolchain()
+
+
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 12020). Please update it."
+
+
+@pytest.fixture
+def unusable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """/dev and /proc/driver/nvidia/version of a host with a GPU for which PyTorch's CUDA is too new."""
+
+    def init() -> None:
+        raise RuntimeError(OLD_DRIVER)
+
+    monkeypatch.setattr(toolchain.get_accelerator(), "device_name", lambda *_: "cpu")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    (tmp_path / "nvidia0").touch()
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n")
+    return tmp_path, driver
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(unusable: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=r"driver 535\.183\.01\) cannot use: The NVIDIA driver .* too old .*DS_ACCELERATOR=cpu"):
+        toolchain.check_driver(None, *unusable)
+    toolchain.check_driver("cpu", *unusable)
+
+
+def test_a_host_or_a_job_without_a_gpu_trains_on_the_cpu(unusable: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, driver = unusable
+    with monkeypatch.context() as denied:  # as Slurm's cgroup does
+        denied.setattr("os.open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        toolchain.check_driver(None, devices, driver)
+    (devices / "nvidia0").rename(devices / "nvidiactl")
+    toolchain.check_driver(None, devices, driver)
