@@ -53,7 +53,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = arguments.tokens // arguments.sequence_length
     for tokens in arguments.tokens_a_step:
         if tokens % arguments.sequence_length or not 0 < 2 * tokens <= rows * arguments.sequence_length:
-            raise UserError(f"--tokens_a_step {tokens} must be whole rows of {arguments.sequence_length}, and two steps at least")
+            raise UserError(
+                f"--tokens_a_step {tokens} must be whole rows of {arguments.sequence_length}, and two steps at least of "
+                f"--tokens {arguments.tokens}"
+            )
     model, scores_YTE, bias_YE = observed(arguments, rows)
     choice = Choice(model.config)
     best_YE = torch.stack([choice.evening(scores, bias) for scores, bias in zip(scores_YTE[:, ::4], bias_YE, strict=True)])

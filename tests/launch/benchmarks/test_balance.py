@@ -71,7 +71,8 @@ def test_a_model_is_read(small_shards: Path, small_model: Path, tmp_path: Path) 
     assert all(len(found["512"][rule]["layers"]) == 2 for rule in ("constant", "shuffled", "average 0", "average 0.5", "own"))
     assert 0 < found["512"]["own"]["worst"] < found["512"]["constant"]["worst"]
     for wrong in (100, 4096):
-        with pytest.raises(UserError, match=f"--tokens_a_step {wrong} must be whole rows of 64, and two steps at least"):
+        said = f"--tokens_a_step {wrong} must be whole rows of 64, and two steps at least of --tokens 4096"
+        with pytest.raises(UserError, match=said):
             balance.run(parse(*flags, "--tokens", 4096, "--tokens_a_step", wrong))
 
 
