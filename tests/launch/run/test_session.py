@@ -137,7 +137,11 @@ def test_the_plan_is_of_the_ranks_of_a_host_whatever_a_rank_sees(monkeypatch: py
     for name in ("memory_line", "duration_line"):
         monkeypatch.setattr(session, name, lambda *_, **__: None)
     trainer: Any = SimpleNamespace(
-        device=torch.device("cpu"), monitor=SimpleNamespace(say=lambda _: None), last_step=9, position=SimpleNamespace(step=0)
+        device=torch.device("cpu"),
+        monitor=SimpleNamespace(say=lambda _: None),
+        last_step=9,
+        position=SimpleNamespace(step=0),
+        arguments=SimpleNamespace(save_interval=1),
     )
     run: Any = SimpleNamespace(watchdog=SimpleNamespace(phase=lambda _: None), memory_before=0.0)
     ranks: Any = SimpleNamespace(gather=lambda _: ["node0"] * 8 + ["node1"] * 8)
