@@ -55,7 +55,7 @@ def check_driver(chosen: str | None, devices: Path = Path("/dev"), driver: Path 
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
         found = ""
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, TypeError):
             found = f", driver {re.search(r'[0-9]{3}[.][0-9.]+', driver.read_text())[0]}"  # type: ignore[index]
         raise UserError(
             f"this host has an NVIDIA GPU that PyTorch {torch.__version__} (CUDA {torch.version.cuda}{found}) cannot use: "

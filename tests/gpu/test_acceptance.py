@@ -72,6 +72,20 @@ def test_every_station_on_a_cpu(tmp_path: Path) -> None:
     assert set(stations) == set(acceptance.STATIONS) and stations["resume"]["bit_equal"]
 
 
+def test_a_run_is_copied_without_its_checkpoints_bytes(tmp_path: Path) -> None:
+    """All copies of `800m`'s together took some 150 GB."""
+    step = tmp_path / "run" / "checkpoints" / "step_4"
+    step.mkdir(parents=True)
+    (step / "weights.pt").write_bytes(b"w")
+    for path in (step.parent / "latest", tmp_path / "run" / "metrics.jsonl"):
+        path.write_text("before")
+    acceptance.copied(tmp_path / "run", tmp_path / "copy")
+    copy = tmp_path / "copy" / "checkpoints"
+    assert (copy / "step_4" / "weights.pt").samefile(step / "weights.pt")
+    assert not (copy / "latest").samefile(step.parent / "latest")
+    assert not (tmp_path / "copy" / "metrics.jsonl").samefile(tmp_path / "run" / "metrics.jsonl")
+
+
 def test_the_bundle_has_what_deepspeed_imports() -> None:
     """It lacked two packages, without which `import deepspeed` ends; the last two only serve kernels that are compiled."""
     machine = {"torch", "numpy", "packaging", "psutil", "tqdm"}  # its own, or come with its torch and transformers

@@ -76,6 +76,9 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(unusable
     with pytest.raises(UserError, match=r"driver 535\.183\.01\) cannot use: The NVIDIA driver .* too old .*DS_ACCELERATOR=cpu"):
         toolchain.check_driver(None, *unusable)
     toolchain.check_driver("cpu", *unusable)
+    unusable[1].write_text("of another make")
+    with pytest.raises(UserError, match=r"\(CUDA [^,]*\) cannot use"):
+        toolchain.check_driver(None, *unusable)
 
 
 def test_a_host_or_a_job_without_a_gpu_trains_on_the_cpu(unusable: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
