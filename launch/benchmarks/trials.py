@@ -37,7 +37,9 @@ def plan_trials(arguments: argparse.Namespace, rungs: Rungs) -> Trials:
         batches = [family_run.batch] if hidden != smallest or arguments.tune_hidden or not arguments.batches else []
         for batch in dict.fromkeys([*batches, *(arguments.batches if hidden == smallest else [])]):
             for rate in rates:
-                made[hidden, rate, batch] = plan_trial(arguments, family_run, rate, batch)
+                asked = plan_trial(arguments, family_run, rate, batch)
+                own = (one for one in rungs.values() if replace(asked, folder=one.folder) == one)
+                made[hidden, rate, batch] = next(own, asked)
     return made
 
 
@@ -46,11 +48,10 @@ def plan_trial(arguments: argparse.Namespace, family_run: SmallRun, rate: float,
     own = rate_of(hidden, smallest, rate, arguments.rate_exponent)
     tokens = arguments.tune_tokens or max(arguments.tokens)
     settings = merged(family_run.deepspeed, {"train_batch_size": batch, "optimizer": {"params": {"lr": own}}})
-    asked = replace(family_run, deepspeed=settings, steps=max(1, round(tokens / batch / family_run.sequence_length)))
-    if asked == family_run:
-        return family_run
     width = "" if hidden == smallest else f"hidden_{hidden}_"
-    return replace(asked, folder=arguments.folder / "tuning" / f"{width}tokens_{tokens:.0f}_batch_{batch}_lr_{own:g}")
+    folder = arguments.folder / "tuning" / f"{width}tokens_{tokens:.0f}_batch_{batch}_lr_{own:g}"
+    steps = max(1, round(tokens / batch / family_run.sequence_length))
+    return replace(family_run, deepspeed=settings, steps=steps, folder=folder)
 
 
 def announce(rungs: Rungs, trials: Trials, times_read: float) -> None:
