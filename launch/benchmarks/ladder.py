@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -130,16 +131,20 @@ def climb(points: dict[tuple[int, float], Point], *, held_out: int | None, draws
     except ValueError as error:
         measured = ", ".join(f"{hidden} at {tokens:.3g}: {bits:.3f}" for (hidden, tokens), (_, _, bits) in points.items())
         raise UserError(f"{error}; bits per byte by width and tokens: {measured}") from error
-    errors = [law.bits(active, tokens) / bits - 1 for active, tokens, bits in unseen]
     return {
         "law": law.to_json(),
         "bootstrap": [other.to_json() for other in bootstrap(seen, law, draws=draws)],
         "largest": {"active": max(p[0] for p in points.values()), "tokens": max(p[1] for p in points.values())},
-        "held_out_error": max(map(abs, errors)) if errors else None,
+        "fit_error": largest_error(law, seen),
+        "held_out_error": largest_error(law, unseen) if unseen else None,
         "held_out_step": step_outward({n for n, _, _ in seen}, unseen[0][0]) if unseen else None,
         "points": [{"hidden": hidden, "active": n, "tokens": d, "bits": bits} for (hidden, _), (n, d, bits) in points.items()],
         "held_out": held_out,
     }
+
+
+def largest_error(law: Law, points: Sequence[Point]) -> float:
+    return max(abs(law.bits(active, tokens) / bits - 1) for active, tokens, bits in points)
 
 
 def step_outward(fitted: set[float], unseen: float) -> float:
@@ -178,6 +183,7 @@ def show(result: dict[str, Any]) -> None:
         ]
         print_table("tried", ["width", "learning rate", "tokens a step", "tokens", "measured"], rows)
     print("bits = {E:.3f} + {A:.4g} / N^{alpha:.3f} + {B:.4g} / D^{beta:.3f}".format(**result["law"]))
+    print(f"off by {result['fit_error']:.1%} at most on what was fitted")
     if result["held_out_error"] is not None:
         print(f"width {result['held_out']} was not fitted: off by {result['held_out_error']:.1%} at most")
     for name, found in result["predictions"].items():

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from model.accounting import Config
 
 BATCH_EXPONENT = 0.3271
-#: A law that is further off than this on the size it did not see, whose floor E is lower, or one of whose exponents is larger
-#: (published ones lie between 0.05 and 0.7) predicts nothing.
+#: A law that is further off than this on the size it did not see or on those that it did, whose floor E is lower, or one of whose
+#: exponents is larger (published ones lie between 0.05 and 0.7) predicts nothing.
 HELD_OUT_ERROR, FLOOR, EXPONENT = 0.02, 1e-3, 1.0
 #: Times the parameters, or the tokens, of the largest run. Both together are 10,000 times its compute, the farthest that a
 #: published prediction came true (GPT-4's report, arXiv 2303.08774, section 3.1).
@@ -72,6 +72,7 @@ class Ladder:
     family: dict[str, Any] | None = None
     held_out_step: float | None = None  # times the parameters of the nearest fitted size; 1 for a size between fitted ones
     epochs: float | None = None  # how often the longest runs read their data
+    fit_error: float | None = None  # the largest relative error on what was fitted
 
     @classmethod
     def read(cls, path: Path) -> Ladder:
@@ -96,6 +97,11 @@ class Ladder:
             found.append("no size was held out: the law was checked on nothing that it did not see")
         elif self.held_out_error > HELD_OUT_ERROR:
             found.append(f"the law is {self.held_out_error:.1%} off on the size that it did not see, over {HELD_OUT_ERROR:.0%}")
+        if (self.fit_error or 0.0) > HELD_OUT_ERROR:
+            found.append(
+                f"the law is {self.fit_error:.1%} off on what it was fitted to, over {HELD_OUT_ERROR:.0%}: some of its runs may "
+                "have learned what others had not begun to, such as to copy from the context; longer runs have it all"
+            )
         if self.held_out_step == 1:
             found.append("the size that was held out lies between those that were fitted: nothing beyond them was checked")
         for what, times in beyond.items():
