@@ -107,7 +107,8 @@ model for more:
     {shown([*stations[-1][1][:4], "--prompt", "class Stack:"])}
 and train the 800M model on your own code and GPUs:
     python data/preprocess.py --input 'corpus/*.json.gz' --tokenizer bigcode/starcoder2-15b --output shards/
-    deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first""")
+    python launch/plan.py --model 800m --gpu a100-80gb --num_gpus 8 --tokens 14.5e9     # days, memory, --max_steps
+    deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first --max_steps 27657 --save_interval 1000""")
     return 0
 
 
