@@ -23,13 +23,7 @@ from data.cli import UserError
 from launch.benchmarks import small_runs
 from launch.benchmarks.checks import check_runs
 from launch.benchmarks.lines import Curve, draw, short
-from launch.benchmarks.rungs import (
-    Rungs,
-    check,
-    family_facts,
-    held_out_width,
-    plan_runs,
-)
+from launch.benchmarks.rungs import Rungs, check, family_facts, held_out_width, plan_runs
 from launch.benchmarks.same_run import claimed
 from launch.benchmarks.scaling_law import Point, bootstrap, fit
 from launch.benchmarks.shards import Shards, epochs
@@ -105,7 +99,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result |= {"family": family_facts(arguments, rungs), "epochs": times_read}
     result["predictions"] = predict(result, arguments)
     show(result)
-    print("\n".join(trials_in_words(result, result["family"])))
+    for line in trials_in_words(result, result["family"]):
+        print(line)
     if arguments.chart:
         draw_chart(arguments.chart, result)
     return {**result, "failed": failed}

@@ -34,8 +34,10 @@ def plan_trials(arguments: argparse.Namespace, rungs: Rungs) -> Trials:
     rates = dict.fromkeys(arguments.learning_rates or [float(lookup(longest[smallest].deepspeed, RATE))])
     made: Trials = {}
     for hidden, family_run in longest.items():
-        batches = [family_run.batch] if hidden != smallest or arguments.tune_hidden or not arguments.batches else []
-        for batch in dict.fromkeys([*batches, *(arguments.batches if hidden == smallest else [])]):
+        batches = [family_run.batch]  # at which widths are compared
+        if hidden == smallest and arguments.batches:
+            batches = [*batches, *arguments.batches] if arguments.tune_hidden else arguments.batches
+        for batch in dict.fromkeys(batches):
             for rate in rates:
                 asked = plan_trial(arguments, family_run, rate, batch)
                 own = (one for one in rungs.values() if replace(asked, folder=one.folder) == one)
@@ -99,9 +101,13 @@ def judged(trials: Trials) -> dict[str, Any]:
     }
 
 
+def by_width(tried: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    return {hidden: [one for one in tried if one["hidden"] == hidden] for hidden in sorted({one["hidden"] for one in tried})}
+
+
 def best_of_smallest(tried: list[dict[str, Any]]) -> dict[str, float] | None:
-    smallest = min((one["hidden"] for one in tried), default=0)
-    finite = [one for one in tried if one["hidden"] == smallest and math.isfinite(one["bits"])]
+    smallest = next(iter(by_width(tried).values()), [])
+    finite = [one for one in smallest if math.isfinite(one["bits"])]
     if not finite:
         return None
     best = min(finite, key=lambda one: float(one["bits"]))
@@ -109,17 +115,16 @@ def best_of_smallest(tried: list[dict[str, Any]]) -> dict[str, float] | None:
 
 
 def best_rates(tried: list[dict[str, Any]]) -> dict[int, float]:
-    """By width, at the batch that all of them tried."""
-    batches = {
-        hidden: {one["batch_tokens"] for one in tried if one["hidden"] == hidden} for hidden in {one["hidden"] for one in tried}
+    """By width, at the batch that all of them tried; empty for a single width."""
+    widths = by_width(tried)
+    if len(widths) < 2:
+        return {}
+    common = set.intersection(*({one["batch_tokens"] for one in own} for own in widths.values()))
+    rates = {
+        hidden: lowest({one["learning_rate"]: one["bits"] for one in own if one["batch_tokens"] in common})
+        for hidden, own in widths.items()
     }
-    common = set.intersection(*batches.values()) if batches else set()
-    found = {}
-    for hidden in sorted(batches):
-        curve = {one["learning_rate"]: one["bits"] for one in tried if one["hidden"] == hidden and one["batch_tokens"] in common}
-        if (best := lowest(curve)) is not None:
-            found[hidden] = best
-    return found
+    return {hidden: rate for hidden, rate in rates.items() if rate is not None}
 
 
 def fitted_exponent(rates: dict[int, float]) -> float | None:
@@ -150,8 +155,7 @@ def lowest(curve: dict[float, float]) -> float | None:
 def at_the_edge(tried: list[dict[str, Any]]) -> list[str]:
     """Where a width's best rate or batch is the least or the greatest that it tried: better may lie beyond."""
     said = []
-    for hidden in sorted({one["hidden"] for one in tried}):
-        own = [one for one in tried if one["hidden"] == hidden]
+    for hidden, own in by_width(tried).items():
         best = min(own, key=lambda one: float(one["bits"]) if math.isfinite(one["bits"]) else math.inf)
         for name, what in (("learning_rate", "learning rate"), ("batch_tokens", "batch in tokens")):
             values = {one[name] for one in own}

@@ -45,11 +45,15 @@ class RunIdentity:
 
     def conflicts(self, other: RunIdentity) -> list[str]:
         """What makes `other` another run, as `path: here -> there`. Empty: a run may go on from the one to the other."""
-        found = differences(self._essence(), other._essence())
-        named = [f"{CONTENT}: other shards, weights or order of --data" if d.startswith(f"{CONTENT}:") else d for d in found]
-        if self.sequence_length != other.sequence_length:  # a fingerprint is of the samples, so it differs as well
-            named = [d for d in named if not d.startswith(CONTENT)]
-        return named
+        found = []
+        for difference in differences(self._essence(), other._essence()):
+            if not difference.startswith(f"{CONTENT}:"):
+                found.append(difference)
+            elif (
+                self.sequence_length == other.sequence_length
+            ):  # else the fingerprint, which is of the samples, differs by that alone
+                found.append(f"{CONTENT}: other shards, weights or order of --data")
+        return found
 
     def conversions(self, other: RunIdentity) -> list[str]:
         """What lies differently over the ranks, as `ep_size: 2 -> 4`."""
