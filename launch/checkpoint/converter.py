@@ -11,11 +11,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from data.cli import UserError
 from launch.checkpoint.unpickle import no_code_from_files, save_stages_by_value
+from launch.checkpoint.weights import MOMENTUM, flat_masters, flat_moments
 from launch.ranks.join import environment_of_no_rank
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,13 +53,35 @@ def main(source: str, target: str) -> None:
     """What `run_converter` starts. Forked workers inherit the restriction; processes started anew would inherit the half that
     refuses more than it must."""
     from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.checkpoint.zero_checkpoint import ZeROCheckpoint
 
+    strip_paddings = ZeROCheckpoint._strip_tensor_paddings
+
+    def strip(checkpoint: ZeROCheckpoint, shard: dict[str, Any]) -> None:
+        give_moments(shard["optimizer_state_dict"])
+        strip_paddings(checkpoint, shard)
+
+    ZeROCheckpoint._strip_tensor_paddings = strip
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.set_start_method("fork")
     sys.argv = ["ds_to_universal", "--input_folder", source, "--output_folder", target]
     save_stages_by_value()
     with no_code_from_files():
         ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+def give_moments(state: Mapping[str, Any]) -> None:
+    """Zeros for the moments of the groups that have none, Muon's: the converter ends at the first of them. Of one rank, in place.
+
+    `universal.py` takes them out again and puts the momentum beside, which is laid out otherwise.
+    """
+    moments = flat_moments(state)
+    steps = [held["step"] for held in moments.values() if "step" in held]
+    for number, master in enumerate(flat_masters(state)):
+        held = state["base_optimizer_state"]["state"].setdefault(number, {})
+        if "exp_avg" not in held:
+            held.pop(MOMENTUM, None)
+            held.update({name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}, step=steps[0])
 
 
 def _end_with_parent() -> None:

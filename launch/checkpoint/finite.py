@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.cli import UserError
-from launch.checkpoint.weights import flat_masters, flat_moments, placements
+from launch.checkpoint.weights import MOMENTUM, flat_masters, flat_moments, placements
 
 #: Numbers looked at together: the answer of `isfinite` takes a byte each.
 CHUNK = 1 << 24
@@ -54,8 +54,10 @@ def named_tensors(content: Any, shapes: list[dict[str, Any]] | None) -> Iterator
         for name, at in group.items():
             yield name, flat[at]
             for kind, value in moments.get(number, {}).items():
-                if isinstance(value, Tensor) and value.shape == flat.shape:
+                if kind != MOMENTUM and isinstance(value, Tensor) and value.shape == flat.shape:
                     yield f"{name} ({kind})", value[at]
+        if MOMENTUM in moments.get(number, {}):  # of whole matrices, cut otherwise than the masters
+            yield f"{', '.join(group)} ({MOMENTUM})", moments[number][MOMENTUM]
 
 
 def tensors_in(item: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,8 @@
 
 A universal checkpoint holds every parameter and its Adam moments whole (all experts, in numeric order), one file each:
 `zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt`. `deepspeed.checkpoint.ds_to_universal` makes it from ZeRO 1, 2 and 3;
-what it leaves out (ZeRO 0 as source and target, ZeRO 3 together with any other stage) is added here.
+what it leaves out (ZeRO 0 as source and target, ZeRO 3 together with any other stage, Muon) is added here. Muon's momentum
+of a matrix is `momentum/<parameter>.pt`: DeepSpeed's loader would lay it out as it does Adam's moments, which is wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 from torch import Tensor
 
 from data.cli import UserError
@@ -26,7 +28,7 @@ from launch.checkpoint.manifest import FileRecord, find_manifest, first_damage, 
 from launch.checkpoint.publish import publish, working_name
 from launch.checkpoint.state import STATE, read_state
 from launch.checkpoint.unpickle import load_file, save_stages_by_value
-from launch.checkpoint.weights import EXPERT_WEIGHT, module_weights, numbered
+from launch.checkpoint.weights import EXPERT_WEIGHT, MOMENTUM, check_master, module_weights, numbered, whole_momenta
 from launch.engine.settings import give_own_steps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,7 +42,10 @@ def optimizer_facts(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What a conversion needs to know beforehand: the learning rate, what the optimizer keeps, and without ZeRO the order of
     the parameters."""
     held = {k for state in engine.optimizer.state.values() for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
-    facts: dict[str, Any] = {"lr": engine.get_lr()[0], "state": sorted(held)}
+    rates = {bool(group.get("use_muon")): group["lr"] for group in engine.optimizer.param_groups}
+    facts: dict[str, Any] = {"lr": rates[False], "state": sorted(held)}
+    if True in rates:
+        facts.update(muon_lr=rates[True], offloaded=bool(getattr(engine.optimizer, "cpu_offload", False)))
     if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
         facts["parameters"] = [engine.param_names[p] for g in engine.optimizer.param_groups for p in g["params"]]
     return facts
@@ -50,10 +55,17 @@ def check_convertible(path: Path, saved: dict[str, Any], wanted: dict[str, Any],
     """Raises UserError where a checkpoint of layout `saved` cannot become one of layout `wanted`."""
     if saved == wanted:
         return
-    if facts["state"] != sorted(MOMENTS):
+    was = ", ".join(f"{k} {v}" for k, v in saved.items())
+    if set(facts["state"]) - {MOMENTUM} != set(MOMENTS):
         raise UserError(
             f"{path} holds an optimizer state ({', '.join(facts['state']) or 'none'}) that only resumes in the layout it was "
-            f"saved in ({', '.join(f'{k} {v}' for k, v in saved.items())}); only Adam's moments convert"
+            f"saved in ({was}); only Adam's moments and Muon's momentum convert"
+        )
+    stages = {saved["zero_stage"], wanted["zero_stage"]}
+    if MOMENTUM in facts["state"] and (not stages <= {1, 2} or facts.get("offloaded")):
+        raise UserError(
+            f"{path} holds Muon's momentum, which converts between ZeRO 1 and 2 without offload_optimizer; this one resumes in the "
+            f"layout it was saved in ({was}) alone"
         )
     for layout in (saved, wanted):
         if layout["zero_stage"] == 0 and layout["dtype"] != "float32":
@@ -66,7 +78,8 @@ def check_convertible(path: Path, saved: dict[str, Any], wanted: dict[str, Any],
 def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lambda _: None) -> None:
     """Make the universal checkpoint `folder` from the verified checkpoint `source`, unless it is there and whole.
 
-    One process calls; it appears complete under its name or not at all. Needs about twice the disk space of `source`.
+    One process calls; it appears complete under its name or not at all. Needs about twice the disk space of `source`, four
+    times where it holds Muon's momentum.
     Raises UserError where the disk is too full, or with the last words of DeepSpeed's converter.
     """
     source, folder = source.absolute(), folder.absolute()
@@ -74,10 +87,12 @@ def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lam
     made_from = files[STATE]["xxh3_128"]
     if _is_whole(folder, made_from):
         return
-    needed, free = 2 * sum(f["bytes"] for f in files.values()), shutil.disk_usage(folder.parent).free
+    saved = read_state(source)
+    # Of Muon's groups the converter first writes moments of zeros.
+    times = 4 if MOMENTUM in saved.optimizer["state"] else 2
+    needed, free = times * sum(f["bytes"] for f in files.values()), shutil.disk_usage(folder.parent).free
     if needed > free:
         raise UserError(f"converting {source} needs {needed / 1e9:,.3f} GB, {folder.parent} has {free / 1e9:,.3f} GB free")
-    saved = read_state(source)
     check_source(source)
     temporary = working_name(folder, "tmp")
     try:
@@ -86,6 +101,11 @@ def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lam
         else:
             run_converter(source, temporary, on_phase)
         _complete(temporary, saved.optimizer["lr"])
+        if saved.identity.zero_stage in (1, 2):
+            for name, weight in module_weights(source):
+                check_master(load_file(temporary / "zero" / name / "fp32.pt")["param"], weight, source, name)
+        if MOMENTUM in saved.optimizer["state"]:
+            _put_momenta(source, temporary, saved.optimizer.get("muon_lr"))
         write_manifest(temporary, record_all(temporary), made_from=made_from)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -155,10 +175,21 @@ def _complete(temporary: Path, lr: float) -> None:
     assert all(torch.as_tensor(s) == step for s in steps), "parameters of different optimizer steps"
     for parameter in (p for p in zero.iterdir() if (p / "exp_avg.pt").exists() and not (p / "step.pt").exists()):
         torch.save(step, parameter / "step.pt")
-    groups = [{"lr": lr}] * GROUPS  # everything else in a group is this run's own: see `load`
-    stage3 = {"state": {0: {"step": step}}, "param_groups": groups}
+    rates = [{"lr": lr}] * GROUPS  # everything else in a group is this run's own: see `load`
+    stage3 = {"state": {0: {"step": step}}, "param_groups": rates}
     save_stages_by_value()
-    torch.save({"ds_version": deepspeed.__version__, "param_groups": groups, "optimizer_state_dict": stage3}, common)
+    torch.save({"ds_version": deepspeed.__version__, "param_groups": rates, "optimizer_state_dict": stage3}, common)
+
+
+def _put_momenta(source: Path, temporary: Path, rate: float | None) -> None:
+    """Muon's momentum of each matrix in the place of the zeros that `give_moments` gave, and the rate that goes with it."""
+    folder = temporary / "momentum"
+    for name, momentum in whole_momenta(source):
+        _save(folder / f"{name}.pt", momentum.float().clone())
+        for moment in MOMENTS:
+            (temporary / "zero" / name / f"{moment}.pt").unlink()
+    if rate is not None:
+        _save(folder / "lr.pt", rate)
 
 
 def _give_shapes(zero: Path, shapes: dict[str, Any]) -> None:
@@ -183,24 +214,47 @@ def load(engine: DeepSpeedEngine, folder: Path) -> None:
         _load_unsharded(engine, folder / "zero")
     else:
         engine.load_checkpoint(str(folder), tag=".")
+        if any(group.get("use_muon") for group in own):
+            _lay_out_momenta(engine, folder / "momentum")
     for group, mine in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(mine)
     give_own_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
 
 
+def _lay_out_momenta(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Into the state of each of Muon's partitions, as ZeRO 1 and 2 keep it there: whole matrices, see `whole_momenta`. DeepSpeed
+    gives it the gradients' dtype at the first step."""
+    zero = engine.optimizer
+    if getattr(zero, "cpu_offload", False):
+        raise UserError(f"{folder}: Muon's momentum does not convert into a run with offload_optimizer; leave that out")
+    rate = load_file(folder / "lr.pt", mmap=False) if (folder / "lr.pt").exists() else None
+    for group, matrices in zip(zero.optimizer.param_groups, zero.params_in_partition, strict=True):
+        if not group.get("use_muon"):
+            continue
+        (flat,) = group["params"]
+        parts = [_own_experts(n := zero.param_names[p], p, load_file(folder / f"{n}.pt")).flatten() for p in matrices]
+        if parts:  # a partition may lie past the last matrix
+            zero.optimizer.state[flat] = {MOMENTUM: torch.cat(parts).to(flat.device)}  # and no step, which is Adam's
+        if rate is not None:
+            group["lr"] = rate
+
+
+def _own_experts(name: str, parameter: Any, whole: Tensor) -> Tensor:
+    """Of a tensor of all experts those that this rank computes; any other as it is."""
+    if not EXPERT_WEIGHT.search(name):
+        return whole
+    first = groups._get_expert_parallel_rank(parameter.group_name) * parameter.shape[0]
+    return whole[first : first + parameter.shape[0]]
+
+
 @torch.no_grad()
 def _load_unsharded(engine: DeepSpeedEngine, zero: Path) -> None:
     """ZeRO 0 in fp32: the parameters are the masters, the optimizer is torch's own."""
-    from deepspeed.utils import groups
-
     for name, parameter in engine.module.named_parameters():
         state = engine.optimizer.state[parameter]
         for key in ("fp32", *MOMENTS):
             whole = load_file(zero / name / f"{key}.pt")["param"]
-            if EXPERT_WEIGHT.search(name):
-                rank = groups._get_expert_parallel_rank(parameter.group_name)
-                whole = whole[rank * parameter.shape[0] : (rank + 1) * parameter.shape[0]]
-            value = whole.view_as(parameter).to(parameter.device)
+            value = _own_experts(name, parameter, whole).view_as(parameter).to(parameter.device)
             state[key] = parameter.copy_(value) if key == "fp32" else value.clone()
         del state["fp32"]
         state["step"] = torch.as_tensor(load_file(zero / name / "step.pt", mmap=False)).clone()

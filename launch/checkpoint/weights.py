@@ -3,6 +3,7 @@
 The fp32 masters lie in the optimizer's shards: each rank has a slice of every group of parameters, laid end to end. The
 shards of one parameter follow each other in the order of the ranks; an expert weight (`experts.w1`, `w2`, `w3`) is first put
 together for each EP rank, from the ranks that share its experts, and then the EP ranks follow each other, experts in numeric order.
+Muon's momentum is not cut so: a rank keeps it whole for each matrix of which it has a part.
 
 Nothing here verifies: `manifest.check_files` comes first. Files are mapped, not read.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from launch.checkpoint.unpickle import load_file
 
 #: AutoEP's fused expert weights: `[local experts, ...]` on each EP rank.
 EXPERT_WEIGHT = re.compile(r"\.experts\.w[123]$")
+#: What Muon keeps of its matrices in the place of Adam's moments.
+MOMENTUM = "momentum_buffer"
+ROUNDING = 2.0**-6  # of a master to the dtype of the engine: bf16's is 2^-8, of the nearest
 
 
 def numbered(folder: Path, pattern: str) -> list[Path]:
@@ -32,35 +37,97 @@ def numbered(folder: Path, pattern: str) -> list[Path]:
 
 def module_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter as the engine computed with it (bf16 in a bf16 run). ZeRO 0 to 2."""
+    return ((name, read()) for name, read in _module_readers(folder).items())
+
+
+def _module_readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
     model = load_file(folder / "mp_rank_00_model_states.pt")
-    for name, weight in model["module"].items():
-        if name not in model["buffer_names"]:
-            yield name, weight
+    readers: dict[str, Callable[[], Tensor]] = {
+        name: partial(_itself, weight) for name, weight in model["module"].items() if name not in model["buffer_names"]
+    }
     for layer in model["ds_autoep_layers"]:
         files = numbered(folder, f"layer_{layer['moe_layer_id']}_expert_*_model_states.pt")
         experts = [load_file(file) for file in files]
         for weight in ("w1", "w2", "w3"):
             name = f"{layer['expert_key_prefix']}.{weight}"
-            yield name, torch.stack([expert[f"{name}.{number}"] for number, expert in enumerate(experts)])
+            readers[name] = partial(_stacked, experts, name)
+    return readers
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _stacked(experts: list[dict[str, Tensor]], name: str) -> Tensor:
+    return torch.stack([expert[f"{name}.{number}"] for number, expert in enumerate(experts)])
 
 
 def master_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every trained parameter, whole and in fp32: the optimizer's masters. Shared (tied) ones come once.
 
-    In ZeRO 0 the module's own weights are the masters. Raises UserError where the shards do not add up to a parameter.
+    In ZeRO 0 the module's own weights are the masters. Raises UserError where the shards do not add up to a parameter, or
+    (ZeRO 1 and 2) to another one than the engine computed with.
     """
     shards = numbered(folder, "*zero_pp_rank_*_optim_states.pt")
     if not shards:
         for name, weight in module_weights(folder):
             yield name, weight.float()
         return
-    models = numbered(folder, "zero_pp_rank_*_model_states.pt") or [folder / "mp_rank_00_model_states.pt"]
+    of_ranks = numbered(folder, "zero_pp_rank_*_model_states.pt")  # ZeRO 3, which has the module in no other form
+    models = of_ranks or [folder / "mp_rank_00_model_states.pt"]
+    computed_with = {} if of_ranks else _module_readers(folder)
     first = load_file(models[0])
     slices = [_slices(load_file(shard), load_file(models[min(i, len(models) - 1)])) for i, shard in enumerate(shards)]
     ep_size = first["ds_autoep_layers"][0]["ep_size"]
     for name, shape in ((name, shape) for group in first["param_shapes"] for name, shape in group.items()):
         parts = [rank.get(name) for rank in slices]
-        yield name, _assemble(name, tuple(shape), parts, ep_size if EXPERT_WEIGHT.search(name) else 1)
+        whole = _assemble(name, tuple(shape), parts, ep_size if EXPERT_WEIGHT.search(name) else 1)
+        if name in computed_with:
+            check_master(whole, computed_with[name](), folder, name)
+        yield name, whole
+
+
+def check_master(master: Tensor, weight: Tensor, where: Path, name: str) -> None:
+    """Raises UserError where a master is not the fp32 of the weight that the engine computed with: the file's numbers are right,
+    and lie in another order than its own description says. DeepSpeed's does with `round_robin_gradients`."""
+    if master.numel() != weight.numel() or not torch.allclose(
+        master.view(weight.shape), weight.to(master.dtype), rtol=ROUNDING, atol=1e-7
+    ):
+        raise UserError(
+            f"{where}: {name} in the optimizer's files is not the weight that the model computed with, as it is for a run with "
+            "zero_optimization.round_robin_gradients: DeepSpeed then writes down a wrong order, and what is made of it is wrong"
+        )
+
+
+def whole_momenta(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Muon's momentum of every matrix, whole, of a checkpoint of ZeRO 1 or 2 without offload. Raises UserError where one lacks."""
+    first = load_file(folder / "mp_rank_00_model_states.pt")
+    shapes = {name: tuple(shape) for group in first["param_shapes"] for name, shape in group.items()}
+    states = (load_file(shard)["optimizer_state_dict"] for shard in numbered(folder, "*zero_pp_rank_*_optim_states.pt"))
+    ranks = [dict(_momenta(state, shapes)) for state in states]
+    size = first["ds_autoep_layers"][0]["ep_size"]
+    for name in (name for name in shapes if any(name in rank for rank in ranks)):
+        ep_size = size if EXPERT_WEIGHT.search(name) else 1
+        parts = [next((rank[name] for rank in ranks[e::ep_size] if name in rank), None) for e in range(ep_size)]
+        there = [part for part in parts if part is not None]
+        if len(there) < ep_size:
+            raise UserError(f"{folder}: Muon's momentum of {name} is on {len(there)} of {ep_size} EP ranks")
+        yield name, torch.cat(there)
+
+
+def _momenta(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """One rank's: the matrices that its partition overlaps, whole and end to end, though it steps only its slice of the first and
+    the last. See `_muon_momentum_buffer` in deepspeed/runtime/zero/stage_1_and_2.py."""
+    moments = flat_moments(state)
+    for number, group in enumerate(placements(state, [])):
+        momentum = moments.get(number, {}).get(MOMENTUM)
+        if momentum is None:
+            continue
+        sizes = [math.prod(shapes[name]) for name in group]
+        if sum(sizes) != momentum.numel():
+            raise UserError(f"a momentum of {momentum.numel()} numbers is none of matrices of {sizes}")
+        for name, part in zip(group, momentum.split(sizes), strict=True):
+            yield name, part.view(shapes[name])
 
 
 def _assemble(name: str, shape: tuple[int, ...], parts: list[Tensor | None], ep_size: int) -> Tensor:

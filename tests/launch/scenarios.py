@@ -50,7 +50,7 @@ def model_config(**overrides: Any) -> MoEGPTConfig:
     return MoEGPTConfig.preset("tiny", **{**fields, **overrides})
 
 
-def deepspeed_config(stage: int, dtype: str, ep: int) -> dict[str, Any]:
+def deepspeed_config(stage: int, dtype: str, ep: int, optimizer: str = "AdamW") -> dict[str, Any]:
     world_size = dist.get_world_size()
     config: dict[str, Any] = {
         "train_batch_size": GLOBAL_BATCH,
@@ -66,6 +66,9 @@ def deepspeed_config(stage: int, dtype: str, ep: int) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 10000, "allgather_bucket_size": 10000},
         "expert_parallel": {"enabled": True, "autoep_size": ep, "preset_model": "deepseek_v3", "use_grouped_mm": False},
     }
+    if optimizer == "Muon":
+        config["optimizer"]["params"].update(muon_lr=0.01, momentum=0.9)
+        config["optimizer"]["type"], config["gradient_clipping"] = "Muon", 0.0
     if dtype == "bfloat16":
         config.update(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
     return config
@@ -75,7 +78,8 @@ class SmallRun:
     """An engine on made-up data with the loop's essentials: loss, step, balance. Sample i is a function of i alone."""
 
     def __init__(self, folder: str | Path, *, stage: int, dtype: str, ep: int, seed: int = 1, background: bool = False,
-                 resume: str | None = None, **config: Any) -> None:  # fmt: skip
+                 resume: str | None = None, optimizer: str = "AdamW", zero: dict[str, Any] | None = None,
+                 **config: Any) -> None:  # fmt: skip
         self.config = model_config(**config)
         identity = RunIdentity(
             model=self.config.to_dict(), data="made up", sequence_length=SEQUENCE, global_batch=GLOBAL_BATCH,
@@ -84,7 +88,8 @@ class SmallRun:
         self.manager = CheckpointManager(Path(folder), keep_last=0, keep_every=0, identity=identity, background=background)
         self.choice = self.manager.choose(resume) if resume else None
         model = build_model(self.config, seed=seed, attn_implementation="sdpa")
-        ds = deepspeed_config(stage, dtype, ep)
+        ds = deepspeed_config(stage, dtype, ep, optimizer)
+        ds["zero_optimization"].update(zero or {})
         self.engine = build_engine(model, self.choice.deepspeed_config(ds) if self.choice else ds)
         self.balancer = LoadBalancer.of(self.config, self.engine.module, dist.all_reduce)
         self.step = self.samples = 0
@@ -191,9 +196,12 @@ def same_topology(folder: str, kinds: list[tuple[int, str]], ep: int) -> dict[st
 def full_state(run: SmallRun) -> dict[str, dict[str, str]]:
     """A hash of every parameter's fp32 master and moments, whole: ZeRO partitions and experts of all ranks put together."""
     engine, out = run.engine, {}
+    momenta = full_momenta(engine)
     for name, parameter in engine.module.named_parameters():
         out[name] = {}
-        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+        if name in momenta:
+            out[name]["momentum"] = momenta[name]
+        for key in ("fp32",) if name in momenta else ("fp32", "exp_avg", "exp_avg_sq"):
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 value = full_value(engine, parameter, key)
             if not getattr(parameter, "allreduce", True):
@@ -203,6 +211,29 @@ def full_state(run: SmallRun) -> dict[str, dict[str, str]]:
                 value = torch.cat(parts)
             out[name][key] = hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()[:16]
     return out
+
+
+def full_momenta(engine: Any) -> dict[str, str]:
+    """A hash of Muon's momentum of each matrix, all its experts; ranks that step parts of one must have it alike, to the bit."""
+    mine = {}
+    for group, matrices in zip(engine.optimizer.param_groups, getattr(engine.optimizer, "params_in_partition", ()), strict=False):
+        if not group.get("use_muon") or not matrices:
+            continue
+        momentum, at = engine.optimizer.state[group["params"][0]]["momentum_buffer"].float().numpy(), 0
+        for parameter in matrices:
+            ep_rank = 0 if getattr(parameter, "allreduce", True) else groups._get_expert_parallel_rank(parameter.group_name)
+            part, at = momentum[at : at + parameter.numel()].tobytes(), at + parameter.numel()
+            mine[engine.optimizer.param_names[parameter], ep_rank] = part
+        assert at == momentum.size
+    found: dict[tuple[str, int], bytes] = {}
+    for theirs in everyone(mine):
+        for key, part in theirs.items():
+            assert found.setdefault(key, part) == part, f"{key} is not the same on two ranks"
+    whole: dict[str, bytes] = {}
+    for (name, _), part in sorted(found.items()):
+        whole[name] = whole.get(name, b"") + part
+    assert all(any(part) for part in whole.values()), "a momentum of zeros shows nothing"
+    return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in whole.items()}
 
 
 def full_value(engine: Any, parameter: torch.Tensor, key: str) -> torch.Tensor:
@@ -241,11 +272,13 @@ def describe(run: SmallRun) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make(folder: str, kinds: list[tuple[int, str]], ep: int) -> dict[str, Any]:
+def make(folder: str, kinds: list[tuple[int, str]], ep: int, optimizer: str = "AdamW") -> dict[str, Any]:
     """Short runs, one for each (stage, dtype), each saved at step 3, and the losses they go on with."""
     out = {}
     for stage, dtype in kinds:
-        run = SmallRun(Path(folder) / f"zero{stage}-{dtype}", stage=stage, dtype=dtype, ep=ep, expert_dropout=0.0)
+        run = SmallRun(
+            Path(folder) / f"zero{stage}-{dtype}", stage=stage, dtype=dtype, ep=ep, expert_dropout=0.0, optimizer=optimizer
+        )
         run.train(3)
         run.save()
         out[f"zero{stage}-{dtype}"] = describe(run)
@@ -253,7 +286,7 @@ def make(folder: str, kinds: list[tuple[int, str]], ep: int) -> dict[str, Any]:
     return out
 
 
-def take(folder: str, cases: list[tuple[str, int, str, int]]) -> dict[str, Any]:
+def take(folder: str, cases: list[tuple[str, int, str, int]], optimizer: str = "AdamW") -> dict[str, Any]:
     """Resume each (source, stage, dtype, ep) in this launch's layout; train on, save, resume that plainly, roll back."""
     out = {}
     for source, stage, dtype, ep in cases:
@@ -262,7 +295,7 @@ def take(folder: str, cases: list[tuple[str, int, str, int]]) -> dict[str, Any]:
         if dist.get_rank() == 0:
             shutil.copytree(Path(folder) / source, where)
         dist.barrier()
-        layout = {"stage": stage, "dtype": dtype, "ep": ep, "expert_dropout": 0.0}
+        layout = {"stage": stage, "dtype": dtype, "ep": ep, "expert_dropout": 0.0, "optimizer": optimizer}
         run = SmallRun(where, seed=50, resume="auto", **layout)
         found = describe(run)
         found["converted"] = sorted(p.name for p in (where / "checkpoints").iterdir())

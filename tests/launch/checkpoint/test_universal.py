@@ -34,6 +34,17 @@ SLOW = [
     (4, "zero2-float32", 2, "float32", 2),
     (4, "zero1-bfloat16", 1, "bfloat16", 4),
 ]
+MUON = [  # four ranks with EP 2: each expert's matrices lie on two of them, whole, and are stepped by halves
+    (1, "zero2-bfloat16", 2, "bfloat16", 1),
+    (2, "zero2-float32", 1, "float32", 1),
+    (4, "zero2-float32", 2, "float32", 2),
+]
+MUON_SLOW = [
+    (1, "zero2-float32", 2, "float32", 1),
+    (2, "zero1-float32", 2, "float32", 2),
+    (4, "zero1-bfloat16", 2, "bfloat16", 1),
+    (4, "zero2-bfloat16", 2, "bfloat16", 4),
+]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -88,12 +99,13 @@ def test_an_experts_slices_are_those_of_the_ranks_that_share_it():
         _assemble("experts.w1", (2, 3, 2), [first[:7], second, None, None], ep_size=2)
 
 
-def convert_all(folder, cases):
+def convert_all(folder, cases, optimizer="AdamW"):
     kinds = sorted({(int(source[4]), source[6:]) for _, source, *_ in cases})
-    sources = launch_ranks(2, "make", folder=folder, kinds=kinds, ep=2)
+    sources = launch_ranks(2, "make", folder=folder, kinds=kinds, ep=2, optimizer=optimizer)
     found = {}
     for ranks in sorted({case[0] for case in cases}):
-        taken = launch_ranks(ranks, "take", folder=folder, cases=[case[1:] for case in cases if case[0] == ranks])
+        mine = [case[1:] for case in cases if case[0] == ranks]
+        taken = launch_ranks(ranks, "take", folder=folder, cases=mine, optimizer=optimizer)
         found.update({(ranks, name): result for name, result in taken.items()})
     return sources, found
 
@@ -137,6 +149,16 @@ def test_conversions_keep_the_state(quick):
     check_all(*quick, QUICK)
 
 
+def test_muons_momentum_converts_too(tmp_path):
+    sources, found = convert_all(tmp_path, MUON, optimizer="Muon")
+    check_all(sources, found, MUON)
+    for source in sources.values():
+        matrices = {name for name, state in source["state"].items() if "momentum" in state}
+        assert any(".experts.w1" in name for name in matrices) and any("q_proj" in name for name in matrices)
+        assert "model.embed_tokens.weight" not in matrices and "exp_avg" in source["state"]["model.embed_tokens.weight"]
+
+
 @pytest.mark.slow
 def test_every_other_conversion_keeps_the_state(tmp_path):
     check_all(*convert_all(tmp_path, SLOW), SLOW)
+    check_all(*convert_all(tmp_path / "muon", MUON_SLOW, optimizer="Muon"), MUON_SLOW)
