@@ -18,6 +18,7 @@ from launch.checkpoint.engine_files import CheckpointFiles, going_through
 from launch.checkpoint.manifest import read_manifest
 from launch.checkpoint.random_state import set_random_state
 from launch.checkpoint.unpickle import expecting_sense, no_code_from_files
+from launch.checkpoint.weights import check_master
 
 
 def random_state_name(rank: int) -> str:
@@ -40,6 +41,7 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: 
                 _load_plainly(engine, folder)
         except pickle.UnpicklingError as error:  # of a file that DeepSpeed reads past `files`
             raise UserError(f"{folder} holds something other than tensors, and nothing else is loaded: {error}") from error
+    _check_masters(engine, choice.path)
     with expecting_sense(choice.path):
         restore_buffers(engine.module, own_files.load(str(choice.path / BUFFERS)))
     own = choice.path / random_state_name(rank)
@@ -54,6 +56,16 @@ def _load_plainly(engine: DeepSpeedEngine, folder: Path) -> None:
     loaded, _ = engine.load_checkpoint(str(folder), tag=".")
     if loaded is None:
         raise UserError(f"DeepSpeed found nothing to load in {folder}")
+
+
+def _check_masters(engine: DeepSpeedEngine, path: Path) -> None:
+    """ZeRO 1 and 2: what was loaded into the optimizer's partition is what was loaded into the module, or the first step would
+    write other weights there. Raises UserError."""
+    zero = engine.optimizer
+    for number, master in enumerate(getattr(zero, "single_partition_of_fp32_groups", ())):
+        rank = torch.distributed.get_rank(zero.real_dp_process_group[number])
+        weights = zero.parallel_partitioned_bit16_groups[number][rank]
+        check_master(master.detach(), weights.detach().to(master.device), path, f"a partition of parameter group {number}")
 
 
 @contextmanager

@@ -45,6 +45,11 @@ def check_values(config: dict[str, Any], path: Path) -> None:
     for key in JUDGED_BY:
         if not lookup(config, key, True):
             raise UserError(f"{path}: {key} must be true: by the norm of its gradients a step is taken or skipped")
+    if lookup(config, "zero_optimization.round_robin_gradients", False):
+        raise UserError(
+            f"{path}: zero_optimization.round_robin_gradients must be false: DeepSpeed then writes down another order of the "
+            "weights than they have, and what is exported or converted from the checkpoints is wrong"
+        )
     if (preset := config["expert_parallel"]["preset_model"]) != PRESET:
         raise UserError(
             f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {shown(preset)}'

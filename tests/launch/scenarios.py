@@ -27,10 +27,12 @@ logging.disable(logging.WARNING)
 import deepspeed  # noqa: E402
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
 
+from data.cli import UserError  # noqa: E402
 from launch.checkpoint import choose, manifest  # noqa: E402
 from launch.checkpoint.identity import RunIdentity  # noqa: E402
 from launch.checkpoint.manager import CheckpointManager  # noqa: E402
 from launch.checkpoint.state import TrainingState  # noqa: E402
+from launch.checkpoint.weights import master_weights  # noqa: E402
 from launch.engine.build import build_engine, build_model  # noqa: E402
 from launch.engine.expert_parallel import moe_layers  # noqa: E402
 from launch.ranks.join import start  # noqa: E402
@@ -313,6 +315,28 @@ def take(folder: str, cases: list[tuple[str, int, str, int]], optimizer: str = "
         found["folder"] = str(where)
         out[f"{source}-to-zero{stage}-{dtype}-ep{ep}"] = found
     return out
+
+
+def out_of_order(folder: str) -> dict[str, str]:
+    """A run whose partitions DeepSpeed laid out otherwise than it writes down: what is said of its checkpoint when it is resumed,
+    resumed without that, converted and exported."""
+    kind: dict[str, Any] = {"stage": 2, "dtype": "bfloat16", "ep": 2}
+    run = SmallRun(folder, zero={"round_robin_gradients": True}, **kind)
+    run.train(2)
+    path = run.save()
+    again = SmallRun(folder, resume="auto", zero={"round_robin_gradients": True}, **kind)
+    said = {"as it was": again.choice.message}
+    converting = {**kind, "ep": 1, "resume": "auto"}
+    for name, attempt in {
+        "without": lambda: SmallRun(folder, resume="auto", **kind),
+        "masters": lambda: list(master_weights(path)),
+        "converted": lambda: (forget_expert_groups(), SmallRun(folder, **converting)),
+    }.items():
+        try:
+            attempt()
+        except UserError as error:
+            said[name] = str(error)
+    return said
 
 
 def exportable(folder: str, runs: dict[str, dict[str, Any]], ep: int) -> None:

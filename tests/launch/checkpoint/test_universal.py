@@ -74,6 +74,15 @@ def test_an_optimizer_of_deepspeed_counts_with_an_int():
     assert optimizer.state[weight]["step"] == 7 and isinstance(optimizer.state[weight]["step"], int)
 
 
+def test_masters_in_another_order_than_is_written_down_are_refused(tmp_path):
+    """By a resume without the key, by a conversion, by an export: without a word each made other weights of them."""
+    said = launch_ranks(2, "out_of_order", folder=tmp_path)
+    assert "step_2" in said.pop("as it was")
+    assert set(said) == {"without", "masters", "converted"}
+    for sentence in said.values():
+        assert "is not the weight that the model computed with" in sentence and "round_robin_gradients" in sentence
+
+
 def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path):
     """After a rollback a step is saved again, with other weights under the same name."""
     folder = tmp_path / "step_3.universal"

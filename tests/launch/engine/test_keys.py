@@ -102,6 +102,7 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
     "key, value, wanted",
     [
         ("gradient_clipping", -1, "gradient_clipping must be 0 (none) or a norm, not -1"),
+        ("zero_optimization.round_robin_gradients", True, "zero_optimization.round_robin_gradients must be false: DeepSpeed"),
         ("zero_optimization.compute_grad_norm", False, "zero_optimization.compute_grad_norm must be true: by the norm of its"),
         ("bf16.check_grad_overflow", False, "bf16.check_grad_overflow must be true: by the norm of its gradients a step is"),
         ("bfloat16", {"enabled": True}, 'bfloat16 is DeepSpeed\'s older name of "bf16", which is read here'),
@@ -157,7 +158,6 @@ def test_a_right_key_with_a_wrong_value_is_refused(key: str, value: Any, wanted:
         ("wall_clock_breakdown", True),
         ("prescale_gradients", False),
         ("zero_optimization.offload_optimizer", {"device": "cpu", "pin_memory": True}),
-        ("zero_optimization.round_robin_gradients", True),
         ("flops_profiler", {"enabled": True, "profile_step": 5}),
         ("comms_logger", {"enabled": False, "verbose": True}),
         ("checkpoint", {"tag_validation": "Warn"}),
