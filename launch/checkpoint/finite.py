@@ -54,10 +54,11 @@ def named_tensors(content: Any, shapes: list[dict[str, Any]] | None) -> Iterator
         for name, at in group.items():
             yield name, flat[at]
             for kind, value in moments.get(number, {}).items():
-                if kind != MOMENTUM and isinstance(value, Tensor) and value.shape == flat.shape:
+                if isinstance(value, Tensor) and value.shape == flat.shape:
                     yield f"{name} ({kind})", value[at]
-        if MOMENTUM in moments.get(number, {}):  # of whole matrices, cut otherwise than the masters
-            yield f"{', '.join(group)} ({MOMENTUM})", moments[number][MOMENTUM]
+        momentum = moments.get(number, {}).get(MOMENTUM)
+        if momentum is not None and momentum.shape != flat.shape:  # Muon's, of whole matrices: no padding
+            yield f"{', '.join(group)} ({MOMENTUM})", momentum
 
 
 def tensors_in(item: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps
 
+from data.cli import UserError
 from data.files import hash_file
-from launch.checkpoint import manifest
+from launch.checkpoint import manifest, universal
 from launch.checkpoint.choose import ResumeFrom, StartFresh
 
 
@@ -120,9 +121,22 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(run, tmp_path):
     engine.optimizer = torch.optim.SGD(engine.module.parameters(), momentum=0.9)
     engine.optimizer.step()
     manager(tmp_path / "sgd").save(engine, state(1))
-    with pytest.raises(ValueError, match=r"momentum_buffer.*only Adam's moments convert"):
+    with pytest.raises(ValueError, match=r"momentum_buffer.*only Adam's moments and Muon's momentum convert"):
         manager(tmp_path / "sgd", ep_size=2).choose("auto")
     assert isinstance(manager(tmp_path / "sgd").choose("auto"), ResumeFrom)
+
+
+@pytest.mark.parametrize(("stages", "facts"), [((2, 3), {}), ((0, 2), {}), ((2, 2), {"offloaded": True})])
+def test_muons_momentum_converts_where_it_is_whole(stages, facts):
+    layout = {"world_size": 2, "ep_size": 1, "dtype": "float32"}
+    saved, wanted = ({**layout, "zero_stage": stage} for stage in stages)
+    facts = {"state": ["exp_avg", "exp_avg_sq", "momentum_buffer"], **facts}
+    universal.check_convertible(Path("step_3"), saved, saved, facts)
+    with pytest.raises(UserError, match="converts between ZeRO 1 and 2 without offload_optimizer"):
+        universal.check_convertible(Path("step_3"), saved, {**wanted, "world_size": 1}, facts)
+    universal.check_convertible(
+        Path("step_3"), {**saved, "zero_stage": 1}, {**saved, "zero_stage": 2}, {**facts, "offloaded": False}
+    )
 
 
 def test_a_newer_format_is_refused_not_passed_over(run):

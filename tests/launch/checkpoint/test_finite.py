@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,20 @@ def test_the_padding_of_zero_3_may_hold_anything():
     check_finite(padded, "x.pt", shapes=shapes)
     with pytest.raises(ValueError, match="b holds"):
         check_finite(shard([1.0, 2.0, 0.0, math.inf]), "x.pt", shapes=shapes)
+
+
+def test_muons_momentum_of_whole_matrices_is_looked_at():
+    """It is longer than the partition, and cut otherwise."""
+    momentum = torch.zeros(9)
+    shard = {
+        "single_partition_of_fp32_groups": [torch.zeros(6)],
+        "param_slice_mappings": [{"q_proj.weight": SimpleNamespace(start=0, numel=6)}],
+        "base_optimizer_state": {"state": {0: {"momentum_buffer": momentum}}},
+    }
+    check_finite({"optimizer_state_dict": shard}, "a file")
+    momentum[8] = math.nan
+    with pytest.raises(ValueError, match=r"a file: q_proj\.weight \(momentum_buffer\) holds"):
+        check_finite({"optimizer_state_dict": shard}, "a file")
 
 
 def test_every_number_of_a_long_tensor_is_looked_at():
