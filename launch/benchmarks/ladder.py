@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the JSON's learning rate is the smallest width's, another has it times (smallest / width)^X, 60m and 800m too; "
         "muP's matrices: 1",
     )
+    parser.add_argument(
+        "--rate_hidden", type=int, metavar="N", help="of which width the JSON's rate is in this, if not the smallest of --hidden"
+    )
     parser.add_argument("--learning_rates", type=float, nargs="*", default=[], metavar="LR", help="tried on the smallest width")
     parser.add_argument(
         "--batches", type=int, nargs="*", default=[], metavar="N", help="samples a step, tried on the smallest width"

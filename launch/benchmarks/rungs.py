@@ -55,6 +55,8 @@ def check(arguments: argparse.Namespace) -> None:
                 raise UserError(f"--{name} must be over 0, got {value:g}")
     if not math.isfinite(arguments.rate_exponent):
         raise UserError(f"--rate_exponent must be a number such as 0.5, got {arguments.rate_exponent}")
+    if arguments.rate_hidden is not None and (arguments.rate_hidden < 1 or not arguments.rate_exponent):
+        raise UserError(f"--rate_hidden {arguments.rate_hidden} must be a width, and goes with --rate_exponent")
     if arguments.tune_tokens is not None and not (arguments.learning_rates or arguments.batches):
         raise UserError("--tune_tokens is of what --learning_rates and --batches try; give one of them, or leave it out")
     if arguments.tune_hidden and not arguments.learning_rates:
@@ -115,7 +117,7 @@ def plan_run(arguments: argparse.Namespace, settings: dict[str, Any], vocabulary
     """One rung. Raises UserError for a width that is none, and for a rate that cannot be meant."""
     name = f"tokens_{tokens:.0f}"
     if arguments.rate_exponent:
-        rate = rate_of(hidden, min(arguments.hidden), lookup(settings, RATE), arguments.rate_exponent)
+        rate = rate_of(hidden, arguments.rate_hidden or min(arguments.hidden), lookup(settings, RATE), arguments.rate_exponent)
         if not LEAST_RATE < rate < MOST_RATE:
             raise UserError(f"--rate_exponent {arguments.rate_exponent:g} gives width {hidden} a learning rate of {rate:.3g}")
         settings = merged(settings, {"optimizer": {"params": {"lr": rate}}})

@@ -232,6 +232,13 @@ def test_a_width_trains_at_its_own_rate_beside_the_runs_at_one_rate(small_shards
     same, scaled = rungs.plan_runs(parse(*flags), VOCABULARY), rungs.plan_runs(parse(*flags, "--rate_exponent", 1), VOCABULARY)
     rates = {hidden: one.deepspeed["optimizer"]["params"]["lr"] for (hidden, _), one in scaled.items()}
     assert rates == {64: 0.002, 128: 0.001, 256: 0.0005}
+    narrower = [*flags[:2], "--hidden", 128, 256, 512, *flags[6:], "--rate_exponent", 1, "--rate_hidden", 64]
+    others = rungs.plan_runs(parse(*narrower), VOCABULARY)
+    assert all(
+        others[rung].folder == scaled[rung].folder and others[rung].deepspeed == scaled[rung].deepspeed
+        for rung in others.keys() & scaled.keys()
+    )
+    assert len(others.keys() & scaled.keys()) == 4
     assert {one.deepspeed["optimizer"]["params"]["lr"] for one in same.values()} == {0.002}
     assert len({one.folder for one in (*same.values(), *scaled.values())}) == 12
     without = tmp_path / "without.json"
@@ -378,6 +385,7 @@ def test_what_cannot_be_a_ladder_is_said(tmp_path: Path) -> None:
         "--draws must be at least 1": ["--draws", 0],
         "--target_tokens must be over 0, got nan": ["--target_tokens", "nan"],
         "--learning_rates must be over 0": ["--learning_rates", 0],
+        "--rate_hidden 64 must be a width, and goes with": ["--rate_hidden", 64],
         "--tune_tokens is of what --learning_rates": ["--tune_tokens", 5],
         "--tune_hidden is of what --learning_rates": ["--tune_hidden", 96],
         "--tune_hidden 100 must be one of --hidden 64 96 128 160": ["--tune_hidden", 100, "--learning_rates", 1e-3],
