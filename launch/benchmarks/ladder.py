@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one of them, or largest: the law must predict it without having seen it; none: all are fitted, nothing is checked",
     )
     parser.add_argument(
+        "--held_out_tokens",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="of --tokens, those that the held-out width, the dearest, is trained for (default: all)",
+    )
+    parser.add_argument(
         "--tokens", type=float, nargs="+", default=[4e5, 8e5, 1.6e6], metavar="T", help="of a run, with its schedule"
     )
     parser.add_argument(

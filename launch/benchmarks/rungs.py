@@ -65,6 +65,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--tune_hidden {other[0]} must be one of --hidden {' '.join(map(str, arguments.hidden))}")
     held_out = held_out_width(arguments)
     fitted = {n for n in arguments.hidden if n != held_out}
+    if arguments.held_out_tokens and (held_out is None or set(arguments.held_out_tokens) - set(arguments.tokens)):
+        given = " ".join(f"{t:g}" for t in arguments.held_out_tokens)
+        raise UserError(f"--held_out_tokens {given} must be some of --tokens, and goes with a width that is held out (--held_out)")
     if min(len(fitted), len(set(arguments.tokens))) < 3:
         beside = f", beside width {held_out}, which is held out (--held_out)" if held_out else ""
         widths = " ".join(map(str, sorted(set(arguments.hidden))))
@@ -88,12 +91,13 @@ def held_out_width(arguments: argparse.Namespace) -> int | None:
 
 def plan_runs(arguments: argparse.Namespace, vocabulary: int) -> Rungs:
     """Raises UserError, also for a batch that cannot be shared out. `vocabulary`: of the shards."""
-    settings = base_settings(arguments)
+    settings, held_out = base_settings(arguments), held_out_width(arguments)
     counts = sorted(set(arguments.tokens))
     rungs = {
         (hidden, tokens): plan_run(arguments, settings, vocabulary, hidden, tokens)
         for hidden in sorted(set(arguments.hidden))
         for tokens in counts
+        if hidden != held_out or tokens in (arguments.held_out_tokens or counts)
     }
     if len({one.steps for one in rungs.values()}) < len(counts):
         step = settings["train_batch_size"] * arguments.sequence_length
@@ -138,6 +142,11 @@ def plan_run(arguments: argparse.Namespace, settings: dict[str, Any], vocabulary
     )
 
 
+def longest_of(rungs: Rungs, hidden: int) -> SmallRun:
+    """The run of a width for the most tokens."""
+    return max((one for (width, _), one in rungs.items() if width == hidden), key=lambda one: one.tokens)
+
+
 def rate_of(hidden: int, smallest: int, rate: float, exponent: float) -> float:
     """The learning rate of a width, from that of the smallest; infinite where a float does not hold it."""
     try:
@@ -148,7 +157,7 @@ def rate_of(hidden: int, smallest: int, rate: float, exponent: float) -> float:
 
 def family_facts(arguments: argparse.Namespace, rungs: Rungs) -> dict[str, Any]:
     """What `launch.planning.ladder.Ladder` needs of the family, beside its law."""
-    smallest = rungs[min(arguments.hidden), max(arguments.tokens)]
+    smallest = longest_of(rungs, min(arguments.hidden))
     return {
         "width": min(arguments.hidden),
         "widest": max(arguments.hidden),

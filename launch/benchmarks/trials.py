@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.cli import counted, say
-from launch.benchmarks.rungs import RATE, Rungs, rate_of
+from launch.benchmarks.rungs import RATE, Rungs, longest_of, rate_of
 from launch.benchmarks.small_runs import SmallRun
 from launch.benchmarks.variants import merged
 from launch.engine.strategy import lookup
@@ -30,7 +30,7 @@ def plan_trials(arguments: argparse.Namespace, rungs: Rungs) -> Trials:
     if not arguments.learning_rates and not arguments.batches:
         return {}
     smallest = min(arguments.hidden)
-    longest = {hidden: rungs[hidden, max(arguments.tokens)] for hidden in sorted({smallest, *arguments.tune_hidden})}
+    longest = {hidden: longest_of(rungs, hidden) for hidden in sorted({smallest, *arguments.tune_hidden})}
     rates = dict.fromkeys(arguments.learning_rates or [float(lookup(longest[smallest].deepspeed, RATE))])
     made: Trials = {}
     for hidden, family_run in longest.items():

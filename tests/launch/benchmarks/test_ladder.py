@@ -248,6 +248,19 @@ def test_a_width_trains_at_its_own_rate_beside_the_runs_at_one_rate(small_shards
             rungs.plan_runs(parse(*flags[:-1], without, flag, value), VOCABULARY)
 
 
+def test_the_held_out_width_is_trained_for_some_of_the_tokens(small_shards: Path, tmp_path: Path) -> None:
+    flags = ["--data", small_shards, "--hidden", 64, 128, 192, 256, "--tokens", 409600, 819200, 1638400, "--folder", tmp_path]
+    flags += ["--deepspeed_config", CPU, "--held_out_tokens", 409600, 819200, "--learning_rates", 0.001, "--tune_hidden", 256]
+    largest = parse(*flags)
+    planned = rungs.plan_runs(largest, VOCABULARY)
+    assert {key for key in planned if key[0] == 256} == {(256, 409600), (256, 819200)} and len(planned) == 11
+    smallest = parse(*flags, "--held_out", 64)
+    planned = rungs.plan_runs(smallest, VOCABULARY)
+    assert {key for key in planned if key[0] == 64} == {(64, 409600), (64, 819200)} and len(planned) == 11
+    assert rungs.family_facts(smallest, planned)["width"] == 64
+    assert {one.config.hidden_size for one in trials.plan_trials(smallest, planned).values()} == {64, 256}
+
+
 def test_rate_and_batch_are_tried_on_the_longest_run_of_the_smallest_width(small_shards: Path, tmp_path: Path) -> None:
     flags = ["--data", small_shards, "--hidden", 64, 128, 192, "--tokens", 409600, 1638400, "--folder", tmp_path]
     flags += ["--deepspeed_config", CPU, "--batches", 16, 32, "--learning_rates", 0.001, 0.002]
@@ -386,6 +399,8 @@ def test_what_cannot_be_a_ladder_is_said(tmp_path: Path) -> None:
         "--target_tokens must be over 0, got nan": ["--target_tokens", "nan"],
         "--learning_rates must be over 0": ["--learning_rates", 0],
         "--rate_hidden 64 must be a width, and goes with": ["--rate_hidden", 64],
+        "--held_out_tokens 5 must be some of --tokens": ["--held_out_tokens", 5],
+        "must be some of --tokens, and goes with a width": ["--held_out", "none", "--held_out_tokens", 409600],
         "--tune_tokens is of what --learning_rates": ["--tune_tokens", 5],
         "--tune_hidden is of what --learning_rates": ["--tune_hidden", 96],
         "--tune_hidden 100 must be one of --hidden 64 96 128 160": ["--tune_hidden", 100, "--learning_rates", 1e-3],
