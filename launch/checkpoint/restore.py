@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from data.cli import UserError
+from data.cli import UserError, sentence
 from launch.checkpoint import universal
 from launch.checkpoint.buffers import BUFFERS, restore_buffers
 from launch.checkpoint.choose import ResumeFrom
@@ -53,7 +53,12 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: 
 
 
 def _load_plainly(engine: DeepSpeedEngine, folder: Path) -> None:
-    loaded, _ = engine.load_checkpoint(str(folder), tag=".")
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=".")
+    except RuntimeError as error:
+        if "parameter_alignment" not in str(error):
+            raise
+        raise UserError(f"{folder}: {sentence(error)}") from error
     if loaded is None:
         raise UserError(f"DeepSpeed found nothing to load in {folder}")
 

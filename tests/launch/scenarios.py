@@ -333,6 +333,7 @@ def out_of_order(folder: str) -> dict[str, str]:
     for name, attempt in {
         "without": lambda: SmallRun(folder, resume="auto", **kind),
         "masters": lambda: list(master_weights(path)),
+        "aligned": lambda: SmallRun(folder, resume="auto", zero={"parameter_alignment": True}, **kind),
         "converted": lambda: (forget_expert_groups(), SmallRun(folder, **converting)),
     }.items():
         try:

@@ -78,6 +78,7 @@ def test_masters_in_another_order_than_is_written_down_are_refused(tmp_path):
     """By a resume without the key, by a conversion, by an export: without a word each made other weights of them."""
     said = launch_ranks(2, "out_of_order", folder=tmp_path)
     assert "step_2" in said.pop("as it was")
+    assert "Load with the setting used to save" in said.pop("aligned")
     assert set(said) == {"without", "masters", "converted"}
     for sentence in said.values():
         assert "is not the weight that the model computed with" in sentence and "round_robin_gradients" in sentence
