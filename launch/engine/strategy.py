@@ -215,7 +215,7 @@ def schedule_hint(schedule: object, max_steps: int) -> str | None:
     """What a user should know whose schedule, in steps of its own, is none of this run's. DeepSpeed's own defaults count: 1,000
     steps of warm-up where the JSON names none."""
     warmup, total = getattr(schedule, "warmup_num_steps", 0), getattr(schedule, "total_num_steps", max_steps)
-    if warmup >= max_steps:
+    if warmup >= max_steps and max_steps > 2:  # a warm-up has two steps at least, of any run
         return (
             f"warning: scheduler.params.warmup_num_steps is {warmup:,} and the run has {max_steps:,} steps: it ends before the "
             'learning rate is reached; "auto" suits any length'

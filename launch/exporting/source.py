@@ -32,7 +32,12 @@ def find_checkpoint(path: Path, tag: str) -> Path:
     if step_of(named) is not None and (folder / named).is_dir():
         return folder / named
     steps = sorted(CheckpointFolder(folder).steps())
-    there = f"it has {', '.join(f'step_{s}' for s in steps)}; name one with --tag" if steps else "is it a run's folder?"
+    if steps:
+        there = f"it has {', '.join(f'step_{s}' for s in steps)}; name one with --tag"
+    elif (path / "log.txt").is_file():
+        there = "the run has saved none yet; see its --save_interval"
+    else:
+        there = "is it a run's folder?"
     raise NotFound(f"--checkpoint {path} has no checkpoint {named!r}: {there}")
 
 

@@ -137,6 +137,7 @@ def test_a_schedule_of_another_length_is_warned_of() -> None:
     assert "warmup_num_steps is 1,000 and the run has 400 steps" in said(warm_up)  # DeepSpeed's default
     for kind, right in ((decay, {"warmup_num_steps": 10, "total_num_steps": 400}), (warm_up, {"warmup_num_steps": 399})):
         assert said(kind, **right) == "None"
+    assert schedule_hint(decay(optimizer, total_num_steps=2, warmup_num_steps=2), max_steps=2) is None  # what "auto" is there
     assert said(torch.optim.lr_scheduler.StepLR, step_size=30) == str(schedule_hint(None, max_steps=400)) == "None"
 
 
