@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from data.cli import UserError
-from launch.checkpoint.weights import MOMENTUM, flat_masters, flat_moments, placements
-
-#: Numbers looked at together: the answer of `isfinite` takes a byte each.
-CHUNK = 1 << 24
+from launch.checkpoint.weights import CHUNK, MOMENTUM, flat_masters, flat_moments, placements
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -70,7 +70,7 @@ def _check_masters(engine: DeepSpeedEngine, path: Path) -> None:
     for number, master in enumerate(getattr(zero, "single_partition_of_fp32_groups", ())):
         rank = torch.distributed.get_rank(zero.real_dp_process_group[number])
         weights = zero.parallel_partitioned_bit16_groups[number][rank]
-        check_master(master.detach(), weights.detach().to(master.device), path, f"a partition of parameter group {number}")
+        check_master(master.detach(), weights.detach(), path, f"a partition of parameter group {number}")
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from stub_engine import MODEL, StubEngine, manager, replace_file
 from support import ROOT
 
 from launch.checkpoint import universal
-from launch.checkpoint.finite import CHUNK, check_finite, is_finite, named_tensors
+from launch.checkpoint.finite import check_finite, is_finite, named_tensors
 from launch.checkpoint.unpickle import load_file
+from launch.checkpoint.weights import CHUNK
 
 REAL = ROOT / "tests" / "fixtures" / "before_the_move" / "run" / "checkpoints" / "step_6"
 OPTIMIZER = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"

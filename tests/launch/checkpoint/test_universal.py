@@ -7,9 +7,10 @@ import pytest
 import torch
 from training_process import launch_ranks
 
+from data.cli import UserError
 from launch.checkpoint import manifest
 from launch.checkpoint.universal import _is_whole
-from launch.checkpoint.weights import _assemble, master_weights
+from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights
 from launch.engine.settings import give_own_steps
 
 QUICK = [  # (ranks, source, ZeRO stage, dtype, EP size); sources are of two ranks with EP 2
@@ -107,6 +108,19 @@ def test_an_experts_slices_are_those_of_the_ranks_that_share_it():
     assert torch.equal(_assemble("norm", (24,), [first, second], ep_size=1), whole.flatten())
     with pytest.raises(ValueError, match=r"shards of \[7, 12\] numbers do not make 2 x \(2, 3, 2\)"):
         _assemble("experts.w1", (2, 3, 2), [first[:7], second, None, None], ep_size=2)
+
+
+def test_a_master_is_the_weight_but_for_rounding():
+    master = torch.randn(CHUNK + 3, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        check_master(master, master.to(dtype), Path("step_3"), "w")
+    other = master.to(torch.bfloat16)
+    other[-1] += 0.05
+    for master_, weight in ((master, other), (master, master.roll(1)), (master[1:], other)):
+        with pytest.raises(UserError, match="step_3: w in the optimizer's files is not the weight that the model computed with"):
+            check_master(master_, weight, Path("step_3"), "w")
+    master[-1] = float("nan")  # `check_finite` names it as that
+    check_master(master, other, Path("step_3"), "w")
 
 
 def convert_all(folder, cases, optimizer="AdamW"):
