@@ -48,7 +48,6 @@ ONLY: dict[str, tuple[Any, str]] = {
         False,
         "the copies of an expert then lie on other ranks than exports and conversions read them from",
     ),
-    "tensor_parallel.autotp_size": (1, "ranks share samples and experts here, no single matrix; see expert_parallel.autoep_size"),
     "data_efficiency.enabled": (False, "it is for DeepSpeed's own data loader, which reads nothing here"),
     "hybrid_engine.enabled": (False, "it is for a model that generates while it trains"),
 }
@@ -68,6 +67,11 @@ def check_values(config: dict[str, Any], path: Path) -> None:
     for key, (right, reason) in ONLY.items():
         if (value := lookup(config, key, right)) != right:
             raise UserError(f"{path}: {key} must be {shown(right)}, not {shown(value)}: {reason}")
+    if (size := lookup(config, "tensor_parallel.autotp_size", 0)) not in (0, 1):  # both are none
+        raise UserError(
+            f"{path}: tensor_parallel.autotp_size must be 0 or 1, not {shown(size)}: ranks share samples and experts here, no "
+            "single matrix; see expert_parallel.autoep_size"
+        )
     if "writer" in (config.get("checkpoint") or {}):
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"

@@ -113,7 +113,7 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("zero_optimization.load_from_fp32_weights", False, "load_from_fp32_weights must be true, not false: a resume would begin"),
         ("zero_optimization.legacy_stage1", True, "legacy_stage1 must be false, not true: DeepSpeed has removed it"),
         ("use_data_before_expert_parallelism", True, "parallelism must be false, not true: the copies of an expert then lie on"),
-        ("tensor_parallel", {"autotp_size": 2}, "tensor_parallel.autotp_size must be 1, not 2: ranks share samples and experts"),
+        ("tensor_parallel", {"autotp_size": 2}, "tensor_parallel.autotp_size must be 0 or 1, not 2: ranks share samples"),
         ("data_efficiency", {"enabled": True}, "data_efficiency.enabled must be false, not true: it is for DeepSpeed's own"),
         ("hybrid_engine", {"enabled": True}, "hybrid_engine.enabled must be false, not true: it is for a model that generates"),
         ("checkpoint", {"writer": {"type": "fast"}}, "checkpoint.writer is not used: checkpoints are hashed as they are written"),
@@ -173,6 +173,8 @@ def test_a_right_key_with_a_wrong_value_is_refused(key: str, value: Any, wanted:
         ("flops_profiler", {"enabled": True, "profile_step": 5}),
         ("comms_logger", {"enabled": False, "verbose": True}),
         ("checkpoint", {"tag_validation": "Warn"}),
+        ("tensor_parallel", {"autotp_size": 0}),  # DeepSpeed's default
+        ("tensor_parallel", {"autotp_size": 1}),
         ("optimizer", {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}),
         ("optimizer", {"type": "Lion", "params": {"lr": 0.1, "betas": [0.9, 0.99]}}),
         ("optimizer", {"type": "Adam", "params": {"lr": 0.1, "adam_w_mode": True, "bias_correction": True}}),
