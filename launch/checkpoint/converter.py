@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.cli import UserError
 from launch.checkpoint.unpickle import no_code_from_files, save_stages_by_value
 from launch.checkpoint.weights import MOMENTUM, flat_masters, flat_moments
@@ -73,15 +71,16 @@ def main(source: str, target: str) -> None:
 def give_moments(state: Mapping[str, Any]) -> None:
     """Zeros for the moments of the groups that have none, Muon's: the converter ends at the first of them. Of one rank, in place.
 
-    `universal.py` takes them out again and puts the momentum beside, which is laid out otherwise.
+    `universal.py` takes them out again and puts the momentum beside, which is laid out otherwise. Moments are saved with their
+    partition's padding, which the converter strips next, and masters without.
     """
     moments = flat_moments(state)
     steps = [held["step"] for held in moments.values() if "step" in held]
-    for number, master in enumerate(flat_masters(state)):
+    for number, (master, padding) in enumerate(zip(flat_masters(state), state["group_paddings"], strict=True)):
         held = state["base_optimizer_state"]["state"].setdefault(number, {})
         if "exp_avg" not in held:
             held.pop(MOMENTUM, None)
-            held.update({name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}, step=steps[0])
+            held.update({name: master.new_zeros(master.numel() + padding) for name in ("exp_avg", "exp_avg_sq")}, step=steps[0])
 
 
 def _end_with_parent() -> None:

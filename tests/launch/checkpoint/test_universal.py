@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.checkpoint.zero_checkpoint import ZeROCheckpoint
 from training_process import launch_ranks
 
 from data.cli import UserError
 from launch.checkpoint import manifest
+from launch.checkpoint.converter import give_moments
 from launch.checkpoint.universal import _is_whole
 from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights
 from launch.engine.settings import give_own_steps
@@ -108,6 +110,23 @@ def test_an_experts_slices_are_those_of_the_ranks_that_share_it():
     assert torch.equal(_assemble("norm", (24,), [first, second], ep_size=1), whole.flatten())
     with pytest.raises(ValueError, match=r"shards of \[7, 12\] numbers do not make 2 x \(2, 3, 2\)"):
         _assemble("experts.w1", (2, 3, 2), [first[:7], second, None, None], ep_size=2)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_muons_stand_in_for_moments_is_stripped_to_the_master(padding):
+    """Three ranks and matrices of a power of two: the last partition is padded."""
+    adams = {key: torch.ones(6) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.tensor(3.0)}
+    optimizer = {
+        "single_partition_of_fp32_groups": [torch.ones(20), torch.ones(6)],
+        "group_paddings": [padding, 0],
+        "base_optimizer_state": {"state": {0: {"momentum_buffer": torch.ones(64)}, 1: adams}},
+    }
+    give_moments(optimizer)
+    ZeROCheckpoint._strip_tensor_paddings(object.__new__(ZeROCheckpoint), {"optimizer_state_dict": optimizer})
+    muons, kept = optimizer["base_optimizer_state"]["state"].values()
+    assert set(muons) == set(kept) == {"exp_avg", "exp_avg_sq", "step"} and muons["step"] == 3.0
+    assert muons["exp_avg"].equal(torch.zeros(20)) and muons["exp_avg_sq"].equal(torch.zeros(20))
+    assert kept["exp_avg"].equal(torch.ones(6))
 
 
 def test_a_master_is_the_weight_but_for_rounding():
