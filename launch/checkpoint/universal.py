@@ -45,7 +45,7 @@ def optimizer_facts(engine: DeepSpeedEngine) -> dict[str, Any]:
     rates = {bool(group.get("use_muon")): group["lr"] for group in engine.optimizer.param_groups}
     facts: dict[str, Any] = {"lr": rates[False], "state": sorted(held)}
     if True in rates:
-        facts.update(muon_lr=rates[True], offloaded=bool(getattr(engine.optimizer, "cpu_offload", False)))
+        facts["offloaded"] = bool(getattr(engine.optimizer, "cpu_offload", False))
     if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
         facts["parameters"] = [engine.param_names[p] for g in engine.optimizer.param_groups for p in g["params"]]
     return facts
@@ -100,12 +100,13 @@ def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lam
             _gather_unsharded(source, temporary, saved.optimizer["parameters"])
         else:
             run_converter(source, temporary, on_phase)
-        _complete(temporary, saved.optimizer["lr"])
+        muons = _rates(source) if MOMENTUM in saved.optimizer["state"] else {}
+        _complete(temporary, muons.get(False, saved.optimizer["lr"]))
         if saved.identity.zero_stage in (1, 2):
             for name, weight in module_weights(source):
                 check_master(load_file(temporary / "zero" / name / "fp32.pt")["param"], weight, source, name)
-        if MOMENTUM in saved.optimizer["state"]:
-            _put_momenta(source, temporary, saved.optimizer.get("muon_lr"))
+        if muons:
+            _put_momenta(source, temporary, muons[True])
         write_manifest(temporary, record_all(temporary), made_from=made_from)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -181,15 +182,22 @@ def _complete(temporary: Path, lr: float) -> None:
     torch.save({"ds_version": deepspeed.__version__, "param_groups": rates, "optimizer_state_dict": stage3}, common)
 
 
-def _put_momenta(source: Path, temporary: Path, rate: float | None) -> None:
+def _rates(source: Path) -> dict[bool, float]:
+    """The learning rates of Muon's groups (True) and of its Adam's, of the optimizer's file: what was saved before these converted
+    names the first group's alone."""
+    shard = load_file(numbered(source, "*zero_pp_rank_*_optim_states.pt")[0])
+    groups = shard["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    return {bool(group["use_muon"]): float(group["lr"]) for group in groups}
+
+
+def _put_momenta(source: Path, temporary: Path, rate: float) -> None:
     """Muon's momentum of each matrix in the place of the zeros that `give_moments` gave, and the rate that goes with it."""
     folder = temporary / "momentum"
     for name, momentum in whole_momenta(source):
         _save(folder / f"{name}.pt", momentum.float().clone())
         for moment in MOMENTS:
             (temporary / "zero" / name / f"{moment}.pt").unlink()
-    if rate is not None:
-        _save(folder / "lr.pt", rate)
+    _save(folder / "lr.pt", rate)
 
 
 def _give_shapes(zero: Path, shapes: dict[str, Any]) -> None:
@@ -227,7 +235,7 @@ def _lay_out_momenta(engine: DeepSpeedEngine, folder: Path) -> None:
     zero = engine.optimizer
     if getattr(zero, "cpu_offload", False):
         raise UserError(f"{folder}: Muon's momentum does not convert into a run with offload_optimizer; leave that out")
-    rate = load_file(folder / "lr.pt", mmap=False) if (folder / "lr.pt").exists() else None
+    rate = load_file(folder / "lr.pt", mmap=False)
     for group, matrices in zip(zero.optimizer.param_groups, zero.params_in_partition, strict=True):
         if not group.get("use_muon"):
             continue
@@ -235,8 +243,7 @@ def _lay_out_momenta(engine: DeepSpeedEngine, folder: Path) -> None:
         parts = [_own_experts(n := zero.param_names[p], p, load_file(folder / f"{n}.pt")).flatten() for p in matrices]
         if parts:  # a partition may lie past the last matrix
             zero.optimizer.state[flat] = {MOMENTUM: torch.cat(parts).to(flat.device)}  # and no step, which is Adam's
-        if rate is not None:
-            group["lr"] = rate
+        group["lr"] = rate
 
 
 def _own_experts(name: str, parameter: Any, whole: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from training_process import launch_ranks
 from data.cli import UserError
 from launch.checkpoint import manifest
 from launch.checkpoint.converter import give_moments
-from launch.checkpoint.universal import _is_whole
+from launch.checkpoint.universal import _is_whole, _rates
 from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights
 from launch.engine.settings import give_own_steps
 
@@ -127,6 +127,14 @@ def test_muons_stand_in_for_moments_is_stripped_to_the_master(padding):
     assert set(muons) == set(kept) == {"exp_avg", "exp_avg_sq", "step"} and muons["step"] == 3.0
     assert muons["exp_avg"].equal(torch.zeros(20)) and muons["exp_avg_sq"].equal(torch.zeros(20))
     assert kept["exp_avg"].equal(torch.ones(6))
+
+
+def test_muons_rates_are_those_of_its_file(tmp_path):
+    """Of a checkpoint of the version before, whose own word was the first group's rate for all."""
+    groups = [{"use_muon": use, "lr": rate} for use, rate in ((True, 0.005), (False, 0.0015), (False, 0.0015), (True, 0.005))]
+    shard = {"optimizer_state_dict": {"base_optimizer_state": {"param_groups": groups}}}
+    torch.save(shard, tmp_path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert _rates(tmp_path) == {True: 0.005, False: 0.0015}
 
 
 def test_a_master_is_the_weight_but_for_rounding():
