@@ -51,11 +51,11 @@ def named_tensors(content: Any, shapes: list[dict[str, Any]] | None) -> Iterator
         for name, at in group.items():
             yield name, flat[at]
             for kind, value in moments.get(number, {}).items():
-                if isinstance(value, Tensor) and value.shape == flat.shape:
+                # Of ZeRO 1 and 2 with the padding at the end of the last partition, which a master is saved without.
+                if kind != MOMENTUM and isinstance(value, Tensor) and value.ndim == 1 and value.numel() >= flat.numel():
                     yield f"{name} ({kind})", value[at]
-        momentum = moments.get(number, {}).get(MOMENTUM)
-        if momentum is not None and momentum.shape != flat.shape:  # Muon's, of whole matrices: no padding
-            yield f"{', '.join(group)} ({MOMENTUM})", momentum
+        if MOMENTUM in moments.get(number, {}):  # Muon's is of whole matrices, cut otherwise
+            yield f"{', '.join(group)} ({MOMENTUM})", moments[number][MOMENTUM]
 
 
 def tensors_in(item: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -93,6 +93,21 @@ def test_the_padding_of_zero_3_may_hold_anything():
         check_finite(shard([1.0, 2.0, 0.0, math.inf]), "x.pt", shapes=shapes)
 
 
+def test_moments_longer_than_their_masters_are_looked_at():
+    """The last partition's moments are saved with the padding at its end, its masters without."""
+    moment = torch.zeros(8)
+    shard = {
+        "single_partition_of_fp32_groups": [torch.zeros(6)],
+        "param_slice_mappings": [{"a": SimpleNamespace(start=0, numel=2), "b": SimpleNamespace(start=2, numel=4)}],
+        "base_optimizer_state": {"state": {0: {"exp_avg": moment, "step": torch.tensor(3.0)}}},
+    }
+    moment[7] = math.nan  # padding
+    check_finite({"optimizer_state_dict": shard}, "a file")
+    moment[5] = math.inf
+    with pytest.raises(ValueError, match=r"a file: b \(exp_avg\) holds"):
+        check_finite({"optimizer_state_dict": shard}, "a file")
+
+
 def test_muons_momentum_of_whole_matrices_is_looked_at():
     """It is longer than the partition, and cut otherwise."""
     momentum = torch.zeros(9)
