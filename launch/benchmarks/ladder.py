@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,11 @@ from data.cli import UserError
 from launch.benchmarks import small_runs
 from launch.benchmarks.checks import check_runs
 from launch.benchmarks.lines import Curve, draw, short
-from launch.benchmarks.rungs import Rungs, check, family_facts, held_out_width, plan_runs
+from launch.benchmarks.rungs import check, family_facts, held_out_width, plan_runs, with_seeds
 from launch.benchmarks.same_run import claimed
 from launch.benchmarks.scaling_law import Point, bootstrap, fit
 from launch.benchmarks.shards import Shards, epochs
-from launch.benchmarks.small_runs import train_in_turns
+from launch.benchmarks.small_runs import SmallRun, train_in_turns
 from launch.benchmarks.svg import svg_path
 from launch.benchmarks.trials import announce, judged, plan_trials
 from launch.benchmarks.trials import in_words as trials_in_words
@@ -85,7 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tune_tokens", type=float, metavar="T", help="of these trials (default: the most of --tokens)")
     parser.add_argument("--target_tokens", type=float, default=20e9, metavar="T", help="at which 60m and 800m are predicted")
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights and data order")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1234],
+        metavar="N",
+        help="of weights and data order; the law goes through their means; rates and batches are tried with the first",
+    )
     parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw what was measured, and the law dashed, there")
     parser.add_argument("--draws", type=int, default=100, metavar="N", help="bootstrapped laws behind an interval")
 
@@ -95,16 +103,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     shards = Shards()
     train, _ = shards.of(arguments.data, arguments.sequence_length)
     rungs = plan_runs(arguments, train.vocab_size)
-    trials = plan_trials(arguments, rungs)
-    runs = (*rungs.values(), *trials.values())
+    trials, family = plan_trials(arguments, rungs), with_seeds(rungs, arguments.seeds)
+    of_family = [one for runs in family.values() for one in runs]
+    runs = (*of_family, *trials.values())
     check_runs(runs, shards)
     times_read = epochs(train, max(one.tokens for one in runs))
     with claimed(runs, shards):
-        announce(rungs, trials, times_read)
+        announce(of_family, trials, times_read)
         failed = train_in_turns(runs)
-    if missing := [failed[one.name] for one in rungs.values() if one.name in failed]:
+    if missing := [failed[one.name] for one in of_family if one.name in failed]:
         raise UserError("; ".join(missing))
-    result = climb(measured(rungs), held_out=held_out_width(arguments), draws=arguments.draws)
+    bits = {key: [bits_of(one) for one in runs] for key, runs in family.items()}
+    points = {key: (float(one.active), float(one.tokens), fmean(bits[key])) for key, one in rungs.items()}
+    result = climb(points, held_out=held_out_width(arguments), draws=arguments.draws)
+    for point, of_seeds in zip(result["points"], bits.values(), strict=True):
+        point["of_seeds"] = of_seeds
     result |= judged({key: one for key, one in trials.items() if one.name not in failed})
     result |= {"family": family_facts(arguments, rungs), "epochs": times_read}
     result["predictions"] = predict(result, arguments)
@@ -116,15 +129,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**result, "failed": failed}
 
 
-def measured(rungs: Rungs) -> dict[tuple[int, float], Point]:
+def bits_of(one: SmallRun) -> float:
     """What the law is fitted to. Raises UserError for a run that diverged."""
-    points = {}
-    for key, one in rungs.items():
-        bits = one.result()["bits"][-1]
-        if not math.isfinite(bits):
-            raise UserError(f"{one.name} diverged, and no law goes through that: lower the learning rate, name another --folder")
-        points[key] = (float(one.active), float(one.tokens), bits)
-    return points
+    bits = float(one.result()["bits"][-1])
+    if not math.isfinite(bits):
+        raise UserError(f"{one.name} diverged, and no law goes through that: lower the learning rate, name another --folder")
+    return bits
 
 
 def climb(points: dict[tuple[int, float], Point], *, held_out: int | None, draws: int) -> dict[str, Any]:
@@ -178,10 +188,11 @@ def show(result: dict[str, Any]) -> None:
 
     law = Law(**result["law"])
     rows = [
-        [p["hidden"], short(p["active"]), short(p["tokens"]), p["bits"], law.bits(p["active"], p["tokens"])]
+        [p["hidden"], short(p["active"]), short(p["tokens"]), p["bits"], *seeds_range(p), law.bits(p["active"], p["tokens"])]
         for p in result["points"]
     ]
-    print_table("validation bits per byte", ["width", "active", "tokens", "measured", "law"], rows)
+    several = ["least", "greatest"] if seeds_range(result["points"][0]) else []
+    print_table("validation bits per byte", ["width", "active", "tokens", "measured", *several, "law"], rows)
     if trials := result["trials"]:
         rows = [
             [one["hidden"], one["learning_rate"], short(one["batch_tokens"]), short(one["tokens"]), one["bits"]] for one in trials
@@ -193,6 +204,12 @@ def show(result: dict[str, Any]) -> None:
         print(f"width {result['held_out']} was not fitted: off by {result['held_out_error']:.1%} at most")
     for name, found in result["predictions"].items():
         print("\n".join([f"{name}:", *(f"  {line}" for line in in_words(found, tokens=found["target_tokens"]))]))
+
+
+def seeds_range(point: dict[str, Any]) -> list[float]:
+    """Least and greatest of several seeds; of one, nothing."""
+    of_seeds = point.get("of_seeds", ())
+    return [min(of_seeds), max(of_seeds)] if len(of_seeds) > 1 else []
 
 
 def draw_chart(path: Path, result: dict[str, Any]) -> None:
@@ -208,12 +225,18 @@ def draw_chart(path: Path, result: dict[str, Any]) -> None:
     draw(path, panels, "Validation bits per byte, measured and by the law (dashed)", unit="bits per byte")
 
 
-def two_curves(name: str, across: str, points: list[dict[str, float]], law: Law) -> list[Curve]:
+def two_curves(name: str, across: str, points: list[dict[str, Any]], law: Law) -> list[Curve]:
     """Of points that differ in `across` alone: what was measured, and the law between the least and the greatest."""
     x = [p[across] for p in points]
     between = [{**points[0], across: value} for value in np.geomspace(min(x), max(x), 32)]
     expected = [law.bits(p["active"], p["tokens"]) for p in between]
     return [
-        Curve(name=name, points=[(p[across], *3 * (p["bits"],)) for p in points]),
+        Curve(name=name, points=[(p[across], *band(p)) for p in points]),
         Curve(name=name, points=[(p[across], *3 * (y,)) for p, y in zip(between, expected, strict=True)], computed=True),
     ]
+
+
+def band(point: dict[str, Any]) -> tuple[float, float, float]:
+    """Least of the seeds, their mean, greatest."""
+    least, greatest = seeds_range(point) or 2 * [point["bits"]]
+    return least, point["bits"], greatest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from typing import Any
 
 from data.cli import UserError
@@ -53,6 +54,8 @@ def check(arguments: argparse.Namespace) -> None:
         for value in given:
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"--{name} must be over 0, got {value:g}")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: give each seed once")
     if not math.isfinite(arguments.rate_exponent):
         raise UserError(f"--rate_exponent must be a number such as 0.5, got {arguments.rate_exponent}")
     if arguments.rate_hidden is not None and (arguments.rate_hidden < 1 or not arguments.rate_exponent):
@@ -134,12 +137,20 @@ def plan_run(arguments: argparse.Namespace, settings: dict[str, Any], vocabulary
         deepspeed_config=arguments.deepspeed_config,
         data=tuple(arguments.data),
         steps=max(1, round(tokens / settings["train_batch_size"] / arguments.sequence_length)),
-        seed=arguments.seed,
+        seed=arguments.seeds[0],
         sequence_length=arguments.sequence_length,
         evaluations=1,
         eval_batches=arguments.eval_batches,
         ranks=arguments.ranks,
     )
+
+
+def with_seeds(rungs: Rungs, seeds: list[int]) -> dict[tuple[int, float], list[SmallRun]]:
+    """Each rung with every seed; the first's is the rung itself."""
+    return {
+        key: [one, *(replace(one, seed=seed, folder=one.folder.with_name(f"{one.folder.name}_seed_{seed}")) for seed in seeds[1:])]
+        for key, one in rungs.items()
+    }
 
 
 def longest_of(rungs: Rungs, hidden: int) -> SmallRun:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,18 +57,18 @@ def plan_trial(arguments: argparse.Namespace, family_run: SmallRun, rate: float,
     return replace(family_run, deepspeed=settings, steps=steps, folder=folder)
 
 
-def announce(rungs: Rungs, trials: Trials, times_read: float) -> None:
+def announce(family: Sequence[SmallRun], trials: Trials, times_read: float) -> None:
     """What it will cost, and whether the data are enough for it."""
-    trained = list({one.folder: one for one in (*rungs.values(), *trials.values())}.values())
+    trained = list({one.folder: one for one in (*family, *trials.values())}.values())
     flops = {one.folder: one.flops for one in trained}
     done = sum(one.is_done(one.steps) for one in trained)
     words = f"{counted(len(trained), 'run')}, {sum(flops.values()):.2g} FLOPs"
-    extra = [one for one in trials.values() if one not in rungs.values()]
+    extra = [one for one in trials.values() if one not in family]
     if extra:
         share = sum(flops[one.folder] for one in extra) / sum(flops.values())
         widths = " ".join(str(hidden) for hidden in dict.fromkeys(hidden for hidden, _, _ in trials))
         words += (
-            f": {len(rungs)} of the family, {len(extra)} more to try rates and batches on width {widths} for "
+            f": {len(family)} of the family, {len(extra)} more to try rates and batches on width {widths} for "
             f"{extra[0].tokens / 1e6:.3g} M tokens ({share:.0%})"
         )
     say(words + (f"; already done: {done}" if done else ""))

@@ -226,6 +226,29 @@ def test_a_ladder_of_a_known_law(
     check_the_plan(tmp_path / "l.json")
 
 
+def test_the_law_goes_through_the_means_of_the_seeds(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each seed is off by 5 %, to either side; the first one's runs lie where a ladder of one seed has them."""
+    truth, off = Law(A=60.0, B=80.0, E=0.6, alpha=0.3, beta=0.3), {1234: 0.95, 7: 1.05}
+    monkeypatch.setattr(SmallRun, "train", lambda one, stop_after: None)
+    monkeypatch.setattr(SmallRun, "result", lambda one: {"bits": [9.0, truth.bits(one.active, one.tokens) * off[one.seed]]})
+    flags = ["--data", small_shards, "--hidden", 64, 128, 192, 256, "--tokens", 409600, 819200, 1638400, "--draws", 2]
+    flags += ["--deepspeed_config", CPU, "--folder", tmp_path / "runs", "--held_out_tokens", 409600]
+    one_seed, both = parse(*flags), parse(*flags, "--seeds", 1234, 7, "--chart", tmp_path / "l.svg")
+    first = rungs.plan_runs(one_seed, VOCABULARY)
+    assert rungs.plan_runs(both, VOCABULARY) == first
+    runs = rungs.with_seeds(first, both.seeds)
+    assert all(one == first[key] and other.seed == 7 and other.folder != one.folder for key, (one, other) in runs.items())
+    found = ladder.run(both)
+    assert found["fit_error"] < 0.002 and found["held_out_error"] < 0.002 and len(found["points"]) == 10
+    assert all(p["of_seeds"] == pytest.approx([p["bits"] * 0.95, p["bits"] * 1.05]) for p in found["points"])
+    said = capsys.readouterr()
+    assert "20 runs, " in said.err and "least  greatest" in said.out
+    assert ladder.run(one_seed)["fit_error"] < 0.002
+    assert "greatest" not in capsys.readouterr().out
+
+
 def test_a_width_trains_at_its_own_rate_beside_the_runs_at_one_rate(small_shards: Path, tmp_path: Path) -> None:
     flags = ["--data", small_shards, "--hidden", 64, 128, 256, "--tokens", 409600, 819200, "--folder", tmp_path]
     flags += ["--deepspeed_config", CPU]  # at 0.002
@@ -348,7 +371,8 @@ def test_a_run_that_diverged_makes_no_law(tmp_path: Path, monkeypatch: pytest.Mo
     bits[lost.folder] = [9.0, float("nan")]
     monkeypatch.setattr(SmallRun, "result", lambda one: {"bits": bits[one.folder]})
     with pytest.raises(UserError, match="hidden_64 tokens_1600000 diverged, and no law goes through that"):
-        ladder.measured(planned)
+        for one in planned.values():
+            ladder.bits_of(one)
     assert trials.judged(made)["preferred"]["learning_rate"] == 9
     alone = trials.judged({first: lost})
     assert alone["preferred"] is None and alone["best_rates"] == {}
@@ -398,6 +422,7 @@ def test_what_cannot_be_a_ladder_is_said(tmp_path: Path) -> None:
         "--draws must be at least 1": ["--draws", 0],
         "--target_tokens must be over 0, got nan": ["--target_tokens", "nan"],
         "--learning_rates must be over 0": ["--learning_rates", 0],
+        "--seeds 7 7: give each seed once": ["--seeds", 7, 7],
         "--rate_hidden 64 must be a width, and goes with": ["--rate_hidden", 64],
         "--held_out_tokens 5 must be some of --tokens": ["--held_out_tokens", 5],
         "must be some of --tokens, and goes with a width": ["--held_out", "none", "--held_out_tokens", 409600],
