@@ -118,6 +118,14 @@ class Ranks:
 
         self.until(said, f"{text!r} in the log", timeout)
 
+    def until_paused(self, rank: int, where: str = "") -> None:
+        """What `faults/pausing.py` does to a rank: it says so first, and a SIGCONT before the stop would be lost."""
+        self.until_said(f"rank {rank} pauses{where}")
+        self.until(lambda: self._state(rank) == "T", f"stop of rank {rank}")
+
+    def _state(self, rank: int) -> str:
+        return Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0]
+
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 

@@ -113,7 +113,7 @@ def strike(site: Site, output: Path, at: str, number: int, ranks: list[int] | No
     all), and let it go on. Returns when all have ended; that the fault struck where it should is in the log."""
     running = site.start(output, pause_at=at, **changes)
     paused, step, phase = at.split("/", 2)
-    running.until_said(f"rank {paused} pauses at step {step}, {phase}")
+    running.until_paused(int(paused), f" at step {step}, {phase}")
     running.signal(number, ranks)
     running.signal(signal.SIGCONT, [int(paused)])
     running.wait()

@@ -84,7 +84,7 @@ def test_a_disk_that_fills_up_under_checkpoints_and_logs(site: Site, whole: Path
     """Something else fills the disk while a rank pauses before a save; with room again, the same command goes on to the bit."""
     run = small_disk / "run"
     running = site.start(run, pause_at="0/7/loading data", keep_last=1)
-    running.until_said("rank 0 pauses")
+    running.until_paused(0)
     filler = fill(small_disk, leave=0)
     running.signal(signal.SIGCONT)
     assert running.wait() == [2, 2], running.text()

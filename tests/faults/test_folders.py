@@ -17,7 +17,7 @@ OTHER_BYTES = str(Path(__file__).with_name("other_bytes.py"))
 def test_a_folder_deleted_under_a_run_is_said_and_made_anew(site: Site, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     running = site.start(run, pause_at="0/5/forward")
-    running.until_said("rank 0 pauses at step 5, forward")
+    running.until_paused(0, " at step 5, forward")
     shutil.rmtree(run)
     running.signal(signal.SIGCONT, [0])
     assert running.wait() == [0, 0], running.text()[-6000:]

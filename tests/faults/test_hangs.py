@@ -25,7 +25,7 @@ def last_lines(running: Ranks) -> list[str]:
 def test_a_stopped_rank_is_named(site: Site, whole: Path, tmp_path: Path, stopped: int) -> None:
     run = tmp_path / "run"
     running = site.start(run, pause_at=f"{stopped}/5/backward", stall_timeout=STALL)
-    running.until_said(f"rank {stopped} pauses at step 5, backward")
+    running.until_paused(stopped, " at step 5, backward")
     paused = time.monotonic()
     other = 1 - stopped
     running.until(lambda: other in running.poll(), "end of the other rank", timeout=120)
@@ -93,7 +93,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(site: Site, whole: Path, tmp
     """A laptop's sleep, `scontrol suspend`, a paused VM: longer than the silence that is a fault while awake."""
     run = tmp_path / "run"
     running = site.start(run, pause_at="1/5/backward", stall_timeout=STALL)
-    running.until_said("rank 1 pauses at step 5, backward")
+    running.until_paused(1, " at step 5, backward")
     running.signal(signal.SIGSTOP)
     time.sleep(STALL + 8)
     running.signal(signal.SIGCONT)

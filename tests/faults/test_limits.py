@@ -74,7 +74,7 @@ def test_cpu_time_that_runs_out_on_one_rank_saves(site: Site, whole: Path, tmp_p
     """The kernel's SIGXCPU killed the rank, and the steps since the last save were lost."""
     run = tmp_path / "run"
     running = site.start(run, script=PAUSING, pause_at="0/6/loading data")
-    running.until_said("rank 0 pauses at step 6")
+    running.until_paused(0, " at step 6")
     pid = running.pids[1]
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

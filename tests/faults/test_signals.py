@@ -47,7 +47,7 @@ def test_each_signal_at_each_place(site: Site, whole: Path, tmp_path: Path, wher
 def test_a_second_signal_stops_at_once(site: Site, tmp_path: Path) -> None:
     run = tmp_path / "run"
     running = site.start(run, pause_at="0/8/saving: writing")
-    running.until_said("rank 0 pauses")
+    running.until_paused(0)
     running.signal(signal.SIGINT, [1])
     time.sleep(0.3)  # two signals that are pending together are one
     running.signal(signal.SIGINT, [1])
