@@ -34,7 +34,7 @@ def find_checkpoint(path: Path, tag: str) -> Path:
     steps = sorted(CheckpointFolder(folder).steps())
     if steps:
         there = f"it has {', '.join(f'step_{s}' for s in steps)}; name one with --tag"
-    elif (path / "log.txt").is_file():
+    elif (path / "metrics.jsonl").is_file():
         there = "the run has saved none yet; see its --save_interval"
     else:
         there = "is it a run's folder?"

@@ -142,7 +142,7 @@ def test_mistakes_are_one_sentence_and_touch_nothing(runs, tmp_path):
     assert "it has step_2" in refused("--checkpoint", run, "--output", out, "--tag", "step_9")
     assert "is it a run's folder" in refused("--checkpoint", tmp_path, "--output", out)
     (tmp_path / "young").mkdir()
-    (tmp_path / "young" / "log.txt").touch()
+    (tmp_path / "young" / "metrics.jsonl").touch()
     assert "has saved none yet; see its --save_interval" in refused("--checkpoint", tmp_path / "young", "--output", out)
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
