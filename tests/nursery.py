@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support import process_stat
+
 ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1
 
@@ -121,10 +123,7 @@ class Ranks:
     def until_paused(self, rank: int, where: str = "") -> None:
         """What `faults/pausing.py` does to a rank: it says so first, and a SIGCONT before the stop would be lost."""
         self.until_said(f"rank {rank} pauses{where}")
-        self.until(lambda: self._state(rank) == "T", f"stop of rank {rank}")
-
-    def _state(self, rank: int) -> str:
-        return Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0]
+        self.until(lambda: process_stat(self.pids[rank])[0] == "T", f"stop of rank {rank}")
 
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""

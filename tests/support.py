@@ -24,6 +24,11 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def process_stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat (proc_pid_stat(5)) after the name, which may hold anything: the state is the first."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def fill_pipe(writer: int) -> None:
     """Until nothing more goes in: a terminal on hold, which nobody reads."""
     os.set_blocking(writer, False)

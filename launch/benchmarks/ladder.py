@@ -187,12 +187,13 @@ def show(result: dict[str, Any]) -> None:
     from launch.benchmarks.measure import print_table
 
     law = Law(**result["law"])
-    rows = [
-        [p["hidden"], short(p["active"]), short(p["tokens"]), p["bits"], *seeds_range(p), law.bits(p["active"], p["tokens"])]
-        for p in result["points"]
-    ]
-    several = ["least", "greatest"] if seeds_range(result["points"][0]) else []
-    print_table("validation bits per byte", ["width", "active", "tokens", "measured", *several, "law"], rows)
+    several = len(result["points"][0]["of_seeds"]) > 1
+    rows = []
+    for p in result["points"]:
+        of_seeds = band(p)[::2] if several else ()
+        rows.append([p["hidden"], short(p["active"]), short(p["tokens"]), p["bits"], *of_seeds, law.bits(p["active"], p["tokens"])])
+    columns = ["width", "active", "tokens", "measured", *(["least", "greatest"] if several else ()), "law"]
+    print_table("validation bits per byte", columns, rows)
     if trials := result["trials"]:
         rows = [
             [one["hidden"], one["learning_rate"], short(one["batch_tokens"]), short(one["tokens"]), one["bits"]] for one in trials
@@ -204,12 +205,6 @@ def show(result: dict[str, Any]) -> None:
         print(f"width {result['held_out']} was not fitted: off by {result['held_out_error']:.1%} at most")
     for name, found in result["predictions"].items():
         print("\n".join([f"{name}:", *(f"  {line}" for line in in_words(found, tokens=found["target_tokens"]))]))
-
-
-def seeds_range(point: dict[str, Any]) -> list[float]:
-    """Least and greatest of several seeds; of one, nothing."""
-    of_seeds = point.get("of_seeds", ())
-    return [min(of_seeds), max(of_seeds)] if len(of_seeds) > 1 else []
 
 
 def draw_chart(path: Path, result: dict[str, Any]) -> None:
@@ -238,5 +233,4 @@ def two_curves(name: str, across: str, points: list[dict[str, Any]], law: Law) -
 
 def band(point: dict[str, Any]) -> tuple[float, float, float]:
     """Least of the seeds, their mean, greatest."""
-    least, greatest = seeds_range(point) or 2 * [point["bits"]]
-    return least, point["bits"], greatest
+    return min(point["of_seeds"]), point["bits"], max(point["of_seeds"])

@@ -84,8 +84,7 @@ def plain(value: Any) -> Any:
 def check(arguments: argparse.Namespace) -> None:
     """The flags by themselves. Raises UserError."""
     small_runs.check_counts(arguments, "max_steps", "evaluations", "slices")
-    if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: give each seed once")
+    small_runs.check_seeds(arguments.seeds)
 
 
 def plan_runs(arguments: argparse.Namespace) -> Runs:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from data.cli import UserError
-from launch.benchmarks.small_runs import SmallRun, check_counts
+from launch.benchmarks.small_runs import SmallRun, check_counts, check_seeds
 from launch.benchmarks.variants import merged
 from launch.engine.strategy import lookup, read_config
 from model import MoEGPTConfig
@@ -54,8 +54,7 @@ def check(arguments: argparse.Namespace) -> None:
         for value in given:
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"--{name} must be over 0, got {value:g}")
-    if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: give each seed once")
+    check_seeds(arguments.seeds)
     if not math.isfinite(arguments.rate_exponent):
         raise UserError(f"--rate_exponent must be a number such as 0.5, got {arguments.rate_exponent}")
     if arguments.rate_hidden is not None and (arguments.rate_hidden < 1 or not arguments.rate_exponent):

@@ -62,6 +62,11 @@ def check_counts(arguments: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: give each seed once")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SmallRun:
     """One training: `python launch/train.py` or, on several ranks, the `deepspeed` launcher's."""

@@ -28,8 +28,16 @@ from launch.checkpoint.manifest import FileRecord, find_manifest, first_damage, 
 from launch.checkpoint.publish import publish, working_name
 from launch.checkpoint.state import STATE, read_state
 from launch.checkpoint.unpickle import load_file, save_stages_by_value
-from launch.checkpoint.weights import EXPERT_WEIGHT, MOMENTUM, check_master, module_weights, numbered, whole_momenta
-from launch.engine.settings import give_own_steps
+from launch.checkpoint.weights import (
+    EXPERT_WEIGHT,
+    MOMENTUM,
+    check_master,
+    module_weights,
+    numbered,
+    optimizer_shards,
+    whole_momenta,
+)
+from launch.engine.settings import counting, give_own_steps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: More parameter groups than an optimizer of ours has; DeepSpeed pairs them by position and stops at the shorter list.
@@ -185,7 +193,7 @@ def _complete(temporary: Path, lr: float) -> None:
 def _rates(source: Path) -> dict[bool, float]:
     """The learning rates of Muon's groups (True) and of its Adam's, of the optimizer's file: what was saved before these converted
     names the first group's alone."""
-    shard = load_file(numbered(source, "*zero_pp_rank_*_optim_states.pt")[0])
+    shard = load_file(optimizer_shards(source)[0])
     groups = shard["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
     return {bool(group["use_muon"]): float(group["lr"]) for group in groups}
 
@@ -226,7 +234,7 @@ def load(engine: DeepSpeedEngine, folder: Path) -> None:
             _lay_out_momenta(engine, folder / "momentum")
     for group, mine in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(mine)
-    give_own_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
+    give_own_steps(counting(engine.optimizer))
 
 
 def _lay_out_momenta(engine: DeepSpeedEngine, folder: Path) -> None:

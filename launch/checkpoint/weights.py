@@ -37,6 +37,11 @@ def numbered(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=lambda p: [int(n) for n in re.findall(r"_(\d+)", p.name)])
 
 
+def optimizer_shards(folder: Path) -> list[Path]:
+    """The ranks' parts of the optimizer; none without ZeRO."""
+    return numbered(folder, "*zero_pp_rank_*_optim_states.pt")
+
+
 def module_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter as the engine computed with it (bf16 in a bf16 run). ZeRO 0 to 2."""
     return ((name, read()) for name, read in _module_readers(folder).items())
@@ -44,8 +49,9 @@ def module_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _module_readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
     model = load_file(folder / "mp_rank_00_model_states.pt")
+    module = model["module"]
     readers: dict[str, Callable[[], Tensor]] = {
-        name: partial(_itself, weight) for name, weight in model["module"].items() if name not in model["buffer_names"]
+        name: partial(module.__getitem__, name) for name in module if name not in model["buffer_names"]
     }
     for layer in model["ds_autoep_layers"]:
         files = numbered(folder, f"layer_{layer['moe_layer_id']}_expert_*_model_states.pt")
@@ -54,10 +60,6 @@ def _module_readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
             name = f"{layer['expert_key_prefix']}.{weight}"
             readers[name] = partial(_stacked, experts, name)
     return readers
-
-
-def _itself(weight: Tensor) -> Tensor:
-    return weight
 
 
 def _stacked(experts: list[dict[str, Tensor]], name: str) -> Tensor:
@@ -70,7 +72,7 @@ def master_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     In ZeRO 0 the module's own weights are the masters. Raises UserError where the shards do not add up to a parameter, or
     (ZeRO 1 and 2) to another one than the engine computed with.
     """
-    shards = numbered(folder, "*zero_pp_rank_*_optim_states.pt")
+    shards = optimizer_shards(folder)
     if not shards:
         for name, weight in module_weights(folder):
             yield name, weight.float()
@@ -106,7 +108,7 @@ def whole_momenta(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Muon's momentum of every matrix, whole, of a checkpoint of ZeRO 1 or 2 without offload. Raises UserError where one lacks."""
     first = load_file(folder / "mp_rank_00_model_states.pt")
     shapes = {name: tuple(shape) for group in first["param_shapes"] for name, shape in group.items()}
-    states = (load_file(shard)["optimizer_state_dict"] for shard in numbered(folder, "*zero_pp_rank_*_optim_states.pt"))
+    states = (load_file(shard)["optimizer_state_dict"] for shard in optimizer_shards(folder))
     ranks = [dict(_momenta(state, shapes)) for state in states]
     size = first["ds_autoep_layers"][0]["ep_size"]
     for name in (name for name in shapes if any(name in rank for rank in ranks)):

@@ -48,7 +48,7 @@ class EngineSettings:
                 vars(optimizer.loss_scaler).update(self._scaler_settings)  # and its scale goes on
             else:
                 optimizer.loss_scaler = self._scaler
-        if isinstance(inner := counting(getattr(optimizer, "optimizer", optimizer)), torch.optim.Adam):
+        if isinstance(inner := counting(optimizer), torch.optim.Adam):
             give_own_steps(inner)  # `fused` may have changed, and with it where the kernel reads them
         self._apply_rate()
 
@@ -78,9 +78,11 @@ def _settings(of: Any, state: tuple[str, ...]) -> dict[str, Any]:
     return {k: v for k, v in vars(of).items() if k not in state and isinstance(v, PLAIN)}
 
 
-def counting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The one that counts steps: Muon hands what is no matrix to an Adam of its own, which has the same state."""
-    return getattr(optimizer, "aux_optimizer", None) or optimizer
+def counting(optimizer: Any) -> torch.optim.Optimizer:
+    """The one that counts steps, of an engine's: in ZeRO's wrapper, and in Muon, which hands what is no matrix to an Adam of its
+    own that has the same state."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return getattr(inner, "aux_optimizer", None) or inner
 
 
 def give_own_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -89,7 +91,6 @@ def give_own_steps(optimizer: torch.optim.Optimizer) -> None:
     DeepSpeed puts the tensor into the states that the file held: on the host, where a fused kernel on a GPU would read at that
     address of its own memory, and under ZeRO 3 the same one into all, which then counts once for each group (5, 8, 11, ...).
     """
-    optimizer = counting(optimizer)
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for parameter, state in optimizer.state.items():
         if "step" not in state:

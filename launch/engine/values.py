@@ -27,29 +27,36 @@ WARMUP_TYPES = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
 #: What DeepSpeed takes out of an Adam's parameters before it makes one.
 SWITCHES = {ADAM_W_MODE, TORCH_ADAM_PARAM, "fp32_optimizer_states"}
 _JUDGED = "by the norm of its gradients a step is taken or skipped"
-#: Settings that DeepSpeed takes and that are wrong here: the one value that is right, and why. Each was seen to fail, or to go
+#: Settings that DeepSpeed takes and that are wrong here: the values that are right, and why. Each was seen to fail, or to go
 #: wrong without a word, on two or four ranks.
-ONLY: dict[str, tuple[Any, str]] = {
+ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     # Where one is off DeepSpeed takes no norm, or takes a step whose norm it was told is invalid: the `StepHook` has no veto, and
     # the rehearsal trains.
-    "zero_optimization.compute_grad_norm": (True, _JUDGED),
-    "bf16.check_grad_overflow": (True, _JUDGED),
+    "zero_optimization.compute_grad_norm": ((True,), _JUDGED),
+    "bf16.check_grad_overflow": ((True,), _JUDGED),
     "zero_optimization.round_robin_gradients": (
-        False,
+        (False,),
         "DeepSpeed then writes down another order of the weights than they have, and what is exported or converted is wrong",
     ),
-    "zero_optimization.elastic_checkpoint": (False, "DeepSpeed cannot load what it then saves; other numbers of ranks need it not"),
+    "zero_optimization.elastic_checkpoint": (
+        (False,),
+        "DeepSpeed cannot load what it then saves; other numbers of ranks need it not",
+    ),
     "zero_optimization.load_from_fp32_weights": (
-        True,
+        (True,),
         "a resume would begin from weights rounded to the dtype of training, and not be the run that was stopped",
     ),
-    "zero_optimization.legacy_stage1": (False, "DeepSpeed has removed it"),
+    "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has removed it"),
     "use_data_before_expert_parallelism": (
-        False,
+        (False,),
         "the copies of an expert then lie on other ranks than exports and conversions read them from",
     ),
-    "data_efficiency.enabled": (False, "it is for DeepSpeed's own data loader, which reads nothing here"),
-    "hybrid_engine.enabled": (False, "it is for a model that generates while it trains"),
+    "tensor_parallel.autotp_size": (
+        (0, 1),  # both are none
+        "ranks share samples and experts here, no single matrix; see expert_parallel.autoep_size",
+    ),
+    "data_efficiency.enabled": ((False,), "it is for DeepSpeed's own data loader, which reads nothing here"),
+    "hybrid_engine.enabled": ((False,), "it is for a model that generates while it trains"),
 }
 PRESET = "deepseek_v3"  # of AutoEP: how the model names and computes its experts
 
@@ -65,13 +72,8 @@ def check_values(config: dict[str, Any], path: Path) -> None:
     if (clipping := config.get("gradient_clipping", 0.0)) < 0:
         raise UserError(f"{path}: gradient_clipping must be 0 (none) or a norm, not {clipping}")
     for key, (right, reason) in ONLY.items():
-        if (value := lookup(config, key, right)) != right:
-            raise UserError(f"{path}: {key} must be {shown(right)}, not {shown(value)}: {reason}")
-    if (size := lookup(config, "tensor_parallel.autotp_size", 0)) not in (0, 1):  # both are none
-        raise UserError(
-            f"{path}: tensor_parallel.autotp_size must be 0 or 1, not {shown(size)}: ranks share samples and experts here, no "
-            "single matrix; see expert_parallel.autoep_size"
-        )
+        if (value := lookup(config, key, right[0])) not in right:
+            raise UserError(f"{path}: {key} must be {' or '.join(map(shown, right))}, not {shown(value)}: {reason}")
     if "writer" in (config.get("checkpoint") or {}):
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"

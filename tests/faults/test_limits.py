@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from nursery import ROOT
 from runs import PAUSING, Site, assert_same, last_saved, lost_bytes, struck
+from support import process_stat
 
 from data.cli import as_user_error
 from launch.ranks.join import MOST_OPEN_FILES, raise_open_files
@@ -76,7 +77,7 @@ def test_cpu_time_that_runs_out_on_one_rank_saves(site: Site, whole: Path, tmp_p
     running = site.start(run, script=PAUSING, pause_at="0/6/loading data")
     running.until_paused(0, " at step 6")
     pid = running.pids[1]
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = process_stat(pid)
     used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     resource.prlimit(pid, resource.RLIMIT_CPU, (max(math.floor(used), 1), resource.RLIM_INFINITY))
     running.signal(signal.SIGCONT, [0])

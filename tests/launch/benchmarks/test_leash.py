@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, process_stat
 
 from launch.benchmarks.leash import run_leashed
 
@@ -52,7 +52,7 @@ def start(folder: Path, saving: float) -> subprocess.Popen[bytes]:
 def alive(pid: int) -> bool:
     """A zombie, which waits for its reaper, is not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return process_stat(pid)[0] != "Z"
     except FileNotFoundError:
         return False
 

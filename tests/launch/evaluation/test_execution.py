@@ -9,9 +9,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
+from support import process_stat
 
 from data.cli import UserError
 from launch.evaluation.execution import execute, execute_all
@@ -269,7 +269,7 @@ def test_a_killed_evaluation_leaves_nothing_that_runs(name: str) -> None:
 
 def runs(process: int) -> bool:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return process_stat(process)[0] != "Z"
     except OSError:
         return False
 
