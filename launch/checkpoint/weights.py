@@ -108,8 +108,7 @@ def whole_momenta(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Muon's momentum of every matrix, whole, of a checkpoint of ZeRO 1 or 2 without offload. Raises UserError where one lacks."""
     first = load_file(folder / "mp_rank_00_model_states.pt")
     shapes = {name: tuple(shape) for group in first["param_shapes"] for name, shape in group.items()}
-    states = (load_file(shard)["optimizer_state_dict"] for shard in optimizer_shards(folder))
-    ranks = [dict(_momenta(state, shapes)) for state in states]
+    ranks = [dict(_momenta(shard, shapes)) for shard in optimizer_shards(folder)]
     size = first["ds_autoep_layers"][0]["ep_size"]
     for name in (name for name in shapes if any(name in rank for rank in ranks)):
         ep_size = size if EXPERT_WEIGHT.search(name) else 1
@@ -120,9 +119,10 @@ def whole_momenta(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.cat(there)
 
 
-def _momenta(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+def _momenta(shard: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """One rank's: the matrices that its partition overlaps, whole and end to end, though it steps only its slice of the first and
     the last. See `_muon_momentum_buffer` in deepspeed/runtime/zero/stage_1_and_2.py."""
+    state = load_file(shard)["optimizer_state_dict"]
     moments = flat_moments(state)
     for number, group in enumerate(placements(state, [])):
         momentum = moments.get(number, {}).get(MOMENTUM)
@@ -130,7 +130,7 @@ def _momenta(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
             continue
         sizes = [math.prod(shapes[name]) for name in group]
         if sum(sizes) != momentum.numel():
-            raise UserError(f"a momentum of {momentum.numel()} numbers is none of matrices of {sizes}")
+            raise UserError(f"{shard}: a momentum of {momentum.numel()} numbers is none of matrices of {sizes}")
         for name, part in zip(group, momentum.split(sizes), strict=True):
             yield name, part.view(shapes[name])
 

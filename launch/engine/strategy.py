@@ -176,6 +176,8 @@ def resolve_config(config: dict[str, Any], path: Path, *, world_size: int, num_e
     _resolve_batch(config, path, world_size)
     _resolve_schedule(config, max_steps)
     _check_expert_parallel(config, path, world_size, num_experts)
+    if lookup(config, "fp16.enabled", False) and lookup(config, "zero_optimization.stage", 0) == 0:
+        raise UserError(f"{path}: fp16.enabled needs zero_optimization.stage 1, 2 or 3: without ZeRO no checkpoint can be written")
     config.setdefault("steps_per_print", 2**31)  # our own log lines replace DeepSpeed's
     config.setdefault("wall_clock_breakdown", False)
     return config

@@ -74,7 +74,7 @@ def check_values(config: dict[str, Any], path: Path) -> None:
     for key, (right, reason) in ONLY.items():
         if (value := lookup(config, key, right[0])) not in right:
             raise UserError(f"{path}: {key} must be {' or '.join(map(shown, right))}, not {shown(value)}: {reason}")
-    if "writer" in (config.get("checkpoint") or {}):
+    if lookup(config, "checkpoint.writer") is not None:
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"
         )

@@ -143,6 +143,4 @@ def resolve_settings(
     device, chosen = get_accelerator(), strategy.Strategy.of(resolved)
     if chosen.dtype == "float16" and not device.is_fp16_supported():
         raise UserError(f"{path}: fp16.enabled: the {device.device_name().upper()} cannot train in fp16; use bf16.enabled")
-    if chosen.dtype == "float16" and chosen.zero_stage == 0:
-        raise UserError(f"{path}: fp16.enabled needs zero_optimization.stage 1, 2 or 3: without ZeRO no checkpoint can be written")
     return resolved

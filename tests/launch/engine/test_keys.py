@@ -173,6 +173,7 @@ def test_a_right_key_with_a_wrong_value_is_refused(key: str, value: Any, wanted:
         ("flops_profiler", {"enabled": True, "profile_step": 5}),
         ("comms_logger", {"enabled": False, "verbose": True}),
         ("checkpoint", {"tag_validation": "Warn"}),
+        ("checkpoint", {"writer": None}),
         ("tensor_parallel", {"autotp_size": 0}),  # DeepSpeed's default
         ("tensor_parallel", {"autotp_size": 1}),
         ("optimizer", {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}),

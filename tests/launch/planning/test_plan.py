@@ -129,6 +129,15 @@ def test_a_mistake_is_one_sentence(flags: list, said: str) -> None:
     assert done.stderr.startswith("error: ") and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_what_training_refuses_is_not_planned(tmp_path: Path) -> None:
+    path, settings = tmp_path / "fp16.json", json.loads((ROOT / "tests" / "fixtures" / "fp16.json").read_text())
+    path.write_text(json.dumps(settings))
+    assert plan("--gpu", "a100-80gb", "--model", "tiny", "--num_gpus", 1, "--deepspeed_config", path).returncode == 0
+    path.write_text(json.dumps(settings | {"zero_optimization": {"stage": 0}}))
+    done = plan("--gpu", "a100-80gb", "--model", "tiny", "--num_gpus", 1, "--deepspeed_config", path)
+    assert done.returncode == 2 and "fp16.enabled needs zero_optimization.stage 1, 2 or 3" in done.stderr
+
+
 def test_a_model_that_fits_nowhere(tmp_path: Path) -> None:
     """Four times as deep as 4b, on one small card."""
     deep = json.loads((PRESETS_FOLDER / "4b.json").read_text())
