@@ -35,7 +35,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         are exact over each period of the blend (0.7 and 0.3: 7 and 3 of every 10 samples), and a folder that runs out starts
         its next epoch.
     document_mask: adds `position_ids` that restart in each document, and no target crosses into the next document.
-    The validation split is read in order, without weights, always the same.
+    The validation split is read without weights, always the same: each folder in order, all of them in proportion to their sizes,
+        so that the first samples stand for all.
 
     Raises NotFound for a missing folder or shard, UserError for damage, mixed tokenizers, a bad weight, or a split shorter than
     one sample.
@@ -67,6 +68,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         #: Which source each slot of a blend's period takes, and how many earlier slots took the same one.
         self.slots = blend_slots(self.weights) if self.weights else None
         self.earlier = earlier_slots(self.slots) if self.slots is not None else None
+        self.judged = interleaved(self.samples) if split == "validation" and len(self.streams) > 1 else None
         self._located: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _check_tokenizers(self) -> None:
@@ -131,7 +133,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self.split == "validation":
             if (indices >= total).any():
                 raise IndexError(f"the validation split has {total} samples")
-            where = indices
+            where = indices if self.judged is None else self.judged[indices]
         else:
             where = permute_epochs(indices, total, self.seed)
         source = np.searchsorted(self.ends, where, "right")
@@ -212,7 +214,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def fingerprint(self) -> str:
         """Of everything that decides what sample i is, besides seed and split sizes: content, order of folders, weights, length."""
         facts = [s.fingerprint for s in self.streams]
-        return hashlib.sha256(repr((facts, self.weights, self.sequence_length)).encode()).hexdigest()
+        order = self.weights if self.judged is None else "interleaved"
+        return hashlib.sha256(repr((facts, order, self.sequence_length)).encode()).hexdigest()
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -237,9 +240,20 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return len(self) * self.sequence_length
 
     @property
-    def text_bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a token (end of text counted): bits per byte are nats per token over this and ln 2."""
-        return sum(s.text_bytes for s in self.streams) / sum(s.tokens for s in self.streams)
+    def too_short(self) -> list[TokenStream]:
+        """Of several folders those of which nothing is read: they hold less than one sample."""
+        return [stream for stream, samples in zip(self.streams, self.samples, strict=True) if not samples]
+
+    def text_bytes_per_token(self, samples: int | None = None) -> float:
+        """UTF-8 bytes of text a token (end of text counted): bits per byte are nats per token over this and ln 2.
+
+        Of the whole split, or of its first samples: of each folder by how many of them are its.
+        """
+        if samples is None:
+            return sum(s.text_bytes for s in self.streams) / sum(s.tokens for s in self.streams)
+        source, _ = self.locate(np.arange(samples))
+        counts = np.bincount(source, minlength=len(self.streams)).tolist()
+        return float(sum(n / samples * s.text_bytes / s.tokens for s, n in zip(self.streams, counts, strict=True) if n))
 
     def describe(self) -> dict[str, Any]:
         """For a run's config.json."""
@@ -255,6 +269,12 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "fingerprint": self.fingerprint,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
+
+
+def interleaved(samples: np.ndarray) -> np.ndarray:
+    """Numbers of the samples of several folders, laid end to end, in an order of which every beginning has its share of each."""
+    share = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in samples.tolist()])
+    return np.argsort(share, kind="stable")
 
 
 def _folders_and_weights(sources: Sequence[Sourcelike]) -> tuple[list[Path], list[float] | None]:

@@ -22,21 +22,34 @@ from data.cli import ONE_THREAD, exit_code, leave
 from data.pipeline.arguments import parse
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from data.pipeline.pool import Team
 
-#: Set by MPICH and Intel MPI (Hydra), Open MPI, and Slurm's PMI; looked at before MPI itself is loaded.
-LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PMIX_RANK")
+#: Set by MPICH and Intel MPI (Hydra), Open MPI, and Slurm's PMI.
+LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+LAUNCHER_MARKS = ("MPI_LOCALNRANKS", "PMIX_RANK")
 INTERRUPTED = "interrupted; run the same command again, it goes on from what is there"
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code (`data.cli.Exit`)."""
     os.environ.update(ONE_THREAD)  # before numpy is loaded
-    if not any(name in os.environ for name in LAUNCHER_VARIABLES):
+    if not is_launched(os.environ):
         return lead(arguments)
     from data.pipeline import mpi
 
     return mpi.run(lambda team: lead(arguments, team))
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether there are other ranks, before MPI itself is loaded: without a launcher to talk to it would end the process.
+
+    A shell that Slurm started has the marks of a rank too (`srun --pty bash`), and is one alone.
+    """
+    if sizes := [environment[name] for name in LAUNCHER_SIZES if name in environment]:
+        return any(size != "1" for size in sizes)
+    return any(name in environment for name in LAUNCHER_MARKS) and environment.get("SLURM_STEP_NUM_TASKS") != "1"
 
 
 def lead(arguments: list[str], team: Team | None = None) -> int:

@@ -28,7 +28,7 @@ from data.pipeline.tokenizer_text import sample_texts
 from data.pipeline.worker import Result, WorkOptions
 from data.pipeline.writer import SplitWriter
 from data.shards import FORMAT_NAME, FORMAT_VERSION, MANIFEST, SPLITS, dtype_for, load_manifest
-from data.sources.blocks import Position, ReadOptions, Rejection
+from data.sources.blocks import CANNOT_BE_READ, Position, ReadOptions, Rejection
 from data.sources.discover import Source, describe_endings, find_sources
 from data.sources.documents import EMPTY
 from data.sources.read import read_blocks
@@ -153,6 +153,7 @@ class Job:
         self.counts: Counter[str] = Counter(state.get("counts", {}))
         self.rejected: Counter[str] = Counter(state.get("rejected", {}))
         self.removed: Counter[str] = Counter(state.get("removed", {}))
+        self.unreadable: list[str] = state.get("unreadable", [])
         self.duplicates = Duplicates(args.dedup, ledger, args.output)
 
     def run(self, team: Team, options: WorkOptions) -> dict[str, Any]:
@@ -174,6 +175,7 @@ class Job:
 
     def consume(self, result: Result) -> bool:
         """Write one block's documents. True where a shard was closed."""
+        self.check_readable(result.rejected)
         self.reject(result.rejected)
         fresh = self.duplicates.fresh(result)
         closed = False
@@ -190,10 +192,23 @@ class Job:
         self.position, self.done_bytes = result.after, result.done_bytes
         return closed
 
+    def check_readable(self, rejected: Iterable[Rejection]) -> None:
+        """Raises UserError for a file that could be read when the job began, so that an outage of its disk does not leave it out
+        for good. A second time it is a rejection: of a bad sector nothing more is to be had."""
+        for name, line, kind, detail in rejected:
+            was_readable = line is None and kind == CANNOT_BE_READ and any(f.name == name and f.bytes >= 0 for f in self.inputs)
+            if was_readable and name not in self.unreadable:
+                self.unreadable.append(name)
+                self.save()
+                raise UserError(
+                    f"{name} {kind} ({detail}) and could be when the job began; the same command goes on there, and leaves out "
+                    "what it cannot read then"
+                )
+
     def reject(self, rejected: Iterable[Rejection]) -> None:
         for rejection in rejected:
             name, line, kind = rejection[:3]
-            if self.args.on_error == "fail":
+            if self.args.on_error == "fail" and not (line is None and kind == EMPTY):  # every package has an empty __init__.py
                 where = f"{name} line {line}" if line else name
                 raise UserError(f"{where}: {rejection.reason} (--on_error skip counts such documents and goes on)")
             self.rejected[kind] += 1
@@ -210,6 +225,7 @@ class Job:
             counts=self.counts,
             rejected=self.rejected,
             removed=self.removed,
+            unreadable=self.unreadable,
         )
         for writer in self.writers.values():
             writer.forget()

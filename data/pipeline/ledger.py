@@ -71,12 +71,14 @@ class Ledger:
         strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if not {STATE, MANIFEST} & set(strangers) and set(strangers) - {REJECTED}:
             raise UserError(f"--output {folder} is not empty ({', '.join(strangers[:4])}) and holds no job of ours; name another")
+        if path.is_file():
+            cls._read(path)  # a stranger's, before anything of ours stands beside it
         lock = take_folder(folder, "job")
         try:
             if (folder / MANIFEST).is_file():  # what is left of its state would have us cut its shards back
                 raise UserError(f"another job has completed {folder} meanwhile; use it, or name another --output")
             if path.is_file():
-                state = read_json(path)
+                state = cls._read(path)
                 check_same(state["arguments"], arguments, folder)
             else:
                 state = {"arguments": json.loads(json.dumps(arguments))}
@@ -85,6 +87,17 @@ class Ledger:
         except BaseException:
             lock.release()
             raise
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        """Checkpoints and data sets saved by others have a file of this name too."""
+        try:
+            state = read_json(path)
+        except ValueError:
+            state = None
+        if not isinstance(state, dict) or not isinstance(state.get("arguments"), dict):
+            raise UserError(f"--output {path.parent} holds a {path.name} that is no job's of ours; name another folder")
+        return state
 
     def _journal(self, name: str, length: int) -> IO[bytes]:
         file = open(self.folder / name, "ab")  # noqa: SIM115 (kept open across calls)

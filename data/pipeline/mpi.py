@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from data.cli import Exit, drain, report
+from data.cli import Exit, UserError, drain, report, sentence
 from data.pipeline.pool import InOrder, Team, in_order, start_worker
 from data.pipeline.worker import WorkOptions
 
@@ -18,8 +18,12 @@ from data.pipeline.worker import WorkOptions
 def run(job: Callable[[Team | None], int]) -> int:
     """Do the job on rank 0 with the other ranks as its team; every rank returns its exit code."""
     os.environ.setdefault("MPI4PY_FUTURES_BACKOFF", "0.001")  # seconds; idle ranks sleep instead of spinning
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no libmpi
+        return report(
+            UserError(f"a launcher's variables are set and MPI cannot be loaded ({sentence(error)}); unset them, or install it")
+        )
     ranks = MPI.COMM_WORLD
     if ranks.Get_size() == 1:
         return job(None)

@@ -74,6 +74,8 @@ def members(stream: Readable) -> Iterator[Member]:
             named |= _extended(kind, _read(stream, size, limit=MAX_HEADER_BYTES))
             _padding(stream, size)
             continue
+        if kind == b"S":
+            _skip_holes(stream, header[482:483])
         name = named.get("path") or _name(header)
         member = Member(name, size, stream, sparse=kind == b"S" or any(key.startswith("GNU.sparse") for key in named))
         if (kind in _REGULAR and not name.endswith("/")) or member.sparse:
@@ -96,6 +98,15 @@ def _read(stream: Readable, size: int, limit: int | None = None) -> bytes:
     if data and len(data) < size:
         raise Damage("it ends inside a header")
     return data
+
+
+def _skip_holes(stream: Readable, more: bytes) -> None:
+    """Of GNU's own sparse files the blocks that say where further holes are, before the content. `more`: whether there is one."""
+    while more.strip(b"\0"):
+        block = _read(stream, _UNIT)
+        if not block:
+            raise Damage("it ends inside a header")
+        more = block[504:505]
 
 
 def _padding(stream: Readable, size: int) -> None:

@@ -10,6 +10,8 @@ BLOCK_BYTES = 2 << 20
 CHUNK_BYTES = 1 << 20
 #: A JSON line of a document of --max_document_bytes can be 6 times as long (\\u0000); this also caps one file of a source tree.
 MAX_LINE_BYTES = 32 << 20
+#: What the system refused, whatever is in the file: the job ends where it could be read before.
+CANNOT_BE_READ = "cannot be read"
 
 
 class Row(NamedTuple):

@@ -166,6 +166,8 @@ class ZstdStream:
             out: bytes = self.stream.read(size)
             return out
         except OSError as error:
+            if error.errno is not None:  # the system's, not the decoder's
+                raise
             if "too much memory" in str(error):
                 raise Fault("zstd data with a window of more than 128 MiB", "compress it again without --long") from error
             if "ictionary" in str(error):

@@ -11,7 +11,7 @@ import os
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,16 +58,39 @@ def find_sources(
     sources: list[Source] = []
     for text in inputs:
         sources += _expand(text, exclude.resolve() if exclude else None, suffixes)
-    seen: set[str] = set()
-    unique = []
-    for source in sources:
-        identity = source.name if source.kind == "hub" else os.path.realpath(source.name)
-        if identity not in seen:
-            unique.append(source)
-        seen.add(identity)
+    unique = list(_once(sources))
     if not unique:
         raise NotFound(f"nothing to read: no files in {' '.join(inputs)}")
     return unique
+
+
+def _once(sources: Iterable[Source]) -> Iterator[Source]:
+    """Without what an earlier source holds: `src/**` matches a folder and each folder and file in it."""
+    seen: set[str] = set()
+    folders: dict[str, str] = {}
+
+    def is_new(identity: str) -> bool:
+        known = identity in seen
+        seen.add(identity)
+        return not known
+
+    def resolved(path: str) -> str:
+        """By its folder: of a tree's million files there are few of these."""
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        return os.path.join(folders[folder], name)
+
+    for source in sources:
+        if source.kind != "tree" or source.files == ("",):
+            if is_new(f"hub:{source.name}" if source.kind == "hub" else os.path.realpath(source.name)):
+                yield source
+            continue
+        files = tuple(name for name in source.files if is_new(resolved(os.path.join(source.name, name))))
+        if len(files) == len(source.files):
+            yield source
+        elif files:
+            yield replace(source, files=files, size=_total(Path(source.name), files))
 
 
 def _expand(text: str, exclude: Path | None, suffixes: tuple[str, ...]) -> list[Source]:
@@ -160,12 +183,15 @@ def _tree(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str], exclud
     if not files:
         held = f"; it holds {describe_endings(others)}: name their endings with --suffixes" if others else ""
         raise NotFound(f"no {' '.join(suffixes)} files in {root}{held}")
-    size = sum(max(_size(root / name), 0) for name in files)
-    return Source(kind="tree", name=str(root), size=size, files=files, left_out=others)
+    return Source(kind="tree", name=str(root), size=_total(root, files), files=files, left_out=others)
+
+
+def _total(root: Path, files: Iterable[str]) -> int:
+    return sum(max(_size(root / name), 0) for name in files)
 
 
 def _walk(root: Path, skipped: frozenset[str], exclude: Path | None) -> Iterable[str]:
-    """Relative paths of all files, sorted; links to folders are not followed, so a loop cannot trap us.
+    """Relative paths of all files, sorted. Links to folders outside of `root` are followed, each folder once: no loop traps us.
 
     A folder that cannot be looked into comes by its own path and UNREADABLE: for the reader to report, or it would be missing
     without a word.
@@ -177,8 +203,24 @@ def _walk(root: Path, skipped: frozenset[str], exclude: Path | None) -> Iterable
             raise error
         names.append(os.path.relpath(error.filename, root) + UNREADABLE)
 
-    for folder, folders, files in os.walk(root, onerror=keep):
-        folders[:] = [f for f in folders if f not in skipped and (exclude is None or Path(folder, f).resolve() != exclude)]
+    followed = [os.path.realpath(root)]
+
+    def is_new(path: str) -> bool:
+        if not os.path.islink(path):
+            return True
+        target = os.path.realpath(path)
+        if _is_below(followed[0], target) or any(_is_below(target, other) for other in followed):
+            return False
+        followed.append(target)
+        return True
+
+    for folder, folders, files in os.walk(root, onerror=keep, followlinks=True):
+        kept = [f for f in sorted(folders) if f not in skipped and is_new(os.path.join(folder, f))]
+        folders[:] = [f for f in kept if exclude is None or Path(folder, f).resolve() != exclude]
         # macOS puts metadata beside each file on foreign disks, as `._NAME`.
         names += [os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith("._")]
     return sorted(names)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))

@@ -19,8 +19,10 @@ def line_blocks(source: Source, here: Position, compression: str | None, options
             for block in text_blocks(stream, source.name, here, limit - here.offset if limit is not None else None):
                 block.done_bytes = min(raw.tell(), source.size)
                 yield block
-    except (OSError, Damage) as error:  # unverified, or changed under our hands
-        raise Fault("cannot be read", str(error)) from error
+    except OSError as error:
+        raise Fault(blocks.CANNOT_BE_READ, error.strerror or str(error)) from error
+    except Damage as error:  # unverified, or changed under our hands
+        raise Fault(f"damaged {compression} data", str(error)) from error
     if fault is not None:
         raise fault
 

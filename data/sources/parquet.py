@@ -8,6 +8,7 @@ decoded before its size was looked at: a dictionary of one value of 150 MB, whic
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ def parquet_blocks(source: Source, here: Position, options: ReadOptions) -> Iter
     except pyarrow.ArrowNotImplementedError as error:
         raise Fault("Parquet file of a kind that is not read", _first_line(error)) from error
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the decoder's
+            raise Fault(blocks.CANNOT_BE_READ, os.strerror(error.errno)) from error
         raise Fault("damaged Parquet file", _first_line(error)) from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from data.sources.archives import tar_blocks
-from data.sources.blocks import Block, Fault, Position, ReadOptions
+from data.sources.blocks import CANNOT_BE_READ, Block, Fault, Position, ReadOptions
 from data.sources.compressed import Damage, open_stream
 from data.sources.discover import Source
 from data.sources.formats import HEAD_BYTES, check_lines, check_named, compression, is_tar
@@ -78,7 +78,7 @@ def sniff(path: str, name: str = "") -> Kind:
         how = compression(head)
         text = head if how is None else _beginning(path, how)
     except OSError as error:
-        raise Fault("cannot be read", error.strerror or "") from error
+        raise Fault(CANNOT_BE_READ, error.strerror or "") from error
     if not head:
         raise Fault("empty file")
     if text.startswith(b"PAR1"):

@@ -21,6 +21,8 @@ def hub_blocks(source: Source, here: Position, options: ReadOptions) -> Iterator
         for block in row_blocks(_hub_rows(source.name, rows, options), source, here):
             rows = block.after.offset
             yield block
+    except UserError:  # going on would not help
+        raise
     except Exception as error:  # the hub, the network, the builder of that data set: anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -36,7 +38,9 @@ def _hub_rows(name: str, skip: int, options: ReadOptions) -> Iterator[dict[str, 
     stream = datasets.load_dataset(name, split=options.hub_split, streaming=True)
     wanted, known = options.columns[0], stream.column_names
     if known and not any(wanted == name or wanted.startswith(f"{name}.") for name in known):
-        raise UserError(f"no column {wanted}, only {', '.join(known)}")
+        raise UserError(
+            f"data set {name} has no column {wanted}, only {', '.join(known)}; name the one of the text with --text_field"
+        )
     for row in stream.skip(skip) if skip else stream:
         yield {c: value for c in options.columns if (value := field_of(row, c)) is not MISSING}
 

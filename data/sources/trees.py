@@ -39,7 +39,7 @@ def read_file(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise Fault("cannot be read", error.strerror or "") from error
+        raise Fault(blocks.CANNOT_BE_READ, error.strerror or "") from error
 
 
 def file_status(path: str) -> os.stat_result:

@@ -10,11 +10,12 @@ import torch
 
 from data.cli import Progress, UserError
 from data.dataset import IGNORED, PackedDataset
+from data.tokens import tokenizer as tokenizers
 
 
 def check_tokenizer(tokenizer_json: bytes, data: PackedDataset) -> None:
     """Raises UserError if the shards were not made with the model's tokenizer."""
-    if (data.tokenizer_folder / "tokenizer.json").read_bytes() != tokenizer_json:
+    if tokenizers.fingerprint(tokenizer_json.decode()) != data.tokenizer_fingerprint:
         raise UserError(f"the shards of {data.tokenizer_folder.parent} were made with another tokenizer than the model's")
 
 
@@ -50,7 +51,7 @@ def measure(model: Any, splits: Iterable[tuple[str, PackedDataset]], *, batch_si
     for name, data in splits:
         samples = min(len(data), batches * batch_size or len(data))
         some_nats, some_targets = summed_loss(model, data, batch_size=batch_size, samples=samples, what=f"evaluating {name}")
-        some_bytes = some_targets * data.text_bytes_per_token
+        some_bytes = some_targets * data.text_bytes_per_token(samples)
         nats, targets, text_bytes = nats + some_nats, targets + some_targets, text_bytes + some_bytes
         described[name] = {
             **statistics(some_nats, some_targets, some_bytes),

@@ -314,6 +314,14 @@ def make_validation(arguments: TrainArguments, data: PackedDataset, engine: Deep
     return Validation(engine=engine, data=data, samples=samples, on_phase=watchdog.phase)
 
 
+def too_short_hint(data: PackedDataset) -> str | None:
+    """Of folders beside others: one by itself, or with a weight, is refused."""
+    needed = data.sequence_length + 1
+    if short := [f"{stream.folder} ({stream.tokens:,} tokens)" for stream in data.too_short]:
+        return f"warning: a sample needs {needed:,} tokens, so the {data.split} split of these gives none: {', '.join(short)}"
+    return None
+
+
 def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict[str, Any]) -> None:
     """The first lines: what is trained, on what, from where."""
     arguments, monitor = trainer.arguments, trainer.monitor
@@ -336,6 +344,7 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
         compile_hint(strategy.compiles, mode),
         group_hint(run.model),
         schedule_hint(trainer.engine.lr_scheduler, arguments.max_steps),
+        *(too_short_hint(data) for data in (run.train_data, run.validation_data) if data),
     )
     for warning in filter(None, hints):
         monitor.say(warning)

@@ -54,7 +54,7 @@ class Validation:
 
     def bits_per_byte(self, loss: float) -> float:
         """The loss in a unit that does not depend on the tokenizer."""
-        return loss / math.log(2) / self.data.text_bytes_per_token
+        return loss / math.log(2) / self.data.text_bytes_per_token(self.samples)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """This rank's share in micro-batches. Every rank yields equally many (under expert parallelism a forward pass is

@@ -167,9 +167,16 @@ def test_folders_without_weights_are_one_corpus(tmp_path: Path) -> None:
     single = [PackedDataset([f], split="train", sequence_length=8) for f in (a, b)]
     data = PackedDataset([a, str(b)], split="train", sequence_length=8)
     assert len(data) == sum(map(len, single))
-    assert data.text_bytes_per_token == pytest.approx(3 * (60 + 20) / sum(s.streams[0].tokens for s in single))
+    assert data.text_bytes_per_token() == pytest.approx(3 * (60 + 20) / sum(s.streams[0].tokens for s in single))
     rows = sorted(data.batch(range(len(data)))["input_ids"].tolist())
     assert rows == sorted(row for s in single for row in s.batch(range(len(s)))["input_ids"].tolist())
+
+
+def test_folders_of_which_nothing_is_read_are_known(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a", random_documents(1)), make(tmp_path / "b", [[1, 2, 0]])
+    data = PackedDataset([a, b], split="train", sequence_length=8)
+    assert [stream.folder for stream in data.too_short] == [b]
+    assert not PackedDataset([a], split="train", sequence_length=8).too_short
 
 
 def test_validation_is_always_the_same(tmp_path: Path) -> None:
@@ -181,11 +188,29 @@ def test_validation_is_always_the_same(tmp_path: Path) -> None:
         one[len(one)]
 
 
+def test_the_first_validation_samples_stand_for_every_folder(tmp_path: Path) -> None:
+    """They were all of the first folder, and their loss was divided by the bytes a token of all."""
+    a, b = make(tmp_path / "a", random_documents(1, 300)), make(tmp_path / "b", random_documents(2, 100), text_bytes=12)
+    data = PackedDataset([a, b], split="validation", sequence_length=8)
+    of_a, of_b = (PackedDataset([f], split="validation", sequence_length=8) for f in (a, b))
+    source, sample = data.locate(np.arange(len(data)))
+    for folder, alone in enumerate((of_a, of_b)):  # each folder in its order, whole
+        assert sample[source == folder].tolist() == list(range(len(alone)))
+        for first in (10, 40, len(data)):
+            assert abs((source[:first] == folder).sum() - first * len(alone) / len(data)) < 1
+    judged = 40
+    shares = [(source[:judged] == folder).mean() for folder in (0, 1)]
+    assert 0.1 < shares[1] < 0.5
+    expected = shares[0] * of_a.text_bytes_per_token() + shares[1] * of_b.text_bytes_per_token()
+    assert data.text_bytes_per_token(judged) == pytest.approx(expected)
+    assert of_a.text_bytes_per_token(judged) == of_a.text_bytes_per_token()
+
+
 def test_facts_for_training(folder: Path, stream: list[int], tmp_path: Path) -> None:
     data = PackedDataset([folder], split="train", sequence_length=16)
     assert (data.vocab_size, data.eos_token_id, data.tokenizer_fingerprint) == (5000, 0, "f")
     assert data.tokenizer_folder == folder / "tokenizer" and data.tokens == 16 * len(data)
-    assert math.isclose(data.text_bytes_per_token, 3 * 60 / len(stream))
+    assert math.isclose(data.text_bytes_per_token(), 3 * 60 / len(stream))
     json.dumps(data.describe())
     same = PackedDataset([folder], split="train", sequence_length=16, seed=9)
     other = PackedDataset([make(tmp_path / "b", random_documents(7))], split="train", sequence_length=16)

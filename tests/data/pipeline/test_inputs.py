@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -214,6 +215,36 @@ def test_a_file_that_grows_while_it_is_read_is_refused(
     code, _, err = preprocess(*flags)
     assert code == 2 and "m0000.py has" in err and "it changed while it was read" in err and err.count("\n") == 1
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_an_outage_ends_the_job_and_nothing_is_left_out(
+    lasting: bool, tree: Path, tmp_path: Path, preprocess: Command, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file of a disk that was gone for a minute was a rejection, and the folder complete without them."""
+    flags = ["--input", f"tree:{tree}", "--tokenizer", tokenizer_file]
+    assert preprocess(*flags, "--output", tmp_path / "whole")[0] == 0
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
+    down = True
+
+    def guarded(path: Any, *args: Any) -> Any:
+        if down and "m0030" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return open(path, *args)
+
+    monkeypatch.setattr("data.sources.trees.open", guarded, raising=False)
+    code, _, err = preprocess(*flags, "--output", tmp_path / "out")
+    assert code != 0 and "m0030.py cannot be read (Input/output error) and could be when the job began" in err
+    assert err.count("\n") == 1 and not (tmp_path / "out" / "manifest.json").exists()
+    assert json.loads((tmp_path / "out" / "state.json").read_text())["position"]["offset"] > 20
+    down = lasting
+    code, _, err = preprocess(*flags, "--output", tmp_path / "out")
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    if lasting:
+        assert manifest["documents"]["read"] == 59 and manifest["documents"]["rejected"] == {"cannot be read": 1}
+    else:
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_what_is_no_file_is_listed_and_not_opened(tmp_path: Path) -> None:

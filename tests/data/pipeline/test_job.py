@@ -172,6 +172,28 @@ def test_on_error_fail_names_file_and_line(tmp_path: Path, tokenizer_file: Path,
     assert len(read_documents(tmp_path / "out")) == 2
 
 
+def test_an_empty_source_file_is_no_fault(tmp_path: Path, tokenizer_file: Path, preprocess: Any) -> None:
+    """Every package has an empty `__init__.py`, and no tree could be read with `--on_error fail`."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "__init__.py").write_text("")
+    (tmp_path / "src" / "a.py").write_text("a = 1\n")
+    flags = ["--input", f"tree:{tmp_path / 'src'}", "--tokenizer", tokenizer_file, "--on_error", "fail"]
+    code, out, err = preprocess(*flags, "--output", tmp_path / "out")
+    assert code == 0 and "rejected 1: empty" in out, err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"arguments": 1}', '{"_fingerprint": "x"}'])
+def test_a_folder_with_a_state_of_somebody_else_is_no_job(
+    content: str, tmp_path: Path, tokenizer_file: Path, corpus: Path, preprocess: Any
+) -> None:
+    """`save_to_disk` of datasets writes a state.json, and so does a checkpoint of ours."""
+    (tmp_path / "state.json").write_text(content)
+    before = sorted(tmp_path.iterdir())
+    code, _, err = preprocess("--input", corpus, "--tokenizer", tokenizer_file, "--output", tmp_path)
+    assert code == 2 and "state.json that is no job's of ours" in err and err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "state.json").read_text() == content
+
+
 def test_ctrl_c_is_one_sentence_and_the_job_goes_on(corpus: Path, texts: list[str], flags: list[object], tmp_path: Path) -> None:
     # Long enough to be interrupted on any machine.
     larger = tmp_path / "larger"

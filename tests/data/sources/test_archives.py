@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -182,6 +183,24 @@ def test_members_whose_names_lead_out_write_nothing(tmp_path: Path) -> None:
     (tmp_path / "in" / "x.tar").write_bytes(make_tar({name: json_lines([t]) for name, t in zip(names, TEXTS, strict=False)}))
     assert read_file(tmp_path / "in" / "x.tar") == (TEXTS[:3], [])
     assert os.listdir(tmp_path) == ["in"] and os.listdir(tmp_path / "in") == ["x.tar"]
+
+
+@pytest.mark.parametrize("holes", [2, 9, 40])
+def test_what_stands_behind_a_sparse_file_is_read(holes: int, tmp_path: Path) -> None:
+    """GNU tar puts blocks of their own between its header and its content: the next header's checksum was wrong."""
+    with open(tmp_path / "a.py", "wb") as file:
+        for number in range(holes):
+            file.seek(number * 200_000)
+            file.write(b"#" * 4096)
+        file.truncate(holes * 200_000)
+    (tmp_path / "b.py").write_text("b = 1\n")
+    command = ["tar", "--format=gnu", "--sparse", "--hole-detection=raw", "-cf", "x.tar", "a.py", "b.py"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    header = (tmp_path / "x.tar").read_bytes()[:512]
+    assert header[156:157] == b"S" and (header[482] != 0) == (holes > 4)
+    texts, rejections = read_file(tmp_path / "x.tar")
+    assert texts == ["b = 1\n"]
+    assert [(Path(r.name).name, r.kind) for r in rejections] == [("a.py", "sparse file in a tar archive, which is not read")]
 
 
 def test_links_and_devices_are_no_documents(tmp_path: Path) -> None:

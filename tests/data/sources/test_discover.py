@@ -82,6 +82,28 @@ def test_links_in_a_loop_end(tmp_path: Path) -> None:
     assert find_sources([str(tmp_path)])[0].files == ("a/x.py",)
 
 
+def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
+    """A corpus that is put together of links: they were passed over without a word."""
+    touch(tmp_path, "disk/a/x.py", "disk/a/deep/y.py", "disk/b/z.py", "corpus/own/w.py", "corpus/w.py")
+    corpus = tmp_path / "corpus"
+    for name, target in (("more", "disk/a"), ("deep", "disk/a/deep"), ("b", "disk/b"), ("inside", "corpus/own"), ("up", ".")):
+        (corpus / name).symlink_to(tmp_path / target)
+    (tmp_path / "disk" / "a" / "zback").symlink_to(tmp_path / "disk")
+    (found,) = find_sources([str(corpus)])
+    assert found.files == ("b/z.py", "deep/y.py", "more/x.py", "own/w.py", "w.py")
+    assert found.size == sum((corpus / name).stat().st_size for name in found.files)
+
+
+@pytest.mark.parametrize("inputs", [["src/**"], ["src", "src/pkg"], ["tree:src", "tree:src/pkg", "src/pkg/*.py"], ["src/*", "src"]])
+def test_a_file_of_two_trees_is_read_once(inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "src/a.py", "src/pkg/b.py", "src/pkg/sub/c.py")
+    monkeypatch.chdir(tmp_path)
+    sources = find_sources(inputs)
+    found = [os.path.realpath(os.path.join(source.name, name)) for source in sources for name in source.files]
+    assert sorted(found) == sorted(map(str, tmp_path.resolve().rglob("*.py")))
+    assert sum(source.size for source in sources) == sum(os.path.getsize(path) for path in found)
+
+
 def locked(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """As for somebody who may not look into it; root, as whom tests may run, always may."""
     real = os.scandir

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from data_helpers import blocks_of, compress, text_of
+from data_helpers import blocks_of, compress, rejections_of, text_of
 
 from data.sources.blocks import ReadOptions
 from data.sources.discover import find_sources
@@ -20,6 +23,23 @@ def test_the_first_bytes_decide_not_the_extension(tmp_path: Path, name: str) -> 
     for data in (line, compress(line, "gz"), compress(line, "zst")):
         (tmp_path / name).write_bytes(data)
         assert text_of(blocks_of(tmp_path / name)) == line
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz", "zst"])
+def test_what_the_system_refuses_is_no_damage(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow's decoder raises an OSError for both."""
+    text = b"".join(json.dumps({"content": os.urandom(300).hex()}).encode() + b"\n" for _ in range(5000))
+    (tmp_path / "x.jsonl").write_bytes(compress(text, kind) if kind else text)
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() > 200_000:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().readinto(buffer)
+
+    monkeypatch.setattr("data.sources.compressed.open", lambda path, *_, **__: io.BufferedReader(Failing(path)), raising=False)
+    assert (tmp_path / "x.jsonl").stat().st_size > 1_000_000
+    assert rejections_of(blocks_of(tmp_path / "x.jsonl")) == [(None, "cannot be read (Input/output error)")]
 
 
 def test_what_is_no_readable_file_is_a_fault_and_the_next_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,19 @@ def test_a_hub_stream_that_breaks_stops_the_job_and_is_taken_up(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_column_that_a_data_set_lacks_is_no_interruption(
+    tmp_path: Path, preprocess: Any, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "Run the same command again" would not have helped."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"code": ["a = 1"]}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    code, _, err = preprocess("--input", "hub:a/b", "--tokenizer", tokenizer_file, "--output", tmp_path / "out")
+    assert code == 2 and "a/b has no column content, only code; name the one of the text with --text_field" in err
+    assert "again" not in err and err.count("\n") == 1
+
+
 def test_a_hub_name_out_of_reach_is_one_sentence(
     tmp_path: Path, preprocess: Any, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

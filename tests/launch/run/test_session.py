@@ -20,7 +20,7 @@ from launch.ranks.control_group import ControlGroup
 from launch.run import session
 from launch.run.arguments import parse_arguments
 from launch.run.resolve import resolve_run
-from launch.run.session import Session, make_trainer
+from launch.run.session import Session, make_trainer, too_short_hint
 from launch.run.stop import StopRequest
 from model import MoEGPTForCausalLM
 
@@ -87,6 +87,13 @@ def test_every_setting_reaches_its_part(trainer: Any) -> None:
     assert trainer.validation.samples == 2 * trainer.global_batch == 12
     assert trainer.validation.data.split == "validation" and trainer.train_data.split == "train" and not trainer.tasks
     assert (loader.micro_batch, loader.accumulation, loader.global_batch) == (MICRO_BATCH, ACCUMULATION, trainer.global_batch)
+
+
+def test_a_folder_of_which_nothing_is_read_is_named() -> None:
+    """Its validation split was shorter than a sample, and nobody was told that it is not judged."""
+    data: Any = SimpleNamespace(sequence_length=8, split="validation", too_short=[SimpleNamespace(folder=Path("b"), tokens=3)])
+    assert too_short_hint(data) == "warning: a sample needs 9 tokens, so the validation split of these gives none: b (3 tokens)"
+    assert too_short_hint(SimpleNamespace(**{**vars(data), "too_short": []})) is None  # type: ignore[arg-type]
 
 
 def test_without_zero_gradients_are_clipped_all_the_same(trainer: Any) -> None:
