@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     disable_progress_bar()
     checkpoint = source.find_checkpoint(arguments.checkpoint, arguments.tag)
     folder.check_output(arguments.output)
+    folder.check_shard_size(arguments.max_shard_size)
     config = formats.exported_config(source.model_config(checkpoint), arguments.format)
     print(f"verifying {checkpoint} ...", flush=True)
     source.verify(checkpoint)

@@ -53,7 +53,11 @@ def sdpa_attention(q_BSND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, sinks_N: Tens
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed_B1SL: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_B1SL, is_causal=is_causal, scale=scale, enable_gqa=True)
+    if q.device.type == "cuda" and (allowed_B1SL is not None or q.dtype == torch.float32):
+        # CUDA's flash kernel takes neither, and the next best no grouped heads: all scores `[B, N, S, L]` would be held.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    grouped = k.shape[1] < q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_B1SL, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
@@ -162,7 +166,8 @@ class Attention(nn.Module):
     def _turned(self, q_BSND: Tensor, k_BSMD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """q and k with their norms, where they have any, and positions."""
         weights_D = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else ()
-        whole = all(weight.numel() == self.head_dim for weight in weights_D)  # ZeRO 3 may hold a share until the norm is called
+        # Until the norm is called ZeRO 3 may hold a share of its weight here, and accelerate all of it elsewhere.
+        whole = all(weight.numel() == self.head_dim and weight.device == q_BSND.device for weight in weights_D)
         if usable(q_BSND) and whole and fills_tile(self.head_dim):
             return norm_and_rope(q_BSND, k_BSMD, weights_D, *rope, self.config.rms_norm_eps)
         if self.qk_norm:

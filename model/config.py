@@ -205,6 +205,12 @@ class MoEGPTConfig(PreTrainedConfig):
         overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
         return cls(**{**fields, **overrides})
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: without the code files of an export, which are not there, or not made for these fields."""
+        written: dict[str, Any] = super().to_diff_dict()
+        written.pop("auto_map", None)
+        return written
+
     def with_rope_factor(self, factor: float) -> "MoEGPTConfig":
         """A copy whose context is `factor` times the one it was first trained at (YaRN, arXiv 2309.00071).
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from .mask import AttentionMask
 
@@ -49,6 +50,7 @@ class FlashKernel(Protocol):
     """`mask` is plain causal, one query over all keys, or packed documents: what `flash_attention` lets through."""
 
     name: str
+    traceable: bool  # by dynamo: PyTorch's own operator, or one that the package registered
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput: ...
 
@@ -82,6 +84,7 @@ class CpuFlash:
     """
 
     name = "PyTorch's CPU flash kernel"
+    traceable = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput:
         if mask.seqlens is None:
@@ -120,6 +123,7 @@ class TorchCudaFlash:
     """PyTorch's built-in FlashAttention-2; GQA without copies, dense and varlen."""
 
     name = "PyTorch's CUDA flash kernel"
+    traceable = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput:
         cu, longest_q, longest_k = mask.cu_seqlens, *self._longest(q, k, mask)
@@ -146,6 +150,8 @@ class TorchCudaFlash:
 
 class FlashAttn2:
     """The flash-attn package, 2.7 or newer."""
+
+    traceable = True
 
     def __init__(self) -> None:
         self.package: Any = importlib.import_module("flash_attn.flash_attn_interface")
@@ -189,6 +195,7 @@ class FlashAttn3:
         parameters = inspect.signature(self.package._flash_attn_forward).parameters.values()
         named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
         self.unused = dict.fromkeys(named[3:])  # after q, k, v
+        self.traceable = isinstance(self.package._flash_attn_forward, CustomOpDef)  # not in 2.8.3
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput:
         keywords = {**self.unused, "softmax_scale": scale, "causal": is_causal(mask), **_varlen_keywords(mask)}
@@ -215,6 +222,7 @@ class FlashAttn4:
     """flash-attn 4 (CuTe). Its own `learnable_sink` has a backward on sm90, sm100 and sm110 only; the rule needs none."""
 
     name = "flash-attn 4"
+    traceable = False  # Python over CuTe's compiler
 
     def __init__(self) -> None:
         self.package: Any = importlib.import_module("flash_attn.cute.interface")

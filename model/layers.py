@@ -34,10 +34,12 @@ def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
 
 
 def _is_plain(layer: nn.Linear, x: Tensor) -> bool:
-    """Whether calling it does no more than the product: no adapter, no hook, no autocast, no weight that ZeRO 3 has elsewhere."""
+    """Whether calling it does no more than the product: no adapter, no hook, no autocast, no weight that ZeRO 3 or accelerate has
+    elsewhere."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     plain = type(layer) is nn.Linear and layer.bias is None and not any(hooks) and not hasattr(layer.weight, "ds_id")
-    return plain and layer.weight.dtype == x.dtype and not torch.is_autocast_enabled("cuda")
+    there = layer.weight.dtype == x.dtype and layer.weight.device == x.device and not hasattr(layer, "_hf_hook")
+    return plain and there and not torch.is_autocast_enabled("cuda")
 
 
 class Project(torch.autograd.Function):

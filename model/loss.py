@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers.utils.generic import maybe_autocast
 
 from .operators import ops, usable
 
@@ -33,13 +34,18 @@ def token_loss(
     global count makes micro-batches and ranks add up to the mean over the global batch.
     z-loss: PaLM, arXiv 2204.02311, section 5.
     """
+    device = x_TH.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        narrow = torch.get_autocast_dtype(device)
+        x_TH, head_VH = x_TH.to(narrow), head_VH.to(narrow)
     if num_items is None:
         num_items = (targets_T != IGNORE).sum().clamp(min=1)
     if not isinstance(num_items, Tensor):
         num_items = torch.full((), float(num_items), device=x_TH.device)  # a fill: a copy from the host would wait for it
     scale = num_items.to(x_TH.device, torch.promote_types(x_TH.dtype, torch.float32)).reciprocal()
     with_grad = torch.is_grad_enabled() and (x_TH.requires_grad or head_VH.requires_grad)
-    loss: Tensor = FusedLoss.apply(x_TH, head_VH, targets_T, scale, z_loss_weight, with_grad)  # type: ignore[no-untyped-call]
+    with maybe_autocast(device, enabled=False):  # its products name their results, which have a dtype of their own
+        loss: Tensor = FusedLoss.apply(x_TH, head_VH, targets_T, scale, z_loss_weight, with_grad)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from data.cli import UserError
+from model.flash import pick_kernel
 from model.modeling import Block
 
 SWITCH = "compile.autoep_non_moe"
@@ -25,9 +26,18 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> list[Block]:
     """Every block's `attend` in one graph; returns the blocks. A region that is not one graph is an error, not a slow run."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
+        check_traceable(block)
         compiled = torch.compile(block.attend, fullgraph=True, dynamic=False, backend=backend)
         vars(block)["attend"] = _in_training(block, compiled, block.attend)
     return blocks
+
+
+def check_traceable(block: Block) -> None:
+    """Raises UserError where the attention's kernel is one that dynamo cannot trace."""
+    config, x = block.self_attn.config, block.self_attn.q_proj.weight
+    kernel = pick_kernel(x.device, x.dtype, config.head_dim) if config._attn_implementation == "flash" else None
+    if kernel is not None and not kernel.traceable:
+        raise UserError(f"{SWITCH} cannot trace {kernel.name}, which is the attention here; --no-compile leaves it out")
 
 
 def _in_training(block: Block, compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,7 +62,11 @@ def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Pro
 def loss_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     from data.dataset import PackedDataset
     from launch.evaluation.loss import check_tokenizer, measure
+    from model import MoEGPTForCausalLM
 
+    if not isinstance(model, MoEGPTForCausalLM):
+        kind = type(model).__name__
+        raise UserError(f"--data measures the loss of launch/export.py's models, and {arguments.model} is a {kind}; leave it out")
     length = arguments.sequence_length or model.config.max_position_embeddings
     splits = []
     for folder in arguments.data:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.cli import UserError, say
+from data.files import read_json
+from data.tokens import tokenizer as tokenizers
+from data.tokens.folder import CONFIG, TOKENIZER
 from launch.checkpoint import manifest
 from launch.checkpoint.folder import run_of
 from launch.checkpoint.publish import discard, leftovers, publish, working_name
@@ -124,6 +128,28 @@ def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:
     for file in sorted(tokenizer.iterdir()):
         if file.is_file() and file.name not in ("config.json", "README.md"):
             shutil.copy2(file, folder)
+    _complete_tokenizer(folder)
+
+
+def _complete_tokenizer(folder: Path) -> None:
+    """What runs of before 0.2 lack in theirs: see `data.tokens.tokenizer.save`."""
+    vocabulary, config = folder / TOKENIZER, folder / CONFIG
+    if not vocabulary.is_file() or not config.is_file():
+        return
+    text, settings = vocabulary.read_text(encoding="utf-8"), read_json(config)
+    vocabulary.write_text(tokenizers.as_trained(text), encoding="utf-8")
+    if "pad_token" not in settings and isinstance(end := settings.get("eos_token"), str):
+        config.write_text(json.dumps(settings | tokenizers.for_batches(text, end), indent=2) + "\n", encoding="utf-8")
+
+
+def check_shard_size(size: str) -> None:
+    """Raises UserError where transformers would, after all weights are read."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except ValueError:
+        raise UserError(f"--max_shard_size {size} must be a size such as 5GB or 500MB") from None
 
 
 def _compare(model: PreTrainedModel, folder: Path) -> None:

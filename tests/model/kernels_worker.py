@@ -301,6 +301,16 @@ def impossible_targets() -> float:
     return 0.0 if right else 1.0
 
 
+def loss_under_autocast(device: str) -> float:
+    """As `Trainer(bf16=True)` has it: weights and states of fp32."""
+
+    def call(x: Tensor, head: Tensor, targets: Tensor) -> Sequence[Tensor]:
+        with torch.autocast(device, torch.bfloat16, enabled=x.dtype == torch.float32):
+            return [token_loss(x, head, targets, None, 0.1)]
+
+    return both_ways(call, (random(9, 96), random(50, 96) / 8, torch.randint(0, 50, (9,))), torch.float32)
+
+
 def ties() -> float:
     """Equal scores go to the lower index."""
     config = MoEGPTConfig.preset("tiny", n_routed_experts=8, n_group=4, topk_group=2)
@@ -397,6 +407,7 @@ def main() -> None:
             found |= of(partial(cases, dtype), dtype)
         if on_gpu:
             found |= {f"{name}, real sizes": value for name, value in of(real_cases, dtype).items()}
+    found["bfloat16: loss under autocast"] = loss_under_autocast("cuda" if on_gpu else "cpu")
     found["ties"] = ties()
     found["impossible targets"] = impossible_targets()
     with calls:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_eager
 
-from model.attention import eager_attention, flash_attention, sdpa_attention
+from model.attention import _sdpa, eager_attention, flash_attention, sdpa_attention
 from model.mask import causal_mask
 from tests import reference
 
@@ -153,3 +154,23 @@ def test_left_padding(name: str) -> None:
     alone = ALL["eager"](q[:1, 7:], k[:1, 7:], v[:1, 7:], sinks, causal_mask((1, 13), 0, CPU))
     torch.testing.assert_close(out[:1, 7:], alone, rtol=1e-10, atol=1e-12)
     assert out.isfinite().all()  # padded queries see themselves
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "heads"), [(torch.bfloat16, False, 2), (torch.bfloat16, True, 8), (torch.float32, False, 8)]
+)
+def test_no_scores_are_held_on_a_gpu(dtype: torch.dtype, masked: bool, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's flash kernel takes neither a mask nor fp32, and its memory-efficient one no grouped heads."""
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> Tensor:
+        seen.append((k.shape[1], v.shape[1], keywords["enable_gqa"]))
+        return real(q, k, v, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with FakeTensorMode(), torch.device("cuda"):
+        q, k = (torch.empty(2, 16, n, 64, dtype=dtype) for n in (8, 2))
+        allowed = torch.empty(2, 1, 16, 16, dtype=torch.bool) if masked else None
+        assert _sdpa(q, k, k, allowed, not masked, 0.1).shape == q.shape
+    assert seen == [(heads, heads, heads == 2)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.grouped import outer, product, recurring
+from model.grouped import outer, product, recurring, zero_idle
 
 
 class Products(TorchDispatchMode):
@@ -22,6 +22,14 @@ class Products(TorchDispatchMode):
         if func.__name__.startswith("mm."):
             self.rows.append(args[0].shape[self.dimension])
         return func(*args, **(kwargs or {}))
+
+
+def test_idle_experts_have_a_gradient_of_zero() -> None:
+    """Whatever a GPU's product leaves there."""
+    gradient = torch.full((5, 2, 3), float("nan"))
+    gradient[[1, 3]] = 1.0
+    found = zero_idle(gradient, torch.tensor([0, 4, 4, 9, 9], dtype=torch.int32))
+    assert found.sum(dim=(1, 2)).tolist() == [0, 6, 0, 6, 0]
 
 
 def test_lengths_that_recur() -> None:

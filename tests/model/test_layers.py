@@ -25,6 +25,15 @@ def test_a_residual_projection_has_no_bias() -> None:
     assert ResidualLinear(3, 4).bias is None
 
 
+def test_what_accelerate_has_elsewhere_is_called() -> None:
+    """Between calls an offloaded layer's weight is on `meta`, and only its own forward fetches it: all was NaN."""
+    layer, x = nn.Linear(4, 4, bias=False), torch.randn(2, 4)
+    assert layers._is_plain(layer, x)
+    layer._hf_hook = object()  # type: ignore[assignment]
+    assert not layers._is_plain(layer, x)
+    assert not layers._is_plain(nn.Linear(4, 4, bias=False, device="meta"), x)
+
+
 @pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2)])
 def test_projections_of_one_input_are_three_layers(frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients; in float64 on a CPU, made to go the way of a GPU."""

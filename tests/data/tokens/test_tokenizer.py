@@ -60,6 +60,31 @@ def test_transformers_gives_the_library_s_ids_from_what_we_save(which: str, tmp_
             assert loaded(sample)["input_ids"] == reference.encode(sample).ids
 
 
+def test_nothing_is_added_to_a_prompt(tmp_path: Path, tokenizer_text: str) -> None:
+    """Llama's tokenizer begins each text with a token; trained on is the text alone, and an export's prompts began with it."""
+    content = json.loads(tokenizer_text)
+    template = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<|endoftext|>"]}}}
+    alone = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    text = json.dumps(content | {"post_processor": {**template, "single": alone, "pair": [*alone, *alone]}})
+    assert len(Tokenizer.from_str(text).encode("x = 1").ids) == 1 + len(Tokenizer.from_str(tokenizer_text).encode("x = 1").ids)
+    folder = saved(tmp_path / "a", text)
+    assert tokenizers.fingerprint((folder / "tokenizer.json").read_text()) == tokenizers.fingerprint(text)
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(folder)
+    assert found("x = 1").input_ids == Tokenizer.from_str(tokenizer_text).encode("x = 1").ids
+    assert (saved(tmp_path / "b", tokenizer_text) / "tokenizer.json").read_text() == tokenizer_text
+
+
+def test_batches_are_padded_before_the_prompt(tmp_path: Path, tokenizer_text: str) -> None:
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(saved(tmp_path, tokenizer_text))
+    batch = found(["x", "x = 1"], padding=True)
+    assert batch.attention_mask[0][0] == 0 and batch.attention_mask[0][-1] == 1
+    assert found.pad_token == "<fim_pad>" != found.eos_token and len(found) == len(Tokenizer.from_str(tokenizer_text).get_vocab())
+
+
 def test_the_class_that_changes_starcoder2_s_ids_is_what_we_bypass(tmp_path: Path, starcoder2: str) -> None:
     """The trap is real: with upstream's tokenizer_config.json AutoTokenizer gives other ids; from what we save it does not."""
     from transformers import AutoTokenizer

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from nursery import Nursery
 
 from data.cli import UserError
+from launch.engine import regions
 from launch.engine.keys import check_keys
-from launch.engine.regions import check_compile, compile_hint
+from launch.engine.regions import check_compile, compile_hint, compile_regions
 from launch.engine.strategy import CONFIG_FOLDER, Strategy, check_kinds, read_config, resolve_config
+from model import MoEGPTConfig, MoEGPTForCausalLM
 
 PATH = Path("some.json")
 
@@ -55,6 +59,17 @@ def test_the_section_is_known_and_read() -> None:
 def test_selective_of_compiled_regions_is_warned_of() -> None:
     assert "only the experts' half" in str(compile_hint(True, "selective"))
     assert [compile_hint(False, "selective"), compile_hint(True, "none"), compile_hint(True, "full")] == [None] * 3
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_a_kernel_that_cannot_be_traced_is_refused(traceable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn 4 on a B200, which dynamo would end in at the first step."""
+    model = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", num_hidden_layers=1))
+    kernel = SimpleNamespace(name="flash-attn 4", traceable=traceable)
+    monkeypatch.setattr(regions, "pick_kernel", lambda *_: kernel)
+    refused = pytest.raises(UserError, match=r"autoep_non_moe cannot trace flash-attn 4, .* --no-compile leaves it out")
+    with nullcontext() if traceable else refused:
+        assert len(compile_regions(model)) == 1
 
 
 REFUSED = {

@@ -10,12 +10,17 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from support import ROOT
 
+from data.cli import UserError
 from data.dataset import PackedDataset
+from launch.evaluation.command import loss_of
+from launch.evaluation.loss import check_tokenizer
 from model import MoEGPTForCausalLM
 
 SHARED = ROOT.parent / "shared" / "data" / "eval"
@@ -145,6 +150,13 @@ def test_a_level_that_does_not_hold_is_refused_where_it_must(problem_files: dict
     assert "warning: the sandbox (limits) does not hold here for: files" in done.stderr
 
 
+def test_a_stock_model_has_no_loss_here(exported: Path) -> None:
+    """It was a traceback: such a model takes no targets by that name."""
+    arguments: Any = SimpleNamespace(data=[Path("shards")], model=exported)
+    with pytest.raises(UserError, match="is a Linear; leave it out"):
+        loss_of(arguments, torch.nn.Linear(1, 1))
+
+
 MISTAKES = [
     (["--model", "EXPORTED"], "nothing to measure"),
     (["--data", "nowhere"], "--model is missing"),
@@ -180,6 +192,9 @@ def test_mistakes_are_one_sentence(
 def test_another_tokenizer_is_refused(exported: Path, small_shards: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(exported, other)
-    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    known = json.loads((other / "tokenizer.json").read_text())
+    saved_anew = json.dumps(known | {"post_processor": None}, indent=2)  # another file, the same ids
+    check_tokenizer(saved_anew.encode(), PackedDataset([small_shards], split="validation", sequence_length=8))
+    (other / "tokenizer.json").write_text(json.dumps(known | {"normalizer": {"type": "Lowercase"}}))
     done = run("--model", other, "--data", small_shards, code=2)
     assert "another tokenizer" in done.stderr

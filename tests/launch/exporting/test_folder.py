@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from data.cli import UserError
 from launch.exporting import folder
@@ -56,3 +58,22 @@ def test_a_closed_folder_is_said_before_anything_is_read(tmp_path: Path, monkeyp
     for output in (tmp_path / "hf", tmp_path / "new" / "hf"):
         with pytest.raises(PermissionError, match="may not be written to"):
             folder.check_output(output)
+
+
+def test_an_older_runs_tokenizer_is_completed(tmp_path: Path) -> None:
+    """Its folder names no padding, without which transformers makes no batch of prompts."""
+    shutil.copytree(OLD / "run", tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert "pad_token" not in settings
+    (tmp_path / "hf").mkdir()
+    folder._copy_tokenizer(tmp_path / "run" / "checkpoints" / "step_6", tmp_path / "hf")
+    found = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert found(["a", "a = b"], padding=True).attention_mask[0][0] == 0
+    assert json.loads((tmp_path / "run" / "tokenizer" / "tokenizer_config.json").read_text()) == settings
+
+
+@pytest.mark.parametrize("size", ["5X", "5", "", "GB", "-"])
+def test_a_size_that_is_none_is_said_before_anything_is_read(size: str) -> None:
+    with pytest.raises(UserError, match=r"--max_shard_size .* must be a size such as 5GB"):
+        folder.check_shard_size(size)
+    folder.check_shard_size("500MB")

@@ -131,6 +131,16 @@ def test_vllm_can_read_the_attention() -> None:
     assert len(interfaces) == 1 and keywords["s_aux"] == "self.sinks" and keywords["scaling"] == "self.scaling"
 
 
+def test_what_our_class_saves_of_an_export_names_no_code(tmp_path: Path) -> None:
+    """Beside the export's code files it was read by them, without the norms of q and k; elsewhere not at all."""
+    exported_config(MoEGPTConfig.preset("tiny"), "moe_gpt").save_pretrained(tmp_path / "hf")
+    read = MoEGPTConfig.from_pretrained(tmp_path / "hf")
+    read.save_pretrained(tmp_path / "own")
+    written = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert "auto_map" not in written and written["model_type"] == "moe_gpt"
+    assert MoEGPTConfig.from_pretrained(tmp_path / "own").qk_norm and read.to_dict()["auto_map"] == AUTO_MAP
+
+
 def test_configurations_agree_both_ways(tmp_path: Path) -> None:
     """The folder's config.json read by the training configuration is the one that it was made from."""
     config = MoEGPTConfig.preset("tiny", scoring_func="softmax", router_bias_rate=0.02, expert_dropout=0.1)
