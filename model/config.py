@@ -206,9 +206,11 @@ class MoEGPTConfig(PreTrainedConfig):
         return cls(**{**fields, **overrides})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: without the code files of an export, which are not there, or not made for these fields."""
+        """What `save_pretrained` writes: without the code files of an export, which are not there, or not made for these fields. Who
+        called `register_for_auto_class` has this class's own beside it."""
         written: dict[str, Any] = super().to_diff_dict()
-        written.pop("auto_map", None)
+        if self._auto_class is None:
+            written.pop("auto_map", None)
         return written
 
     def with_rope_factor(self, factor: float) -> "MoEGPTConfig":
