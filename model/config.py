@@ -206,8 +206,8 @@ class MoEGPTConfig(PreTrainedConfig):
         return cls(**{**fields, **overrides})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: without the code files of an export, which are not there, or not made for these fields. Who
-        called `register_for_auto_class` has this class's own beside it."""
+        """What `save_pretrained` writes: without the names of an export's code files, which are not there, or not made for these
+        fields. Who called `register_for_auto_class` has this class's own beside it."""
         written: dict[str, Any] = super().to_diff_dict()
         if self._auto_class is None:
             written.pop("auto_map", None)
