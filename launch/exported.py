@@ -199,7 +199,7 @@ def weights_hash(folder: Path) -> str:
     What the export recorded `check_weights` has found to be so; the weights of somebody else's folder are read for it.
     """
     recorded = _recorded(folder)
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = sorted((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")))
     hashes = [(p.name, recorded[p.name]["xxh3_128"] if p.name in recorded else hash_file(p, "xxh3_128")) for p in paths]
     return hashlib.sha256(repr(hashes).encode()).hexdigest()
 

@@ -8,20 +8,31 @@ Leaves `step_N.NAME.json` and its samples in the folder, and nothing of the expo
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from data.lock import try_lock
 
 COMMANDS = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 256
+HELD = "held"  # locked for as long as its process lives
 
 
 def main() -> int:
     checkpoint, folder, count, *tasks = sys.argv[1:]
     os.nice(19)  # training goes first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the export goes with us
     name = Path(checkpoint).name
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch:
+    for earlier in Path(folder).glob(f"{name}.*.*"):  # of other weights, where the step was trained again
+        earlier.unlink()
+    clear_dead(Path(folder))
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as scratch, open(Path(scratch) / HELD, "wb") as held:
+        try_lock(held)
         exported = Path(scratch) / "hf"
         call("export.py", "--checkpoint", checkpoint, "--output", exported)
         for task in tasks:
@@ -31,6 +42,14 @@ def main() -> int:
             samples = output.with_suffix(".samples.jsonl")
             call("evaluate.py", "--model", exported, f"--{kind}", file, *flags, "--output", output, "--samples_file", samples)
     return 0
+
+
+def clear_dead(folder: Path) -> None:
+    """What judges left that were killed; another, of a run that has ended since, may still be at its own."""
+    for scratch in folder.glob(".step_*-*"):
+        with suppress(OSError), open(scratch / HELD, "rb+") as held:
+            try_lock(held)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def call(command: str, *arguments: object) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from data.cli import UserError
 
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+
 
 def check_name(name: str) -> None:
     """Raises UserError before anything is exported where the hub would refuse the name afterwards."""
@@ -29,7 +31,10 @@ def upload(folder: Path, name: str) -> str:
     api = HfApi()
     try:
         repository = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder)
+        if not api.repo_info(name).private:  # it was there, and keeps what it was
+            raise UserError(f"--push_to_hub {name}: {folder} is written, but that repository is public; name a private one")
+        # Of an earlier export in files of other names: transformers would take one whole file before an index of several.
+        api.upload_folder(repo_id=name, folder_path=folder, delete_patterns=WEIGHTS)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"--push_to_hub {name}: {folder} is written, but the hub did not take it: {said}") from error

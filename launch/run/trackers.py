@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class WandbTracker(Tracker):
 
         run = self.run
         self._table = wandb.Table
-        with cache_folder(run.folder / "wandb"):
+        with cache_folder(run.folder / "wandb"), redacted_arguments():
             self._run = wandb.init(
                 project=run.project, mode=run.wandb_mode, id=run.run_id, resume="allow", dir=str(run.folder),
                 config=redact(run.config), name=run.folder.name,
@@ -118,6 +119,17 @@ class WandbTracker(Tracker):
 
     def finish(self) -> None:
         self._run.finish()
+
+
+@contextlib.contextmanager
+def redacted_arguments() -> Iterator[None]:
+    """W&B notes the command line as it is in its record of the machine, beside the configuration that it was given."""
+    given = sys.argv
+    sys.argv = redact(given)
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 @contextlib.contextmanager

@@ -34,7 +34,22 @@ def test_tokens_in_the_query_of_a_url(url: str, shown: str) -> None:
     assert redact(["--wandb_project", url]) == ["--wandb_project", shown]
 
 
-@pytest.mark.parametrize(("start", "length"), [("hf_", 34), ("ghp_", 36), ("github_pat_", 40), ("sk-proj-", 40), ("AKIA", 16)])
+@pytest.mark.parametrize("name", ["apikey", "apiKey", "secretAccessKey", "wandb_token", "passphrase", "HF_TOKEN", "private_key"])
+def test_names_of_secrets(name: str) -> None:
+    assert redact({name: "S"}) == {name: "[redacted]"}
+    command = redact({"command": ["train.py", f"--{name}", "S", "--max_steps", "5"]})["command"]
+    assert command == ["train.py", f"--{name}", "[redacted]", "--max_steps", "5"]
+    others = {"eos_token": "</s>", "tokens": "5", "monkey": "x", "keyboard": "y"}
+    assert redact(others) == others
+
+
+def test_a_password_may_have_an_at() -> None:
+    assert redact(["https://me:p@ss@host/p?x=a@b"]) == ["https://[redacted]@host/p?x=a@b"]
+
+
+@pytest.mark.parametrize(
+    ("start", "length"), [("hf_", 34), ("ghp_", 36), ("github_pat_", 40), ("sk-proj-", 40), ("AKIA", 16), ("ASIA", 16)]
+)
 def test_tokens_that_give_themselves_away(start: str, length: int) -> None:
     token = start + "A" * length
     assert redact(["--model", f"x/{token}/y"]) == ["--model", "x/[redacted]/y"]

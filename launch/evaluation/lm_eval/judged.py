@@ -12,12 +12,13 @@ from typing import Any
 from launch.evaluation.execution import execute
 from launch.evaluation.problems import from_humaneval
 from launch.evaluation.sandbox.limits import Limits
-from launch.evaluation.sandbox.probe import Isolation, find_isolation
+from launch.evaluation.sandbox.probe import Isolation
+from launch.evaluation.scoring import prepare_isolation
 
 
 @functools.cache
 def isolation() -> Isolation:
-    return find_isolation()
+    return prepare_isolation("auto", Limits(), required=False)
 
 
 def process_results(document: dict[str, Any], results: list[str]) -> dict[str, float]:

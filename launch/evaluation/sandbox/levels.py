@@ -38,7 +38,7 @@ def levels(asked: str = "auto") -> Iterator[Level]:
     if asked not in ("auto", *LEVELS):
         raise UserError(f"no isolation called {asked}; there are: auto, {', '.join(LEVELS)}")
     ways = [False, True] if os.getuid() == 0 else [True]
-    python = os.path.realpath(sys.executable)
+    python = os.path.realpath(own_python())
     bubblewrap = shutil.which("bwrap")
     if bubblewrap and asked in ("auto", "bubblewrap"):
         yield from (Level(name="bubblewrap", user_namespace=way, python=python, bubblewrap=bubblewrap) for way in ways)
@@ -48,22 +48,28 @@ def levels(asked: str = "auto") -> Iterator[Level]:
         yield Level(name="limits", user_namespace=False, python=open_python() if os.getuid() == 0 else python)
 
 
+def own_python() -> str:
+    """Not an environment's copy (`venv --copies`), which has no standard library beside it."""
+    return getattr(sys, "_base_executable", "") or sys.executable
+
+
 def open_python() -> str:
     """An interpreter that every user of the machine can run: ours may lie in root's home."""
-    for path in (sys.executable, "/usr/local/bin/python3", "/usr/bin/python3"):
+    for path in (own_python(), "/usr/local/bin/python3", "/usr/bin/python3"):
         real = Path(path).resolve()
         if real.is_file() and all(folder.stat().st_mode & stat.S_IXOTH for folder in (real, *real.parents)):
             return str(real)
-    return os.path.realpath(sys.executable)
+    return os.path.realpath(own_python())
 
 
 def system_folders(python: str) -> tuple[list[str], dict[str, str]]:
     """(folders to show read-only, links such as /lib -> usr/lib): what an interpreter and its libraries need."""
-    prefix = str(Path(python).parent.parent)
+    prefix = Path(python).parent.parent
     folders = [folder for folder in SYSTEM_FOLDERS if os.path.isdir(folder) and not os.path.islink(folder)]
     links = {folder: os.readlink(folder) for folder in SYSTEM_FOLDERS if os.path.islink(folder)}
-    if not any(Path(prefix).is_relative_to(folder) for folder in folders):
-        folders.append(prefix)
+    if not any(prefix.is_relative_to(folder) for folder in folders):
+        # No more of it: a prefix can be somebody's home, or `.local` in it.
+        folders += [str(prefix / name) for name in ("bin", "lib", "lib64") if (prefix / name).is_dir()]
     return folders, links
 
 

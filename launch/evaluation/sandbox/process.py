@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import select
-import shutil
 import signal
 import stat
 import subprocess
@@ -15,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
+from launch.evaluation.sandbox.folder import folder_use, remove
 from launch.evaluation.sandbox.inside.warden import parents
 from launch.evaluation.sandbox.levels import FIRST_USER, USERS, Level, bubblewrap_command, namespaces_config, system_folders
 from launch.evaluation.sandbox.limits import Limits
@@ -38,7 +38,10 @@ class Confined:
         tree = descendants(self.process.pid)
         if sum(resident_memory(process) for process in tree) > self.limits.memory:
             return "memory"
-        size, files = folder_use(self.folder) if self.leash is not None and self.folder else (0, temporary_files(tree[-1]))
+        try:
+            size, files = folder_use(self.folder) if self.leash is not None and self.folder else (0, temporary_files(tree[-1]))
+        except OSError:  # it has made what cannot be counted
+            return "files"
         if self.leash is not None:
             size += sum(nameless_files(tree).values())
         return "files" if size > self.limits.temporary_size or files > self.limits.temporary_files else None
@@ -55,7 +58,7 @@ class Confined:
         self.process.kill()
         self.process.wait()
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
 
 
 def kill_namespace(first: int) -> None:
@@ -165,16 +168,6 @@ def resident_memory(process: int) -> int:
     with suppress(OSError), open(f"/proc/{process}/statm", "rb") as file:
         return int(file.read().split()[1]) * PAGE
     return 0
-
-
-def folder_use(folder: str) -> tuple[int, int]:
-    """(bytes, files) of a program's folder on the host's own disk."""
-    sizes = []
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                sizes.append(os.lstat(os.path.join(path, name)).st_size)
-    return sum(sizes), len(sizes)
 
 
 def nameless_files(processes: Sequence[int]) -> dict[tuple[int, int], int]:

@@ -10,6 +10,8 @@ import pytest
 from support import metrics
 
 from data.cli import UserError
+from data.lock import try_lock
+from launch.evaluation.of_checkpoint import HELD, clear_dead
 from launch.evaluation.problems import ProblemFile
 from launch.run.arguments import parse_arguments
 from launch.run.judging import Judging
@@ -113,3 +115,15 @@ def test_mistakes_are_one_sentence(problems: Path, tmp_path: Path) -> None:
         arguments = parse_arguments([*flags, "--eval_tasks", *given])
         with pytest.raises(UserError, match=sentence):
             open_tasks(arguments, None)  # type: ignore[arg-type]  # no folder among the tasks, so no shards are asked
+
+
+def test_what_a_killed_judge_left_goes(tmp_path: Path) -> None:
+    """Each left an export of all weights; a judge of a run that has ended since is left at its own."""
+    for name in (".step_2-dead", ".step_4-alive", ".step_6-older", "step_2.json"):
+        (tmp_path / name / "hf").mkdir(parents=True)
+    for name in (".step_2-dead", ".step_4-alive"):
+        (tmp_path / name / HELD).touch()
+    with open(tmp_path / ".step_4-alive" / HELD, "rb+") as held:
+        assert try_lock(held)
+        clear_dead(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".step_4-alive", ".step_6-older", "step_2.json"]

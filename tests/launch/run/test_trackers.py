@@ -82,7 +82,8 @@ def test_wandb_that_is_down(tmp_path: Path) -> None:
 def test_wandb_offline_leaves_a_run_to_upload(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="W&B is not installed")
     program = WANDB.replace('wandb_mode="online"', 'wandb_mode="offline"').replace("3000", "5")
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=100)
+    command = [sys.executable, "-c", program, str(tmp_path), "--api_key", "hunter2secret"]  # W&B notes command lines too
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
     found = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(found) == 1 and found[0].stat().st_size > 200
     assert b"hunter2secret" not in found[0].read_bytes()
