@@ -62,7 +62,8 @@ class LoadBalancer:
     ) -> None:
         """`all_reduce` sums a tensor over all data-parallel ranks in place; None on one rank.
 
-        The rest is the configuration's `router_balance`, `router_bias_rate`, `_decay` and `_average`; rate 0 only measures.
+        The rest is the configuration's `router_balance`, `router_bias_rate`, `_decay` and `_average`; rate 0 only measures, but for
+        `quantile`, which has none.
         """
         modules = model.modules() if isinstance(model, nn.Module) else model
         self.routers = [module for module in modules if isinstance(module, Router)]

@@ -241,8 +241,6 @@ def _lay_out_momenta(engine: DeepSpeedEngine, folder: Path) -> None:
     """Into the state of each of Muon's partitions, as ZeRO 1 and 2 keep it there: whole matrices, see `whole_momenta`. DeepSpeed
     gives it the gradients' dtype at the first step."""
     zero = engine.optimizer
-    if getattr(zero, "cpu_offload", False):
-        raise UserError(f"{folder}: Muon's momentum does not convert into a run with offload_optimizer; leave that out")
     rate = load_file(folder / "lr.pt", mmap=False)
     for group, matrices in zip(zero.optimizer.param_groups, zero.params_in_partition, strict=True):
         if not group.get("use_muon"):

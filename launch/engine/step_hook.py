@@ -39,6 +39,10 @@ class StepHook:
         self.reason: str | None = None
         self._reason_to_skip: ReasonToSkip = lambda _: None
         optimizer = engine.optimizer
+        self._overflow: bool | None = None  # as DeepSpeed has seen it, while its loss scale waits
+        if isinstance(optimizer, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
+            self._update_scale = optimizer._update_scale
+            optimizer._update_scale = self._update_scale_later
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
             self._norm = optimizer.scaled_global_norm
             optimizer.scaled_global_norm = self._norm_or_invalid
@@ -54,8 +58,10 @@ class StepHook:
 
     def step(self, reason_to_skip: ReasonToSkip) -> str | None:
         """Take the engine's step unless `reason_to_skip(global gradient norm)` gives a reason not to; returns the reason."""
-        self.grad_norm, self.reason, self._reason_to_skip = math.inf, None, reason_to_skip
+        self.grad_norm, self.reason, self._reason_to_skip, self._overflow = math.inf, None, reason_to_skip, None
         self.engine.step()
+        if self._overflow is not None and (self.reason is None or math.isinf(self.grad_norm)):
+            self._update_scale(self._overflow)
         if self.reason is None and not self.engine.was_step_applied():
             self.reason = reason_to_skip(math.inf) or "the gradients are not finite"  # DeepSpeed saw it before the norm was taken
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
@@ -63,6 +69,11 @@ class StepHook:
         if self.reason is not None:
             self._drop_gradients()
         return self.reason
+
+    def _update_scale_later(self, has_overflow: bool = False) -> None:
+        """DeepSpeed 0.19.8 has the next step's loss scale before it divides this step's gradients by it, which are then half as
+        large whenever it grows; and takes a step that was refused for one that overflowed, which at the smallest scale raises."""
+        self._overflow = has_overflow
 
     def _drop_gradients(self) -> None:
         """DeepSpeed 0.19.8 clears the gradients of a skipped step but for ZeRO-2 with optimizer offload, where they would be

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -23,10 +24,14 @@ def fp32_weights(engine: DeepSpeedEngine) -> dict[str, list[Tensor]]:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return {"all": list(optimizer.fp32_partitioned_groups_flat)}
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+    if isinstance(optimizer, BF16_Optimizer):  # ZeRO 1 in bf16
+        partitions = optimizer.fp32_groups_flat_partition
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        partitions = optimizer.single_partition_of_fp32_groups
+    else:
         return {}
     found: dict[str, list[Tensor]] = {}
-    parts = zip(optimizer.optimizer.param_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+    parts = zip(optimizer.optimizer.param_groups, partitions, strict=True)
     for number, (group, partition) in enumerate(parts):
         found.setdefault(str(group.get("name", f"group_{number}")), []).append(partition)
     return found

@@ -78,6 +78,12 @@ def check_values(config: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"
         )
+    offload = lookup(config, "zero_optimization.offload_optimizer.device", "none")
+    if str(lookup(config, "optimizer.type", "")).lower() == "muon" and offload != "none":
+        raise UserError(
+            f"{path}: zero_optimization.offload_optimizer does not go with Muon: DeepSpeed then moves the momentum before a step "
+            "can be refused, and a resume is not the run that was stopped; leave it out, or take AdamW"
+        )
     if (preset := config["expert_parallel"]["preset_model"]) != PRESET:
         raise UserError(
             f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {shown(preset)}'

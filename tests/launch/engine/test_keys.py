@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,13 @@ def test_a_right_key_with_a_wrong_value_is_refused(key: str, value: Any, wanted:
 )
 def test_what_deepspeed_reads_is_not_refused(section: str, value: Any) -> None:
     check(changed(section, value))
+
+
+@pytest.mark.parametrize(("kind", "device", "refused"), [("Muon", "cpu", True), ("Muon", "none", False), ("AdamW", "cpu", False)])
+def test_muon_does_not_go_with_offload(kind: str, device: str, refused: bool) -> None:
+    """Its momentum moved in the rehearsal and in every step that was refused."""
+    config = read_config(CONFIG_FOLDER / "ep8_zero2_muon.json")
+    config["optimizer"] = {"type": kind, "params": config["optimizer"]["params"] if kind == "Muon" else {"lr": 1e-3}}
+    config["zero_optimization"]["offload_optimizer"] = {"device": device}
+    with pytest.raises(UserError, match="offload_optimizer does not go with Muon") if refused else nullcontext():
+        check(config)

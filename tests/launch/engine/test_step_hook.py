@@ -40,6 +40,32 @@ def test_the_norm_is_that_of_the_gradients_and_not_of_the_scaled_ones(kind: type
 
 
 @pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
+@pytest.mark.parametrize(
+    ("norm", "reason", "after"),
+    [(8.0, None, 16.0), (8.0, "a spike", 8.0), (-1.0, None, 4.0)],
+    ids=["a step after which it grows", "a step refused", "an overflow"],
+)
+def test_the_loss_scale_is_the_next_steps(
+    kind: type, norm: float, reason: str | None, after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It grew before the gradients were divided by it, and fell for a spike, which at the smallest scale ended the run."""
+    scaler = DynamicLossScaler(8.0, scale_window=1, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
+    scaler.cur_iter = 1  # its first step grows nothing
+    monkeypatch.setattr("deepspeed.runtime.fp16.loss_scaler.dist", SimpleNamespace(get_rank=lambda: 1))  # rank 0 would say so
+    engine = (of := hook(kind, norm, scaler)).engine
+    optimizer, seen = engine.optimizer, []
+
+    def step() -> None:  # as DeepSpeed's, from the norm to the division
+        found = optimizer.scaled_global_norm() if kind is DeepSpeedZeroOptimizer else optimizer._get_norm_groups()[0]
+        optimizer._update_scale(float(found) < 0)
+        seen.append(scaler.loss_scale)
+
+    engine.step = step
+    of.step(lambda found: reason if math.isfinite(found) else "not finite")
+    assert seen == [8.0] and scaler.loss_scale == after
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
 @pytest.mark.parametrize(("scaler", "overflowed"), [(DYNAMIC, True), (LossScaler(128.0), False), (LossScaler(1.0), False)])
 def test_an_overflow_is_one_where_a_smaller_scale_follows(kind: type, scaler: Any, overflowed: bool) -> None:
     of = hook(kind, -1.0, scaler)  # DeepSpeed's sign for inf and NaN

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from launch.engine import update_ratio
@@ -15,18 +16,22 @@ from launch.engine.update_ratio import UpdateRatio, fp32_weights
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def engine(names: list[str], parts: list[torch.Tensor]) -> Any:
-    optimizer = object.__new__(DeepSpeedZeroOptimizer)
+PARTITIONS = {DeepSpeedZeroOptimizer: "single_partition_of_fp32_groups", BF16_Optimizer: "fp32_groups_flat_partition"}
+
+
+def engine(names: list[str], parts: list[torch.Tensor], kind: type = DeepSpeedZeroOptimizer) -> Any:
+    optimizer = object.__new__(kind)
     optimizer.optimizer = SimpleNamespace(param_groups=[{"name": name} for name in names])
-    optimizer.single_partition_of_fp32_groups = parts
+    setattr(optimizer, PARTITIONS[kind], parts)
     return SimpleNamespace(optimizer=optimizer, device=torch.device("cpu"))
 
 
-def test_ratios_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", PARTITIONS)
+def test_ratios_by_group(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_ratio, "CHUNK", 7)  # parts are longer than a chunk
     torch.manual_seed(0)
     parts = [torch.randn(50), torch.randn(20), torch.randn(30), torch.zeros(4)]
-    fake = engine(["decay", "no_decay", "decay", "empty"], parts)
+    fake = engine(["decay", "no_decay", "decay", "empty"], parts, kind)
     before = [part.clone() for part in parts]
     ratio = UpdateRatio(fake)
     updates = [torch.randn_like(part) * 1e-3 for part in parts]
