@@ -65,8 +65,10 @@ class Job:
 
     @property
     def shard(self) -> float:
-        """Parameters of which ZeRO gives this rank the optimizer state: experts are shared out among the ranks that hold the
-        same ones only."""
+        """Parameters of which this rank has the optimizer state: without ZeRO all that it holds, else experts are shared out among
+        the ranks that hold the same ones only."""
+        if self.zero_stage == 0:
+            return self.local_parameters
         return self.dense_parameters / self.ranks + self.expert_parameters * self.expert_ranks / self.ranks
 
 

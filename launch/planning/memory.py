@@ -18,7 +18,7 @@ ADAM_BYTES = 12
 #: CUDA context with cuBLAS's and NCCL's buffers, and what the allocator holds beyond the live tensors. Assumption: contexts of
 #: 0.5 and channels of about 1 GB as nvidia-smi shows on an eight-GPU node; fragments as torch reports with expandable segments.
 CONTEXT_BYTES, FRAGMENT_SHARE = 1.5e9, 0.04
-#: Elements that BF16_Optimizer reduces at a time (`elements_per_buffer` in deepspeed/runtime/engine.py).
+#: Elements that are reduced at a time by BF16_Optimizer and without ZeRO (`elements_per_buffer` in deepspeed/runtime/engine.py).
 REDUCED_AT_ONCE = 500_000_000
 #: An expert-parallel rank's share of the routed rows when routing goes wrong, over the even share; bounded by all rows of all.
 WORST_LOAD = 3.0
@@ -160,7 +160,9 @@ def _summed_apart(job: Job) -> int:
 
 
 def _optimizer(job: Job) -> float:
-    return job.shard * STATE_BYTES.get(job.optimizer.lower(), ADAM_BYTES)
+    """ZeRO makes masters of fp32 weights as well; without it they are their own."""
+    own = FP32 if job.zero_stage == 0 and job.weight_bytes == FP32 else 0
+    return job.shard * (STATE_BYTES.get(job.optimizer.lower(), ADAM_BYTES) - own)
 
 
 def _buckets(job: Job) -> float:
@@ -172,14 +174,14 @@ def _buckets(job: Job) -> float:
 
 def _flattened(job: Job) -> float:
     """What is copied on gradients' way to their sums. ZeRO-2: a bucket, or a head that is more than one, flat, and one parameter
-    after the other in the sums' type. ZeRO-1: at the end its shard; where sums are apart, the dense gradients and then the
-    experts' flat, and once more in the type that is sent."""
+    after the other in the sums' type. ZeRO-1: at the end its shard; where sums are apart, and without ZeRO, the dense gradients and
+    then the experts' flat, and in the first case once more in the type that is sent."""
     if job.zero_stage == 2 and _summed_apart(job):
         flat = min(max(job.bucket_elements, _head(job)), job.local_parameters)
         return flat * job.weight_bytes + _head(job) * job.gradient_bytes + _beside(job)
-    if job.zero_stage == 1 and _summed_apart(job):
+    if job.zero_stage == 0 or (job.zero_stage == 1 and _summed_apart(job)):
         flat = min(max(job.dense_parameters, job.expert_parameters), REDUCED_AT_ONCE)
-        return flat * (job.gradient_bytes + job.weight_bytes)
+        return flat * (_summed_apart(job) + job.weight_bytes)
     return job.shard * FP32 if job.zero_stage == 1 else 0.0
 
 
@@ -192,9 +194,12 @@ def exchange_bytes(job: Job, kernels: bool) -> float:
 
 def _step(job: Job) -> float:
     """Of one parameter group after the other: its gradients once more, flat and in fp32 (sums of their own are that already),
-    and Adam's root and quotient where it is not one kernel."""
+    and Adam's root and quotient where it is not one kernel. Without ZeRO the masters have their gradients all at once."""
     if job.offload_optimizer:
         return 0.0
+    if job.zero_stage == 0:
+        again = job.local_parameters if job.weight_bytes < FP32 else 0
+        return FP32 * (again + (0 if job.fused_optimizer else 2 * max(job.dense_parameters, job.expert_parameters)))
     group = max(job.dense_parameters, job.expert_parameters * job.expert_ranks) / job.ranks
     flat = 0 if job.zero_stage < 3 and _summed_apart(job) else 1
     return group * FP32 * (flat + (0 if job.fused_optimizer else 2))

@@ -136,9 +136,10 @@ def states(engine: Any) -> dict[str, int]:
     parameters = list(engine.module.parameters())
     weights = unique_bytes([*(getattr(p, "ds_tensor", p.data) for p in parameters), *engine.module.buffers()])
     zero = engine.optimizer
-    grouped = [parameter for group in zero.optimizer.param_groups for parameter in group["params"]]
+    inner = getattr(zero, "optimizer", zero)  # without ZeRO fp32 is stepped by torch's own
+    grouped = [parameter for group in inner.param_groups for parameter in group["params"]]
     masters = getattr(zero, "fp32_partitioned_groups_flat", grouped)  # ZeRO-3's groups hold one part at a time
-    held = unique_bytes([*masters, *(value for state in zero.optimizer.state.values() for value in state.values())])
+    held = unique_bytes([*masters, *(value for state in inner.state.values() for value in state.values())])
     return {"weights": sum(weights.values()), "optimizer": sum(size for key, size in held.items() if key not in weights)}
 
 

@@ -17,6 +17,7 @@ from launch.planning.communication import groups, traffic
 from launch.planning.devices import find_device
 from launch.planning.job import Job, job_from
 from launch.planning.memory import plan_memory, remaining_gradients
+from launch.planning.time import HELD_BYTES, optimizer_seconds
 from model.sizes import PRESETS_FOLDER, ModelSizes
 
 TOLERANCE = 0.10  # of what is measured
@@ -49,6 +50,8 @@ def case(
     config["expert_parallel"]["autoep_size"] = experts
     config["activation_checkpointing"]["mode"] = mode
     config["bf16"]["enabled"] = dtype == "bf16"
+    if stage == 0:
+        del config["data_types"]  # DeepSpeed sums in the weights' type there
     return {"model": MODELS[model], "deepspeed": config, "sequence_length": more.get("length", 256), "ranks": ranks}
 
 
@@ -131,6 +134,7 @@ def describe(one: dict[str, Any]) -> str:
 def test_one_rank(tmp_path: Path) -> None:
     cases = [case("tiny", stage=2, ranks=1, mode=mode) for mode in ("none", "selective", "full")]
     cases.append(case("tiny", stage=3, ranks=1, dtype="fp32", accumulation=2))
+    cases += [case("tiny", stage=0, ranks=1, dtype=dtype) for dtype in ("bf16", "fp32")]
     assert not compare(cases, tmp_path)
 
 
@@ -140,6 +144,8 @@ def test_two_ranks(tmp_path: Path) -> None:
         case("tiny", stage=1, ranks=2, experts=2, accumulation=2),
         case("tiny", stage=2, ranks=2, experts=2, dtype="fp32", mode="full"),
         case("tiny", stage=3, ranks=2, experts=2),
+        case("tiny", stage=0, ranks=2, accumulation=2),
+        case("tiny", stage=0, ranks=2, experts=2, dtype="fp32"),
     ]
     assert not compare(cases, tmp_path)
 
@@ -156,6 +162,22 @@ def test_every_layout(model: str, ranks: int, tmp_path: Path) -> None:
         for stage, dtype, mode, experts in layouts
     ]
     assert not compare(cases, tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "state", "again"), [("bf16", 12, 4), ("fp32", 8, 0)])
+def test_without_zero_a_rank_has_the_state_of_all_that_it_holds(dtype: str, state: int, again: int) -> None:
+    """On two real ranks 77.2 and 51.5 MB; the step is twice the arithmetic of ZeRO's, which shares it out."""
+    job = planned(case("tiny", stage=0, ranks=2, dtype=dtype))
+    memory = plan_memory(job)
+    assert memory.optimizer == job.local_parameters * state == pytest.approx({12: 77.2e6, 8: 51.5e6}[state], rel=0.001)
+    assert memory.step == job.local_parameters * again  # each master's gradient in fp32; fp32 weights have theirs
+    h200, sharded = find_device("h200"), planned(case("tiny", stage=1, ranks=2, dtype=dtype))
+    passes, shared = (optimizer_seconds(one, h200) - held_bytes(one) / h200.memory_speed for one in (job, sharded))
+    assert passes == pytest.approx(2 * shared)
+
+
+def held_bytes(job: Job) -> float:
+    return HELD_BYTES * job.local_parameters * job.accumulation
 
 
 def test_expert_parallel_rank_holds_its_share_of_the_experts() -> None:
