@@ -152,9 +152,15 @@ class Collector:
                 self.marks.append(Mark(kind="rollback", step=step, text=f"rolled back: {back}"))
             else:
                 self.marks.append(Mark(kind="restart", step=step, text=f"restarted: {back}, these steps were repeated"))
+            self._drop_from(step)
         self._last = (step, samples)
         if "skipped" in row:
             self.marks.append(Mark(kind="skipped", step=step, text=f"skipped: {row['skipped']}"))
+
+    def _drop_from(self, step: int) -> None:
+        """What was measured of weights that a restart or a rollback gave up; what happened stays told."""
+        self.evaluations = [row for row in self.evaluations if row["step"] < step]
+        self.snapshots = [row for row in self.snapshots if row["step"] < step]
 
     def _note_other(self, row: Row) -> None:
         step = row["step"]

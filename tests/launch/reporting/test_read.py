@@ -79,6 +79,22 @@ def test_a_rollback_goes_on_with_the_data(tmp_path: Path) -> None:
     assert [(mark.kind, mark.step) for mark in run.marks] == [("rollback", 101)]
 
 
+@pytest.mark.parametrize("in_order", [True, False], ids=["skipped, then back", "back, then skipped"])
+def test_what_was_measured_of_abandoned_steps_is_not_counted(tmp_path: Path, in_order: bool) -> None:
+    """Back to step 80 after step 120. Runs of before the step that asked for it was logged first gave its row the step that they
+    went back to, and evaluated there again. A rollback can be seen at the first row that is logged after it."""
+    rows = [{"step": s, "samples": s, "loss": 2.0} for s in range(10, 120, 10)]
+    for at, loss in ((120, 9.0), (100, 9.0), (80, 2.1), (40, 2.2)):
+        rows.insert(at // 10, {"step": at, "val_loss": loss})
+        rows.insert(at // 10, {"step": at, "expert_load": [[loss]]})
+    rows.append({"step": 120 if in_order else 80, "samples": 120, "loss": 9.0, "skipped": "a spike"})
+    rows += [] if in_order else [{"step": 80, "val_loss": 2.1}, {"step": 80, "expert_load": [[2.1]]}]
+    run = read_run(write_run(tmp_path / "run", [*rows, {"step": 90, "samples": 130, "loss": 2.0}]))
+    assert [(row["step"], row["val_loss"]) for row in run.evaluations] == [(40, 2.2), (80, 2.1)]
+    assert [row["step"] for row in run.snapshots] == [40, 80]
+    assert run.last_step == 90 and "rollback" in [mark.kind for mark in run.marks]
+
+
 def test_skipped_steps_of_a_part_that_was_repeated_are_still_told(tmp_path: Path) -> None:
     rows = [{"step": s, "samples": s, "loss": 2.0} for s in range(1, 121)]
     rows[109] |= {"skipped": "loss is nan", "skipped_samples": [109, 110]}
