@@ -91,11 +91,12 @@ def high_norm(run: Run) -> Iterator[Flag]:
     if not over.any():
         return
     lasting = float(np.nanmedian(last_part(norm))) > HIGH_NORM if np.isfinite(last_part(norm)).any() else False
+    finite = late[np.isfinite(late)]
     yield Flag(
         level="bad" if lasting else "look" if over.mean() > 0.01 else "note",
         title=f"Gradient norm over {HIGH_NORM:g}",
         detail=f"{int(over.sum()):,} of {len(late):,} logged steps after warm-up ({over.mean():.1%}), first at step "
-        f"{steps[over][0]:,}; the largest was {np.nanmax(late[np.isfinite(late)]):.4g}.",
+        f"{steps[over][0]:,}; " + (f"the largest was {finite.max():.4g}." if len(finite) else "none of them was finite."),
         advice="A few are clipped and do no harm. If they last, lower the learning rate or lengthen the warm-up. Under Muon the "
         "norm is measured after orthogonalization and says nothing.",
     )

@@ -100,6 +100,11 @@ def test_one_large_norm_is_only_noted(tmp_path: Path) -> None:
     assert titles(tmp_path / "run", rows) == {"Gradient norm over 10": "note"}
 
 
+def test_norms_that_are_all_infinite(tmp_path: Path) -> None:
+    found = titles(tmp_path / "run", healthy_rows(change=late("grad_norm", math.inf, after=0)))
+    assert found["Gradient norm over 10"] == "look" and found["Not finite, and still so"] == "bad"
+
+
 def test_large_norms_of_the_warm_up_are_nothing(tmp_path: Path) -> None:
     assert titles(tmp_path / "run", healthy_rows(change=lambda row: row.update(grad_norm=40.0) if row["step"] < 40 else None)) == {}
 
