@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import launch  # noqa: F401 - first: it names what hides our packages
+from data.cli import UserError
 from data.flags import Parser
+from launch.cli import run_command
 from launch.ranks.join import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +78,10 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = Path("runs/quickstart") if arguments.folder is None else from_root(arguments.folder)
     os.chdir(ROOT)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--folder {folder} cannot be made: {error.strerror}; name another") from error
     return run(folder, arguments.steps)
 
 
@@ -113,4 +118,4 @@ and train the 800M model on your own code and GPUs:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -31,6 +31,14 @@ def test_a_folder_is_meant_from_where_one_stands(flags: list, tmp_path: Path, mo
     assert made == [tmp_path / ("work/mine" if flags else "clone/runs/quickstart")] and made[0].is_dir()
 
 
+@pytest.mark.parametrize("folder", ["/proc/none", "a file"])
+def test_a_folder_that_cannot_be_made_is_a_sentence(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    done = quickstart(tmp_path / folder)
+    assert done.returncode == 2 and f"error: --folder {tmp_path / folder} cannot be made: " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("quickstart")
