@@ -78,16 +78,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def job_of(arguments: argparse.Namespace, config: MoEGPTConfig) -> Job:
     """What trains: by the JSON that is given, or `ep8_zero2.json` with this command's defaults; flags override either."""
+    for name in ("ep", "num_gpus", "sequence_length", "micro_batch", "accumulation"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
     given = arguments.deepspeed_config
     path = given or strategy.CONFIG_FOLDER / "ep8_zero2.json"
     settings = strategy.read_config(path)
     ep = arguments.ep or (strategy.lookup(settings, "expert_parallel.autoep_size", 1) if given else 1)
     ranks = arguments.num_gpus or ep
-    if ep < 1 or ranks < 1 or ranks % ep:
+    if ep < 1 or ranks % ep:
         raise UserError(f"--num_gpus {ranks} is no multiple of the {ep} ranks that share the experts")
     micro, accumulation = arguments.micro_batch, arguments.accumulation
     if not given or micro or accumulation:
-        micro = micro or (settings["train_micro_batch_size_per_gpu"] if given else 8)
+        theirs = settings.get("train_micro_batch_size_per_gpu", "auto") if given else "auto"
+        micro = micro or (8 if theirs == "auto" else theirs)
         accumulation = accumulation or 8
         settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"] = micro, accumulation
         settings["train_batch_size"] = micro * accumulation * ranks

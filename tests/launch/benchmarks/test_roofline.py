@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -158,8 +159,13 @@ def test_what_is_counted_is_the_jsons(tmp_path: Path) -> None:
     assert (changed.recompute, changed.expert_ranks, changed.ranks, changed.accumulation) == ("none", 4, 4, 3)
     plain = job_by()
     assert (plain.recompute, plain.expert_ranks, plain.ranks, plain.micro_batch, plain.accumulation) == ("none", 1, 1, 8, 8)
+    auto = job_by("--deepspeed_config", str(ROOT / "ds_configs" / "cpu_ep2_zero2.json"), "--accumulation", "4")
+    assert (auto.micro_batch, auto.accumulation) == (8, 4)  # "auto" is not given
     with pytest.raises(UserError, match="--num_gpus 3 is no multiple of the 2 ranks"):
         job_by("--ep", "2", "--num_gpus", "3")
+    for flag, value in itertools.product(("ep", "num_gpus", "sequence_length", "micro_batch", "accumulation"), ("-2", "0")):
+        with pytest.raises(UserError, match=f"--{flag} must be at least 1, not {value}"):
+            job_by(f"--{flag}", value)
 
 
 def test_parts_families_and_limits_add_up(roofline: dict[str, Any]) -> None:
