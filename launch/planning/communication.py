@@ -55,14 +55,17 @@ def traffic(job: Job, device: Device, load: float = 1.0) -> list[Traffic]:
 
 
 def groups(job: Job) -> tuple[Group, Group, Group]:
-    """All ranks; the ranks that hold the same experts; the ranks that share the experts out. Expert groups are neighbours."""
+    """All ranks; the ranks that hold the same experts; the ranks that share the experts out. Expert groups are neighbours, and the
+    one that reaches over most nodes sets the pace."""
     nodes = max(1, job.ranks // job.ranks_per_node)
+    begins = range(0, job.ranks, job.expert_ranks)
+    reached = max((n + job.expert_ranks - 1) // job.ranks_per_node - n // job.ranks_per_node + 1 for n in begins)
     copies = job.ranks // job.expert_ranks
     apart = min(nodes, copies) if job.expert_ranks <= job.ranks_per_node else copies
     return (
         Group(size=job.ranks, nodes=nodes),
         Group(size=copies, nodes=max(1, apart)),
-        Group(size=job.expert_ranks, nodes=max(1, job.expert_ranks // job.ranks_per_node)),
+        Group(size=job.expert_ranks, nodes=reached),
     )
 
 

@@ -67,6 +67,17 @@ def test_expert_groups_stay_inside_a_node() -> None:
     assert (experts.size, experts.nodes) == (8, 1)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "in_node", "experts", "nodes"), [(12, 6, 4, 2), (12, 6, 2, 1), (24, 6, 8, 2), (16, 8, 16, 2), (6, 6, 2, 1)]
+)
+def test_an_expert_group_that_straddles_nodes_uses_the_network(ranks: int, in_node: int, experts: int, nodes: int) -> None:
+    """Of two nodes of six the middle one of three groups of four lies on both."""
+    planned = job(ranks=ranks, ranks_per_node=in_node, expert_ranks=experts)
+    assert groups(planned)[2] == Group(size=experts, nodes=nodes)
+    rows = next(t for t in traffic(planned, find_device("a100-80gb")) if t.kind == "expert rows")
+    assert rows.link == ("network" if nodes > 1 else "NVLink 3")
+
+
 def test_a_ring_over_the_network_uses_every_members_adapter() -> None:
     device = find_device("a100-80gb")
     assert ring_speed(device, Group(size=8, nodes=1)) == device.link_speed
