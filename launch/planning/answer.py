@@ -14,7 +14,7 @@ from launch.planning.devices import Device, find_device
 from launch.planning.job import Job, job_from, micro_batches
 from launch.planning.ladder import Ladder, active_parameters
 from launch.planning.memory import GB, WORST_LOAD
-from launch.planning.scale import curve
+from launch.planning.scale import Point, curve
 from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidate, changes, least_change, search
 from launch.planning.time import USUAL_LOAD
 from model.accounting import count_parameters, training_flops_per_token
@@ -47,7 +47,7 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
         "to_train": to_train,
         "to_fit": to_fit(planned),
         "alternatives": [layout(one) for one in better],
-        "curve": [{"gpus": p.gpus, **layout(p.found), "breaks": p.breaks} for p in curve(planned.job, device)],
+        "curve": [point(one) for one in curve(planned.job, device)],
         "assumptions": assumptions(device),
     }
     if arguments.write is not None:
@@ -141,6 +141,11 @@ def layout(found: Candidate) -> dict[str, Any]:
         "tokens_per_second": found.tokens_per_second,
         "mfu": found.time.mfu(job, found.device),
     }
+
+
+def point(one: Point) -> dict[str, Any]:
+    """One row of the curve."""
+    return {"gpus": one.gpus, **layout(one.found), "global_batch": one.found.job.global_batch, "breaks": one.breaks}
 
 
 def to_fit(found: Candidate) -> dict[str, list[object]]:

@@ -21,15 +21,17 @@ class Point:
 
     gpus: int
     found: Candidate
-    batch_grew: bool
+    batch: int  # sequences of the job's global batch, which these GPUs may not be able to share out
 
     @property
     def breaks(self) -> str:
         job, limits = self.found.job, dict(self.found.time.limits)
         if not self.found.fits:
             return f"memory: {self.found.memory.total / 2**30:.0f} GiB"
-        if self.batch_grew:
-            return f"batch: needs {job.global_batch} sequences, one a GPU"
+        if job.global_batch != self.batch:
+            return f"batch: needs {job.global_batch} sequences" + (
+                ", one a GPU" if self.batch < self.gpus else f", not {self.batch}"
+            )
         for name in ("communication", "host"):
             if limits[name] > TOO_MUCH:
                 return f"{name}: {limits[name]:.0%} of the step"
@@ -37,20 +39,20 @@ class Point:
 
 
 def curve(job: Job, device: Device) -> list[Point]:
-    """At the same global batch as long as every GPU gets a sequence; the micro-batch shrinks where it must."""
+    """At the same global batch, or the nearest that every GPU gets as many sequences of; the micro-batch shrinks where it must."""
     return [_point(job, device, gpus) for gpus in COUNTS]
 
 
 def _point(job: Job, device: Device, gpus: int) -> Point:
     in_node = min(gpus, device.gpus_per_node)
-    share = job.global_batch // gpus if job.global_batch % gpus == 0 else 0
-    micro_batch = max(micro_batches(share, job.micro_batch), default=1)
+    share = max(1, round(job.global_batch / gpus))
+    micro_batch = max(micro_batches(share, job.micro_batch))
     scaled = dataclasses.replace(
         job,
         ranks=gpus,
         ranks_per_node=in_node,
         expert_ranks=math.gcd(job.expert_ranks, in_node),
         micro_batch=micro_batch,
-        accumulation=max(1, share // micro_batch),
+        accumulation=share // micro_batch,
     )
-    return Point(gpus=gpus, found=candidate(scaled, device), batch_grew=scaled.global_batch > job.global_batch)
+    return Point(gpus=gpus, found=candidate(scaled, device), batch=job.global_batch)

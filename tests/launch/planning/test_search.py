@@ -95,5 +95,15 @@ def test_the_curve_keeps_the_batch_and_says_what_breaks() -> None:
         assert point.found.job.expert_ranks <= min(8, point.gpus)
         assert point.found.job.global_batch == max(256, point.gpus)
     assert points[-1].breaks.startswith("batch: needs 512 sequences")
+    assert points[-1].breaks == "batch: needs 512 sequences, one a GPU"
     tight = curve(planned("4b", "ep8_zero2.json"), find_device("rtx-4090"))
     assert tight[0].breaks.startswith("memory: ")
+
+
+def test_the_curve_says_where_the_batch_does_not_divide() -> None:
+    """252 sequences, made for seven GPUs: on eight 32 each, as a plan for eight says too, and not one micro-batch of 1."""
+    job = planned("800m", "ep1_zero2.json", gpus=7, train_batch_size=252, train_micro_batch_size_per_gpu=6)
+    found = {point.gpus: point for point in curve(job, find_device("h200"))}
+    assert [found[n].found.job.global_batch for n in (1, 2, 4, 8, 16)] == [252, 252, 252, 256, 256]
+    assert (found[8].found.job.micro_batch, found[8].found.job.accumulation) == (4, 8)
+    assert found[8].breaks == "batch: needs 256 sequences, not 252" and not found[4].breaks.startswith("batch")
