@@ -104,11 +104,11 @@ def _micro_batches(job: Job) -> list[int]:
 
 
 def changes(job: Job, other: Job) -> dict[str, tuple[object, object]]:
-    """What of the DeepSpeed JSON differs, `(from, to)` by its dotted key."""
+    """What of the DeepSpeed JSON differs, `(from, to)` by its dotted key, as the file has them."""
     keys = {
         "expert_parallel.autoep_size": "expert_ranks",
         "zero_optimization.stage": "zero_stage",
-        "zero_optimization.offload_optimizer": "offload_optimizer",
+        "zero_optimization.offload_optimizer": "offload_section",
         "train_micro_batch_size_per_gpu": "micro_batch",
         "activation_checkpointing.mode": "recompute",
     }

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from launch.engine.kinds import shown
 from launch.planning.ladder import in_words
 
 #: The parts of a rank's memory, in the order in which they are shown, and what each is.
@@ -65,8 +66,8 @@ def _head(answer: dict[str, Any]) -> str:
 
 
 def _changed(pairs: dict[str, Sequence[object]]) -> str:
-    """Keys of the JSON, from what to what."""
-    return ", ".join(f"{key} from {old} to {new}" for key, (old, new) in pairs.items())
+    """Keys of the JSON, from what to what, to be pasted."""
+    return ", ".join(f"{key} from {shown(old)} to {shown(new)}" for key, (old, new) in pairs.items())
 
 
 def _memory(answer: dict[str, Any]) -> str:

@@ -48,6 +48,8 @@ def test_the_least_change_that_helps() -> None:
     assert found is not None and found.is_safe
     fewest = min(len(changes(job, v)) for v in variants(job) if candidate(v, device).is_safe)
     assert len(changes(job, found.job)) == fewest == 1
+    offloaded = changes(job, dataclasses.replace(job, offload_optimizer=True))  # what the file takes, not the planner's flag
+    assert offloaded == {"zero_optimization.offload_optimizer": (None, {"device": "cpu"})}
     assert changes(job, job) == {} and least_change(job, find_device("b200")).job == job  # type: ignore[union-attr]
 
 
