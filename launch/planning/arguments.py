@@ -54,6 +54,8 @@ class PlanArguments:
             raise UserError(f"--price must be 0 or more (for one GPU and hour), not {self.price}")
         if self.gpu is None and self.from_run is None:
             raise UserError("--gpu is missing, such as --gpu a100-80gb; --help lists the flags")
+        if self.price is not None and self.tokens is None and self.from_run is None:
+            raise UserError("--price needs --tokens, such as --tokens 131e9: the cost depends on how much is trained")
         if self.ladder is not None and self.tokens is None:
             raise UserError("--ladder needs --tokens, such as --tokens 131e9: bits per byte depend on how much is read")
 
