@@ -26,14 +26,17 @@ def rest_of(arguments: PlanArguments) -> dict[str, Any]:
     """What is left of the run, and how long it takes at the speed it has. Raises `UserError` that names the folder."""
     assert arguments.from_run is not None
     config, rows = read_run(arguments.from_run)
-    job = job_of_run(config, ranks_per_node=config["world_size"])
+    device = find_device(arguments.gpu) if arguments.gpu else None
+    # config.json does not say how the ranks were spread: as many on a node as it has of these cards.
+    in_node = min(config["world_size"], device.gpus_per_node) if device else config["world_size"]
+    job = job_of_run(config, ranks_per_node=in_node)
     speed = median(row["tokens_per_second"] for row in rows[-RECENT:])
     total = arguments.tokens or config["arguments"]["max_steps"] * job.tokens_per_step
     left = max(0.0, total - rows[-1]["tokens"])
     hours = left / speed / 3600
     count = count_parameters(job.sizes)
-    device = find_device(arguments.gpu) if arguments.gpu else None
     planned = plan_time(job, device) if device else None
+    mfu = next((row["mfu"] for row in reversed(rows) if "mfu" in row), None)  # of GPUs alone
     return {
         "run": str(arguments.from_run),
         "parameters": {"total": count.total, "active": count.active, "on_a_rank": job.local_parameters},
@@ -43,8 +46,8 @@ def rest_of(arguments: PlanArguments) -> dict[str, Any]:
         "left": {"steps": round(left / job.tokens_per_step), "tokens": left},
         "tokens_per_second": speed,
         "planned_tokens_per_second": planned.tokens_per_second(job) if planned else None,
-        "mfu": next((row["mfu"] for row in reversed(rows) if "mfu" in row), None),
-        "memory_gb": plan_memory(job, on_gpu=device is not None).in_gb(),
+        "mfu": mfu,
+        "memory_gb": plan_memory(job, on_gpu=device is not None or mfu is not None).in_gb(),
         "device_memory_gb": device.memory / GB if device else None,
         "days": hours * 3600 / SECONDS_PER_DAY,
         "gpu_hours": hours * job.ranks,
