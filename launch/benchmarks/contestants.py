@@ -134,12 +134,12 @@ class Stage:
         overrides = {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
         self.config = load_model_config(arguments.model, **{k: v for k, v in overrides.items() if v})
         ranks, on_gpu = dist.get_world_size(), get_accelerator().device_name() == "cuda"
-        path = arguments.deepspeed_config or strategy.default_path(torch.cuda.device_count() if on_gpu else 0, ranks)
+        gpus, experts = torch.cuda.device_count() if on_gpu else 0, self.config.n_routed_experts
+        path = arguments.deepspeed_config or strategy.default_path(gpus, ranks, experts)
         settings = strategy.read_config(path)
         settings["train_batch_size"] = arguments.micro_batch * arguments.accumulation * ranks
         settings["train_micro_batch_size_per_gpu"] = arguments.micro_batch
         settings["gradient_accumulation_steps"] = arguments.accumulation
-        experts = self.config.n_routed_experts
         self.settings = strategy.resolve_config(settings, path, world_size=ranks, num_experts=experts, max_steps=1000)
         self.mode = arguments.activation_checkpointing or Strategy.of(self.settings).activation_checkpointing
         self.path: Path = path

@@ -64,6 +64,8 @@ AUTO = (
     "scheduler.params.total_num_steps",
     "scheduler.params.warmup_num_steps",
 )
+#: What DeepSpeed calls the types in `data_types` (`DtypeEnum`, which imports torch), beside torch's own names.
+DTYPES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 WARMUP_SHARE = 0.02  # of the run, at most WARMUP_MOST steps: DeepSeek-V3 (arXiv 2412.19437) warms up for 2,000
 WARMUP_MOST = 2000
 
@@ -78,6 +80,7 @@ class Strategy:
     zero_stage: int
     ep_size: int  # ranks that share one copy of the experts; 1: every rank holds all of them
     dtype: str  # of the forward pass: bfloat16, float16 or float32
+    gradient_dtype: str  # that gradients are summed in
     gradient_clipping: float  # 0: none
     optimizer: str
     weight_decay: float  # of matrices; vectors have none
@@ -89,13 +92,16 @@ class Strategy:
     def of(cls, config: dict[str, Any]) -> Strategy:
         """Of a JSON that `resolve_config` returned."""
         bf16, fp16 = (bool(lookup(config, f"{name}.enabled", False)) for name in ("bf16", "fp16"))
+        dtype = "bfloat16" if bf16 else "float16" if fp16 else "float32"
+        summed = (lookup(config, "data_types.grad_accum_dtype") or dtype).removeprefix("torch.")
         return cls(
             train_batch_size=config["train_batch_size"],
             micro_batch_size=config["train_micro_batch_size_per_gpu"],
             accumulation_steps=config["gradient_accumulation_steps"],
             zero_stage=lookup(config, "zero_optimization.stage", 0),
             ep_size=lookup(config, "expert_parallel.autoep_size", 1),
-            dtype="bfloat16" if bf16 else "float16" if fp16 else "float32",
+            dtype=dtype,
+            gradient_dtype=DTYPES.get(summed, summed),
             gradient_clipping=float(config.get("gradient_clipping", 0.0)),
             optimizer=str(lookup(config, "optimizer.type", "")),
             weight_decay=float(lookup(config, "optimizer.params.weight_decay", 0.0)),
@@ -105,12 +111,11 @@ class Strategy:
         )
 
 
-def default_path(num_gpus: int, world_size: int) -> Path:
-    """The strategy for a command line without `--deepspeed_config`."""
-    if num_gpus == 0:
-        return CONFIG_FOLDER / ("cpu_ep1_zero2.json" if world_size == 1 else "cpu_ep2_zero2.json")
-    size = next(n for n in (8, 4, 1) if world_size % n == 0)
-    return CONFIG_FOLDER / f"ep{size}_zero2.json"
+def default_path(num_gpus: int, world_size: int, num_experts: int) -> Path:
+    """The strategy for a command line without `--deepspeed_config`: as many ranks share the experts as divide both numbers."""
+    sizes, prefix = ((8, 4, 1), "") if num_gpus else ((2, 1), "cpu_")
+    size = next(n for n in sizes if world_size % n == num_experts % n == 0)
+    return CONFIG_FOLDER / f"{prefix}ep{size}_zero2.json"
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -176,8 +181,6 @@ def resolve_config(config: dict[str, Any], path: Path, *, world_size: int, num_e
     _resolve_batch(config, path, world_size)
     _resolve_schedule(config, max_steps)
     _check_expert_parallel(config, path, world_size, num_experts)
-    if lookup(config, "fp16.enabled", False) and lookup(config, "zero_optimization.stage", 0) == 0:
-        raise UserError(f"{path}: fp16.enabled needs zero_optimization.stage 1, 2 or 3: without ZeRO no checkpoint can be written")
     config.setdefault("steps_per_print", 2**31)  # our own log lines replace DeepSpeed's
     config.setdefault("wall_clock_breakdown", False)
     return config
@@ -228,6 +231,24 @@ def schedule_hint(schedule: object, max_steps: int) -> str | None:
             'the last rate; "auto" suits any length'
         )
     return None
+
+
+def check_precision(config: dict[str, Any], path: Path) -> None:
+    """Of a resolved JSON, dtypes that DeepSpeed takes together: with ZeRO all (`_do_optimizer_sanity_check` in
+    deepspeed/runtime/engine.py, 0.19.8). Apart from `resolve_config`, since a misspelt section is to be named as that first."""
+    if all(lookup(config, f"{name}.enabled", False) for name in ("bf16", "fp16")):
+        raise UserError(f"{path}: bf16.enabled and fp16.enabled cannot both be true; leave one of them out")
+    chosen = Strategy.of(config)
+    if chosen.zero_stage > 0:
+        return
+    if chosen.dtype == "float16":
+        raise UserError(f"{path}: fp16.enabled needs zero_optimization.stage 1, 2 or 3: without ZeRO no checkpoint can be written")
+    if chosen.gradient_dtype != chosen.dtype:
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype must be left out with zero_optimization.stage 0, not "
+            f"{shown(lookup(config, 'data_types.grad_accum_dtype'))}: without ZeRO DeepSpeed sums {chosen.dtype} gradients in "
+            "their own dtype alone"
+        )
 
 
 def _check_expert_parallel(config: dict[str, Any], path: Path, world_size: int, num_experts: int) -> None:

@@ -26,10 +26,9 @@ BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 
 def answer(arguments: PlanArguments) -> dict[str, Any]:
     """What `arguments` ask for. Raises `UserError`; writes the JSON of `--write`."""
-    device = find_device(arguments.gpu or "")
-    path = arguments.deepspeed_config or strategy.default_path(arguments.num_gpus, arguments.ranks)
+    device, sizes = find_device(arguments.gpu or ""), read_sizes(arguments.model)
+    path = arguments.deepspeed_config or strategy.default_path(arguments.num_gpus, arguments.ranks, sizes.n_routed_experts)
     base = strategy.read_config(path)
-    sizes = read_sizes(arguments.model)
     config, to_train = with_batch_for(base, arguments.ranks)
     planned = candidate(read_job(arguments, sizes, config, path), device)
     better = search(planned.job, device)
@@ -81,11 +80,16 @@ def with_batch_for(base: dict[str, Any], ranks: int) -> tuple[dict[str, Any], di
 
 
 def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], path: Path) -> Job:
-    """The job that `launch/train.py` would run under the same flags, refused where it would refuse it."""
+    """The job that `launch/train.py` would run under the same flags, refused where `strategy` refuses it.
+
+    Not checked: names of keys, and all values that only DeepSpeed and torch know. Training refuses those (`engine/keys.py`), by
+    asking libraries that take seconds to import; here a misspelt key counts as left out.
+    """
     length = arguments.sequence_length or sizes.usual_context
     if length > sizes.max_position_embeddings:
         raise UserError(f"--sequence_length {length} is beyond the {sizes.max_position_embeddings} positions of {arguments.model}")
     resolved = strategy.resolve_config(base, path, world_size=arguments.ranks, num_experts=sizes.n_routed_experts, max_steps=1000)
+    strategy.check_precision(resolved, path)
     return job_from(
         sizes,
         resolved,

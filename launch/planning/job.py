@@ -95,7 +95,6 @@ def job_from(
     """From a resolved DeepSpeed JSON (`strategy.resolve_config`); `recompute` overrides its mode."""
     strategy, zero = Strategy.of(config), lookup(config, "zero_optimization", {})
     weight_bytes = 4 if strategy.dtype == "float32" else 2
-    accumulated_in = lookup(config, "data_types.grad_accum_dtype")
     return Job(
         sizes=sizes,
         ranks=ranks,
@@ -110,7 +109,7 @@ def job_from(
         optimizer=strategy.optimizer,
         fused_optimizer=bool(lookup(config, "optimizer.params.fused", False)),
         weight_bytes=weight_bytes,
-        gradient_bytes=weight_bytes if accumulated_in is None else 4 if "32" in accumulated_in else 2,
+        gradient_bytes=4 if strategy.gradient_dtype == "float32" else 2,
         # DeepSpeed's own defaults where the JSON is silent (deepspeed/runtime/zero/config.py, 0.19.8)
         bucket_elements=int(zero.get("reduce_bucket_size", 500_000_000)),
         buckets=2 if zero.get("overlap_comm", False) and strategy.zero_stage < 3 else 1,

@@ -89,7 +89,7 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
     gpus = torch.cuda.device_count() if get_accelerator().device_name() == "cuda" else 0
     train, validation = open_data(arguments)
     config = fit_model(load_model_config(arguments.model), arguments, train)
-    path = arguments.deepspeed_config or strategy.default_path(gpus, world_size)
+    path = arguments.deepspeed_config or strategy.default_path(gpus, world_size, config.n_routed_experts)
     task_data, task_files = open_tasks(arguments, train)
     settings = strategy.read_config(path)
     return ResolvedRun(
@@ -140,6 +140,7 @@ def resolve_settings(
         resolved["compile"] = {**resolved.get("compile", {}), "autoep_non_moe": arguments.compile}
     check_compile(resolved, path, documents=arguments.document_mask)
     check_keys(resolved, path)
+    strategy.check_precision(resolved, path)
     device, chosen = get_accelerator(), strategy.Strategy.of(resolved)
     if chosen.dtype == "float16" and not device.is_fp16_supported():
         raise UserError(f"{path}: fp16.enabled: the {device.device_name().upper()} cannot train in fp16; use bf16.enabled")

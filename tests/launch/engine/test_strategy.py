@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import DtypeEnum
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from data.cli import UserError
 from launch.engine.strategy import (
     CHECKPOINTING_MODES,
     CONFIG_FOLDER,
     Strategy,
+    check_precision,
     default_path,
     lookup,
     read_config,
@@ -86,7 +92,7 @@ def test_every_shipped_file_is_described() -> None:
 
 
 def test_defaults_by_number_of_gpus() -> None:
-    named = {(gpus, ranks): default_path(gpus, ranks).name for gpus, ranks in [(8, 8), (8, 16), (4, 4), (1, 1), (3, 3)]}
+    named = {(gpus, ranks): default_path(gpus, ranks, 8).name for gpus, ranks in [(8, 8), (8, 16), (4, 4), (1, 1), (3, 3)]}
     assert named == {
         (8, 8): "ep8_zero2.json",
         (8, 16): "ep8_zero2.json",
@@ -94,8 +100,49 @@ def test_defaults_by_number_of_gpus() -> None:
         (1, 1): "ep1_zero2.json",
         (3, 3): "ep1_zero2.json",
     }
-    assert default_path(0, 2).name == "cpu_ep2_zero2.json"
-    assert default_path(0, 1).name == "cpu_ep1_zero2.json"
+    assert default_path(0, 2, 8).name == "cpu_ep2_zero2.json"
+    assert default_path(0, 1, 8).name == "cpu_ep1_zero2.json"
+
+
+def test_a_default_divides_the_models_experts() -> None:
+    """60m has four, on eight GPUs."""
+    assert default_path(8, 8, 4).name == "ep4_zero2.json" and default_path(8, 8, 6).name == "ep1_zero2.json"
+    assert default_path(0, 2, 3).name == default_path(0, 3, 4).name == "cpu_ep1_zero2.json"
+    assert resolve(default_path(8, 8, 4), world_size=8, num_experts=4)["gradient_accumulation_steps"] == 4
+
+
+def test_dtypes_by_every_name_that_deepspeed_has() -> None:
+    """Beside `DtypeEnum`, which imports torch."""
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
+    for each in DtypeEnum:
+        for name in each._all_values:
+            if not isinstance(name, torch.dtype):
+                found = Strategy.of({**sizes, "data_types": {"grad_accum_dtype": name}}).gradient_dtype
+                assert f"torch.{found}" == str(each.value)
+    assert Strategy.of({**sizes, "bf16": {"enabled": True}}).gradient_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("dtype", "summed", "is_taken"), [
+    ("bf16", None, True), ("bf16", "bfloat16", True), ("bf16", "fp32", False), ("bf16", "fp16", False),
+    ("fp32", None, True), ("fp32", "float", True), ("fp32", "bf16", False),
+])  # fmt: skip
+def test_without_zero_gradients_are_summed_in_their_own_dtype(tmp_path: Path, dtype: str, summed: str, is_taken: bool) -> None:
+    """As DeepSpeed's engine decides, asked here."""
+    changes = {"bf16__enabled": dtype == "bf16", "data_types__grad_accum_dtype": summed}
+    stage = SimpleNamespace(
+        fp16_enabled=lambda: False,
+        bfloat16_enabled=lambda: dtype == "bf16",
+        _config=SimpleNamespace(grad_accum_dtype=summed),
+        zero_optimization=lambda: False,
+        pipeline_parallelism=False,
+    )
+    stage.get_data_types = lambda: DeepSpeedEngine.get_data_types(stage)
+    with nullcontext() if is_taken else pytest.raises(NotImplementedError, match="unsupported mix"):
+        DeepSpeedEngine._do_optimizer_sanity_check(stage, None)
+    wanted = "grad_accum_dtype must be left out with zero_optimization.stage 0, not "
+    with nullcontext() if is_taken else pytest.raises(UserError, match=wanted):
+        check_precision(resolve(written(tmp_path, zero_optimization__stage=0, **changes), world_size=8), tmp_path)
+    check_precision(resolve(written(tmp_path, **changes), world_size=8), tmp_path)  # ZeRO takes every mix
 
 
 def test_auto_accumulation_keeps_the_global_batch(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_answers_at_once_and_without_torch() -> None:
         (["--gpu", "h200", "--sequence_length", 4096], "--sequence_length 4096 is beyond the 2048 positions of 800m"),
         (["--gpu", "h200", "--tokens", "nan"], "--tokens must be at least 1"),
         (["--gpu", "h200", "--price", -1], "--price must be 0 or more"),
+        (["--gpu", "h200", "--price", 2], "--price needs --tokens, such as --tokens 131e9"),
         (["--gpu", "h200", "--write", "README.md"], "--write README.md exists; name a new file"),
         (["--gpu", "h200", "--write", "no/such/folder.json"], "--write no/such/folder.json: there is no folder no/such"),
     ],
@@ -136,6 +137,16 @@ def test_what_training_refuses_is_not_planned(tmp_path: Path) -> None:
     path.write_text(json.dumps(settings | {"zero_optimization": {"stage": 0}}))
     done = plan("--gpu", "a100-80gb", "--model", "tiny", "--num_gpus", 1, "--deepspeed_config", path)
     assert done.returncode == 2 and "fp16.enabled needs zero_optimization.stage 1, 2 or 3" in done.stderr
+    for changes, said in (
+        ({"bf16": {"enabled": True}}, "bf16.enabled and fp16.enabled cannot both be true"),
+        (
+            {"fp16": {"enabled": False}, "data_types": {"grad_accum_dtype": "bf16"}},
+            "sums float32 gradients in their own dtype alone",
+        ),
+    ):
+        path.write_text(json.dumps(settings | {"zero_optimization": {"stage": 0}} | changes))
+        done = plan("--gpu", "a100-80gb", "--model", "tiny", "--num_gpus", 1, "--deepspeed_config", path)
+        assert done.returncode == 2 and said in done.stderr
 
 
 def test_a_model_that_fits_nowhere(tmp_path: Path) -> None:
@@ -218,6 +229,33 @@ def test_the_rest_of_a_run(run_folder: Path) -> None:
     assert done.returncode == 0 and "nothing is left" in done.stdout
     done = plan("--from", run_folder, "--num_gpus", 4)  # a flag that it cannot obey
     assert done.returncode == 2 and "--num_gpus does not go with --from" in done.stderr
+
+
+def test_a_run_that_says_its_mfu_is_a_gpus(run_folder: Path) -> None:
+    """Its memory is a GPU's, though nobody named the card; a CPU's is less."""
+    on_a_cpu = answer("--from", run_folder)["memory_gb"]
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 102, "tokens": 1, "tokens_per_second": 1.0, "mfu": 0.4}\n')
+    assert answer("--from", run_folder)["memory_gb"] == answer(*USUAL)["memory_gb"] != on_a_cpu
+
+
+def test_a_run_of_two_nodes_is_not_planned_as_one(run_folder: Path) -> None:
+    config = json.loads((run_folder / "config.json").read_text())
+    config["deepspeed"]["gradient_accumulation_steps"] = 2
+    (run_folder / "config.json").write_text(json.dumps({**config, "world_size": 16}))
+    found = answer("--from", run_folder, "--gpu", "a100-80gb")["planned_tokens_per_second"]
+    assert found == pytest.approx(answer(*USUAL, "--num_nodes", 2)["tokens_per_second"])
+
+
+def test_a_preset_with_fewer_experts_than_gpus_has_a_default() -> None:
+    assert answer("--gpu", "a100-80gb", "--model", "60m", "--num_gpus", 8)["layout"]["expert_ranks"] == 4
+
+
+def test_a_change_that_makes_it_fit_can_be_pasted() -> None:
+    flags = ("--model", "4b", "--gpu", "rtx-4090", "--num_gpus", 1, "--deepspeed_config", "ds_configs/ep1_zero2.json")
+    assert answer(*flags)["to_fit"]["zero_optimization.offload_optimizer"] == [None, {"device": "cpu"}]
+    said = " ".join(plan(*flags).stdout.split())
+    assert 'zero_optimization.offload_optimizer from null to {"device": "cpu"}' in said
 
 
 def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from support import ROOT
 
 from data.cli import UserError
+from launch.engine.strategy import CONFIG_FOLDER, read_config
 from launch.run.arguments import parse_arguments
 from launch.run.resolve import ResolvedRun, resolve_run, resolve_settings
 from launch.run.session import identify
@@ -84,3 +85,13 @@ def test_fp16_without_zero_is_refused_at_the_start(stage: int, refused: bool, mo
     said = pytest.raises(UserError, match=r"fp16\.enabled needs zero_optimization\.stage 1, 2 or 3") if refused else nullcontext()
     with said:
         resolve_settings(settings, Path("fp16.json"), flags, world_size=1, num_experts=4)
+
+
+def test_sums_of_another_dtype_without_zero_are_refused_at_the_start() -> None:
+    """`ep8_zero2.json` with its stage set to 0 alone ended in the engine, with a traceback."""
+    settings = read_config(CONFIG_FOLDER / "ep8_zero2.json") | {"zero_optimization": {"stage": 0}}
+    flags: Any = SimpleNamespace(max_steps=9, compile=None, document_mask=False)
+    with pytest.raises(UserError, match=r"grad_accum_dtype must be left out with zero_optimization\.stage 0, not \"fp32\""):
+        resolve_settings(settings, Path("j.json"), flags, world_size=8, num_experts=8)
+    del settings["data_types"]
+    assert resolve_settings(settings, Path("j.json"), flags, world_size=8, num_experts=8)["zero_optimization"]["stage"] == 0
