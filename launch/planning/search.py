@@ -76,8 +76,9 @@ def _order(found: Candidate) -> tuple[float, int, int, float]:
 def variants(job: Job) -> Iterator[Job]:
     """Every layout that training takes, at the same sequence length and global batch."""
     # DeepSpeed 0.19.8 refuses Muon with ZeRO 3's reduce-scatter, its default; without it no step of the two was seen to end here.
-    lacks_3 = job.compiles or job.optimizer.lower() == "muon"
-    stages = [(1, False), (2, False), (2, True)] + [(3, False)] * (not lacks_3)
+    # Its offload is refused by training (`engine/values.py`).
+    muon = job.optimizer.lower() == "muon"
+    stages = [(1, False), (2, False)] + [(2, True)] * (not muon) + [(3, False)] * (not muon and not job.compiles)
     for expert_ranks in _expert_ranks(job):
         for stage, offload in stages:
             for micro_batch in _micro_batches(job):
