@@ -96,6 +96,7 @@ def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lam
     if _is_whole(folder, made_from):
         return
     saved = read_state(source)
+    folder.parent.mkdir(parents=True, exist_ok=True)  # a run that begins at another's checkpoint has saved nothing yet
     # Of Muon's groups the converter first writes moments of zeros.
     times = 4 if MOMENTUM in saved.optimizer["state"] else 2
     needed, free = times * sum(f["bytes"] for f in files.values()), shutil.disk_usage(folder.parent).free
@@ -148,6 +149,8 @@ def _gather_unsharded(source: Path, temporary: Path, names: list[str]) -> None:
     shards = [load_file(p)["optimizer"]["state"] for p in numbered(source, "expp_rank_*_optim_states.pt")]
     number = {name: i for i, name in enumerate(names)}
     for name, weight in module_weights(source):
+        if name not in number:  # tied: the optimizer knows it by its first name
+            continue
         states = [shard.get(number[name], {}) for shard in (shards if EXPERT_WEIGHT.search(name) else shards[:1])]
         _save_whole(temporary, name, "fp32", weight)
         for key in MOMENTS:

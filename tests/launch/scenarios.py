@@ -320,6 +320,21 @@ def take(folder: str, cases: list[tuple[str, int, str, int]], optimizer: str = "
     return out
 
 
+def tied(folder: str) -> dict[str, Any]:
+    """A model whose head is its embedding, from each stage to the other, by a run that begins at another run's checkpoint."""
+    kind: dict[str, Any] = {"dtype": "float32", "ep": 1, "expert_dropout": 0.0, "tie_word_embeddings": True}
+    out = {}
+    for stage, other in ((0, 2), (2, 0)):
+        run = SmallRun(Path(folder) / f"zero{stage}", stage=stage, **kind)
+        run.train(2)
+        run.save()
+        new = SmallRun(
+            Path(folder) / f"zero{other}-of-{stage}", stage=other, seed=9, resume=str(Path(folder) / f"zero{stage}"), **kind
+        )
+        out[f"{stage} to {other}"] = [[each.first_loss(), full_state(each)] for each in (run, new)]
+    return out
+
+
 def out_of_order(folder: str) -> dict[str, str]:
     """A run whose partitions DeepSpeed laid out otherwise than it writes down: what is said of its checkpoint when it is resumed,
     resumed without that, converted and exported."""

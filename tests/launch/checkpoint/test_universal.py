@@ -87,6 +87,13 @@ def test_masters_in_another_order_than_is_written_down_are_refused(tmp_path):
         assert "is not the weight that the model computed with" in sentence and "round_robin_gradients" in sentence
 
 
+def test_tied_weights_convert_for_a_run_that_has_saved_nothing_yet(tmp_path):
+    """The model's file has them by both names, the optimizer by one. The new run's `checkpoints/` is not there before."""
+    for name, (was, is_now) in launch_ranks(1, "tied", folder=tmp_path).items():
+        assert is_now[1] == was[1] and "lm_head.weight" not in was[1], name
+        assert is_now[0] == pytest.approx(was[0], rel=1e-6), name
+
+
 def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path):
     """After a rollback a step is saved again, with other weights under the same name."""
     folder = tmp_path / "step_3.universal"
