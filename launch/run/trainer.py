@@ -94,6 +94,7 @@ class Trainer:
             device=self.device,
         )
         self._rolled_back: list[int] = []
+        self._rollback_due = False
         self._timer, self._shown = StepTimer(), dict[str, str]()
 
     def train(self) -> str:
@@ -112,6 +113,8 @@ class Trainer:
                 self.log(metrics)
                 self.judging.take(step)
             self.show_progress(metrics)
+            if self._rollback_due and self.roll_back(finite=math.isfinite(metrics["loss"] + metrics["grad_norm"])):
+                continue  # these weights were evaluated when they were here first
             if args.eval_interval and (step % args.eval_interval == 0 or step == args.max_steps):
                 self.validate()
             if step % args.save_interval == 0:
@@ -192,19 +195,22 @@ class Trainer:
             f"(samples {first_sample} to {self.position.samples - 1})"
         )
         rescaling = self.step_hook.overflowed and math.isfinite(loss)
-        if self.spikes.skip_step(in_a_row=not rescaling):
-            self.roll_back(finite=math.isfinite(loss) and math.isfinite(self.step_hook.grad_norm))
+        self._rollback_due = self.spikes.skip_step(in_a_row=not rescaling)  # once the step's row is written, by its own number
         return metrics
 
-    def roll_back(self, *, finite: bool) -> None:
-        """Return to the last checkpoint before these steps, keeping the data position: their batches are not seen again."""
+    def roll_back(self, *, finite: bool) -> bool:
+        """Return to the last checkpoint before these steps, keeping the data position: their batches are not seen again.
+
+        False where there is none and training goes on from here.
+        """
+        self._rollback_due = False
         self.saving.finish_pending_save(self.position.step)
         found = self.saving.checkpoints.newest(before=self.position.step - self.spikes.skipped_in_a_row + 1)
         often = found is not None and self._rolled_back.count(found.state.step) >= ROLLBACKS
         if finite and found is None:
             self.monitor.say("there is no checkpoint to roll back to: spikes are judged anew from here on")
             self.spikes.forget_history()
-            return
+            return False
         if found is None or often:
             why = f"{ROLLBACKS} times back at step {found.state.step}" if found else "there is no checkpoint to roll back to"
             raise AgreedError(
@@ -218,6 +224,7 @@ class Trainer:
         self.spikes.begin_after_rollback(skipped)
         self.saving.saved_at = -1
         self.monitor.say(f"rolled back to step {self.position.step}; going on with sample {samples}")
+        return True
 
     # ------------------------------------------------------------------ evaluation, logs, checkpoints
 

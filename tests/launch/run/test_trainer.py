@@ -73,7 +73,7 @@ def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place
         _rolled_back=[],
     )
     trainer.restore = lambda state: Trainer.restore(trainer, state)
-    Trainer.roll_back(trainer, finite=finite)
+    assert Trainer.roll_back(trainer, finite=finite)
     assert asked == [6], "the state after step 5 is as good as any"
     assert (trainer.position.step, trainer.position.samples, trainer.position.best_loss) == (5, 64, 2.5)
     assert (guard.losses, guard.skipped_in_a_row, guard.skipped_in_all) == ([3.0], 0, 9)
@@ -207,12 +207,42 @@ def test_looking_for_a_loss_scale_is_no_row_of_spikes() -> None:
     """fp16 from 2^32, as many a JSON has it: a dozen steps overflow before one is taken. A loss that is not finite counts."""
     trainer, _ = balanced("none")
     trainer.step_hook = SimpleNamespace(grad_norm=math.inf, overflowed=True)
-    trainer.roll_back = lambda *, finite: pytest.fail("rolled back")
     for _ in range(12):
         Trainer.advance(trainer, 2.0, "gradient norm is inf")
     assert (trainer.spikes.skipped_in_all, trainer.spikes.skipped_in_a_row, trainer.position.step) == (12, 0, 12)
-    asked: list[bool] = []
-    trainer.roll_back = lambda *, finite: asked.append(finite)
+    due: list[bool] = []
     for _ in range(3):
         Trainer.advance(trainer, math.nan, "loss is nan")
-    assert asked == [False]
+        due.append(trainer._rollback_due)
+    assert due == [False, False, True]
+
+
+def test_a_rollback_comes_after_the_steps_row_and_before_no_evaluation() -> None:
+    """Step 6 was logged by the number of the step that it went back to, whose weights were evaluated and counted a second time."""
+    done: list[tuple[str, int]] = []
+    position = Position(step=4, best_loss=1.0)
+
+    def train_step() -> dict[str, Any]:
+        position.step += 1
+        trainer._rollback_due = position.step == 6 and ("back", 4) not in done
+        return {"loss": math.nan, "grad_norm": 1.0, **({"skipped": "loss is nan"} if trainer._rollback_due else {})}
+
+    def roll_back(*, finite: bool) -> bool:
+        assert not finite
+        position.step, trainer._rollback_due = 4, False
+        done.append(("back", 4))
+        return True
+
+    trainer: Any = SimpleNamespace(
+        arguments=SimpleNamespace(eval_interval=2, save_interval=4, max_steps=8),
+        position=position, last_step=8, outcome="", profile=None, _rollback_due=False,
+        _timer=StepTimer(), watchdog=SimpleNamespace(at=lambda step, phase: None), loader=SimpleNamespace(close=lambda: None),
+        judging=SimpleNamespace(take=lambda step: None, leave=lambda: None),
+        saving=SimpleNamespace(finish=lambda state: None), state=lambda: None,
+        train_step=train_step, roll_back=roll_back, is_logged=lambda step: False, show_progress=lambda metrics: None,
+        log=lambda metrics: done.append(("row", position.step)),
+        validate=lambda: done.append(("evaluation", position.step)),
+        save=lambda: done.append(("saved", position.step)),
+    )  # fmt: skip
+    assert Trainer.train(trainer) == "finished"
+    assert done == [("row", 6), ("back", 4), ("evaluation", 6), ("evaluation", 8), ("saved", 8)]
