@@ -37,12 +37,14 @@ class ResumeFrom:
     """A checkpoint that is whole and belongs to this run.
 
     `conversions`: how its layout differs from this run's, as "ep_size: 2 -> 1"; empty for a plain load.
+    `is_own`: it lies in this run's folder; from another's, this run goes on under a name of its own.
     """
 
     message: str
     path: Path
     state: TrainingState
     conversions: tuple[str, ...] = ()
+    is_own: bool = True
 
     def deepspeed_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The DeepSpeed JSON to initialise the engine with: a converted checkpoint is announced there."""
@@ -171,4 +173,4 @@ class CheckpointChooser:
         message = f"resuming from {path} (step {saved.training.step:,}, {saved.training.samples:,} samples)"
         if conversions:
             message += f", converted from another layout ({', '.join(conversions)})"
-        return ResumeFrom(message=message, path=path, state=saved.training, conversions=conversions)
+        return ResumeFrom(message=message, path=path, state=saved.training, conversions=conversions, is_own=self.own.holds(path))

@@ -47,6 +47,10 @@ class CheckpointFolder:
         if self.path.is_dir() and not os.access(self.path, os.W_OK):
             raise UserError(f"{self.path} cannot be written, so no checkpoint can be; change its permissions or remount it")
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Is, or was, a checkpoint of that path one of this folder's, wherever one stands and whatever is a link?"""
+        return self.path.is_dir() and checkpoint.parent.is_dir() and checkpoint.parent.samefile(self.path)
+
     def steps(self) -> dict[int, Path]:
         """The checkpoints by step, in no order."""
         if not self.path.is_dir():

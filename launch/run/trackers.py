@@ -26,7 +26,7 @@ Table = list[list[float]]  # layers by experts
 
 @dataclass(frozen=True, kw_only=True)
 class Tracked:
-    """The run as its trackers know it. `run_id` comes from the checkpoint: a run that goes on goes on in its tracker, too."""
+    """The run as its trackers know it. `run_id` comes from its own checkpoint: a run that goes on goes on in its tracker, too."""
 
     folder: Path
     project: str

@@ -218,9 +218,9 @@ class Trainer:
                 "--spike_sigma 0 to train on regardless of spikes"
             )
         self._rolled_back.append(found.state.step)
-        samples, skipped = self.position.samples, self.spikes.skipped_in_all
+        samples, wandb_id, skipped = self.position.samples, self.position.wandb_id, self.spikes.skipped_in_all
         self.restore(self.saving.load(found))
-        self.position.samples = samples
+        self.position.samples, self.position.wandb_id = samples, wandb_id
         self.spikes.begin_after_rollback(skipped)
         self.saving.saved_at = -1
         self.monitor.say(f"rolled back to step {self.position.step}; going on with sample {samples}")

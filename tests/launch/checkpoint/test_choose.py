@@ -79,8 +79,9 @@ def test_a_path_may_be_a_checkpoint_a_run_or_a_name(run, tmp_path):
     elsewhere = tmp_path / "another"
     assert manager(run).choose("step_1").path.name == "step_1"
     for path, name in ((run / "checkpoints/step_2", "step_2"), (run, "step_3"), (run / "checkpoints", "step_3")):
-        assert manager(run).choose(str(path)).path.name == name
-        assert manager(elsewhere).choose(str(path)).path.name == name
+        for asking, own in ((run, True), (elsewhere, False)):
+            choice = manager(asking).choose(str(path))
+            assert (choice.path.name, choice.is_own) == (name, own)
     with pytest.raises(ValueError, match="no checkpoint there"):
         manager(run).choose(str(tmp_path / "nothing"))
 

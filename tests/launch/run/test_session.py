@@ -136,6 +136,21 @@ def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
         assert compared(Path(inside)) == ["optimizer.params.lr: 1 -> 2"]
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_run_that_begins_at_anothers_checkpoint_has_a_tracker_of_its_own(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    """`--output runs/second --resume runs/first` wrote its curves into the W&B run of the first."""
+    trainer: Any = SimpleNamespace(position=SimpleNamespace(wandb_id=""), saving=SimpleNamespace(load=lambda choice: choice.state))
+    trainer.restore = lambda state: setattr(trainer.position, "wandb_id", state.extra["wandb_id"])
+    monkeypatch.setattr(session, "make_trainer", lambda *_: trainer)
+    monkeypatch.setattr(session, "greet", lambda *_: None)
+    now: Any = SimpleNamespace(arguments=None, run=None, stop=None, watchdog=None)
+    state = TrainingState(step=4, samples=0, tokens=0, extra={"wandb_id": "first"})
+    checkpoints: Any = SimpleNamespace()
+    choice = ResumeFrom(message="", path=Path("step_4"), state=state, is_own=own)
+    Session.prepare(now, trainer, checkpoints, choice, {})
+    assert (trainer.position.wandb_id == "first") == own and trainer.position.wandb_id
+
+
 def test_the_plan_is_of_the_ranks_of_a_host_whatever_a_rank_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm's --gpus-per-task shows each rank one GPU: the plan had every exchange go over the network."""
     planned: list[int] = []

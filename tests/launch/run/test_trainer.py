@@ -55,7 +55,7 @@ def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place
     extra = {
         "guard": SpikeDetector(sigma=6, window=50, rollback_after=3, losses=[3.0]).state(),
         "bad_evaluations": 1,
-        "wandb_id": "",
+        "wandb_id": "another",
     }
     held = TrainingState(step=5, samples=40, tokens=99, best_loss=2.5, extra=extra)
     guard = SpikeDetector(sigma=6, window=50, rollback_after=3, losses=[3.0, 4.0], skipped_in_a_row=3, skipped_in_all=9)
@@ -66,7 +66,7 @@ def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place
         checkpoints=SimpleNamespace(newest=lambda before: asked.append(before) or SimpleNamespace(state=held)),
     )
     trainer: Any = SimpleNamespace(
-        position=Position(step=8, samples=64, best_loss=1.0),
+        position=Position(step=8, samples=64, best_loss=1.0, wandb_id="present"),
         spikes=guard,
         saving=saving,
         monitor=SimpleNamespace(say=lambda line: None),
@@ -76,6 +76,7 @@ def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place
     assert Trainer.roll_back(trainer, finite=finite)
     assert asked == [6], "the state after step 5 is as good as any"
     assert (trainer.position.step, trainer.position.samples, trainer.position.best_loss) == (5, 64, 2.5)
+    assert trainer.position.wandb_id == "present", "the tracker was opened under it"
     assert (guard.losses, guard.skipped_in_a_row, guard.skipped_in_all) == ([3.0], 0, 9)
     assert saving.saved_at == -1, "step 5 with this place in the data is saved nowhere: a run that stops here must save it"
 
