@@ -6,13 +6,14 @@ refuse with the same sentence.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.cli import NotFound, UserError
 from launch.checkpoint import universal
-from launch.checkpoint.folder import LATEST, CheckpointFolder, step_of
+from launch.checkpoint.folder import LATEST, RESUMED, CheckpointFolder, step_of
 from launch.checkpoint.identity import RunIdentity, listed
 from launch.checkpoint.manifest import find_manifest, first_damage, share
 from launch.checkpoint.publish import recover
@@ -38,6 +39,7 @@ class ResumeFrom:
 
     `conversions`: how its layout differs from this run's, as "ep_size: 2 -> 1"; empty for a plain load.
     `is_own`: it lies in this run's folder; from another's, this run goes on under a name of its own.
+    `place`: the path that `--resume` named, absolute; None where it named none. See `CheckpointFolder.begin_at`.
     """
 
     message: str
@@ -45,6 +47,7 @@ class ResumeFrom:
     state: TrainingState
     conversions: tuple[str, ...] = ()
     is_own: bool = True
+    place: str | None = None
 
     def deepspeed_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The DeepSpeed JSON to initialise the engine with: a converted checkpoint is announced there."""
@@ -54,6 +57,16 @@ class ResumeFrom:
 
 
 ResumeChoice = StartFresh | ResumeFrom
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Meant:
+    """By a path of `--resume`: one checkpoint, or the first whole one of a folder. `remark` goes into the choice's message."""
+
+    folder: CheckpointFolder
+    place: str | None
+    one: Path | None = None
+    remark: str = ""
 
 
 class CheckpointChooser:
@@ -67,6 +80,7 @@ class CheckpointChooser:
 
         auto: the checkpoint `latest` names; where it is damaged (or `latest` is) the newest complete one before it, and the
         message names the damaged file. No checkpoint at all is a fresh start; checkpoints of which none is whole are refused.
+        A path is where a run begins: the same command once more goes on as auto does, for a job that is queued again repeats it.
         Raises AgreedError in one sentence, the same on all ranks.
         """
         self.ranks.run_on_rank0(self.own.check)
@@ -74,16 +88,17 @@ class CheckpointChooser:
             return self.ranks.run_on_rank0(self._start_over)
         if resume == "auto":
             return self._first_whole(self.own, must_exist=False)
-        one, several = self.ranks.run_on_rank0(lambda: self._resolve(resume))
-        if several is not None:
-            return self._first_whole(several, must_exist=True)
-        choice, damage = self._examine(one)
-        if choice is None:
+        meant = self.ranks.run_on_rank0(lambda: self._resolve(resume))
+        choice: ResumeChoice | None
+        choice, damage = self._examine(meant.one) if meant.one else (self._first_whole(meant.folder, must_exist=True), "")
+        if not isinstance(choice, ResumeFrom):
             raise AgreedError(f"--resume {resume}: {damage}")
-        return choice
+        return replace(choice, message=choice.message + meant.remark, place=meant.place)
 
     def newest(self, *, before: float) -> ResumeFrom | None:
         """The newest whole checkpoint of this run at a step before that one, or None."""
+        last = self.ranks.run_on_rank0(lambda: step_of(self.own.pointed(LATEST) or ""))
+        before = before if last is None else min(before, last + 1)  # what lies beyond is of a branch that was left
         candidates = [path for path in self._candidates(self.own) if (step_of(path.name) or 0) < before]
         return self._search(candidates)[0]
 
@@ -95,15 +110,29 @@ class CheckpointChooser:
             )
         return StartFresh()
 
-    def _resolve(self, resume: str) -> tuple[Path, CheckpointFolder | None]:
-        """The checkpoint that a user's path means, or the folder that holds several. Rank 0."""
+    def _resolve(self, resume: str) -> _Meant:
+        """The checkpoint that a user's path means, or the folder that holds several: this run's own where it began there before, or
+        where it lies in another run and this one has checkpoints already. Rank 0."""
+        path, begun = Path(resume), bool(self.own.steps())
+        places = [os.path.realpath(one) for one in (path, self.own.path / resume)]
+        if begun and (before := self.own.began_at()) in places:  # it may be gone since
+            remark = f"; an earlier start began at --resume {resume} (to begin there again, delete {self.own.path / RESUMED})"
+            return _Meant(folder=self.own, place=before, remark=remark)
+        meant = self._find(resume)
+        if begun and not self.own.holds(meant.one or meant.folder.path / LATEST):
+            remark = f"; {self.own.path} has checkpoints of its own (to begin at --resume {resume}, name another --output)"
+            return _Meant(folder=self.own, place=meant.place, remark=remark)
+        return meant
+
+    def _find(self, resume: str) -> _Meant:
         path = Path(resume)
         for one in (path, self.own.path / resume):
             if one.is_dir() and step_of(one.name) is not None:
-                return one, None
+                return _Meant(one=one, folder=CheckpointFolder(one.parent), place=os.path.realpath(one))
         for several in (CheckpointFolder(path / "checkpoints"), CheckpointFolder(path)):
             if several.steps():
-                return path, several
+                is_own = self.own.holds(several.path / LATEST)  # its own newest, as with auto
+                return _Meant(folder=several, place=None if is_own else os.path.realpath(path))
         raise NotFound(f"--resume {resume}: no checkpoint there; name a run's folder or one of its checkpoints/step_N")
 
     def _candidates(self, folder: CheckpointFolder) -> list[Path]:

@@ -2,6 +2,7 @@
 
     checkpoints/step_N/          DeepSpeed's files + buffers.pt + rng_R.pt per rank + state.json + manifest.json
     checkpoints/latest, best     text files that name a folder, replaced atomically
+    checkpoints/resumed          the path of --resume where an earlier start began, so that the same command goes on
     checkpoints/step_N.universal a conversion for another number of ranks, EP size, ZeRO stage or dtype; kept until the next save
 
 Only names are looked at here; whether a checkpoint is whole says its manifest.
@@ -17,7 +18,7 @@ from pathlib import Path
 from data.cli import UserError
 from data.files import replace_file, small_file
 
-LATEST, BEST = "latest", "best"
+LATEST, BEST, RESUMED = "latest", "best", "resumed"
 
 
 def step_of(name: str) -> int | None:
@@ -41,7 +42,7 @@ class CheckpointFolder:
         """Nothing lies where a save will want to write, which could be days from now. Raises UserError that names it."""
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise UserError(f"{self.path} is no folder, so no checkpoint can be written there; move it away")
-        for pointer in (self.path / LATEST, self.path / BEST):
+        for pointer in (self.path / LATEST, self.path / BEST, self.path / RESUMED):
             if pointer.is_dir():
                 raise UserError(f"{pointer} is a folder and must be a file that names one; move it away")
         if self.path.is_dir() and not os.access(self.path, os.W_OK):
@@ -68,6 +69,26 @@ class CheckpointFolder:
 
     def point(self, pointer: str, name: str) -> None:
         replace_file(self.path / pointer, name.encode())
+
+    def began_at(self) -> str | None:
+        """The path that `begin_at` was told last; None where the last start named none."""
+        try:
+            return os.fsdecode(small_file(self.path / RESUMED))
+        except OSError:
+            return None
+
+    def begin_at(self, checkpoint: Path, place: str | None) -> None:
+        """`checkpoint` has been loaded, as the one that the path `place` means: what lies beyond it is of a branch that was left.
+
+        `latest` comes first: a start that finds it moved and no `resumed` begins at the same checkpoint once more.
+        """
+        if place is None:
+            (self.path / RESUMED).unlink(missing_ok=True)
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.holds(checkpoint):
+            self.point(LATEST, checkpoint.name)
+        replace_file(self.path / RESUMED, os.fsencode(place))
 
     def newest_first(self) -> list[Path]:
         """The order to try: what `latest` names, then the steps before it, newest first, then those after it."""

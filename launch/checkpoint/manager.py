@@ -127,6 +127,10 @@ class CheckpointManager:
         self._ranks.run_everywhere(partial(restore, engine, choice, folder, rank=self._ranks.rank))
         return choice.state
 
+    def begin(self, choice: ResumeFrom) -> None:
+        """A run has loaded what it starts from: what lies beyond that is of a branch that was left."""
+        self._ranks.run_on_rank0(partial(self.folder.begin_at, choice.path, choice.place))
+
     def _prepare(self, final: Path, needed: int) -> Path:
         """Clean up after dead saves, check the free space, make the temporary folder. Rank 0."""
         self.before_save()

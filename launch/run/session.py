@@ -189,6 +189,7 @@ class Session:
         trainer = make_trainer(self.arguments, self.run, engine, checkpoints, self.stop, self.watchdog)
         if isinstance(choice, ResumeFrom):
             trainer.restore(trainer.saving.load(choice))
+            checkpoints.begin(choice)
             if not choice.is_own:  # or it would write into the other run's curves
                 trainer.position.wandb_id = ""
         trainer.position.wandb_id = trainer.position.wandb_id or uuid.uuid4().hex[:12]

@@ -86,6 +86,56 @@ def test_a_path_may_be_a_checkpoint_a_run_or_a_name(run, tmp_path):
         manager(run).choose(str(tmp_path / "nothing"))
 
 
+def begin(run, resume):
+    """A start of a run, up to its first step."""
+    manager_ = manager(run)
+    choice = manager_.choose(resume)
+    manager_.load(StubEngine(), choice)
+    manager_.begin(choice)
+    return manager_, choice
+
+
+def test_a_job_that_is_queued_again_goes_on_and_does_not_begin_at_its_path_once_more(run, tmp_path):
+    """It repeats its command: each start went back to the path, and ended where the path's checkpoint was deleted meanwhile."""
+    second = tmp_path / "second"
+    for asking, path in ((run, "step_2"), (second, str(run)), (tmp_path / "third", str(run / "checkpoints/step_1"))):
+        branch, choice = begin(asking, path)
+        again = begin(asking, path)[1]  # it ended before it had saved
+        assert again.path.samefile(choice.path) and again.state == choice.state
+        branch.save(StubEngine(seed=7), state(7))
+        queued = begin(asking, path)[1]
+        assert queued.path == asking / "checkpoints/step_7" and queued.is_own
+        assert f"an earlier start began at --resume {path}" in queued.message
+    shutil.rmtree(run / "checkpoints/step_2")
+    shutil.rmtree(run / "checkpoints/step_1")
+    assert begin(run, "step_2")[1].path.name == begin(tmp_path / "third", path)[1].path.name == "step_7"
+
+
+def test_a_path_in_the_run_itself_is_where_it_begins_as_often_as_it_is_meant(run):
+    """Another path, the same after --resume auto, or the same without the note."""
+    for resume, note in (("step_2", ""), ("step_1", ""), ("auto", ""), ("step_1", ""), ("step_1", "gone")):
+        if note:
+            (run / "checkpoints/resumed").unlink()
+        branch, choice = begin(run, resume)
+        assert resume in ("auto", choice.path.name)
+        branch.save(StubEngine(seed=3), state(3))
+
+
+def test_a_run_with_checkpoints_of_its_own_goes_on_from_them(run, tmp_path):
+    second = tmp_path / "second"
+    manager(second).save(StubEngine(), state(2))
+    choice = manager(second).choose(str(run))
+    assert choice.path == second / "checkpoints/step_2" and "has checkpoints of its own" in choice.message
+    assert manager(run).choose(str(run)).path.name == "step_3", "its own folder is no other run"
+
+
+def test_a_branch_that_was_left_does_not_come_back(run):
+    """Before the first save of the new one a rollback, and the next start, took what lies beyond where it began."""
+    branch, _ = begin(run, "step_1")
+    assert branch.newest(before=3).path.name == "step_1"
+    assert begin(run, "auto")[1].path.name == "step_1" and steps(run) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

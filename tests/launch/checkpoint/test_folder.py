@@ -41,6 +41,19 @@ def test_the_order_begins_at_what_latest_names_and_ends_beyond_it(tmp_path: Path
     assert [path.name for path in folder.newest_first()] == ["step_10", "step_9", "step_2", "step_1"]
 
 
+def test_where_a_run_began_is_kept_for_the_same_command(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 1, 2, 3, latest="step_3")
+    assert folder.began_at() is None
+    folder.begin_at(tmp_path / "step_1", None)
+    assert folder.began_at() is None and folder.pointed(LATEST) == "step_3", "by itself a start leaves no branch"
+    folder.begin_at(tmp_path / "step_2", "a\n\udcff/step_2")
+    assert folder.began_at() == "a\n\udcff/step_2" and folder.pointed(LATEST) == "step_2"
+    folder.begin_at(tmp_path / "other" / "step_1", "other")
+    assert folder.began_at() == "other" and folder.pointed(LATEST) == "step_2", "not of this folder"
+    folder.begin_at(tmp_path / "step_2", None)
+    assert folder.began_at() is None
+
+
 def test_what_may_go(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, 1, 2, 3, 4, 5, 6, latest="step_5")
     folder.point(BEST, "step_1")

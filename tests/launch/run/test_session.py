@@ -145,9 +145,11 @@ def test_a_run_that_begins_at_anothers_checkpoint_has_a_tracker_of_its_own(monke
     monkeypatch.setattr(session, "greet", lambda *_: None)
     now: Any = SimpleNamespace(arguments=None, run=None, stop=None, watchdog=None)
     state = TrainingState(step=4, samples=0, tokens=0, extra={"wandb_id": "first"})
-    checkpoints: Any = SimpleNamespace()
+    begun: list[ResumeFrom] = []
+    checkpoints: Any = SimpleNamespace(begin=begun.append)
     choice = ResumeFrom(message="", path=Path("step_4"), state=state, is_own=own)
     Session.prepare(now, trainer, checkpoints, choice, {})
+    assert begun == [choice]
     assert (trainer.position.wandb_id == "first") == own and trainer.position.wandb_id
 
 
