@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -82,9 +83,14 @@ class TrainArguments:
             "spike_rollback",
             "health_interval",
             "profile",
+            "stop_after",
+            "max_hours",
+            "spike_sigma",
         ):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN is no number of anything
                 raise UserError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}")
+        if not 0 < self.stall_timeout < math.inf:
+            raise UserError(f"--stall_timeout must be seconds above 0, such as 1800, not {self.stall_timeout}")
         if not -SEEDS <= self.seed < SEEDS:
             raise UserError(f"--seed must be a whole number of 64 bits, such as 1234, not {self.seed}")
         if self.eval_tasks and not self.eval_interval:

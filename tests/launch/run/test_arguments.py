@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from data.cli import UserError
 from launch.run.arguments import parse_arguments
 from model.config import MoEGPTConfig
 from model.sizes import PRESETS_FOLDER
@@ -22,3 +23,17 @@ MODELS = sorted(path.stem for path in PRESETS_FOLDER.glob("*.json"))
 )
 def test_samples_are_as_long_as_the_model_can_up_to_the_usual_length(flags: list[str], length: int) -> None:
     assert parse_arguments(["--data", "shards", "--output", "run", *flags]).sequence_length == length
+
+
+@pytest.mark.parametrize("flag", ["--stop_after=-1", "--max_hours=-1", "--max_hours=nan", "--spike_sigma=nan", "--spike_sigma=-6"])
+def test_what_is_off_by_0_is_never_less(flag: str) -> None:
+    """A negative --stop_after trained nothing and called itself finished; NaN sigmas are above no spike."""
+    name, value = flag.split("=")
+    with pytest.raises(UserError, match=rf"^{name} must be 0 \(off\) or more, not {value}"):
+        parse_arguments(["--data", "shards", "--output", "run", flag])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_a_stall_is_after_some_time(value: str) -> None:
+    with pytest.raises(UserError, match=r"^--stall_timeout must be seconds above 0, such as 1800, not "):
+        parse_arguments(["--data", "shards", "--output", "run", "--stall_timeout", value])
