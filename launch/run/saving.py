@@ -33,6 +33,8 @@ class Saving:
     saved_at: int = -1  # the step of the newest checkpoint that is written or pending
     last_failure: AgreedError | None = None
     failed_at: int = -1  # the step at which a save failed last
+    on_best_lost: Callable[[], None] = lambda: None  # the save that failed was to be the best
+    _is_best: bool = False
     _saved_before: int = -1
     _pending: str = ""
     _finishing: bool = False
@@ -52,7 +54,7 @@ class Saving:
         if self.failed_at == state.step and not self._finishing:  # as the best, a moment ago: nothing is different now
             return
         self.finish_pending_save(state.step)
-        self._started = time.monotonic()
+        self._started, self._is_best = time.monotonic(), is_best
         self._saved_before, self.saved_at = self.saved_at, state.step
         try:
             self._pending = self.checkpoints.save(self.engine, state, is_best=is_best).name
@@ -89,6 +91,8 @@ class Saving:
         if self.last_failure is not None:
             raise error
         self.last_failure, self.saved_at, self.failed_at = error, self._saved_before, step
+        if self._is_best:
+            self.on_best_lost()
         self.monitor.log({"step": step, "save_failed": str(error)})
         if not self._finishing:  # which raises it at once
             self.monitor.say(f"warning: step {step}: {error}; the next save that fails ends the run")

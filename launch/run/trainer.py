@@ -95,6 +95,8 @@ class Trainer:
         )
         self._rolled_back: list[int] = []
         self._rollback_due = False
+        self._best_before: float | None = None
+        self.saving.on_best_lost = self.take_best_back
         self._timer, self._shown = StepTimer(), dict[str, str]()
 
     def train(self) -> str:
@@ -256,7 +258,8 @@ class Trainer:
         self.monitor.log(row)
         self.monitor.say(f"step {position.step}  validation loss {loss:.4f}  {bits:.4f} bits per byte")
         if math.isfinite(loss) and (position.best_loss is None or loss < position.best_loss):
-            position.best_loss, position.bad_evaluations = loss, 0
+            self.saving.finish_pending_save(position.step)  # which the next save waits for; a best that fails is taken back
+            self._best_before, position.best_loss, position.bad_evaluations = position.best_loss, loss, 0
             if position.step:
                 self.save(is_best=True)
             return
@@ -266,6 +269,10 @@ class Trainer:
         position.bad_evaluations += 1
         if self.arguments.patience and position.bad_evaluations >= self.arguments.patience:
             self.outcome = self.outcome or f"stopped early: {position.bad_evaluations} evaluations without a new best"
+
+    def take_best_back(self) -> None:
+        """No checkpoint has it: the next evaluation below the one before it is the best."""
+        self.position.best_loss = self._best_before
 
     def is_logged(self, step: int) -> bool:
         return step % self.arguments.log_interval == 0 or step == self.last_step

@@ -108,6 +108,17 @@ def test_one_failure_is_survived_and_two_in_a_row_are_not(run: Run) -> None:
         run.saving.finish_pending_save(8)
 
 
+def test_a_best_that_fails_is_told(run: Run) -> None:
+    lost: list[int] = []
+    for step, best in ((4, False), (5, True), (6, True)):
+        run.saving.on_best_lost = lambda step=step: lost.append(step)  # type: ignore[misc]
+        run.checkpoints.failing = step < 6
+        run.saving.last_failure = None
+        run.saving.save(state(step), is_best=best)
+        run.saving.finish_pending_save(step)
+    assert lost == [5]
+
+
 def test_a_run_does_not_end_well_on_a_save_that_failed(run: Run) -> None:
     run.saving.save(state(4))
     run.checkpoints.failing = 1

@@ -99,6 +99,7 @@ def test_an_evaluation_that_is_not_finite_is_said_and_counts_for_nothing() -> No
         monitor=monitor,
         outcome="",
         arguments=SimpleNamespace(patience=2),
+        saving=SimpleNamespace(finish_pending_save=lambda step: None),
         save=lambda *, is_best: saved.append(position.step),
     )
     for step, loss in enumerate([math.nan, 8.3, math.inf, math.nan, math.nan, 8.1]):
@@ -106,6 +107,39 @@ def test_an_evaluation_that_is_not_finite_is_said_and_counts_for_nothing() -> No
         Trainer.record_validation(trainer, loss, validation)  # type: ignore[arg-type]
     assert sum("the validation loss is not finite; it counts for nothing" in line for line in said) == 4
     assert saved == [1, 5] and position.best_loss == 8.1 and not trainer.outcome
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_best_that_could_not_be_saved_is_no_best(background: bool) -> None:
+    """`best` stayed at a worse one for ever: no later loss came below that of the checkpoint that is nowhere."""
+    failing, pending, saved = {1}, [], []
+    position = Position()
+
+    def finish_pending_save(step: int) -> None:
+        if pending and pending.pop() in failing:
+            Trainer.take_best_back(trainer)
+
+    def save(*, is_best: bool) -> None:
+        saved.append(position.step)
+        pending.append(position.step)
+        if not background:
+            finish_pending_save(position.step)
+
+    trainer: Any = SimpleNamespace(
+        position=position,
+        monitor=SimpleNamespace(log=lambda row: None, say=lambda line: None),
+        outcome="",
+        arguments=SimpleNamespace(patience=0),
+        saving=SimpleNamespace(finish_pending_save=finish_pending_save),
+        save=save,
+        _best_before=None,
+    )
+    for step, loss in enumerate([8.0, 7.0, 7.5, 7.6, 7.2]):
+        position.step = step
+        if step == 2 and background:
+            finish_pending_save(step)  # at a step in between
+        Trainer.record_validation(trainer, loss, SimpleNamespace(bits_per_byte=lambda loss: loss, sink_mass=None))  # type: ignore[arg-type]
+    assert saved == [1, 2, 4] and position.best_loss == 7.2
 
 
 def test_the_clock_counts_steps_and_not_what_lies_between() -> None:
