@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -32,16 +32,25 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
     """Writes this rank's files of the checkpoint `name` in `folder` and keeps their records, or reads them.
 
     With `later`, what is saved is copied to host memory, for `flush` to write while training goes on. `records`: what a manifest
-    says of the files, which are then verified once more as they are read.
+    says of the files, which are then verified once more as they are read. `together`: runs each reading on all ranks, which raise
+    alike; DeepSpeed lets every rank read as many files in the same order, and waits for all of them after the last.
     """
 
-    def __init__(self, folder: Path, *, name: str, later: bool = False, records: Mapping[str, FileRecord] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        later: bool = False,
+        records: Mapping[str, FileRecord] | None = None,
+        together: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
         super().__init__()
         save_stages_by_value()
         self.name, self.folder = name, folder
         self.files: dict[str, FileRecord] = {}
         self.error: OSError | None = None
-        self._records = records or {}
+        self._records, self._together = records or {}, together
         self._shapes: list[dict[str, Any]] | None = None
         self._waiting: list[tuple[Path, Any]] | None = [] if later else None
 
@@ -53,6 +62,13 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
         return True
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        if self._together is None:
+            return self._read(path)
+        content: list[Any] = []  # which stays here: it is far too much for the control group
+        self._together(lambda: content.append(self._read(path)))
+        return content[0]
+
+    def _read(self, path: str) -> Any:
         # Not mapped: an optimizer may keep the tensors as they are, and with them a deleted file's disk space.
         file = Path(path)  # without the "/./" of DeepSpeed's empty tag
         record = self._records.get(os.path.relpath(file, self.folder))

@@ -124,7 +124,7 @@ class CheckpointManager:
             folder = self.folder.path / f"{choice.path.name}.universal"
             self._ranks.run_on_rank0(partial(universal.convert, choice.path, folder, on_phase=self._on_phase))
         self._on_phase("loading a checkpoint")
-        self._ranks.run_everywhere(partial(restore, engine, choice, folder, rank=self._ranks.rank))
+        self._ranks.run_everywhere(partial(restore, engine, choice, folder, self._ranks))
         return choice.state
 
     def begin(self, choice: ResumeFrom) -> None:

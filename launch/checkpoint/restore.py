@@ -19,19 +19,23 @@ from launch.checkpoint.manifest import read_manifest
 from launch.checkpoint.random_state import set_random_state
 from launch.checkpoint.unpickle import expecting_sense, no_code_from_files
 from launch.checkpoint.weights import check_master
+from launch.ranks.control_group import ControlGroup
 
 
 def random_state_name(rank: int) -> str:
     return f"rng_{rank:05d}.pt"
 
 
-def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: int) -> None:
+def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, ranks: ControlGroup) -> None:
     """Engine, buffers and random states. `folder`: the checkpoint itself, or its conversion. Collective.
 
-    Raises UserError with what the files hold that cannot be used.
+    Raises UserError with what the files hold that cannot be used; of a file that DeepSpeed reads, on all ranks before any of them
+    waits for another inside DeepSpeed.
     """
     converted = bool(choice.conversions)
-    files = CheckpointFiles(folder, name=folder.name, records=read_manifest(folder)["files"])
+    # With that setting one rank after the other reads.
+    together = None if engine._config.zero_config.pipeline_loading_checkpoint else ranks.run_everywhere
+    files = CheckpointFiles(folder, name=folder.name, records=read_manifest(folder)["files"], together=together)
     own_files = CheckpointFiles(choice.path, name=choice.path.name, records=read_manifest(choice.path)["files"])
     with _universal_loading(engine, converted), going_through(files, engine), no_code_from_files(), expecting_sense(folder):
         try:
@@ -44,7 +48,7 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, *, rank: 
     _check_masters(engine, choice.path)
     with expecting_sense(choice.path):
         restore_buffers(engine.module, own_files.load(str(choice.path / BUFFERS)))
-    own = choice.path / random_state_name(rank)
+    own = choice.path / random_state_name(ranks.rank)
     if own.is_file():
         with expecting_sense(own):
             set_random_state(own_files.load(str(own)))

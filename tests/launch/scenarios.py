@@ -26,12 +26,14 @@ logging.disable(logging.WARNING)
 
 import deepspeed  # noqa: E402
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
+from stub_engine import replace_file  # noqa: E402
 
 from data.cli import UserError  # noqa: E402
 from launch.checkpoint import choose, manifest  # noqa: E402
 from launch.checkpoint.identity import RunIdentity  # noqa: E402
 from launch.checkpoint.manager import CheckpointManager  # noqa: E402
 from launch.checkpoint.state import TrainingState  # noqa: E402
+from launch.checkpoint.unpickle import load_file  # noqa: E402
 from launch.checkpoint.weights import master_weights  # noqa: E402
 from launch.engine.build import build_engine, build_model  # noqa: E402
 from launch.engine.expert_parallel import moe_layers  # noqa: E402
@@ -486,6 +488,26 @@ def rank_faults(folder: str) -> dict[str, Any]:
     except ValueError as error:
         out["refusal"] = everyone(str(error))
     return out
+
+
+def unusable_shard(folder: str) -> list[str]:
+    """ZeRO 3, whose loading ends in a collective: what each rank says where rank 1's shard has right sums and holds NaN."""
+    kind: dict[str, Any] = {"stage": 3, "dtype": "float32", "ep": 1}
+    run = SmallRun(folder, **kind)
+    run.train(1)
+    path = run.save()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (shard,) = path.glob("*zero_pp_rank_1_*optim_states.pt")
+        content = load_file(shard, mmap=False)
+        content["optimizer_state_dict"]["fp32_flat_groups"][0].data[0] = np.nan
+        replace_file(path, shard.name, content)
+    dist.barrier()
+    try:
+        SmallRun(folder, seed=9, resume="auto", **kind)
+    except UserError as error:
+        return everyone(str(error))
+    return everyone("loaded")
 
 
 def save_and_die(folder: str, rank: int, phase: str) -> None:

@@ -33,7 +33,9 @@ class StubEngine:
         self.optimizer.step()
         self.param_names = {p: n for n, p in self.module.named_parameters()}
         self.checkpoint_engine: Any = None
-        self._config = SimpleNamespace(load_universal_checkpoint=False)
+        self._config = SimpleNamespace(
+            load_universal_checkpoint=False, zero_config=SimpleNamespace(pipeline_loading_checkpoint=False)
+        )
 
     def zero_optimization_stage(self) -> int:
         return 2

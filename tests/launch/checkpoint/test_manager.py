@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_a_rank_that_the_saved_run_did_not_have_draws_new_numbers(run):
     for rank in (0, 5):
         engine = StubEngine()
         torch.manual_seed(40)
-        restore(engine, choice, choice.path, rank=rank)
+        restore(engine, choice, choice.path, SimpleNamespace(rank=rank, run_everywhere=lambda action: [action()]))
         drawn.append(torch.rand(3))
     assert not (choice.path / random_state_name(5)).exists()
     afresh = [torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in (40, 43)]

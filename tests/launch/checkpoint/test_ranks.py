@@ -41,6 +41,12 @@ def test_a_refusal_is_the_same_sentence_on_all_ranks(found):
     assert 'data: "made up" -> "other data"' in first
 
 
+def test_a_shard_that_one_rank_cannot_use_is_refused_by_all_at_once(tmp_path):
+    """Under ZeRO 3 the others waited for it inside DeepSpeed, until the stall timeout ended them all."""
+    first, second = launch_ranks(2, "unusable_shard", folder=tmp_path)
+    assert first == second and first.startswith("rank 1: ") and "holds numbers that are not finite" in first
+
+
 KILLS = [(1, "saving: writing"), (0, "saving: publishing"), (1, "saving: publishing"), (0, "saving: preparing")]
 
 
