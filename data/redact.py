@@ -14,8 +14,9 @@ URL_USER = re.compile(r"(://|\b(?:https?|ftps?|ssh|git|s3|gs|hf):/)[^/\s'\"]+@")
 URL_SECRET = re.compile(r"(?i)([?&][^=&#\s]*(?:token|key|secret|passw|credential|sig)[^=&#\s]*=)[^&#\s'\"]+")
 #: `--api_key VALUE`, `--hf-token=VALUE` and `WANDB_API_KEY=VALUE` in a line of text.
 NAMED = re.compile(
-    r"(?i)((?:--[\w-]*?(?:(?<![a-z])key|secret|passw(?:or)?d|credentials?|(?:--|(?:hf|hub|api|auth|access)[_-])token)[= ]"
-    r"|\b\w*(?:api_?key|access_?key|secret|password|(?:hf|hub|api|auth|access)_token)=)['\"]?)(?!-)[^\s'\";,&#]+"
+    r"(?i)((?:--[\w-]*?(?:(?<![a-z])key|(?:api|access)key|secret|passw(?:or)?d|passphrase|credentials?"
+    r"|(?:--|(?:hf|hub|api|auth|access|wandb)[_-]?)token)[= ]"
+    r"|\b\w*(?:api_?key|access_?key|secret|password|passphrase|(?:hf|hub|api|auth|access|wandb)_?token)=)['\"]?)(?!-)[^\s'\";,&#]+"
 )
 #: What gives itself away wherever it stands: tokens of the hub, GitHub, GitLab, OpenAI's kind, Slack, and AWS's key names.
 TOKEN = re.compile(

@@ -193,17 +193,18 @@ class Job:
         return closed
 
     def check_readable(self, rejected: Iterable[Rejection]) -> None:
-        """Raises UserError for a file that could be read when the job began, so that an outage of its disk does not leave it out
-        for good. A second time it is a rejection: of a bad sector nothing more is to be had."""
-        for name, line, kind, detail in rejected:
-            was_readable = line is None and kind == CANNOT_BE_READ and any(f.name == name and f.bytes >= 0 for f in self.inputs)
-            if was_readable and name not in self.unreadable:
-                self.unreadable.append(name)
-                self.save()
-                raise UserError(
-                    f"{name} {kind} ({detail}) and could be when the job began; the same command goes on there, and leaves out "
-                    "what it cannot read then"
-                )
+        """Raises UserError for files that could be read when the job began, so that an outage of their disk does not leave them
+        out for good. A second time they are rejections: of a bad sector nothing more is to be had."""
+        suspects = {r.name: r for r in rejected if r.line is None and r.kind == CANNOT_BE_READ and r.name not in self.unreadable}
+        if not (lost := [f.name for f in self.inputs if f.bytes >= 0 and f.name in suspects] if suspects else []):
+            return
+        self.unreadable += lost
+        self.save()
+        more = f", nor can {len(lost) - 1} more," if len(lost) > 1 else ""
+        raise UserError(
+            f"{lost[0]} {suspects[lost[0]].reason}{more} and could be when the job began; the same command goes on there, and "
+            "leaves out what still breaks off there"
+        )
 
     def reject(self, rejected: Iterable[Rejection]) -> None:
         for rejection in rejected:

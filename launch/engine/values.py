@@ -47,6 +47,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
         "a resume would begin from weights rounded to the dtype of training, and not be the run that was stopped",
     ),
     "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has removed it"),
+    "zero_optimization.cpu_offload": ((False, None), "it is DeepSpeed's older name of offload_optimizer, which is read here"),
     "use_data_before_expert_parallelism": (
         (False,),
         "the copies of an expert then lie on other ranks than exports and conversions read them from",

@@ -48,8 +48,8 @@ def clear_dead(folder: Path) -> None:
     """What judges left that were killed; another, of a run that has ended since, may still be at its own."""
     for scratch in folder.glob(".step_*-*"):
         with suppress(OSError), open(scratch / HELD, "rb+") as held:
-            try_lock(held)
-            shutil.rmtree(scratch, ignore_errors=True)
+            if try_lock(held):  # not where the file system has no locks
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def call(command: str, *arguments: object) -> None:

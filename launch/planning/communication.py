@@ -57,7 +57,7 @@ def traffic(job: Job, device: Device, load: float = 1.0) -> list[Traffic]:
 def groups(job: Job) -> tuple[Group, Group, Group]:
     """All ranks; the ranks that hold the same experts; the ranks that share the experts out. Expert groups are neighbours, and the
     one that reaches over most nodes sets the pace."""
-    nodes = max(1, job.ranks // job.ranks_per_node)
+    nodes = -(-job.ranks // job.ranks_per_node)
     begins = range(0, job.ranks, job.expert_ranks)
     reached = max((n + job.expert_ranks - 1) // job.ranks_per_node - n // job.ranks_per_node + 1 for n in begins)
     copies = job.ranks // job.expert_ranks

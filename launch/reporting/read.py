@@ -164,7 +164,9 @@ class Collector:
 
     def _note_other(self, row: Row) -> None:
         step = row["step"]
-        if "val_loss" in row:
+        if "val_loss" in row:  # before the first training row after a rollback, where these come more often
+            while self.evaluations and self.evaluations[-1]["step"] >= step:
+                self.evaluations.pop()
             self.evaluations.append(row)
         elif "save_failed" in row:
             self.marks.append(Mark(kind="save_failed", step=step, text=f"save failed: {row['save_failed']}"))
@@ -173,6 +175,8 @@ class Collector:
         elif "resumed" in row:
             self.marks.append(Mark(kind="restart", step=step, text=str(row["resumed"])))
         elif "expert_load" in row or "update_to_weight" in row or any(name.startswith("eval/") for name in row):
+            while self.snapshots and self.snapshots[-1]["step"] > step:  # several at one step
+                self.snapshots.pop()
             self.snapshots.append(row)
 
     def columns(self) -> Columns:

@@ -32,7 +32,7 @@ class Saving:
     on_saved: Callable[[str], None]  # told of every checkpoint that is complete, by its name
     saved_at: int = -1  # the step of the newest checkpoint that is written or pending
     last_failure: AgreedError | None = None
-    failed_at: int = -1  # the step at which a save failed last
+    failed_at: int = -1  # the step of the save that failed last
     on_best_lost: Callable[[], None] = lambda: None  # the save that failed was to be the best
     _is_best: bool = False
     _saved_before: int = -1
@@ -90,7 +90,7 @@ class Saving:
     def _record_failure(self, error: AgreedError, step: int) -> None:
         if self.last_failure is not None:
             raise error
-        self.last_failure, self.saved_at, self.failed_at = error, self._saved_before, step
+        self.last_failure, self.failed_at, self.saved_at = error, self.saved_at, self._saved_before
         if self._is_best:
             self.on_best_lost()
         self.monitor.log({"step": step, "save_failed": str(error)})

@@ -86,14 +86,19 @@ class Session:
         identity = identify(self.arguments, self.run)
         self.check(ranks, identity)
         checkpoints, choice = self.choose_checkpoint(identity)
-        changes = self.compare_settings(choice, ranks)
+        changes, judged_on_others = self.compare_settings(choice, ranks)
         engine = self.build(choice, ranks)
         config = self.publish_config(identity, ranks)
         trainer = self.prepare(engine, checkpoints, choice, config)
         self.watch_folder(trainer, checkpoints, config)
         if changes:
             trainer.monitor.say(f"changed since this checkpoint's run, and used from the first step on: {listed(changes, 8)}")
+        if judged_on_others:
+            trainer.position.best_loss, trainer.position.bad_evaluations = None, 0
+            trainer.monitor.say("the validation samples are others than this checkpoint's run had: the best is looked for anew")
         self.rehearse(trainer, ranks, config)
+        if isinstance(choice, ResumeFrom):
+            checkpoints.begin(choice)  # no sooner: a start that ends for want of memory has left nothing behind
         outcome = trainer.train()
         return self.finish(trainer, outcome)
 
@@ -144,11 +149,16 @@ class Session:
         )
         return checkpoints, checkpoints.choose(self.arguments.resume)
 
-    def compare_settings(self, choice: ResumeChoice, ranks: ControlGroup) -> list[str]:
-        """What the JSON says otherwise than when the checkpoint was made. Before `publish_config` writes over it."""
+    def compare_settings(self, choice: ResumeChoice, ranks: ControlGroup) -> tuple[list[str], bool]:
+        """What the JSON says otherwise than when the checkpoint was made, and whether it was judged on other samples. Before
+        `publish_config` writes over it."""
         if not isinstance(choice, ResumeFrom):
-            return []
-        return ranks.run_on_rank0(lambda: run_folder.changed_settings(run_of(choice.path), self.run.deepspeed))
+            return [], False
+        folder, deepspeed, validation = run_of(choice.path), self.run.deepspeed, self.run.validation_data
+        described = validation.describe() if validation else None
+        return ranks.run_on_rank0(
+            lambda: (run_folder.changed_settings(folder, deepspeed), run_folder.judged_on_others(folder, described))
+        )
 
     def build(self, choice: ResumeChoice, ranks: ControlGroup) -> DeepSpeedEngine:
         """The weights depend on the seed alone and are the same on all ranks; what is drawn after them (dropout) may differ."""
@@ -189,7 +199,6 @@ class Session:
         trainer = make_trainer(self.arguments, self.run, engine, checkpoints, self.stop, self.watchdog)
         if isinstance(choice, ResumeFrom):
             trainer.restore(trainer.saving.load(choice))
-            checkpoints.begin(choice)
             if not choice.is_own:  # or it would write into the other run's curves
                 trainer.position.wandb_id = ""
         trainer.position.wandb_id = trainer.position.wandb_id or uuid.uuid4().hex[:12]

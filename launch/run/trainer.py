@@ -116,6 +116,7 @@ class Trainer:
                 self.judging.take(step)
             self.show_progress(metrics)
             if self._rollback_due and self.roll_back(finite=math.isfinite(metrics["loss"] + metrics["grad_norm"])):
+                self.save()  # the data position: ended before the next one, a run would meet these batches again
                 continue  # these weights were evaluated when they were here first
             if args.eval_interval and (step % args.eval_interval == 0 or step == args.max_steps):
                 self.validate()

@@ -67,6 +67,8 @@ def test_tokens_that_give_themselves_away(start: str, length: int) -> None:
         ("unrecognized arguments: --api_key S --epochs 3", "unrecognized arguments: --api_key [redacted] --epochs 3"),
         ("unrecognized arguments: --hf-token=S; --help", "unrecognized arguments: --hf-token=[redacted]; --help"),
         ("WANDB_API_KEY=S is refused", "WANDB_API_KEY=[redacted] is refused"),
+        ("--apikey S --wandb_token=S --passphrase S", "--apikey [redacted] --wandb_token=[redacted] --passphrase [redacted]"),
+        ("WANDB_TOKEN=S PASSPHRASE=S eos_token=</s>", "WANDB_TOKEN=[redacted] PASSPHRASE=[redacted] eos_token=</s>"),
     ],
 )
 def test_secrets_in_a_line(text: str, shown: str) -> None:

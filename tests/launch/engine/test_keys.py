@@ -112,6 +112,7 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ),
         ("zero_optimization.elastic_checkpoint", True, "elastic_checkpoint must be false, not true: DeepSpeed cannot load what"),
         ("zero_optimization.load_from_fp32_weights", False, "load_from_fp32_weights must be true, not false: a resume would begin"),
+        ("zero_optimization.cpu_offload", True, "cpu_offload must be false or null, not true: it is DeepSpeed's older name of"),
         ("zero_optimization.legacy_stage1", True, "legacy_stage1 must be false, not true: DeepSpeed has removed it"),
         ("use_data_before_expert_parallelism", True, "parallelism must be false, not true: the copies of an expert then lie on"),
         ("tensor_parallel", {"autotp_size": 2}, "tensor_parallel.autotp_size must be 0 or 1, not 2: ranks share samples"),

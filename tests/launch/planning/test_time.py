@@ -61,6 +61,7 @@ def test_zero_1_reduces_once_a_step_and_zero_2_every_micro_batch() -> None:
 
 
 def test_expert_groups_stay_inside_a_node() -> None:
+    assert groups(job(ranks=12))[0].nodes == 2  # the second half full
     everyone, same_experts, experts = groups(job(ranks=32))
     assert (everyone.size, everyone.nodes) == (32, 4)
     assert (same_experts.size, same_experts.nodes) == (4, 4)

@@ -95,6 +95,17 @@ def test_what_was_measured_of_abandoned_steps_is_not_counted(tmp_path: Path, in_
     assert run.last_step == 90 and "rollback" in [mark.kind for mark in run.marks]
 
 
+def test_evaluations_that_come_before_the_first_row_after_a_rollback(tmp_path: Path) -> None:
+    """Evaluated more often than logged: the one of step 105 that was given up stood beside the new one."""
+    rows: list[dict] = [{"step": s, "samples": s, "loss": 2.0} for s in range(10, 101, 10)]
+    rows += [{"step": 105, "val_loss": 9.0}, {"step": 105, "expert_load": [[9.0]]}, {"step": 106, "expert_load": [[9.0]]}]
+    rows += [{"step": 107, "samples": 107, "loss": 9.0, "skipped": "a spike"}]  # back to step 100
+    rows += [{"step": 105, "val_loss": 2.1}, {"step": 105, "expert_load": [[2.0]]}, {"step": 105, "eval/code_pass@1": 0.5}]
+    run = read_run(write_run(tmp_path / "run", rows))
+    assert [(row["step"], row["val_loss"]) for row in run.evaluations] == [(105, 2.1)]
+    assert max(row["step"] for row in run.snapshots) == 105
+
+
 def test_skipped_steps_of_a_part_that_was_repeated_are_still_told(tmp_path: Path) -> None:
     rows = [{"step": s, "samples": s, "loss": 2.0} for s in range(1, 121)]
     rows[109] |= {"skipped": "loss is nan", "skipped_samples": [109, 110]}

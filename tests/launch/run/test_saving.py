@@ -119,6 +119,17 @@ def test_a_best_that_fails_is_told(run: Run) -> None:
     assert lost == [5]
 
 
+def test_a_failure_that_is_heard_later_leaves_the_present_step_to_be_saved() -> None:
+    """The save of step 4 failed in the background, which is heard at step 5: as the best this was not written, and counted."""
+    run = Run(background=True)
+    run.checkpoints.failing = 1
+    run.saving.save(state(4))
+    run.saving.finish_pending_save(5)
+    run.saving.save(state(5), is_best=True)
+    run.saving.finish_pending_save(6)
+    assert run.checkpoints.asked == [(4, False), (5, True)] and run.told == ["step_5"]
+
+
 def test_a_run_does_not_end_well_on_a_save_that_failed(run: Run) -> None:
     run.saving.save(state(4))
     run.checkpoints.failing = 1

@@ -121,19 +121,21 @@ def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
     (disk / "step_4").mkdir(parents=True)
     folder.parent.mkdir()
     folder.symlink_to(disk)
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1}}}}))
-    now: Any = SimpleNamespace(run=SimpleNamespace(deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 2}}}))
+    held, asked = ({"optimizer": {"type": "AdamW", "params": {"lr": rate}}} for rate in (1, 2))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"deepspeed": held, "validation": {"fingerprint": "a"}}))
+    validation = SimpleNamespace(describe=lambda: {"fingerprint": "b"})
+    now: Any = SimpleNamespace(run=SimpleNamespace(deepspeed=asked, validation_data=validation))
 
-    def compared(path: Path) -> list[str]:
+    def compared(path: Path) -> tuple[list[str], bool]:
         choice = ResumeFrom(message="", path=path, state=TrainingState(step=4, samples=0, tokens=0))
         return Session.compare_settings(now, choice, ControlGroup())
 
-    assert compared(folder / "step_4") == ["optimizer.params.lr: 1 -> 2"]
+    assert compared(folder / "step_4") == (["optimizer.params.lr: 1 -> 2"], True)
     folder.unlink()
     disk.rename(folder)
     monkeypatch.chdir(folder)
     for inside in ("step_4", "../checkpoints/step_4"):
-        assert compared(Path(inside)) == ["optimizer.params.lr: 1 -> 2"]
+        assert compared(Path(inside)) == (["optimizer.params.lr: 1 -> 2"], True)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -145,11 +147,9 @@ def test_a_run_that_begins_at_anothers_checkpoint_has_a_tracker_of_its_own(monke
     monkeypatch.setattr(session, "greet", lambda *_: None)
     now: Any = SimpleNamespace(arguments=None, run=None, stop=None, watchdog=None)
     state = TrainingState(step=4, samples=0, tokens=0, extra={"wandb_id": "first"})
-    begun: list[ResumeFrom] = []
-    checkpoints: Any = SimpleNamespace(begin=begun.append)
     choice = ResumeFrom(message="", path=Path("step_4"), state=state, is_own=own)
+    checkpoints: Any = None
     Session.prepare(now, trainer, checkpoints, choice, {})
-    assert begun == [choice]
     assert (trainer.position.wandb_id == "first") == own and trainer.position.wandb_id
 
 

@@ -280,4 +280,4 @@ def test_a_rollback_comes_after_the_steps_row_and_before_no_evaluation() -> None
         save=lambda: done.append(("saved", position.step)),
     )  # fmt: skip
     assert Trainer.train(trainer) == "finished"
-    assert done == [("row", 6), ("back", 4), ("evaluation", 6), ("evaluation", 8), ("saved", 8)]
+    assert done == [("row", 6), ("back", 4), ("saved", 4), ("evaluation", 6), ("evaluation", 8), ("saved", 8)]
