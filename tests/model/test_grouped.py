@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.grouped import outer, product, recurring, zero_idle
+from model.grouped import leaves_idle, outer, product, recurring, zero_idle
 
 
 class Products(TorchDispatchMode):
@@ -30,6 +31,12 @@ def test_idle_experts_have_a_gradient_of_zero() -> None:
     gradient[[1, 3]] = 1.0
     found = zero_idle(gradient, torch.tensor([0, 4, 4, 9, 9], dtype=torch.int32))
     assert found.sum(dim=(1, 2)).tolist() == [0, 6, 0, 6, 0]
+
+
+@pytest.mark.parametrize(("major", "expected"), [(8, False), (9, False), (10, True), (12, False)])
+def test_which_gpus_leave_idle_experts(major: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    assert leaves_idle(torch.device("cuda", 0)) is expected and not leaves_idle(torch.device("cpu"))
 
 
 def test_lengths_that_recur() -> None:
