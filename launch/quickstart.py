@@ -6,6 +6,7 @@ an earlier quickstart finished is not done again.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import launch  # noqa: F401 - first: it names what hides our packages
 from data.cli import UserError
+from data.files import replace_file
 from data.flags import Parser
 from launch.cli import run_command
 from launch.ranks.join import free_port
@@ -29,12 +31,13 @@ def commands(folder: Path, steps: int) -> list[tuple[str, list[str]]]:
     length = ["--sequence_length", "256"]
     preprocess = ["data/preprocess.py", "--input", "stdlib", "--train_tokenizer", "4096", "--validation_fraction", "0.02"]
     train = ["launch/train.py", "--data", shards, "--output", run, "--model", "tiny", *length]
-    train += ["--deepspeed_config", "ds_configs/cpu_ep2_zero2.json", "--max_steps", steps, "--eval_interval", max(1, steps // 4)]
+    dtype, strategy = precision(folder)
+    train += ["--deepspeed_config", strategy, "--max_steps", steps, "--eval_interval", max(1, steps // 4)]
     train += ["--eval_batches", "4", "--save_interval", max(1, steps // 2), "--log_interval", "10"]
     launcher = ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", free_port()]
     stations = [
         ("Text to shards: the standard library, with a tokenizer trained on it", [python, *preprocess, "--output", shards]),
-        ("Training on two ranks: expert parallel, ZeRO-2, bf16", [*launcher, *train]),
+        (f"Training on two ranks: expert parallel, ZeRO-2, {dtype}", [*launcher, *train]),
         ("Export: one folder for transformers", [python, "launch/export.py", "--checkpoint", run, "--output", hf]),
         (
             "Evaluation on the validation split",
@@ -50,6 +53,20 @@ def commands(folder: Path, steps: int) -> list[tuple[str, list[str]]]:
         ),
     ]
     return [(title, [str(part) for part in command]) for title, command in stations]
+
+
+def precision(folder: Path) -> tuple[str, Path]:
+    """bf16 and its strategy; fp32 and a copy without bf16 where PyTorch has no product of bf16 for this CPU (no AVX-512) and
+    multiplies number by number: ten seconds a step."""
+    import torch
+
+    path = Path("ds_configs") / "cpu_ep2_zero2.json"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bf16", path
+    settings = json.loads((ROOT / path).read_bytes())
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "fp32.json", json.dumps({k: v for k, v in settings.items() if k not in ("bf16", "data_types")}).encode())
+    return "fp32", folder / "fp32.json"
 
 
 def shown(command: list[str]) -> str:

@@ -72,3 +72,15 @@ def test_a_second_time_goes_on_from_what_is_there(finished: tuple) -> None:
     assert again.returncode == 0, again.stderr[-3000:]
     assert "step_8" in again.stderr and "finished at step 8" in again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_that_has_no_product_of_bf16_trains_in_fp32(fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512 a step took ten seconds."""
+    import torch
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    dtype, path = launch.quickstart.precision(tmp_path / "new")
+    settings = json.loads((ROOT / path).read_text())
+    assert dtype == ("bf16" if fast else "fp32") and ("bf16" in settings) == fast
+    assert settings["train_batch_size"] == 16 and settings["expert_parallel"]["autoep_size"] == 2
