@@ -87,7 +87,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 )
 
     def _check_lengths(self) -> None:
-        short = [s for s, n in zip(self.streams, self.samples, strict=True) if n == 0]
+        short = self.too_short
         if short and (self.weights or len(short) == len(self.streams)):
             s = short[0]
             raise UserError(

@@ -196,7 +196,8 @@ class Job:
         """Raises UserError for files that could be read when the job began, so that an outage of their disk does not leave them
         out for good. A second time they are rejections: of a bad sector nothing more is to be had."""
         suspects = {r.name: r for r in rejected if r.line is None and r.kind == CANNOT_BE_READ and r.name not in self.unreadable}
-        if not (lost := [f.name for f in self.inputs if f.bytes >= 0 and f.name in suspects] if suspects else []):
+        lost = [f.name for f in self.inputs if f.bytes >= 0 and f.name in suspects] if suspects else []
+        if not lost:
             return
         self.unreadable += lost
         self.save()

@@ -203,13 +203,13 @@ def _walk(root: Path, skipped: frozenset[str], exclude: Path | None) -> Iterable
             raise error
         names.append(os.path.relpath(error.filename, root) + UNREADABLE)
 
-    followed = [os.path.realpath(root)]
+    followed = [root.resolve()]
 
     def is_new(path: str) -> bool:
         if not os.path.islink(path):
             return True
-        target = os.path.realpath(path)
-        if _is_below(followed[0], target) or any(_is_below(target, other) for other in followed):
+        target = Path(path).resolve()
+        if followed[0].is_relative_to(target) or any(target.is_relative_to(other) for other in followed):
             return False
         followed.append(target)
         return True
@@ -220,7 +220,3 @@ def _walk(root: Path, skipped: frozenset[str], exclude: Path | None) -> Iterable
         # macOS puts metadata beside each file on foreign disks, as `._NAME`.
         names += [os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith("._")]
     return sorted(names)
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(os.path.join(folder, ""))

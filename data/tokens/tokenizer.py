@@ -130,28 +130,25 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def as_trained(text: str) -> str:
+def as_trained(text: str, tokenizer: Any) -> str:
     """A `tokenizer.json` that adds no token of its own to a text, as none was added to what is trained on (Llama's begins each text
-    with one): itself where it adds none."""
-    from tokenizers import Tokenizer
-
-    if not Tokenizer.from_str(text).num_special_tokens_to_add(is_pair=False):
+    with one): itself where it adds none. `tokenizer`: the library's of it."""
+    if not tokenizer.num_special_tokens_to_add(is_pair=False):
         return text
     return json.dumps(json.loads(text) | {"post_processor": None})
 
 
-def for_batches(text: str, end_token: str) -> dict[str, str]:
+def for_batches(tokenizer: Any, end_token: str) -> dict[str, str]:
     """Of a `tokenizer_config.json`: prompts are padded before their first token, with another than the end of text where there is
     one, since whoever trains further masks it."""
-    from tokenizers import Tokenizer
-
-    pad = FIM_TOKENS[3] if Tokenizer.from_str(text).token_to_id(FIM_TOKENS[3]) is not None else end_token
+    pad = FIM_TOKENS[3] if tokenizer.token_to_id(FIM_TOKENS[3]) is not None else end_token
     return {"pad_token": pad, "padding_side": "left"}
 
 
 def save(folder: Path, text: str, known: TokenizerFacts) -> None:
     """Write `tokenizer.json` and a `tokenizer_config.json` with which transformers makes the ids that are trained on."""
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = library_tokenizer(known.name, text)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": known.eos_token,
@@ -159,9 +156,9 @@ def save(folder: Path, text: str, known: TokenizerFacts) -> None:
         "unk_token": known.eos_token,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000_000,
-        **for_batches(text, known.eos_token),
+        **for_batches(tokenizer, known.eos_token),
     }
-    replace_file(folder / TOKENIZER, as_trained(text).encode())
+    replace_file(folder / TOKENIZER, as_trained(text, tokenizer).encode())
     replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 

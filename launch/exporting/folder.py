@@ -137,9 +137,10 @@ def _complete_tokenizer(folder: Path) -> None:
     if not vocabulary.is_file() or not config.is_file():
         return
     text, settings = vocabulary.read_text(encoding="utf-8"), read_json(config)
-    vocabulary.write_text(tokenizers.as_trained(text), encoding="utf-8")
+    tokenizer = tokenizers.library_tokenizer(str(vocabulary), text)
+    vocabulary.write_text(tokenizers.as_trained(text, tokenizer), encoding="utf-8")
     if "pad_token" not in settings and isinstance(end := settings.get("eos_token"), str):
-        config.write_text(json.dumps(settings | tokenizers.for_batches(text, end), indent=2) + "\n", encoding="utf-8")
+        config.write_text(json.dumps(settings | tokenizers.for_batches(tokenizer, end), indent=2) + "\n", encoding="utf-8")
 
 
 def check_shard_size(size: str) -> None:

@@ -92,6 +92,12 @@ def _last_of_each_step(rows: list[Row]) -> list[Row]:
     return [row for _, row in sorted({int(row["step"]): row for row in rows}.items())]
 
 
+def drop_from(step: int, rows: list[Row]) -> None:
+    """What was measured of weights that a restart or a rollback gave up; what happened stays told. `rows` rise by step."""
+    while rows and rows[-1]["step"] >= step:
+        rows.pop()
+
+
 def parse(line: bytes) -> Row | None:
     """One line of the file; None where it is half a line or no object with a step. NaN, which is not JSON, is read as well."""
     try:
@@ -152,21 +158,16 @@ class Collector:
                 self.marks.append(Mark(kind="rollback", step=step, text=f"rolled back: {back}"))
             else:
                 self.marks.append(Mark(kind="restart", step=step, text=f"restarted: {back}, these steps were repeated"))
-            self._drop_from(step)
+            drop_from(step, self.evaluations)
+            drop_from(step, self.snapshots)
         self._last = (step, samples)
         if "skipped" in row:
             self.marks.append(Mark(kind="skipped", step=step, text=f"skipped: {row['skipped']}"))
 
-    def _drop_from(self, step: int) -> None:
-        """What was measured of weights that a restart or a rollback gave up; what happened stays told."""
-        self.evaluations = [row for row in self.evaluations if row["step"] < step]
-        self.snapshots = [row for row in self.snapshots if row["step"] < step]
-
     def _note_other(self, row: Row) -> None:
         step = row["step"]
         if "val_loss" in row:  # before the first training row after a rollback, where these come more often
-            while self.evaluations and self.evaluations[-1]["step"] >= step:
-                self.evaluations.pop()
+            drop_from(step, self.evaluations)
             self.evaluations.append(row)
         elif "save_failed" in row:
             self.marks.append(Mark(kind="save_failed", step=step, text=f"save failed: {row['save_failed']}"))
@@ -175,8 +176,7 @@ class Collector:
         elif "resumed" in row:
             self.marks.append(Mark(kind="restart", step=step, text=str(row["resumed"])))
         elif "expert_load" in row or "update_to_weight" in row or any(name.startswith("eval/") for name in row):
-            while self.snapshots and self.snapshots[-1]["step"] > step:  # several at one step
-                self.snapshots.pop()
+            drop_from(step + 1, self.snapshots)  # several at one step
             self.snapshots.append(row)
 
     def columns(self) -> Columns:
