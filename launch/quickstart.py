@@ -57,7 +57,7 @@ def commands(folder: Path, steps: int) -> list[tuple[str, list[str]]]:
 
 def precision(folder: Path) -> tuple[str, Path]:
     """bf16 and its strategy; fp32 and a copy without bf16 where PyTorch has no product of bf16 for this CPU (no AVX-512) and
-    multiplies number by number: ten seconds a step."""
+    multiplies number by number: some twenty seconds a step."""
     import torch
 
     path = Path("ds_configs") / "cpu_ep2_zero2.json"

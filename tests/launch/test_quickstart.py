@@ -76,7 +76,7 @@ def test_a_second_time_goes_on_from_what_is_there(finished: tuple) -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_that_has_no_product_of_bf16_trains_in_fp32(fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without AVX-512 a step took ten seconds."""
+    """Without AVX-512 a step took some twenty seconds."""
     import torch
 
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
