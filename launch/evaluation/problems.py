@@ -11,6 +11,7 @@ import ast
 import builtins
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def read_problems(task: str, path: Path | None, *, most: int = 0) -> dict[str, P
             raise UserError(f"{path}, {where}: the tests are no Python: {error}") from None
         if task == "infilling" and not problem.infill:
             raise UserError(f"{path}, {where}: no suffix; --infilling wants a file of human-eval-infilling")
+        if problem.task_id in problems:
+            raise UserError(f"{path}, {where}: the task_id {problem.task_id} was there before")
         problems[problem.task_id] = problem
         if len(problems) == most:
             break
@@ -117,7 +120,7 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data).decode()
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if text.lstrip().startswith("["):
         yield from ((f"entry {n}", row) for n, row in enumerate(parsed(path, "the array", text), 1))

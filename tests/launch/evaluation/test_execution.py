@@ -148,6 +148,7 @@ def test_pre_sent_right_answers_are_right_answers(isolation: Isolation) -> None:
         ("def other(x): return x + 1", "failed: NameError: name 'successor' is not defined"),
         ("def successor(x): return [][x]", "failed: IndexError"),
         ("import numpy_is_not_here", "failed: ModuleNotFoundError"),
+        ("def successor(x: List[int]): return x + 1", "failed: NameError: name 'List' is not defined"),
         ("def successor(x):\n    while True: pass", "timed out"),
         ("while True: pass", "timed out"),
         ("import time\ntime.sleep(100)", "timed out"),
@@ -216,6 +217,14 @@ else:
     raise AssertionError
 """
     assert judged(isolation, program, test, "first").result == "passed"
+
+
+def test_annotations_are_python_s_own(isolation: Isolation) -> None:
+    """Our own `from __future__ import annotations` had made them text, in what we compile too."""
+    text = "def successor(x: int): return x + 1\n"
+    test = "def helper(x: int): return x\nassert types_of() == {'x': int} == helper.__annotations__ == given.__annotations__\n"
+    program = text + "def types_of(): return successor.__annotations__\n"
+    assert judged(isolation, program, test, reference="def given(x: int): return x\n").result == "passed"
 
 
 def test_helpers_are_the_reference_ones(isolation: Isolation) -> None:

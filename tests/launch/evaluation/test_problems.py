@@ -47,6 +47,7 @@ def test_gzip_and_empty_lines(problem_files: dict[str, Path], tmp_path: Path) ->
     assert read_problems("humaneval", path) == read_problems("humaneval", problem_files["humaneval"])
 
 
+ROW = '{"task_id": "P/7", "prompt": "", "test": "", "entry_point": "f"}'
 BROKEN = [
     ("humaneval", "{}\n", "line 1: no problem of humaneval, its 'task_id' is missing"),
     ("humaneval", '{"task_id": "a", "prompt": 3, "test": "", "entry_point": "f"}\n', "line 1: no problem of humaneval"),
@@ -67,13 +68,15 @@ BROKEN = [
     ("mbpp", '{"task_id": 1, "text": "t", "test_list": ["assert 1"]}', "line 1: no problem of mbpp"),
     ("mbpp", '{"task_id": 1, "text": "t", "test_list": []}', "line 1: no problem of mbpp"),
     ("infilling", '{"task_id": "a", "prompt": "", "test": "", "entry_point": "f"}', "line 1: no suffix"),
+    ("humaneval", f"{ROW}\n{ROW.replace('7', '8')}\n{ROW}", "line 3: the task_id P/7 was there before"),
+    ("humaneval", gzip.compress(ROW.encode())[:10] + b"\xff" * 20, "cannot be read: Error -3 while decompressing"),
 ]
 
 
 @pytest.mark.parametrize(("task", "text", "sentence"), BROKEN)
-def test_what_is_no_problem_is_named(task: str, text: str, sentence: str, tmp_path: Path) -> None:
+def test_what_is_no_problem_is_named(task: str, text: str | bytes, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "file.jsonl"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"file\.jsonl") as error:
         read_problems(task, path)
     assert sentence in str(error.value)

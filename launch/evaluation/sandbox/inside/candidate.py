@@ -37,7 +37,7 @@ class Candidate:
 
     def load(self, program: str) -> None:
         sys.modules["solution"] = self.module  # pickle and dataclasses look their module up
-        exec(compile(program, "<solution>", "exec"), self.module.__dict__)
+        exec(compile(program, "<solution>", "exec", dont_inherit=True), self.module.__dict__)  # not our own `annotations`
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The value of one call, and what it did to its arguments if it changed any; or an attribute, which may be set first."""

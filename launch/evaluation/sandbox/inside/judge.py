@@ -120,12 +120,12 @@ def run_tests(job: dict[str, Any], channel: Channel) -> None:
     missing = unknown_names(job["test"], namespace)
     if job["reference"] and missing - {job["entry_point"]}:
         # Helpers that a prompt defines and its tests use. Never the candidate's: those could lie.
-        exec(compile(job["reference"], "<reference>", "exec"), namespace)
+        exec(compile(job["reference"], "<reference>", "exec", dont_inherit=True), namespace)
     for name in unimported_modules(job["test"], job["entry_point"]) - set(namespace):
         namespace[name] = importlib.import_module(name)
     for name in unknown_names(job["test"], namespace) | {job["entry_point"]}:
         namespace[name] = Remote(channel, name)
-    exec(compile(job["test"], "<tests>", "exec"), namespace)
+    exec(compile(job["test"], "<tests>", "exec", dont_inherit=True), namespace)
 
 
 def main(channel: Channel) -> None:
