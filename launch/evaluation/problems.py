@@ -63,11 +63,12 @@ def read_problems(task: str, path: Path | None, *, most: int = 0) -> dict[str, P
     for where, row in rows(path):
         try:
             problem = make(row)
+            ast.parse(problem.test)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, {where}: no problem of {task}, its {error} is missing or of another type") from None
         except UserError as error:
             raise UserError(f"{path}, {where}: {error}") from None
-        except SyntaxError as error:
+        except (SyntaxError, ValueError) as error:  # ValueError: null bytes, before Python 3.11.4
             raise UserError(f"{path}, {where}: the tests are no Python: {error}") from None
         if task == "infilling" and not problem.infill:
             raise UserError(f"{path}, {where}: no suffix; --infilling wants a file of human-eval-infilling")
@@ -185,7 +186,7 @@ def text_of(row: dict[str, Any], field: str) -> str:
 def is_python(text: str) -> bool:
     try:
         ast.parse(text)
-    except (SyntaxError, ValueError):  # ValueError: null bytes
+    except (SyntaxError, ValueError):
         return False
     return True
 

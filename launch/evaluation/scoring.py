@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.cli import Progress, UserError, say
+from data.cli import Progress, UserError, counted, say
 from launch.evaluation.execution import execute_all
-from launch.evaluation.job import Verdict
+from launch.evaluation.job import Job, Verdict
 from launch.evaluation.pass_at_k import summarize
 from launch.evaluation.problems import Problem
-from launch.evaluation.samples import Sample, read_samples, write_results
+from launch.evaluation.samples import read_samples, write_results
+from launch.evaluation.sandbox.levels import Level
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.sandbox.probe import Isolation, find_isolation
+from launch.evaluation.sandbox.program import program_text
+from launch.evaluation.verdicts import VerdictFile
 
 
 def prepare_isolation(asked: str, limits: Limits, *, required: bool) -> Isolation:
@@ -36,19 +40,24 @@ def score(
 ) -> dict[str, Any]:
     """Runs every sample. The result is for the JSON of --output; each sample's is in the results file."""
     samples = read_samples(samples_file, problems)
-    verdicts = run_samples(samples, problems, isolation=isolation, limits=limits, workers=workers)
+    file = VerdictFile(samples_file.with_name(samples_file.name + ".verdicts"), f"{isolation.level} {limits} {program_text()}")
+    run = partial(run_jobs, file=file, level=isolation.level, limits=limits, workers=workers)
+    verdicts = run([problems[task].job(completion) for task, completion in samples])
     rows = [
         {"task_id": task, "completion": completion, "result": verdict.result, "passed": verdict.passed}
         for (task, completion), verdict in zip(samples, verdicts, strict=True)
     ]
-    results = write_results(samples_file, rows)
     made, passed = Counter(task for task, _ in samples), Counter(row["task_id"] for row in rows if row["passed"])
+    own = failing_own_solutions([problem for problem in problems.values() if not passed[problem.task_id]], run)
+    results = write_results(samples_file, rows)
+    file.remove()
     return {
         **summarize([(made[task], passed[task]) for task in problems]),
         "problems": len(problems),
         "samples": len(samples),
         "passed": sum(passed.values()),
         "timed_out": sum(verdict.result == "timed out" for verdict in verdicts),
+        "own_solution_fails": own,
         "samples_file": str(samples_file),
         "results_file": str(results),
         "isolation": isolation.describe(),
@@ -56,17 +65,27 @@ def score(
     }
 
 
-def run_samples(
-    samples: Sequence[Sample], problems: Mapping[str, Problem], *, isolation: Isolation, limits: Limits, workers: int
-) -> list[Verdict]:
-    progress = Progress(len(samples), what="executing", unit="samples")
-    verdicts = []
-    jobs = [problems[task].job(completion) for task, completion in samples]
-    for verdict in execute_all(jobs, level=isolation.level, limits=limits, workers=workers):
-        verdicts.append(verdict)
-        progress.update(len(verdicts))
+def failing_own_solutions(unsolved: Sequence[Problem], run: Callable[[list[Job]], list[Verdict]]) -> dict[str, str]:
+    """The results, by task_id, of the authors' solutions that fail here too: their tests say nothing of the model."""
+    known = [problem for problem in unsolved if problem.canonical_solution]
+    verdicts = run([problem.job(problem.canonical_solution) for problem in known])
+    failing = {problem.task_id: verdict.result for problem, verdict in zip(known, verdicts, strict=True) if not verdict.passed}
+    for task, result in list(failing.items())[:1]:
+        many = counted(len(failing), "problem")
+        say(f"warning: the tests of {many} do not pass with their own solution here, {task} the first of them: {result}")
+    return failing
+
+
+def run_jobs(jobs: Sequence[Job], *, file: VerdictFile, level: Level, limits: Limits, workers: int) -> list[Verdict]:
+    """Equal programs are run once, and those whose verdicts are in the file not at all."""
+    left = [job for job in dict.fromkeys(jobs) if job not in file]
+    progress = Progress(len(left), what="executing", unit="programs")
+    verdicts = execute_all(left, level=level, limits=limits, workers=workers)
+    for done, (job, verdict) in enumerate(zip(left, verdicts, strict=True), 1):
+        file.append(job, verdict)
+        progress.update(done)
     progress.close()
-    return verdicts
+    return [file[job] for job in jobs]
 
 
 def available_cores() -> int:

@@ -129,6 +129,7 @@ def test_all_of_humaneval(file: str, tmp_path: Path) -> None:
     run("--score", samples, "--humaneval", problems, "--allow_code_execution", "--output", output)
     result = json.loads(output.read_text())
     assert (result["passed"], result["pass@1"]) == ((164, 1.0) if file == "canonical" else (0, 0.0))
+    assert result["own_solution_fails"] == {}
 
 
 def test_a_level_that_does_not_hold_is_refused_where_it_must(problem_files: dict[str, Path], tmp_path: Path) -> None:

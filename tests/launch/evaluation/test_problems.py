@@ -67,6 +67,8 @@ BROKEN = [
     ("mbpp", '{"task_id": 1, "text": "t", "test_list": ["assert f("]}', "line 1: the tests are no Python"),
     ("mbpp", '{"task_id": 1, "text": "t", "test_list": ["assert 1"]}', "line 1: no problem of mbpp"),
     ("mbpp", '{"task_id": 1, "text": "t", "test_list": []}', "line 1: no problem of mbpp"),
+    ("humaneval", '{"task_id": "a", "prompt": "", "test": "def check(", "entry_point": "f"}', "line 1: the tests are no Python"),
+    ("mbpp", '{"task_id": 1, "text": "t", "test_list": ["assert f(1)", "assert f("]}', "line 1: the tests are no Python"),
     ("infilling", '{"task_id": "a", "prompt": "", "test": "", "entry_point": "f"}', "line 1: no suffix"),
     ("humaneval", f"{ROW}\n{ROW.replace('7', '8')}\n{ROW}", "line 3: the task_id P/7 was there before"),
     ("humaneval", gzip.compress(ROW.encode())[:10] + b"\xff" * 20, "cannot be read: Error -3 while decompressing"),
