@@ -13,8 +13,14 @@ from data.sources.discover import Source
 from data.sources.documents import read_rows
 from data.sources.read import read_blocks
 
-#: The fields of HumanEval, its infilling sets and MBPP (openai and mxeval spellings) that show a task or its answer.
-FIELDS = ("prompt", "canonical_solution", "suffix", "test", "text", "code", "content")
+#: The fields that show a task or its answer: of HumanEval, its infilling sets and MBPP (openai, mxeval and EvalPlus spellings),
+#: MultiPL-E, BigCodeBench, DS-1000, LiveCodeBench and APPS. Lists, as MBPP's tests, count by their elements, laid end to end.
+FIELDS = (
+    *("prompt", "canonical_solution", "suffix", "test", "text", "code", "content"),
+    *("test_list", "challenge_test_list", "test_setup_code", "tests", "assertion"),
+    *("complete_prompt", "instruct_prompt", "reference_code", "code_context"),
+    *("question_content", "starter_code", "question", "solutions", "description"),
+)
 
 
 def load_contamination(files: Sequence[str]) -> Contamination | None:
@@ -35,10 +41,17 @@ def read_tasks(path: str) -> list[str]:
             if isinstance(row, Rejection):
                 where = f" line {row.line}" if row.line else ""
                 raise UserError(f"--decontaminate {path}{where}: {row.reason}")
-            texts += [value for field in FIELDS if isinstance(value := row.value.get(field), str)]
+            texts += [text for field in FIELDS if (text := _text(row.value.get(field)))]
     if not texts:
         raise UserError(f"--decontaminate {path}: no row has one of the fields {', '.join(FIELDS)}")
     return texts
+
+
+def _text(value: Any) -> str | None:
+    """A field's words: a single assert of MBPP has fewer than the rule asks for, the three of a task have more."""
+    if isinstance(value, list):
+        return "\n".join(part for part in value if isinstance(part, str))
+    return value if isinstance(value, str) else None
 
 
 def describe(files: Sequence[str]) -> list[list[Any]]:

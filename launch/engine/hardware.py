@@ -49,6 +49,16 @@ def memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def bf16_hint(dtype: str) -> str | None:
+    """What a user should know who trains in bf16 on a CPU for which oneDNN has no such product."""
+    if dtype != "bfloat16" or get_accelerator().device_name() != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return (
+        "warning: PyTorch has no product of bf16 for this CPU (it lacks AVX-512) and multiplies number by number, some ten times "
+        "as slowly as in fp32; leave bf16 out of the JSON here"
+    )
+
+
 def peak_flops() -> float | None:
     """The peak of this process's device in FLOP/s; None on a CPU and where it is not known."""
     if get_accelerator().device_name() != "cuda":

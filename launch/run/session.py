@@ -23,7 +23,7 @@ from launch.checkpoint.identity import RunIdentity, listed
 from launch.checkpoint.manager import CheckpointManager
 from launch.cli import AgreedError, end_at_once
 from launch.engine.build import build_engine, build_model, check_room, group_hint
-from launch.engine.hardware import peak_flops
+from launch.engine.hardware import bf16_hint, peak_flops
 from launch.engine.regions import compile_hint
 from launch.engine.settings import EngineSettings
 from launch.engine.step_hook import StepHook
@@ -355,6 +355,7 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     hints = (
         compile_hint(strategy.compiles, mode),
         group_hint(run.model),
+        bf16_hint(strategy.dtype),
         schedule_hint(trainer.engine.lr_scheduler, arguments.max_steps),
         *(too_short_hint(data) for data in (run.train_data, run.validation_data) if data),
     )

@@ -38,7 +38,21 @@ def test_decontamination_through_the_command(tmp_path: Path, preprocess: Any, to
 
 def test_a_benchmark_without_tasks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no row has one of the fields"):
-        read_tasks(str(write_rows(tmp_path / "x.jsonl", [{"question": "x"}])))
+        read_tasks(str(write_rows(tmp_path / "x.jsonl", [{"note": "x"}])))
+
+
+def test_what_only_tests_show_of_a_task_counts_too(tmp_path: Path) -> None:
+    """MBPP's tests are a list, each of them shorter than ten words; MultiPL-E's are one text under `tests`."""
+    asserts = [
+        "assert remove_occ('hello', 'l') == 'heo'",
+        "assert remove_occ('abcda', 'a') == 'bcd'",
+        "assert remove_occ('php', 'p') == 'h'",
+    ]
+    rule = load_contamination([str(write_rows(tmp_path / "mbpp.jsonl", [{"text": "Remove.", "test_list": asserts}]))])
+    assert rule is not None and rule("x = 1\n" + "\n".join(asserts), {}) == "overlaps mbpp.jsonl"
+    assert rule(asserts[0], {}) is None
+    rule = load_contamination([str(write_rows(tmp_path / "humaneval-rs.jsonl", [{"tests": "\n".join(asserts)}]))])
+    assert rule is not None and rule("\n".join(asserts), {}) == "overlaps humaneval-rs.jsonl"
 
 
 def test_a_benchmark_that_nothing_overlaps_is_said(tmp_path: Path, preprocess: Any, tokenizer_file: Path, corpus: Path) -> None:

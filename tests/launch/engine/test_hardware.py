@@ -33,5 +33,13 @@ def test_peak_by_name_of_the_gpu(name: str, flops: float | None, monkeypatch: py
     assert hardware.peak_flops() == flops
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_without_a_product_of_bf16_is_warned_of(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    assert (hardware.bf16_hint("bfloat16") is None) == has and hardware.bf16_hint("float32") is None
+    monkeypatch.setattr(hardware.get_accelerator(), "device_name", lambda: "cuda")
+    assert hardware.bf16_hint("bfloat16") is None
+
+
 def test_a_cpu_has_no_peak() -> None:
     assert hardware.peak_flops() is None
