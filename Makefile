@@ -47,9 +47,10 @@ soak: install
 gpu: install
 	$(BIN)/python tests/gpu/acceptance.py $(GPU_ARGS)
 
-# The same for a machine without a network: wheels, sources and a script, in build/gpu-bundle.
+# The same for a machine without a network: wheels, sources and a script, in build/gpu-bundle; BUNDLE_ARGS="--python 3.11"
+# for that Python there.
 gpu-bundle: install
-	$(BIN)/python tests/gpu/bundle.py
+	$(BIN)/python tests/gpu/bundle.py $(BUNDLE_ARGS)
 
 # The oldest, the tested and the newest PyTorch and transformers, each in an environment of its own. Downloads some 10 GB.
 compat: install

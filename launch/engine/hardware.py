@@ -42,6 +42,13 @@ def peak_bf16_flops(device_name: str) -> float | None:
     return PEAK_BF16_FLOPS[max(known, key=len)] if known else None
 
 
+def identity() -> str | None:
+    """What tells this process's GPU from all others; None on a CPU."""
+    if get_accelerator().device_name() != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
 def memory() -> int:
     """Bytes of this process's GPU, or of the host where it trains on the CPU: all there are, free or not."""
     if get_accelerator().device_name() == "cuda":

@@ -7,13 +7,14 @@ names, and a plain `python launch/train.py` has none: all of them end up with th
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import resource
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,6 +33,7 @@ LEAST_OPEN_FILES = 64
 MOST_OPEN_FILES = 1 << 16
 #: By which launchers say what a rank is.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -59,7 +61,7 @@ def raise_open_files() -> None:
 def set_environment() -> tuple[int, int]:
     """Fill in the five variables; returns (rank, world size)."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    if "RANK" not in env and _is_srun_s(env):
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         if "MASTER_ADDR" not in env:
             raise UserError("under srun MASTER_ADDR must be set; launch/templates/slurm.sh shows how")
@@ -74,24 +76,40 @@ def set_environment() -> tuple[int, int]:
     return int(env["RANK"]), int(env["WORLD_SIZE"])
 
 
+def _is_srun_s(env: Mapping[str, str]) -> bool:
+    """Whether srun started this rank itself.
+
+    What mpiexec starts within a job inherits the variables of the batch script, or of the one task a host by which MPICH's mpiexec
+    reaches it: every rank would be the same. `srun --mpi=pmi2` sets PMI's as well, to what its own say.
+    """
+    own, pmi = (tuple(env.get(name) for name in names) for names in (SLURM_VARIABLES, ("PMI_RANK", "PMI_SIZE")))
+    if None in own or int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])) < 2:
+        return False
+    return not {"OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & set(env) and pmi in (own, (None, None))
+
+
 def _environment_from_mpi() -> None:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = (own_address(), free_port()) if world.rank == 0 else None
+    on_one_host = world.allreduce(local.size == world.size, MPI.LAND)
+    address = ("127.0.0.1" if on_one_host else own_address(), free_port()) if world.rank == 0 else None
     host, port = world.bcast(address)
-    on_one_host = local.size == world.size
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local.rank))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if on_one_host else host)
+    os.environ.setdefault("MASTER_ADDR", host)
     os.environ.setdefault("MASTER_PORT", str(port))
 
 
 def own_address() -> str:
-    """Of this host, for others. Debian's and Ubuntu's /etc/hosts give a host's own name a loopback address: then the name."""
+    """Of this host, for others. Debian's and Ubuntu's /etc/hosts give a host's own name a loopback address: then the name.
+    Also where it has none: the others may know it, and MASTER_ADDR goes before all this."""
     name = socket.gethostname()
-    found = socket.gethostbyname(name)
-    return name if found.startswith("127.") else found
+    try:
+        found = str(socket.getaddrinfo(name, None)[0][4][0])
+    except socket.gaierror:
+        return name
+    return name if ipaddress.ip_address(found.partition("%")[0]).is_loopback else found
 
 
 def free_port() -> int:

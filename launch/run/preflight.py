@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from launch.checkpoint.engine_files import state_bytes
 from launch.checkpoint.random_state import random_state, set_random_state
 from launch.cli import AgreedError
+from launch.engine import hardware
 from launch.ranks.control_group import ControlGroup
 from launch.run.folder import PACKAGES
 from launch.run.toolchain import check_toolchain
@@ -40,7 +41,9 @@ ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_ste
 def check(ranks: ControlGroup, output: Path, settings: dict[str, Any]) -> None:
     """Everything that needs no engine. Collective. Raises AgreedError with the rank, its host and what differs or fails."""
     ranks.run_everywhere(check_toolchain)
-    compare(ranks, {**settings, **versions(), "this system's code": code_hash()})
+    kernels = os.environ.get("MOE_KERNELS", "1")  # DeepSpeed's launcher takes few variables along to other hosts
+    compare(ranks, {**settings, **versions(), "this system's code": code_hash(), "MOE_KERNELS": kernels})
+    own_devices(ranks, (socket.gethostname(), hardware.identity()))
     exchange(ranks)
     share_folder(ranks, output)
 
@@ -75,6 +78,15 @@ def compare(ranks: ControlGroup, facts: dict[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return text if len(text) < 80 else f"hash {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def own_devices(ranks: ControlGroup, mine: tuple[str, str | None]) -> None:
+    """No two ranks have the same GPU, `mine`: its host and number. A rank that sees one alone takes it, as launchers that bind GPUs
+    want it; so too many ranks on a host with one GPU would meet only in NCCL."""
+    seen: dict[tuple[str, str | None], int] = {}
+    for rank, device in enumerate(ranks.gather(mine)):
+        if device[1] is not None and seen.setdefault(device, rank) != rank:
+            raise AgreedError(f"ranks {seen[device]} and {rank} have the same GPU of host {device[0]}; start one rank a GPU")
 
 
 def exchange(ranks: ControlGroup) -> None:

@@ -16,6 +16,11 @@ def refuse_together(error: UserError) -> NoReturn:
         raise error
 
     with joining_within(JOIN_SECONDS):
-        start(timeout=JOIN_SECONDS)
-        ControlGroup().run_everywhere(give_reason)
+        try:
+            start(timeout=JOIN_SECONDS)
+            ControlGroup().run_everywhere(give_reason)
+        except UserError:
+            raise
+        except Exception:  # the others are gone: torchrun ends all ranks when the first has ended
+            raise error from None
     raise error

@@ -9,10 +9,12 @@ Python's own handlers never run, so a thread reads the signals. SIGHUP, an ssh s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 from data.cli import say
 from launch.cli import end_at_once
@@ -32,6 +34,7 @@ class StopRequest:
         self._started = time.monotonic()
         self._deadline: float | None = None
         self._first: tuple[int, float] | None = None
+        self._joining = False
 
     def install(self) -> StopRequest:
         """Take over the signals. Early, so that one that comes during start-up is not lost."""
@@ -47,6 +50,22 @@ class StopRequest:
     def after(self, max_hours: float) -> None:
         """Ask by the clock, this long after the process started; 0: never."""
         self._deadline = self._started + max_hours * 3600 if max_hours else None
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While ranks join, SIGTERM and SIGINT end this one: there is nothing to save, and a rank that never comes would have the
+        job hold its hosts for ten minutes more. The other signals announce an end that is minutes away."""
+        self._joining = True
+        self._leave_if_joining(self.reason)
+        try:
+            yield
+        finally:
+            self._joining = False
+
+    def _leave_if_joining(self, name: str | None) -> None:
+        if self._joining and name in ("SIGTERM", "SIGINT"):
+            _say_once(f"{name}: not all ranks have joined yet, so there is nothing to save; stopping at once")
+            end_at_once(128 + signal.Signals[name])
 
     def disarm(self) -> None:
         """All is saved: a launcher's late SIGTERM no longer turns exit code 0 into another."""
@@ -70,12 +89,18 @@ class StopRequest:
             end_at_once(128 + number)
         self._first = (number, now)
         name = signal.Signals(number).name
-        if os.environ.get("RANK", "0") == "0":
-            later = f" after {ECHO_SECONDS:g} seconds" if number == signal.SIGTERM else ""
-            say(f"{name}: saving after this step; once more{later} stops at once")
+        self._leave_if_joining(name)
+        later = f" after {ECHO_SECONDS:g} seconds" if number == signal.SIGTERM else ""
+        _say_once(f"{name}: saving after this step; once more{later} stops at once")
         self.reason = name
 
     def requested(self) -> bool:
         if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
             self.reason = "--max_hours"
         return self.reason is not None
+
+
+def _say_once(text: str) -> None:
+    """Rank 0 speaks for all: whoever signals a job signals each of its ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text)

@@ -5,8 +5,10 @@
 #
 # Five minutes before the time limit Slurm sends SIGUSR1 to this script (`B:`; without it the signal goes to the ranks alone, and
 # nobody is left who knows that the job must go on). The script passes it on to the ranks, which save after their step and exit
-# with 0, and queues the job again with `scontrol requeue`. A run that ends by itself is finished and is not queued again. A lost
-# node requeues as well (--requeue); a run that fails does not: look at its last lines, then submit it again.
+# with 0, and queues the job again with `scontrol requeue`. Likewise where another job takes the nodes (PreemptMode=REQUEUE with a
+# GraceTime): there Slurm asks the ranks alone, with SIGTERM, and would take what has ended within the grace time for finished. A run
+# that ends by itself is not queued again. A lost node requeues as well (--requeue, after Slurm's SlurmdTimeout); a run that fails
+# does not: look at its last lines, then submit it again. The 300 seconds must be enough for the rest of an evaluation and a save.
 #SBATCH --job-name=moe-code-gpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -23,7 +25,8 @@ DATA=${DATA:-shards}
 OUTPUT=${OUTPUT:-runs/slurm}
 source "${VENV:-.venv}/bin/activate"
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*} # the first; `| head` would end scontrol early, and with it this script
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 # Hosts with several networks: name the one that the ranks reach each other by, here or in your shell, for NCCL and for gloo
 # (control messages; all traffic on CPUs). `ip -br addr` lists them.
@@ -49,7 +52,10 @@ code=0
 wait "$step" || code=$?
 while kill -0 "$step" 2>/dev/null; do code=0; wait "$step" || code=$?; done # the signal ends `wait` before the ranks end
 
-if [ -n "$asked" ] && [ "$code" -eq 0 ]; then
+preempted() {
+    case $(scontrol show job "$SLURM_JOB_ID") in *PreemptTime=[0-9]*) ;; *) false ;; esac
+}
+if [ "$code" -eq 0 ] && { [ -n "$asked" ] || preempted; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

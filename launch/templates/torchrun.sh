@@ -2,7 +2,7 @@
 # torchrun: on every node   NODES=2 RDZV=node0:29400 launch/templates/torchrun.sh --data shards/ --output runs/first
 #
 # A rank that fails ends the others; torchrun starts all of them again, up to RESTARTS times, and they resume from the newest
-# whole checkpoint. One node needs neither NODES nor RDZV.
+# whole checkpoint; after a mistake (exit code 2) as well, which RESTARTS=0 spares. One node needs neither NODES nor RDZV.
 set -euo pipefail
 exec torchrun --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-8}" --max-restarts "${RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV:-localhost:0}" launch/train.py "$@"

@@ -39,6 +39,12 @@ RUN = """#!/usr/bin/env bash
 # Installs the wheels beside this file into an environment that sees the machine's own PyTorch, then runs every station.
 set -euo pipefail
 cd "$(dirname "$0")"
+found=$(python3 -c "import sys; print('%d.%d' % sys.version_info[:2])")
+if [ "$found" != {version} ]; then
+    echo "error: this bundle is for Python {version}, and python3 is $found here; pack it anew:" >&2
+    echo "make gpu-bundle BUNDLE_ARGS='--python $found'" >&2
+    exit 2
+fi
 python3 -m venv --system-site-packages environment
 # The machine's PyTorch may itself live in a virtual environment, which --system-site-packages does not see.
 python3 -c "import site; print('\\n'.join(site.getsitepackages()))" > environment/lib/python{version}/site-packages/host.pth

@@ -199,6 +199,7 @@ RUN_BY = {
     "launch/checkpoint/random_state.py:set_random_state": HERE,
     "launch/cli.py:make_quiet": HERE,
     "launch/engine/exchange.py:Exchange._copy_to_host": GPU,
+    "launch/engine/hardware.py:identity": GPU,
     "launch/engine/hardware.py:memory": GPU,
     "launch/engine/hardware.py:peak_flops": "tests/launch/engine/test_hardware.py",
     "launch/exported.py:default_device": GPU,

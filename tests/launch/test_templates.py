@@ -52,6 +52,12 @@ def test_hostfile_without_ssh(flags: list[str], tmp_path: Path) -> None:
     trained(template("hostfile.sh", *flags, **environment), tmp_path)
 
 
+def test_a_hostfile_that_is_not_there_is_refused(flags: list[str], tmp_path: Path) -> None:
+    """The deepspeed command warns, and trains on this host alone."""
+    done = template("hostfile.sh", *flags, HOSTFILE=str(tmp_path / "none"))
+    assert done.returncode == 2 and f"no hostfile {tmp_path}/none; write one" in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_torchrun(flags: list[str], tmp_path: Path) -> None:
     trained(template("torchrun.sh", *flags, GPUS="2"), tmp_path)
 
@@ -68,7 +74,8 @@ exit $code
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "scontrol $*" >>"$STUB_LOG"
-[ "$1" = show ] && echo localhost
+[ "$2" = hostnames ] && { echo localhost; seq -f 'node%.0f' 5000; }
+[ "$2" = job ] && echo "JobId=7 PreemptEligibleTime=2026-11-30T11:29:58 PreemptTime=${STUB_PREEMPTED:-None}"
 true
 """
 SBATCH = """
@@ -111,7 +118,7 @@ def slurm(flags: list[str], tmp_path: Path) -> tuple[list[str], dict[str, str], 
 
 def test_slurm_a_run_that_finishes_is_not_queued_again(slurm: tuple, tmp_path: Path) -> None:
     rest, environment, log = slurm
-    trained(template("slurm.sh", *rest, **environment, GPUS_PER_TASK="1"), tmp_path, ranks=1)
+    trained(template("slurm.sh", *rest, **environment, GPUS_PER_TASK="1"), tmp_path, ranks=1)  # its list has 5,001 hosts
     assert "--gpus-per-task=1 python launch/train.py" in log.read_text() and "requeue" not in log.read_text()
     assert " on 8 cores" in log.read_text()  # since 22.05 srun does not take over what sbatch was asked for
 
@@ -129,6 +136,13 @@ def test_slurm_the_signal_saves_and_queues_again(slurm: tuple, tmp_path: Path) -
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
     assert log.read_text().count("scontrol requeue 7") == 1
     assert "--gpus-per-task" not in log.read_text()
+
+
+def test_slurm_a_job_that_another_took_the_nodes_from_is_queued_again(slurm: tuple) -> None:
+    """Slurm had the ranks save, within the grace time, and takes a job that ends by then for finished."""
+    rest, environment, log = slurm
+    done = template("slurm.sh", *rest, **environment, STUB_PREEMPTED="2026-11-30T11:30:03")
+    assert done.returncode == 0 and log.read_text().count("scontrol requeue 7") == 1, done.stderr[-2000:]
 
 
 def test_slurm_a_crash_is_left_to_requeue(slurm: tuple, tmp_path: Path) -> None:

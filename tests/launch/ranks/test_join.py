@@ -12,6 +12,7 @@ from launch.ranks import join
 from launch.ranks.join import device_index, set_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+NAMES += ("SLURM_STEP_NUM_TASKS", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,37 @@ def test_slurm_s_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SLURM_NTASKS", "16"), ("SLURM_PROCID", "9"), ("SLURM_LOCALID", "1"), ("MASTER_ADDR", "node1")):
         monkeypatch.setenv(name, value)
     assert set_environment() == (9, 16)
+
+
+def test_srun_with_pmi2_is_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1"}
+    for name, value in {**slurm, "PMI_RANK": "3", "PMI_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert set_environment() == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "inherited",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # of the batch script
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},  # of a task a host
+    ],
+)
+@pytest.mark.parametrize("own", [{"PMI_RANK": "2", "PMI_SIZE": "4"}, {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}])
+def test_mpiexec_within_a_job_of_slurm(inherited: dict, own: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read off Slurm 22.05 with MPICH: each rank was taken for the one whose variables it had inherited."""
+    for name, value in {**inherited, **own, "MASTER_ADDR": "node1"}.items():
+        monkeypatch.setenv(name, value)
+    asked: list[str] = []
+    monkeypatch.setattr(join, "_environment_from_mpi", lambda: asked.append("mpi"))
+    set_environment()
+    assert asked == ["mpi"]
+
+
+def test_python_in_a_batch_script_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert set_environment() == (0, 1)
 
 
 def test_slurm_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +116,18 @@ def test_every_group_of_deepspeed_waits_as_long_as_the_first(monkeypatch: pytest
     assert asked == [timedelta(seconds=77)]
 
 
-@pytest.mark.parametrize("found, address", [("10.0.0.7", "10.0.0.7"), ("127.0.1.1", "node7")])
-def test_other_hosts_are_given_no_loopback_address(found: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "found, address",
+    [("10.0.0.7", "10.0.0.7"), ("127.0.1.1", "node7"), ("fd00::7", "fd00::7"), ("::1", "node7"), (None, "node7")],
+)
+def test_other_hosts_are_given_no_loopback_address(found: str | None, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's /etc/hosts has `127.0.1.1 node7`: by mpiexec, the ranks of other hosts looked for rank 0 on their own."""
     monkeypatch.setattr(socket, "gethostname", lambda: "node7")
-    monkeypatch.setattr(socket, "gethostbyname", lambda _: found)
+
+    def look_up(*_: object) -> list:
+        if found is None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (found, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     assert join.own_address() == address
