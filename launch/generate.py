@@ -101,7 +101,6 @@ def converse(
     from launch.generation import interactive
     from launch.generation.prompts import Prompt
 
-    print(interactive.GREETING)
     with interactive.line_editor(interactive.history_file()):
         interactive.converse(lambda text: answer(model, tokenizer, [Prompt(text=text, suffix=suffix)], sampling, as_json=as_json))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,8 +38,20 @@ def line_editor(path: Path) -> Iterator[None]:
             readline.write_history_file(path)
 
 
+def ask_here(prompt: str) -> str:
+    """`input`, whose prompt is none of the answers where these go to a file or a program."""
+    if sys.stdout.isatty():
+        return input(prompt)  # by the line editor
+    tell(prompt, end="")
+    return input()
+
+
+def tell(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
 def prompts(ask: Callable[[str], str]) -> Iterator[str]:
-    """What is typed, until the end of input; an empty line or Ctrl-C asks again."""
+    """What is typed, until the end of input; an empty line, Ctrl-C or bytes that are no text ask again."""
     while True:
         try:
             text = ask("> ")
@@ -47,18 +60,22 @@ def prompts(ask: Callable[[str], str]) -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
-            print()
+            tell("")
+            continue
+        except UnicodeDecodeError as error:
+            tell(f"error: that is no {error.encoding.upper()} text: it has a byte {error.object[error.start]:#04x}")
             continue
         if text:
             yield text
 
 
-def converse(answer: Callable[[str], None], ask: Callable[[str], str] = input) -> None:
+def converse(answer: Callable[[str], None], ask: Callable[[str], str] = ask_here) -> None:
     """Answer each prompt; Ctrl-C ends an answer and not the session, a mistake is said and not the end."""
+    tell(GREETING)
     for text in prompts(ask):
         try:
             answer(text)
         except KeyboardInterrupt:
-            print("\n(stopped)")
+            tell("\n(stopped)")
         except UserError as error:
             say(f"error: {error}")

@@ -1,15 +1,20 @@
 """The interactive prompt: lines that go on, Ctrl-C, mistakes, the end, and a history on disk."""
 
+import io
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data.cli import UserError, drain
-from launch.generation.interactive import converse, history_file, line_editor
+from launch.generation.interactive import GREETING, converse, history_file, line_editor
+
+NO_TEXT = UnicodeDecodeError("utf-8", b"x\xff", 1, 2, "invalid start byte")
 
 
-def typing(*lines: str | type[BaseException]) -> Callable[[str], str]:
+def typing(*lines: str | type[BaseException] | BaseException) -> Callable[[str], str]:
     rest = iter(lines)
 
     def ask(_: str) -> str:
@@ -31,11 +36,26 @@ def test_each_prompt_is_answered_until_the_end(capsys: pytest.CaptureFixture[str
         if text == "wrong":
             raise UserError("too many tokens")
 
-    converse(answer, typing("one", "", "def f():\\", "    return", KeyboardInterrupt, "long", "wrong", "last"))
+    converse(answer, typing("one", "", "def f():\\", "    return", KeyboardInterrupt, "long", NO_TEXT, "wrong", "last"))
     drain()
     assert asked == ["one", "def f():\n    return", "long", "wrong", "last"]
     said = capsys.readouterr()
-    assert "(stopped)" in said.out and "error: too many tokens" in said.err
+    assert "(stopped)" in said.err and "error: too many tokens" in said.err
+    assert "error: that is no UTF-8 text: it has a byte 0xff" in said.err
+
+
+def test_all_but_the_answers_is_on_standard_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate.py --json > answers.jsonl` at a terminal had the greeting and its prompts in the file."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\\\nlines\n"))
+
+    def answer(text: str) -> None:
+        print(json.dumps(text))
+        raise KeyboardInterrupt
+
+    converse(answer)
+    said = capsys.readouterr()
+    assert [json.loads(line) for line in said.out.splitlines()] == ["one", "two\nlines"]
+    assert said.err.startswith(GREETING + "\n> ") and "... " in said.err
 
 
 def test_history_is_kept_between_sessions(tmp_path: Path) -> None:
