@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result = climb(points, held_out=held_out_width(arguments), draws=arguments.draws)
     for point, of_seeds in zip(result["points"], bits.values(), strict=True):
         point["of_seeds"] = of_seeds
-    result |= judged({key: one for key, one in trials.items() if one.name not in failed})
+    result |= judged(trials, failed)
     result |= {"family": family_facts(arguments, rungs), "epochs": times_read}
     result["predictions"] = predict(result, arguments)
     show(result)

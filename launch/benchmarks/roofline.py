@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep", type=int, help="ranks that share the experts; one rank's share is counted (default: 1)")
     parser.add_argument("--num_gpus", type=int, help="ranks of a node that train (default: as many as share the experts)")
     parser.add_argument("--sequence_length", type=int, default=2048)
-    parser.add_argument("--micro_batch", type=int, help="sequences of a rank (default: 8)")
-    parser.add_argument("--accumulation", type=int, help="micro-steps of an optimizer step (default: 8)")
+    parser.add_argument("--micro_batch", type=int, help="sequences of a rank (default: the JSON's, or 8)")
+    parser.add_argument("--accumulation", type=int, help="micro-steps of an optimizer step (default: the JSON's, or 8)")
     modes = strategy.CHECKPOINTING_MODES
     parser.add_argument("--activation_checkpointing", choices=modes, help="of all; default: the JSON's mode, or none")
     parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw the times by part there")
@@ -88,13 +88,11 @@ def job_of(arguments: argparse.Namespace, config: MoEGPTConfig) -> Job:
     ranks = arguments.num_gpus or ep
     if ep < 1 or ranks % ep:
         raise UserError(f"--num_gpus {ranks} is no multiple of the {ep} ranks that share the experts")
-    micro, accumulation = arguments.micro_batch, arguments.accumulation
-    if not given or micro or accumulation:
-        theirs = settings.get("train_micro_batch_size_per_gpu", "auto") if given else "auto"
-        micro = micro or (8 if theirs == "auto" else theirs)
-        accumulation = accumulation or 8
-        settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"] = micro, accumulation
-        settings["train_batch_size"] = micro * accumulation * ranks
+    flags = {"train_micro_batch_size_per_gpu": arguments.micro_batch, "gradient_accumulation_steps": arguments.accumulation}
+    batch = ({} if given else dict.fromkeys(flags, 8)) | {name: value for name, value in flags.items() if value}
+    settings |= batch
+    if batch and all(isinstance(settings.get(name), int) for name in flags):
+        settings["train_batch_size"] = "auto"  # follows; where one of the two is "auto", that one follows from it
     settings["expert_parallel"] = {**settings.get("expert_parallel", {}), "autoep_size": ep}
     experts = config.n_routed_experts
     resolved = strategy.resolve_config(settings, path, world_size=ranks, num_experts=experts, max_steps=1000)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,9 +79,12 @@ def announce(family: Sequence[SmallRun], trials: Trials, times_read: float) -> N
         )
 
 
-def judged(trials: Trials) -> dict[str, Any]:
+def judged(trials: Trials, failed: Mapping[str, str]) -> dict[str, Any]:
     """`trials`, what each came to; `preferred`, the best of the smallest width, None where no loss was finite; `best_rates` by
-    width and `fitted_exponent`, what `--rate_exponent` would be by them (None for one width)."""
+    width and `fitted_exponent`, what `--rate_exponent` would be by them (None for one width).
+
+    `failed`: by name, why. Such a trial has no number of bits: mostly it diverged, which its training ends over, and it was tried.
+    """
     tried = [
         {
             "hidden": hidden,
@@ -89,7 +92,8 @@ def judged(trials: Trials) -> dict[str, Any]:
             "batch_tokens": float(batch * one.sequence_length),
             "tokens": float(one.tokens),
             "flops": one.flops,
-            "bits": one.result()["bits"][-1],
+            "bits": math.nan if one.name in failed else one.result()["bits"][-1],
+            "failed": failed.get(one.name),
         }
         for (hidden, _, batch), one in trials.items()
     ]
@@ -154,10 +158,13 @@ def lowest(curve: dict[float, float]) -> float | None:
 
 
 def at_the_edge(tried: list[dict[str, Any]]) -> list[str]:
-    """Where a width's best rate or batch is the least or the greatest that it tried: better may lie beyond."""
+    """Where a width's best rate or batch is the least or the greatest that it tried, diverged or not: better may lie beyond."""
     said = []
     for hidden, own in by_width(tried).items():
-        best = min(own, key=lambda one: float(one["bits"]) if math.isfinite(one["bits"]) else math.inf)
+        finite = [one for one in own if math.isfinite(one["bits"])]
+        if not finite:
+            continue
+        best = min(finite, key=lambda one: float(one["bits"]))
         for name, what in (("learning_rate", "learning rate"), ("batch_tokens", "batch in tokens")):
             values = {one[name] for one in own}
             if len(values) > 1 and best[name] in (min(values), max(values)):
@@ -170,7 +177,7 @@ def in_words(found: dict[str, Any], family: dict[str, Any]) -> list[str]:
     """What to do about the rate and the batch that were found best; nothing where none were tried. `found`: of `judged`."""
     tried, best = found["trials"], found["preferred"]
     if best is None:
-        return ["every rate and batch that was tried diverged: try lower rates"] if tried else []
+        return ["no rate or batch that was tried ended with a finite loss: where they diverged, try lower rates"] if tried else []
     lines = at_the_edge(tried)
     of_law = {name: family[name] for name in ("learning_rate", "batch_tokens")}
     if of_law != {name: best[name] for name in of_law}:

@@ -20,7 +20,7 @@ from data.dataset import PackedDataset
 from launch.benchmarks import ladder, rungs, trials
 from launch.benchmarks.scaling_law import bootstrap, fit
 from launch.benchmarks.shards import epochs
-from launch.benchmarks.small_runs import SmallRun
+from launch.benchmarks.small_runs import SmallRun, TrainingFailed
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
 
@@ -350,6 +350,7 @@ def test_a_best_value_at_the_edge_of_what_was_tried_is_said() -> None:
     assert rate == "width 64: the best learning rate, 0.001, is the least that was tried: try beyond it"
     assert batch == "width 64: the best batch in tokens, 4096, is the least that was tried: try beyond it"
     assert trials.at_the_edge([tried(64, 0.001, 2.1), tried(64, 0.002, 2.0), tried(64, 0.004, float("nan"))]) == []
+    assert trials.at_the_edge([tried(64, 0.001, float("nan")), tried(64, 0.002, float("nan"))]) == []
 
 
 def test_what_training_would_refuse_is_refused_before_the_first(small_shards: Path, tmp_path: Path) -> None:
@@ -373,10 +374,36 @@ def test_a_run_that_diverged_makes_no_law(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="hidden_64 tokens_1600000 diverged, and no law goes through that"):
         for one in planned.values():
             ladder.bits_of(one)
-    assert trials.judged(made)["preferred"]["learning_rate"] == 9
-    alone = trials.judged({first: lost})
+    assert trials.judged(made, {})["preferred"]["learning_rate"] == 9
+    alone = trials.judged({first: lost}, {})
     assert alone["preferred"] is None and alone["best_rates"] == {}
-    assert trials.in_words(alone, {}) == ["every rate and batch that was tried diverged: try lower rates"]
+    assert trials.in_words(alone, {}) == [
+        "no rate or batch that was tried ended with a finite loss: where they diverged, try lower rates"
+    ]
+
+
+def test_a_trial_that_ended_over_skipped_steps_was_tried(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate that diverges ends its training mostly, and has no result: nobody is sent there."""
+
+    def train(one: SmallRun, stop_after: int) -> None:
+        if one.deepspeed["optimizer"]["params"]["lr"] == 9:
+            raise TrainingFailed(f"{one.name}: 5 steps in a row were skipped")
+
+    def worse(one: SmallRun) -> float:
+        return 0.1 if one.deepspeed["optimizer"]["params"]["lr"] == 0.001 else 0.0
+
+    truth = Law(A=60.0, B=80.0, E=0.6, alpha=0.3, beta=0.3)
+    monkeypatch.setattr(SmallRun, "train", train)
+    monkeypatch.setattr(SmallRun, "result", lambda one: {"bits": [9.0, truth.bits(one.active, one.tokens) + worse(one)]})
+    flags = ["--data", small_shards, "--hidden", 64, 96, 128, "--held_out", "none", "--tokens", 409600, 819200, 1638400]
+    flags += ["--deepspeed_config", CPU, "--learning_rates", 0.001, 0.002, 9, "--draws", 2, "--folder", tmp_path / "runs"]
+    found = ladder.run(parse(*flags))
+    (reason,) = found["failed"].values()
+    assert {one["learning_rate"]: one["failed"] for one in found["trials"]} == {0.001: None, 0.002: None, 9: reason}
+    assert found["preferred"]["learning_rate"] == 0.002 and np.isnan(found["trials"][2]["bits"])
+    assert "try beyond it" not in capsys.readouterr().out
 
 
 def test_how_often_the_data_are_read(small_shards: Path) -> None:

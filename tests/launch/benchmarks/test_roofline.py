@@ -159,8 +159,11 @@ def test_what_is_counted_is_the_jsons(tmp_path: Path) -> None:
     assert (changed.recompute, changed.expert_ranks, changed.ranks, changed.accumulation) == ("none", 4, 4, 3)
     plain = job_by()
     assert (plain.recompute, plain.expert_ranks, plain.ranks, plain.micro_batch, plain.accumulation) == ("none", 1, 1, 8, 8)
-    auto = job_by("--deepspeed_config", str(ROOT / "ds_configs" / "cpu_ep2_zero2.json"), "--accumulation", "4")
-    assert (auto.micro_batch, auto.accumulation) == (8, 4)  # "auto" is not given
+    wider = job_by("--deepspeed_config", str(path), "--micro_batch", "16")  # 256 samples a step of 8 ranks, accumulation "auto"
+    assert (wider.micro_batch, wider.accumulation) == (16, 2)
+    auto = ("--deepspeed_config", str(ROOT / "ds_configs" / "cpu_ep2_zero2.json"))  # 16 samples, micro-batch "auto", accumulation 1
+    narrow, deep = job_by(*auto, "--micro_batch", "4"), job_by(*auto, "--accumulation", "4")
+    assert (narrow.micro_batch, narrow.accumulation) == (4, 1) and (deep.micro_batch, deep.accumulation) == (2, 4)
     with pytest.raises(UserError, match="--num_gpus 3 is no multiple of the 2 ranks"):
         job_by("--ep", "2", "--num_gpus", "3")
     for flag, value in itertools.product(("ep", "num_gpus", "sequence_length", "micro_batch", "accumulation"), ("-2", "0")):
