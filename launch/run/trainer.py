@@ -216,9 +216,9 @@ class Trainer:
             return False
         if found is None or often:
             why = f"{ROLLBACKS} times back at step {found.state.step}" if found else "there is no checkpoint to roll back to"
+            or_train_on = ", or set --spike_sigma 0 to train on regardless of spikes" if finite else ""  # NaN is skipped at 0 too
             raise AgreedError(
-                f"{self.spikes.skipped_in_a_row} steps in a row were skipped and {why}; lower the learning rate, or set "
-                "--spike_sigma 0 to train on regardless of spikes"
+                f"{self.spikes.skipped_in_a_row} steps in a row were skipped and {why}; lower the learning rate{or_train_on}"
             )
         self._rolled_back.append(found.state.step)
         samples, wandb_id, skipped = self.position.samples, self.position.wandb_id, self.spikes.skipped_in_all

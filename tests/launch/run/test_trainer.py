@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from launch.checkpoint.state import TrainingState
+from launch.cli import AgreedError
 from launch.run.health import Health
 from launch.run.spikes import SpikeDetector
-from launch.run.trainer import Position, StepTimer, Trainer
+from launch.run.trainer import ROLLBACKS, Position, StepTimer, Trainer
 from model import MoEGPTConfig
 from model.balance import LoadBalancer
 from model.config import BALANCE_RULES
@@ -79,6 +80,21 @@ def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place
     assert trainer.position.wandb_id == "present", "the tracker was opened under it"
     assert (guard.losses, guard.skipped_in_a_row, guard.skipped_in_all) == ([3.0], 0, 9)
     assert saving.saved_at == -1, "step 5 with this place in the data is saved nowhere: a run that stops here must save it"
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_run_that_ends_over_skipped_steps_is_told_what_would_help(finite: bool) -> None:
+    """NaN is skipped without --spike_sigma too: that flag is named for spikes alone."""
+    held = SimpleNamespace(state=TrainingState(step=5, samples=40, tokens=99, extra={}))
+    trainer: Any = SimpleNamespace(
+        position=Position(step=8),
+        spikes=SpikeDetector(sigma=6, window=50, rollback_after=3, skipped_in_a_row=3),
+        saving=SimpleNamespace(finish_pending_save=lambda step: None, checkpoints=SimpleNamespace(newest=lambda before: held)),
+        _rolled_back=[5] * ROLLBACKS,
+    )
+    with pytest.raises(AgreedError, match="skipped and 3 times back at step 5; lower the learning rate") as said:
+        Trainer.roll_back(trainer, finite=finite)
+    assert ("--spike_sigma 0" in str(said.value)) == finite
 
 
 @pytest.mark.parametrize("extra", [{}, {"guard": 3, "bad_evaluations": 0, "wandb_id": ""}, {"guard": {}, "wandb_id": ""}])
