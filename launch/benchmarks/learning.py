@@ -31,6 +31,8 @@ from launch.engine.strategy import read_config
 from model import MoEGPTConfig
 
 Runs = dict[str, list[SmallRun]]  # by variant, one for each seed
+#: A variant trains whole steps, and one that is further than this off the FLOPs of the model as it is compares unfairly.
+FAR_OFF = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +90,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def plan_runs(arguments: argparse.Namespace) -> Runs:
-    """Raises UserError for a wrong variant, model or DeepSpeed JSON."""
+    """Says which are off the FLOPs of the others. Raises UserError for a wrong variant, model or DeepSpeed JSON."""
     base, settings = load_model_config(arguments.model), read_config(arguments.deepspeed_config)
 
     def make(variant: Variant, seed: int) -> SmallRun:
@@ -114,7 +116,11 @@ def plan_runs(arguments: argparse.Namespace) -> Runs:
 
     budget = make(Variant(name="as it is"), seed=0).flops
     variants = chosen_variants(arguments.variants, arguments.variants_file, base)
-    return {variant.name: [shortened(make(variant, seed)) for seed in arguments.seeds] for variant in variants}
+    runs = {variant.name: [shortened(make(variant, seed)) for seed in arguments.seeds] for variant in variants}
+    for name, (one, *_) in runs.items():
+        if abs(off := one.flops / budget - 1) > FAR_OFF:
+            say(f"warning: {name} trains {counted(one.steps, 'step')}, which is {off:+.1%} off equal FLOPs; raise --max_steps")
+    return runs
 
 
 def check_slices(runs: list[SmallRun], slices: int) -> None:
@@ -127,7 +133,8 @@ def check_slices(runs: list[SmallRun], slices: int) -> None:
 def announce(runs: list[SmallRun], shards: Shards) -> None:
     """What it will cost, and whether the data are enough for it."""
     done = sum(one.is_done(one.steps) for one in runs)
-    cost = f"{counted(len(runs), 'run')} of {runs[0].flops:.2g} FLOPs each"
+    each = " to ".join(dict.fromkeys(f"{extreme(one.flops for one in runs):.2g}" for extreme in (min, max)))
+    cost = f"{counted(len(runs), 'run')} of {each} FLOPs each"
     say(cost + (f"; already done: {done}" if done else ""))
     times_read = {one.name: epochs(shards.read_by(one.parsed()).train, one.tokens) for one in runs}
     most = max(times_read, key=lambda name: times_read[name])

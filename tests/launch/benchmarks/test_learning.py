@@ -16,9 +16,10 @@ import torch
 from support import ROOT
 from transformers import Glm4MoeForCausalLM
 
-from data.cli import UserError
+from data.cli import UserError, drain
 from data.files import finite
 from launch.benchmarks import learning, small_runs
+from launch.benchmarks.shards import Shards
 from launch.benchmarks.variants import built_in, chosen_variants, merged, read_variants
 from launch.engine.keys import check_keys
 from launch.engine.strategy import read_config, resolve_config
@@ -120,6 +121,21 @@ def test_a_larger_batch_is_fewer_steps_of_the_same_samples(tmp_path: Path) -> No
     runs = learning.plan_runs(parse(*flags, "--max_steps", 100))
     assert (runs["ours"][0].steps, runs["twice"][0].steps) == (100, 50)
     assert runs["ours"][0].flops == runs["twice"][0].flops and runs["ours"][0].tokens == 100 * 16 * 256
+
+
+def test_few_steps_are_not_quite_the_same_flops_and_it_is_said(
+    small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch of 48 for 16: four steps are one and a third."""
+    (tmp_path / "v.json").write_text(json.dumps([{"name": "thrice", "deepspeed": {"train_batch_size": 48}}]))
+    flags = ["--data", small_shards, "--sequence_length", 64, "--variants", "ours", "--variants_file", tmp_path / "v.json"]
+    for steps, warns in ((4, True), (300, False)):
+        runs = learning.plan_runs(parse(*flags, "--deepspeed_config", ROOT / CONFIG, "--max_steps", steps))
+        learning.announce([one for seeds in runs.values() for one in seeds], Shards())
+        drain()
+        said, cost = capsys.readouterr().err, runs["ours"][0].flops
+        assert ("warning: thrice trains 1 step, which is -25.0% off equal FLOPs; raise --max_steps" in said) == warns
+        assert f"4 runs of {f'{0.75 * cost:.2g} to ' if warns else ''}{cost:.2g} FLOPs each" in said and "warning: ours" not in said
 
 
 @pytest.mark.parametrize(
