@@ -27,7 +27,7 @@ def _bar(bar: dict[str, float], parts: list[str], scale: float, y: float) -> lis
     x, body = float(LEFT), []
     for number, part in enumerate(parts):
         width = bar.get(part, 0) * scale
-        body.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{svg.color(number)}"/>')
+        body.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}" {svg.paint(number)}/>')
         if width > LEAST:
             body.append(svg.words(x + 4, y + 20, f"{1e3 * bar[part]:.0f}", fill="white"))
         x += width

@@ -16,7 +16,7 @@ BETWEEN = 44  # the least between two numbers on the x axis
 class Curve:
     """Points `(x, least, mean, greatest)`: a line through the means, a band between the others.
 
-    Curves of one name have one color. One that is computed and not measured is dashed and has no marks.
+    Curves of one name have one color, and marks with one outline. One that is computed and not measured is dashed and has no marks.
     """
 
     name: str
@@ -54,21 +54,20 @@ class Axes:
 def draw(path: Path, panels: dict[str, list[Curve]], title: str, *, unit: str) -> None:
     """Panels `{what x is: curves}` in a row, over the same `unit` of y. A curve without points has its name in the legend alone."""
     names = list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))
-    colors = {name: svg.color(number) for number, name in enumerate(names)}
     body = [svg.words(10, 20, title, size=15)]
     for number, (label, curves) in enumerate(panels.items()):
-        body += [f'<g transform="translate({number * WIDTH} 0)">', *_panel(label, curves, colors, unit), "</g>"]
+        body += [f'<g transform="translate({number * WIDTH} 0)">', *_panel(label, curves, names, unit), "</g>"]
     width = WIDTH * len(panels)
     below, bottom = svg.legend(names, LEFT, HEIGHT + 16, width - LEFT)
     svg.write(path, body + below, width, bottom)
 
 
-def _panel(label: str, curves: list[Curve], colors: dict[str, str], unit: str) -> list[str]:
+def _panel(label: str, curves: list[Curve], names: list[str], unit: str) -> list[str]:
     drawn = [curve for curve in curves if curve.points]
     if not drawn:
         return []
     axes = Axes.around(drawn)
-    lines = [line for curve in drawn for line in _curve(curve, axes, colors[curve.name])]
+    lines = [line for curve in drawn for line in _curve(curve, axes, names.index(curve.name))]
     measured = [curve for curve in drawn if not curve.computed]
     return [*_grid(axes), *_ticks(axes, measured), *lines, svg.words(LEFT, HEIGHT - 8, f"{unit} over {label}")]
 
@@ -93,7 +92,8 @@ def _ticks(axes: Axes, curves: list[Curve]) -> list[str]:
     return body
 
 
-def _curve(curve: Curve, axes: Axes, color: str) -> list[str]:
+def _curve(curve: Curve, axes: Axes, number: int) -> list[str]:
+    color = svg.color(number)
     band = [(x, high) for x, _, _, high in curve.points] + [(x, low) for x, low, _, _ in reversed(curve.points)]
     means = [(x, mean) for x, _, mean, _ in curve.points]
     if curve.computed:
@@ -101,11 +101,12 @@ def _curve(curve: Curve, axes: Axes, color: str) -> list[str]:
     return [
         f'<polygon points="{axes.path(band)}" fill="{color}" opacity="0.18"/>',
         f'<polyline points="{axes.path(means)}" fill="none" stroke="{color}" stroke-width="2"/>',
-        *(f'<circle cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="2.5" fill="{color}"/>' for x, y in means),
+        *(f'<circle cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="2.5" {svg.paint(number)}/>' for x, y in means),
     ]
 
 
 def short(value: float) -> str:
     """`410k`, `1.64M`, `8.3T`: three digits at most, and what a thousand of them is called."""
-    power = min(4, max(0, int(math.log10(value) // 3)))
-    return f"{value / 1000**power:.3g}{('', 'k', 'M', 'G', 'T')[power]}"
+    value = float(f"{value:.3g}")  # 999,999 is a million
+    power = min(6, max(0, int(math.log10(value) // 3)))
+    return f"{value / 1000**power:.3g}{('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"

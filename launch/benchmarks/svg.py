@@ -9,7 +9,10 @@ from pathlib import Path
 from data.files import replace_file
 
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
+#: Around what has a color: none for the first ten, others for the next tens, which have the same colors.
+OUTLINES = ("", ' stroke="black"', ' stroke="black" stroke-dasharray="2 2"')
 LETTER = 7.0  # width of one on average, at the size of a chart's text
+MOST_LETTERS = 40  # of a name in a legend
 
 
 def svg_path(text: str) -> Path:
@@ -19,23 +22,37 @@ def svg_path(text: str) -> Path:
     return Path(text)
 
 
-def words(x: float, y: float, text: str, *, size: int = 12, fill: str = "black", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" text-anchor="{anchor}">{escape(text)}</text>'
+def words(x: float, y: float, text: str, *, size: int = 12, fill: str = "black", anchor: str = "start", hint: str = "") -> str:
+    """`hint`: what a browser shows where the pointer rests on it."""
+    title = f"<title>{escape(hint)}</title>" if hint else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" text-anchor="{anchor}">{title}{escape(text)}</text>'
 
 
 def legend(names: list[str], left: float, top: float, width: float) -> tuple[list[str], float]:
-    """A square of each one's color and its name, in rows of at most `width`; and where the next thing below may stand."""
-    step = max(len(name) for name in names) * LETTER + 40
+    """A square of each one's paint and its name, in rows of at most `width`; and where the next thing below may stand."""
+    step = min(max(len(name) for name in names), MOST_LETTERS) * LETTER + 40
     in_a_row = max(1, int(width // step))
     body = []
     for number, name in enumerate(names):
         x, y = left + number % in_a_row * step, top + number // in_a_row * 20
-        body.append(f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" fill="{color(number)}"/>' + words(x + 18, y, name))
+        body.append(f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" {paint(number)}/>')
+        body.append(words(x + 18, y, elided(name), hint=name if len(name) > MOST_LETTERS else ""))
     return body, top + (len(names) - 1) // in_a_row * 20 + 20
+
+
+def elided(name: str) -> str:
+    """Its two ends, where it is longer than `MOST_LETTERS`: names that are made in a row differ in one of them."""
+    half = MOST_LETTERS // 2
+    return name if len(name) <= MOST_LETTERS else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def color(number: int) -> str:
     return COLORS[number % len(COLORS)]
+
+
+def paint(number: int) -> str:
+    """Color and outline, by which thirty can be told apart."""
+    return f'fill="{color(number)}"{OUTLINES[number // len(COLORS) % len(OUTLINES)]}'
 
 
 def write(path: Path, body: list[str], width: float, height: float) -> None:

@@ -19,6 +19,7 @@ from transformers import Glm4MoeForCausalLM
 from data.cli import UserError, drain
 from data.files import finite
 from launch.benchmarks import learning, small_runs
+from launch.benchmarks.lines import Curve, draw, short
 from launch.benchmarks.shards import Shards
 from launch.benchmarks.variants import built_in, chosen_variants, merged, read_variants
 from launch.engine.keys import check_keys
@@ -258,6 +259,29 @@ def test_means_spread_and_chart(tmp_path: Path) -> None:
     drawn = ET.parse(tmp_path / "c.svg").getroot()
     lines = [node for node in drawn.iter() if node.tag.endswith("polyline")]
     assert len(lines) == 4 and all(len(line.get("points", "").split()) == 2 for line in lines)  # not step 0: x is logarithmic
+
+
+def test_a_chart_of_every_variant_tells_them_apart_and_keeps_long_names_within(tmp_path: Path) -> None:
+    names = [*built_in(MoEGPTConfig()), "x" * 150 + "<1>", "x" * 150 + "<2>"]
+    draw(tmp_path / "c.svg", {"tokens": [Curve(name=name, points=[(1.0, 1.0, 2.0, 3.0)]) for name in names]}, "t", unit="bits")
+    nodes = list(ET.parse(tmp_path / "c.svg").getroot().iter())
+
+    def paints(tag: str) -> list[tuple[str | None, ...]]:
+        kept = [node for node in nodes if node.tag.endswith(tag) and node.get("width") in (None, "12")]
+        return [tuple(node.get(name) for name in ("fill", "stroke", "stroke-dasharray")) for node in kept]
+
+    assert len(set(paints("circle"))) == len(names) == 17 and paints("circle") == paints("rect")
+    shown = [node for node in nodes if node.tag.endswith("text")][-2:]
+    assert [node[0].text for node in shown] == names[-2:]
+    assert [node[0].tail for node in shown] == [f"{'x' * 19}…{'x' * 17}<{number}>" for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.5, "0.5"), (999.4, "999"), (999_999, "1M"), (1.638e6, "1.64M"), (8.3e12, "8.3T"), (1e15, "1P"), (2e18, "2E")],
+)
+def test_three_digits_and_a_unit(value: float, shown: str) -> None:
+    assert short(value) == shown
 
 
 @pytest.mark.parametrize(
