@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """`{tokens a step: {"steps", rule: {"layers", "worst"}}}`: medians over the steps of max_vio, by layer and of the worst one."""
+    if arguments.sequence_length < 1:
+        raise UserError(f"--sequence_length must be at least 1, got {arguments.sequence_length}")
+    for average in arguments.averages:
+        if not 0 <= average < 1:
+            raise UserError(f"--averages must be at least 0 and below 1, the part of the old bias that is kept, got {average:g}")
     rows = arguments.tokens // arguments.sequence_length
     for tokens in arguments.tokens_a_step:
         if tokens % arguments.sequence_length or not 0 < 2 * tokens <= rows * arguments.sequence_length:

@@ -70,6 +70,9 @@ def test_a_model_is_read(small_shards: Path, small_model: Path, tmp_path: Path) 
     assert [found[tokens]["steps"] for tokens in ("512", "1024")] == [8, 4]
     assert all(len(found["512"][rule]["layers"]) == 2 for rule in ("constant", "shuffled", "average 0", "average 0.5", "own"))
     assert 0 < found["512"]["own"]["worst"] < found["512"]["constant"]["worst"]
+    for flag, value in (("sequence_length", "0"), ("averages", "1"), ("averages", "nan")):
+        with pytest.raises(UserError, match=f"--{flag} must be at least .* got {value}"):
+            balance.run(parse(*flags, f"--{flag}", value))
     for wrong in (100, 4096):
         said = f"--tokens_a_step {wrong} must be whole rows of 64, and two steps at least of --tokens 4096"
         with pytest.raises(UserError, match=said):
