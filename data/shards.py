@@ -104,6 +104,9 @@ def index_faults(path: Path, index: Index, tokens: int) -> Iterator[str]:
 
 def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete folder. Raises NotFound where there is none, UserError where it is not ours."""
+    if folder.is_file():
+        make = f"name the folder, or make one with python data/preprocess.py --input {folder} --output shards/"
+        raise UserError(f"{folder} is a file, not a folder of shards; {make}")
     path = folder / MANIFEST
     if not path.is_file():
         what = "an unfinished job: run its command again" if (folder / "state.json").exists() else "no manifest.json there"

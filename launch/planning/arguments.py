@@ -64,6 +64,13 @@ class PlanArguments:
         return self.num_gpus * self.num_nodes
 
 
+def _tokens(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number such as 14.5e9") from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python launch/plan.py",
@@ -86,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--num_gpus", type=int, default=8, metavar="N", help="GPUs of a node")
     where.add_argument("--num_nodes", type=int, default=1, metavar="N", help="nodes")
     how_much = p.add_argument_group("how much")
-    how_much.add_argument("--tokens", type=float, metavar="T", help="the budget in tokens, such as 131e9; gives days and energy")
+    how_much.add_argument("--tokens", type=_tokens, metavar="T", help="the budget in tokens, such as 131e9; gives days and energy")
     how_much.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in your currency; gives the cost")
     how_much.add_argument("--ladder", type=Path, metavar="JSON", help="of benchmark.py ladder: also the bits per byte to expect")
     out = p.add_argument_group("answer")

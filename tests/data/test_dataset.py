@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -237,11 +238,14 @@ def test_a_blend_is_the_same_on_every_machine(tmp_path: Path) -> None:
 
 def test_mistakes_are_sentences(folder: Path, tmp_path: Path) -> None:
     other = make(tmp_path / "b", random_documents(1), fingerprint="g")
+    corpus = tmp_path / "0.json.gz"
+    corpus.touch()
     for sources, message in [
         ([folder, other], "same tokenizer"),
         ([(folder, 1.0), tmp_path / "b"], "every shard folder a weight"),
         ([(folder, -1.0)], "weights must be from 0.001"),
         ([tmp_path / "nowhere"], "no shards at"),
+        ([corpus], rf"^{re.escape(str(corpus))} is a file, not a folder of shards; .* --input {re.escape(str(corpus))} --output"),
         ([], "no shards given"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -118,6 +118,7 @@ def test_answers_at_once_and_without_torch() -> None:
         ),
         (["--gpu", "h200", "--sequence_length", 4096], "--sequence_length 4096 is beyond the 2048 positions of 800m"),
         (["--gpu", "h200", "--tokens", "nan"], "--tokens must be at least 1"),
+        (["--gpu", "h200", "--tokens", "14.5B"], "--tokens: '14.5B' must be a number such as 14.5e9"),
         (["--gpu", "h200", "--price", -1], "--price must be 0 or more"),
         (["--gpu", "h200", "--price", 2], "--price needs --tokens, such as --tokens 131e9"),
         (["--gpu", "h200", "--write", "README.md"], "--write README.md exists; name a new file"),
