@@ -96,8 +96,12 @@ def check(arguments: argparse.Namespace) -> None:
     others = [samples_path(arguments), task[1]] if task else []
     if arguments.output and any(one and one.resolve() == arguments.output.resolve() for one in others):
         raise UserError(f"--output {arguments.output} would replace the samples or problems of that name; name another file")
-    if arguments.batch_size < 1 or arguments.execution_timeout < 1:
-        raise UserError("--batch_size and --execution_timeout must be at least 1")
+    for name in ("batch_size", "execution_timeout", "samples"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    if task and not arguments.score and arguments.temperature == 0 and arguments.samples > 1:
+        equal = f"--temperature 0 makes {arguments.samples} equal samples of a problem"
+        raise UserError(f"{equal}; ask for one, or a temperature above 0")
     for name in ("eval_batches", "problems", "workers"):
         if getattr(arguments, name) < 0:
             raise UserError(f"--{name} must be 0 or more, not {getattr(arguments, name)}")

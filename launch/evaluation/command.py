@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +80,13 @@ def loss_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
 def sample(
     arguments: argparse.Namespace, task: str, problems: dict[str, Problem], model: Any, tokenizer: Any, samples_file: Path
 ) -> dict[str, Any]:
-    from launch.evaluation.generation import Sampling, generate_samples
+    from launch.evaluation.generation import generate_samples
     from launch.evaluation.samples import SampleFile
     from launch.exported import weights_hash
+    from launch.generation.sampler import Sampling
 
-    names = ("samples", "temperature", "top_p", "max_new_tokens", "batch_size", "seed")
-    sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+    drawn = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
+    counts = {name: getattr(arguments, name) for name in ("samples", "batch_size")}
     settings = {
         "task": task,
         "model": str(arguments.model),
@@ -94,10 +94,11 @@ def sample(
         "rope_factor": arguments.rope_factor,
         "problems": len(problems),
         "prompts": hashlib.sha256(repr([(p.task_id, p.prompt, p.suffix) for p in problems.values()]).encode()).hexdigest(),
-        "total": len(problems) * sampling.samples,
-        **asdict(sampling),
+        "total": len(problems) * arguments.samples,
+        **drawn,
+        **counts,
     }
-    generate_samples(model, tokenizer, list(problems.values()), sampling, SampleFile(samples_file, settings))
+    generate_samples(model, tokenizer, list(problems.values()), Sampling(**drawn), SampleFile(samples_file, settings), **counts)
     return settings
 
 

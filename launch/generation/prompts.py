@@ -79,11 +79,14 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [before, *encode(prompt.text), after, *encode(prompt.suffix), middle]
 
 
+def lacking_fim(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in FIM if token not in vocabulary]
+
+
 def check_filling_in(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
     """A warning, or "". Raises UserError where the model cannot fill in: no such tokens, or never trained to."""
-    vocabulary = tokenizer.get_vocab()
-    lacking = [token for token in FIM if token not in vocabulary]
-    if lacking:
+    if lacking := lacking_fim(tokenizer):
         raise UserError(f"--suffix: the tokenizer of {folder} has no {', '.join(lacking)}, so the model cannot fill in")
     try:
         rate = read_json(folder / "manifest.json").get("fim_rate")

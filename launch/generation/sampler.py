@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCrite
 
 from data.cli import UserError
 from launch.generation.decode import fast
-from launch.generation.stop import StopStrings, Stream, cut
+from launch.generation.stop import StopStrings, Stream, cut, text_of
 
 #: Logits over less than this can be more than a float holds.
 LEAST_TEMPERATURE = 1e-5
@@ -104,8 +104,10 @@ def complete(
     for part, copies in batches(
         len(prompts), sampling.num_return_sequences, BATCH_POSITIONS // (longest + sampling.max_new_tokens)
     ):
-        rows = _complete(model, tokenizer, [prompts[i] for i in part], sampling, copies, stream)
-        completions += [finished(tokenizer, row, part[i // copies], end_ids(model), sampling) for i, row in enumerate(rows)]
+        stops = [sampling.stop] * (len(part) * copies)
+        rows = new_tokens(model, tokenizer, [prompts[i] for i in part], sampling, stops, stream)
+        ends = end_ids(model)
+        completions += [finished(tokenizer, row, part[i // copies], ends, sampling.stop) for i, row in enumerate(rows)]
     return completions, time.perf_counter() - started
 
 
@@ -120,20 +122,20 @@ def batches(prompts: int, copies: int, most: int) -> Iterator[tuple[range, int]]
             yield from ((range(prompt, prompt + 1), min(most, copies - done)) for done in range(0, copies, most))
 
 
-def _complete(
+def new_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[list[int]],
     sampling: Sampling,
-    copies: int,
-    stream: Stream | None,
+    stops: Sequence[Sequence[str]],
+    stream: Stream | None = None,
 ) -> list[list[int]]:
-    """The new tokens of `copies` sequences of each prompt, in one batch."""
+    """The new tokens of each sequence, in one batch. `stops`: each sequence's; there are as many of each prompt, side by side."""
     longest = max(len(ids) for ids in prompts)
     ends = end_ids(model)
     pad = ends[0] if ends else 0
     ids, mask = left_padded(prompts, longest, pad)
-    criteria = [StopStrings(tokenizer, sampling.stop, longest)] if sampling.stop else []
+    criteria = [StopStrings(tokenizer, stops, longest)] if any(stops) else []
     generating: Any = model  # typed as a module, whose attributes may be tensors
     out = generating.generate(
         ids.to(model.device),
@@ -141,7 +143,7 @@ def _complete(
         eos_token_id=ends or None,
         pad_token_id=pad,
         stopping_criteria=StoppingCriteriaList(criteria),
-        num_return_sequences=copies,
+        num_return_sequences=len(stops) // len(prompts),
         **fast(model, stream),
         **sampling.keywords(),
     )
@@ -170,9 +172,9 @@ def left_padded(prompts: list[list[int]], longest: int, pad: int) -> tuple[torch
     return ids, mask
 
 
-def finished(tokenizer: PreTrainedTokenizerFast, row: list[int], prompt: int, ends: list[int], sampling: Sampling) -> Completion:
+def finished(tokenizer: PreTrainedTokenizerFast, row: list[int], prompt: int, ends: list[int], stops: Sequence[str]) -> Completion:
     """A row of new tokens up to its end; what follows in a batch is padding."""
     end = next((i for i, token in enumerate(row) if token in ends), len(row))
-    text, stopped = cut(str(tokenizer.decode(row[:end], skip_special_tokens=True)), sampling.stop)
+    text, stopped = cut(text_of(tokenizer, row[:end]), stops)
     reason = "stop" if stopped else "eos" if end < len(row) else "length"
     return Completion(prompt=prompt, text=text, tokens=min(end + 1, len(row)), finish=reason)

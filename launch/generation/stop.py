@@ -29,6 +29,11 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int] | Tensor) -> str:
+    """New tokens as the text that stop strings are looked for in: nothing of special tokens, each blank as it was written."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def safe_length(text: str, stops: Sequence[str]) -> int:
     """How much of `text` can be shown: what may be the beginning of a stop string is held back."""
     held = (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
@@ -36,9 +41,9 @@ def safe_length(text: str, stops: Sequence[str]) -> int:
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row of a batch as soon as its new text holds a stop string."""
+    """Ends a row of a batch as soon as its new text holds one of its stop strings, `stops[row]`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str], prompt_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[Sequence[str]], prompt_length: int) -> None:
         self.tokenizer, self.stops, self.prompt_length = tokenizer, stops, prompt_length
         self.done: Tensor | None = None
 
@@ -46,10 +51,10 @@ class StopStrings(StoppingCriteria):
         if self.done is None:
             self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         start = max(self.prompt_length, input_ids.shape[1] - TAIL)
-        for row in range(len(input_ids)):
-            if not self.done[row]:
-                text = self.tokenizer.decode(input_ids[row, start:], skip_special_tokens=True)
-                self.done[row] = any(stop in text for stop in self.stops)
+        for row, stops in enumerate(self.stops):
+            if stops and not self.done[row]:
+                text = text_of(self.tokenizer, input_ids[row, start:])
+                self.done[row] = any(stop in text for stop in stops)
         return self.done
 
 
@@ -77,7 +82,7 @@ class Stream:
         self._advance(self._text()[0])
 
     def _text(self) -> tuple[str, bool]:
-        return cut(str(self.tokenizer.decode(self.ids, skip_special_tokens=True)), self.stops)
+        return cut(text_of(self.tokenizer, self.ids), self.stops)
 
     def _advance(self, text: str) -> None:
         if len(text) > self.shown:

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 
 from data.cli import UserError
+from launch.evaluation.arguments import build_parser, check
 from launch.evaluation.command import sample
-from launch.evaluation.generation import Sampling, check_infilling, complete, generate_samples, prompt_of
+from launch.evaluation.generation import check_infilling, complete, generate_samples, prompt_of
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile, read_samples
 from launch.generation.prompts import prompt_ids
+from launch.generation.sampler import Sampling
 
-GREEDY = Sampling(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=24, batch_size=4, seed=0)
+GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +86,10 @@ def test_prompts_that_fill_the_context(loaded: tuple, problems: list[Problem]) -
 
 def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems: list[Problem], tmp_path: Path) -> None:
     model, tokenizer = loaded
-    sampling = Sampling(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=6, batch_size=2, seed=5)
+    sampling, counts = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=6, seed=5), {"samples": 3, "batch_size": 2}
     settings = {"total": 9, "temperature": 1.0}
     whole = SampleFile(tmp_path / "whole.jsonl", settings)
-    generate_samples(model, tokenizer, problems, sampling, whole)
+    generate_samples(model, tokenizer, problems, sampling, whole, **counts)
     lines = whole.path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 9 and len(set(lines)) == 9
 
@@ -103,12 +105,12 @@ def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems:
             super().append(samples)
 
     with pytest.raises(Killed):
-        generate_samples(model, tokenizer, problems, sampling, Dies(tmp_path / "part.jsonl", settings))
+        generate_samples(model, tokenizer, problems, sampling, Dies(tmp_path / "part.jsonl", settings), **counts)
     part = SampleFile(tmp_path / "part.jsonl", settings)
     assert part.path.read_bytes() == b"".join(lines[:5]) + lines[5][:10]
-    generate_samples(model, tokenizer, problems, sampling, part)
+    generate_samples(model, tokenizer, problems, sampling, part, **counts)
     assert part.path.read_bytes() == whole.path.read_bytes()
-    generate_samples(model, tokenizer, problems, sampling, part)  # nothing is left to do, the odd last batch included
+    generate_samples(model, tokenizer, problems, sampling, part, **counts)  # nothing is left to do, the odd last batch included
     assert part.path.read_bytes() == whole.path.read_bytes()
     with pytest.raises(UserError, match=r"part.jsonl has samples with another temperature \(1.0, now 0.5\)"):
         SampleFile(part.path, {**settings, "temperature": 0.5}).begin(2)
@@ -126,7 +128,7 @@ def test_samples_of_anything_else_are_not_gone_on_with(
 ) -> None:
     """Another export under the same name above all: half of the samples would be the old model's."""
     noted: list[SampleFile] = []
-    monkeypatch.setattr("launch.evaluation.generation.generate_samples", lambda *given: noted.append(given[-1]))
+    monkeypatch.setattr("launch.evaluation.generation.generate_samples", lambda *given, **_: noted.append(given[-1]))
     given = {"samples": 2, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 6, "batch_size": 2, "seed": 5, "rope_factor": None}
     (tmp_path / "model.safetensors").write_bytes(b"weights")
 
@@ -185,17 +187,19 @@ def test_infilling_needs_its_tokens(loaded: tuple, problem_files: dict[str, Path
         check_infilling(lacks, problems)
 
 
-def test_sampling_that_makes_no_sense_is_refused() -> None:
-    for change, sentence in (
-        ({"samples": 0}, "--samples must be at least 1"),
-        ({"samples": 2}, "--temperature 0 makes 2 equal samples"),
-        ({"temperature": -1.0}, "--temperature must be 0"),
-        ({"temperature": 1e-40}, "--temperature must be 0"),  # logits over it are infinite
-        ({"temperature": float("nan")}, "--temperature must be 0"),
-        ({"top_p": 0.0}, "--top_p must be above 0"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            replace(GREEDY, **change)
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--samples", "0"], "--samples must be at least 1, not 0"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        (["--samples", "2", "--temperature", "0"], "--temperature 0 makes 2 equal samples"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused(flags: list[str], sentence: str) -> None:
+    """What one completion alone can tell: `test_sampler.py`."""
+    task = ["--model", "hf", "--humaneval", "H.jsonl", "--allow_code_execution", "--output", "e.json"]
+    with pytest.raises(UserError, match=sentence):
+        check(build_parser().parse_args([*task, *flags]))
 
 
 BROKEN = [

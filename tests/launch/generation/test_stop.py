@@ -54,10 +54,12 @@ def test_what_may_become_a_stop_string_is_held_back() -> None:
 
 def test_a_batch_ends_row_by_row(bytewise: PreTrainedTokenizerFast) -> None:
     rows = torch.tensor([bytewise(text).input_ids for text in ("xx\n\nab", "xxabcd", "xxab\n\n")])
-    criterion = StopStrings(bytewise, ("\n\n",), prompt_length=2)
+    criterion = StopStrings(bytewise, [("\n\n",)] * 3, prompt_length=2)
     assert criterion(rows[:, :4], torch.empty(0)).tolist() == [True, False, False]
     assert criterion(rows, torch.empty(0)).tolist() == [True, False, True]
-    in_the_prompt = StopStrings(bytewise, ("\n\n",), prompt_length=4)
+    each_its_own = StopStrings(bytewise, [(), ("cd",), ("ab", "y")], prompt_length=2)
+    assert each_its_own(rows, torch.empty(0)).tolist() == [False, True, True]
+    in_the_prompt = StopStrings(bytewise, [("\n\n",)] * 3, prompt_length=4)
     assert in_the_prompt(rows[:, :5], torch.empty(0)).tolist() == [False, False, False]
 
 
