@@ -1,6 +1,15 @@
 """The way of the rows through a mixture of experts: into expert order, through the experts' products, back to their tokens.
 
-Each operation keeps for its backward what it cannot rebuild cheaply, and moves each row once.
+Each operation keeps for its backward what it cannot rebuild cheaply, and moves each row once. Where nobody wants a gradient it is
+one plain function, else an autograd function around it; both take the kernels (`ops`) where those are `usable`.
+
+    x_TH ── gather_beside ── grouped_linears ── swiglu ── grouped_linear ── combine ── out_TH
+    weights_TK ── tally, without values ──────────┘                            │
+        └──────── detached ────────────────────────────────────────────────────┘
+
+    drow    <- combine: weight * dout; from there it goes back through the products
+    dweight <- tally <- SwiGLU.backward: <hidden, dhidden> of each row, over its weight. Nothing of it comes from combine
+    dx      <- gather_beside: the sum of a token's rows, and what came to x from the shared expert
 
 Shapes: T tokens, H hidden, I expert width, E experts, K experts per token, R = T * K routed rows, A and B any widths.
 """

@@ -80,6 +80,6 @@ class MoE(nn.Module):
             return sum_TH.to(x_BSH.dtype).view_as(x_BSH)
         sorted_R, inverse_R = expert_order(indices_TK)
         x_RH, *beside_TH = gather_beside(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
-        out_RH = self.experts(x_RH, counts_E, tally_R=tally(weights_TK, inverse_R))
+        out_RH = self.experts(x_RH, counts_E, tally_R=tally(weights_TK, inverse_R))  # by which the weights have their gradient
         shared_TH = self.shared_experts(*beside_TH)
         return combine(out_RH, sorted_R, inverse_R, weights_TK, shared_TH, residual_TH).view_as(x_BSH)

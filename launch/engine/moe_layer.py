@@ -54,7 +54,7 @@ class MoELayer(AutoEPMoELayer):  # type: ignore[misc]
         """All experts are here: `(out_RH, sorted_R, inverse_R, shared_TH)`."""
         sorted_R, inverse_R = expert_order(indices_TK)
         rows_RH, *beside_TH = gather_beside(x_TH, sorted_R, inverse_R, indices_TK.shape[1])
-        out_RH = self.experts(rows_RH, counts_E, tally(weights_TK, inverse_R))
+        out_RH = self.experts(rows_RH, counts_E, tally(weights_TK, inverse_R))  # by which the weights have their gradient
         return out_RH, sorted_R, inverse_R, self.shared_experts(*beside_TH)
 
     def _exchanged(self, x_TH: Tensor, weights_TK: Tensor, indices_TK: Tensor, counts_E: Tensor) -> tuple[Tensor, ...]:
