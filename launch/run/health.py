@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,13 @@ def violations(load_YE: Tensor) -> tuple[list[float], list[float]]:
     both = torch.stack((highest_Y, lowest_Y)).masked_fill(nothing_Y, 0.0)
     most, least = both.tolist()
     return most, least
+
+
+def memory_bytes() -> float:
+    """The most that this process has held: of a GPU in tensors, of a CPU all of it."""
+    if torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def perplexity(loss: float) -> float:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-
-import torch
 
 #: What goes first where the line is too long; the step, the loss and the time left always stay.
 DISPENSABLE = ("memory", "lr", "MFU", "norm", "max_vio", "tokens/s")
@@ -57,10 +54,3 @@ def interval(seconds: float) -> str:
         if total >= size:
             return f"{total // size}{high}{total % size // part:02d}{low}"
     return f"{total // 60}m{total % 60:02d}s"
-
-
-def memory_bytes() -> float:
-    """The most that this process has held: of a GPU in tensors, of a CPU all of it."""
-    if torch.cuda.is_initialized():
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

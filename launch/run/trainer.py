@@ -27,11 +27,11 @@ from launch.engine.update_ratio import UpdateRatio
 from launch.ranks.watchdog import Watchdog
 from launch.run.arguments import TrainArguments
 from launch.run.batches import BatchLoader, StepBatches
-from launch.run.health import Health
+from launch.run.health import Health, memory_bytes
 from launch.run.judging import Judging
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
-from launch.run.progress import gigabytes, memory_bytes, short
+from launch.run.progress import gigabytes, short
 from launch.run.saving import Saving
 from launch.run.spikes import SpikeDetector
 from launch.run.stop import StopRequest

@@ -19,8 +19,9 @@ from launch.engine.strategy import Strategy
 from launch.ranks.control_group import ControlGroup
 from launch.run import session
 from launch.run.arguments import parse_arguments
+from launch.run.assemble import make_trainer, too_short_hint
 from launch.run.resolve import resolve_run
-from launch.run.session import Session, make_trainer, too_short_hint
+from launch.run.session import Session
 from launch.run.stop import StopRequest
 from model import MoEGPTForCausalLM
 
