@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ ROLLBACKS = 3
 
 @dataclass(kw_only=True)
 class Position:
-    """Where a run is. `bad_evaluations`: those in a row without a new best."""
+    """Where a run is: the fields of `TrainingState`, and two of its `extra`. `bad_evaluations`: in a row, without a new best."""
 
     step: int = 0
     samples: int = 0
@@ -306,32 +306,17 @@ class Trainer:
         self.saving.save(self.state(), is_best=is_best)
 
     def state(self) -> TrainingState:
-        position = self.position
-        extra = {
-            "bad_evaluations": position.bad_evaluations,
-            "wandb_id": position.wandb_id,
-            "guard": self.spikes.state(),
-        }
-        return TrainingState(
-            step=position.step,
-            samples=position.samples,
-            tokens=position.tokens,
-            best_loss=position.best_loss,
-            extra=extra,
-        )
+        position = asdict(self.position)
+        extra = {name: position.pop(name) for name in ("bad_evaluations", "wandb_id")}
+        return TrainingState(**position, extra={**extra, "guard": self.spikes.state()})
 
     def restore(self, state: TrainingState) -> None:
         """Raises UserError where the checkpoint's `extra`, which only this class knows, is not what `state` made of it."""
         try:
             self.spikes.restore(state.extra["guard"])
-            self.position = Position(
-                step=state.step,
-                samples=state.samples,
-                tokens=state.tokens,
-                best_loss=state.best_loss,
-                bad_evaluations=int(state.extra["bad_evaluations"]),
-                wandb_id=_checked_id(state.extra["wandb_id"]),
-            )
+            position = {name: value for name, value in vars(state).items() if name != "extra"}
+            bad, wandb_id = int(state.extra["bad_evaluations"]), _checked_id(state.extra["wandb_id"])
+            self.position = Position(**position, bad_evaluations=bad, wandb_id=wandb_id)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"step_{state.step}/state.json: extra is not what a run of this system saves ({type(error).__name__}: {error}); "

@@ -71,12 +71,12 @@ def train(case: dict[str, Any], reference: dict[str, Tensor]) -> dict[str, Any]:
         getattr(groups, f"{held}_RANKS").clear()
     engine = build_engine(build(case["routing"]), deepspeed_config(case), mode=case["checkpointing"])
     set_bias(moe_layers(engine.module), case["routing"])
-    guard = StepHook(engine, clip=CLIP if case["clip"] else 0.0)
+    hook = StepHook(engine, clip=CLIP if case["clip"] else 0.0)
     balancer = LoadBalancer(engine.module, BIAS_RATE, dist.all_reduce, rule=engine.module.config.router_balance)
     before = whole_weights(engine)
     if case["checkpointing"] == "none":  # of no consequence: all that follows is the reference's, which never saw it
-        step(engine, guard, balancer, STEPS, reason="refused")
-    rows = [step(engine, guard, balancer, number) for number in range(STEPS)]
+        step(engine, hook, balancer, STEPS, reason="refused")
+    rows = [step(engine, hook, balancer, number) for number in range(STEPS)]
     after = whole_weights(engine)
     out = {name: [row[name] for row in rows] for name in rows[0]}
     out["bias"] = [layer.router.e_score_correction_bias.tolist() for layer in moe_layers(engine.module)]
@@ -85,7 +85,7 @@ def train(case: dict[str, Any], reference: dict[str, Tensor]) -> dict[str, Any]:
     return {**case, "ranks": dist.get_world_size(), **out}
 
 
-def step(engine: Any, guard: StepHook, balancer: LoadBalancer, number: int, reason: str | None = None) -> dict[str, Any]:
+def step(engine: Any, hook: StepHook, balancer: LoadBalancer, number: int, reason: str | None = None) -> dict[str, Any]:
     """One step on batch `number`; with a `reason` it is refused."""
     rank, ranks, accumulation = dist.get_rank(), dist.get_world_size(), engine.gradient_accumulation_steps()
     micro, total = engine.train_micro_batch_size_per_gpu(), torch.zeros((), dtype=torch.float64)
@@ -102,14 +102,14 @@ def step(engine: Any, guard: StepHook, balancer: LoadBalancer, number: int, reas
     fewest = int(torch.stack(held).min())  # tokens of this rank for the rank that it sends fewest to
     lifts = torch.tensor(counted_lifts(layer.router for layer in moe_layers(engine.module)))
     dist.all_reduce(lifts)
-    assert guard.step(lambda norm: reason) == reason
+    assert hook.step(lambda norm: reason) == reason
     if reason is not None:
         balancer.reset()
         return {}
     health = balancer.step()
     return {
         "loss": float(total),
-        "norm": guard.grad_norm,
+        "norm": hook.grad_norm,
         "imbalance": health["load_max_over_mean"],
         "fewest": fewest,
         "lifts": lifts.tolist(),

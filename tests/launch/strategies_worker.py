@@ -42,7 +42,7 @@ def train(model_config: str, path: Path) -> dict[str, Any]:
         scaled(path, ranks), path, world_size=ranks, num_experts=model_settings.n_routed_experts, max_steps=100
     )
     engine = build_engine(build_model(model_settings, seed=0, attn_implementation="sdpa"), config)
-    guard, balancer = StepHook(engine), LoadBalancer(engine.module, 0.01, dist.all_reduce)
+    hook, balancer = StepHook(engine), LoadBalancer(engine.module, 0.01, dist.all_reduce)
     tokens = torch.randint(0, model_settings.vocab_size, (4 * ranks, LENGTH + 1), generator=torch.Generator().manual_seed(1))
 
     def step(reason: str | None = None) -> tuple[float, float]:
@@ -56,9 +56,9 @@ def train(model_config: str, path: Path) -> dict[str, Any]:
             if number == 0:
                 engine.step()
         dist.all_reduce(total)
-        assert guard.step(lambda norm: reason) == reason
+        assert hook.step(lambda norm: reason) == reason
         balancer.step() if reason is None else balancer.reset()
-        return float(total), guard.grad_norm
+        return float(total), hook.grad_norm
 
     losses, norms = zip(*(step() for _ in range(STEPS)), strict=True)
     before, schedule = held(engine), engine.get_lr()

@@ -62,14 +62,14 @@ def loads(engine: Any) -> list[int]:
 
 
 def train(engine: Any, steps: int = 3) -> dict[str, Any]:
-    guard, losses, norms = StepHook(engine), [], []
+    hook, losses, norms = StepHook(engine), [], []
     for _ in range(steps):
         with Collectives() as seen:
             loss = engine(**batch(engine.module.config.vocab_size)).loss
             engine.backward(loss)
-        guard.step(lambda norm: None)
+        hook.step(lambda norm: None)
         losses.append(float(loss.detach()))
-        norms.append(guard.grad_norm)
+        norms.append(hook.grad_norm)
     weights = hashlib.sha256()
     for parameter in engine.module.parameters():
         weights.update(parameter.detach().view(torch.uint8).numpy().tobytes())

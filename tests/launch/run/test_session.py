@@ -17,7 +17,7 @@ from launch.checkpoint.state import TrainingState
 from launch.engine.build import without_our_keys
 from launch.engine.strategy import Strategy
 from launch.ranks.control_group import ControlGroup
-from launch.run import session
+from launch.run import assemble, session
 from launch.run.arguments import parse_arguments
 from launch.run.assemble import make_trainer, too_short_hint
 from launch.run.resolve import resolve_run
@@ -159,9 +159,9 @@ def test_the_plan_is_of_the_ranks_of_a_host_whatever_a_rank_sees(monkeypatch: py
     planned: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(session.preflight, "rehearse", lambda *_: None)
-    monkeypatch.setattr(session, "job_of_run", lambda _, ranks_per_node: planned.append(ranks_per_node))
+    monkeypatch.setattr(assemble, "job_of_run", lambda _, ranks_per_node: planned.append(ranks_per_node))
     for name in ("memory_line", "duration_line"):
-        monkeypatch.setattr(session, name, lambda *_, **__: None)
+        monkeypatch.setattr(assemble, name, lambda *_, **__: None)
     trainer: Any = SimpleNamespace(
         device=torch.device("cpu"),
         monitor=SimpleNamespace(say=lambda _: None),
