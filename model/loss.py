@@ -49,9 +49,7 @@ def token_loss(
     return loss
 
 
-def loss_of_logits(
-    logits_TV: Tensor, targets_T: Tensor, num_items: Tensor | float | None = None, z_loss_weight: float = 0.0
-) -> Tensor:
+def loss_of_logits(logits_TV: Tensor, targets_T: Tensor, num_items: Tensor | float | None, z_loss_weight: float) -> Tensor:
     """`token_loss` where the logits are there already."""
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     kept_T = targets_T != IGNORE

@@ -11,9 +11,7 @@ from .config import MoEGPTConfig
 from .decode import few_experts, takes_few
 from .dispatch import combine, expert_order, gather_beside, grouped_linear, swiglu, tally
 from .layers import ResidualLinear
-from .router import Gate, Router, route, router_logits
-
-__all__ = ["Experts", "Gate", "MoE", "Router", "SharedExpert", "route", "router_logits"]
+from .router import Gate
 
 
 class Experts(nn.Module):

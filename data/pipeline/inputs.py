@@ -63,7 +63,7 @@ def _hash_ends(name: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def list_inputs(sources: Sequence[Source], others: Iterable[str] = ()) -> list[InputFile]:
+def list_inputs(sources: Sequence[Source], others: Iterable[str]) -> list[InputFile]:
     """Every file of the sources in the order in which they are read, then `others`. Not what a hub holds."""
     return [InputFile.of(name) for name in (*_names(sources), *others)]
 

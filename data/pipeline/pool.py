@@ -7,6 +7,7 @@ job with a sentence; a job that dies (SIGKILL) takes its workers with it.
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import pickle
 import queue
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,6 @@ class Team:
 
 @contextmanager
 def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
-    import multiprocessing
-
     # One thread a worker: the pool is the parallelism.
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", **ONE_THREAD)
     # A process with threads must not fork; one without saves each worker the interpreter, the imports and the tokenizer (0.4 s).
@@ -182,9 +182,6 @@ def start_worker(options: WorkOptions) -> None:
 
 
 def _die_with_parent() -> None:
-    import multiprocessing
-    from multiprocessing.connection import wait
-
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -233,8 +230,6 @@ def submit(pool: Executor, function: Callable[..., Any], *arguments: object) -> 
 
 @contextmanager
 def _killed_workers_named() -> Iterator[None]:
-    import multiprocessing
-
     try:
         yield
     except BrokenProcessPool as error:

@@ -67,7 +67,7 @@ class Kind(NamedTuple):
     content: str
 
 
-def sniff(path: str, name: str = "") -> Kind:
+def sniff(path: str, name: str) -> Kind:
     """What the file at `path` is, by its first bytes: `name` may lie. Raises Fault for what is not read."""
     try:
         file_status(path)

@@ -165,13 +165,11 @@ def save(folder: Path, text: str, known: TokenizerFacts) -> None:
 def train(texts: Iterable[str], vocab_size: int) -> str:
     """A byte-level BPE tokenizer with single digits, as `tokenizer.json` text. Ids 0 to 4: end of text and the FIM tokens.
 
-    The same texts give the same tokenizer. Raises UserError for a vocabulary smaller than bytes and special tokens (261).
+    The same texts give the same tokenizer. vocab_size: bytes and special tokens at least, `MIN_VOCABULARY`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = [END_OF_TEXT, *FIM_TOKENS]
-    if vocab_size < 256 + len(special):
-        raise UserError(f"--train_tokenizer must be at least {256 + len(special)} (bytes and special tokens), not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]

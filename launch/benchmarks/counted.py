@@ -258,7 +258,6 @@ def as_on_cuda(rows: int, capability: tuple[int, int] | None = None) -> Iterator
     patches: list[tuple[Any, str, Any]] = [
         (F, "rms_norm", norm),
         (F, "scaled_dot_product_attention", sdpa),
-        (torch.nn.functional, "scaled_dot_product_attention", sdpa),
         (Exchange, "wait_for_counts", wait),
         (Exchange, "_copy_to_host", copied),
         (auto_ep_layer, "_split_plan_from_expert_counts", counted_split_plan),

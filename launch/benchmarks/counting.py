@@ -254,13 +254,12 @@ def declare(
     *,
     flops: float = 0.0,
     launches: int = 1,
-    bytes: int | None = None,
     shape: tuple[int, ...] = (),
 ) -> None:
-    """One kernel that CUDA has and `meta` has not. `inputs` and `outputs` are read and written once, unless `bytes` says other;
-    `shape` is a product's, as in `Entry`."""
+    """One kernel that CUDA has and `meta` has not. `inputs` and `outputs` are read and written once; `shape` is a product's, as in
+    `Entry`."""
     if Count.current is not None:
-        total = moved([t for t in inputs if t is not None], outputs) if bytes is None else bytes
+        total = moved([t for t in inputs if t is not None], outputs)
         Count.current.add(name, kind, flops=flops, launches=launches, bytes=total, shape=shape)
 
 

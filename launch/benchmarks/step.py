@@ -11,6 +11,7 @@ of such steps give.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,8 +70,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def prediction(stage: Any, ranks: int, arguments: argparse.Namespace, seconds: float) -> dict[str, Any] | None:
     """Of our step, beside the measured one; None on a device that the planner has no data of, such as a CPU."""
-    import os
-
     import torch
 
     from launch.planning.expectation import beside_measured

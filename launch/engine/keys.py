@@ -8,6 +8,7 @@ that DeepSpeed holds in pydantic models refuse a key by themselves; optimizer an
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
@@ -218,8 +219,6 @@ def _engine(config: dict[str, Any]) -> Any:
 
 def _deepspeed_classes(name: str) -> list[Any]:
     """DeepSpeed's own classes for lamb, lion and adagrad; its others are not installed with it."""
-    import importlib
-
     try:
         module = importlib.import_module(f"deepspeed.ops.{name}")
     except ImportError:

@@ -19,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 
 #: From the global gradient norm to a reason not to take the step, or None.
 ReasonToSkip = Callable[[float], "str | None"]
@@ -122,8 +123,6 @@ class StepHook:
 
 def unsharded_grad_norm(module: torch.nn.Module) -> float:
     """Global 2-norm of gradients that ZeRO does not shard; experts that live on other ranks are counted once each."""
-    from deepspeed.utils import groups
-
     squares: dict[str, torch.Tensor] = {}  # by group of experts, "" for what every rank has; on the device all along
     for parameter in module.parameters():
         if parameter.grad is None:

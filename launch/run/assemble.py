@@ -17,7 +17,7 @@ from launch.engine.hardware import bf16_hint, peak_flops
 from launch.engine.regions import compile_hint
 from launch.engine.settings import EngineSettings
 from launch.engine.step_hook import StepHook
-from launch.engine.strategy import Strategy, schedule_hint
+from launch.engine.strategy import schedule_hint
 from launch.planning.expectation import duration_line, job_of_run, memory_line
 from launch.profiling.ranges import STEP
 from launch.ranks.watchdog import Watchdog
@@ -49,7 +49,7 @@ def make_trainer(
     monitor = Monitor(arguments.output, enabled=dist.get_rank() == 0, last_step=last_step)
     judging = Judging(output=arguments.output, files=run.task_files, problems=arguments.eval_problems, monitor=monitor)
     held_out = run.validation_data
-    clip = Strategy.of(run.deepspeed).gradient_clipping
+    clip = run.strategy.gradient_clipping
     trainer = Trainer(
         arguments=arguments,
         engine=engine,
@@ -118,10 +118,9 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
         f"{arguments.max_steps * trainer.global_batch / samples:,.2f} epochs in {arguments.max_steps:,} steps, "
         f"a checkpoint every {arguments.save_interval:,}"
     )
-    strategy = Strategy.of(run.deepspeed)
-    mode = arguments.activation_checkpointing or strategy.activation_checkpointing
+    mode = arguments.activation_checkpointing or run.strategy.activation_checkpointing
     hints = (
-        compile_hint(strategy.compiles, mode),
+        compile_hint(run.strategy.compiles, mode),
         group_hint(run.model),
         bf16_hint(strategy.dtype),
         schedule_hint(trainer.engine.lr_scheduler, arguments.max_steps),

@@ -1,4 +1,4 @@
-"""A run's folder: its lock, `config.json`, and the refusal of a folder that holds another run."""
+"""A run's folder: `config.json`, and the refusal of a folder that holds another run."""
 
 from __future__ import annotations
 
@@ -96,10 +96,14 @@ class FolderWatch:
         return lost
 
 
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, host and commit, for config.json."""
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         "host": socket.gethostname(),
         "git_commit": git_commit(),
         "command": redact(sys.argv),

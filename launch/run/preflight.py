@@ -11,11 +11,9 @@ import copy
 import hashlib
 import json
 import os
-import platform
 import shutil
 import socket
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,7 @@ from launch.checkpoint.random_state import random_state, set_random_state
 from launch.cli import AgreedError
 from launch.engine import hardware
 from launch.ranks.control_group import ControlGroup
-from launch.run.folder import PACKAGES
+from launch.run.folder import versions
 from launch.run.toolchain import check_toolchain
 
 if TYPE_CHECKING:
@@ -46,10 +44,6 @@ def check(ranks: ControlGroup, output: Path, settings: dict[str, Any]) -> None:
     own_devices(ranks, (socket.gethostname(), hardware.identity()))
     exchange(ranks)
     share_folder(ranks, output)
-
-
-def versions() -> dict[str, str]:
-    return {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def code_hash() -> str:

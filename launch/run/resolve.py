@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from launch.engine import strategy
 from launch.engine.build import load_model_config
 from launch.engine.keys import check_keys
 from launch.engine.regions import check_compile
+from launch.engine.strategy import Strategy
 from launch.evaluation.problems import ProblemFile
 from launch.run.arguments import TrainArguments
 from model import MoEGPTConfig
@@ -32,6 +34,10 @@ class ResolvedRun:
     deepspeed: dict[str, Any]
     world_size: int
     gpus: int
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        return Strategy.of(self.deepspeed)
 
 
 def open_data(arguments: TrainArguments) -> tuple[PackedDataset, PackedDataset | None]:
@@ -141,7 +147,7 @@ def resolve_settings(
     check_compile(resolved, path, documents=arguments.document_mask)
     check_keys(resolved, path)
     strategy.check_precision(resolved, path)
-    device, chosen = get_accelerator(), strategy.Strategy.of(resolved)
+    device, chosen = get_accelerator(), Strategy.of(resolved)
     if chosen.dtype == "float16" and not device.is_fp16_supported():
         raise UserError(f"{path}: fp16.enabled: the {device.device_name().upper()} cannot train in fp16; use bf16.enabled")
     return resolved

@@ -22,7 +22,6 @@ from launch.checkpoint.identity import RunIdentity, listed
 from launch.checkpoint.manager import CheckpointManager
 from launch.cli import AgreedError, end_at_once
 from launch.engine.build import build_engine, build_model, check_room
-from launch.engine.strategy import Strategy
 from launch.ranks.control_group import ControlGroup
 from launch.ranks.heartbeat import here
 from launch.ranks.join import JOIN_SECONDS, joining_within, start
@@ -238,7 +237,7 @@ class Session:
 
 def identify(arguments: TrainArguments, run: ResolvedRun) -> RunIdentity:
     """What the run's checkpoints belong to."""
-    strategy = Strategy.of(run.deepspeed)
+    strategy = run.strategy
     return RunIdentity(
         model=redact(run.model.to_dict()),
         data={"content": run.train_data.fingerprint, "tokenizer": run.train_data.tokenizer_fingerprint},

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.cli import say
 from data.redact import redact
 from launch.run.tracker_names import grouped
@@ -173,8 +175,6 @@ class TensorboardTracker(Tracker):
 
     def log_load(self, step: int, load_YE: Table) -> None:
         """As a picture, an expert a column and a layer a row: black is nothing, white twice the fair share or more."""
-        import numpy as np
-
         load = np.asarray(load_YE, np.float32)
         share = load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9) / 2
         picture = np.kron(np.clip(share, 0.0, 1.0), np.ones((12, 12), np.float32))

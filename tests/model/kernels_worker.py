@@ -32,8 +32,8 @@ from model.dispatch import combine, expert_order, gather_beside, gather_rows, gr
 from model.layers import ResidualNorm, RMSNorm
 from model.loss import token_loss
 from model.mask import causal_mask
-from model.moe import Gate
 from model.replay import RouterReplay
+from model.router import Gate
 from model.sinks import add_sink, sink_gradient
 
 Results = dict[str, float]

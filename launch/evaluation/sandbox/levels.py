@@ -33,7 +33,7 @@ class Level:
         return not self.user_namespace and os.getuid() == 0
 
 
-def levels(asked: str = "auto") -> Iterator[Level]:
+def levels(asked: str) -> Iterator[Level]:
     """What may work here, to be tried in this order. asked: a name of LEVELS, or auto."""
     if asked not in ("auto", *LEVELS):
         raise UserError(f"no isolation called {asked}; there are: auto, {', '.join(LEVELS)}")

@@ -12,6 +12,7 @@ from data_helpers import shared_data
 from tokenizers import Tokenizer
 
 from data.cli import UserError
+from data.pipeline.arguments import MIN_VOCABULARY
 from data.tokens import tokenizer as tokenizers
 from data.tokens.folder import TokenizerFiles, load
 
@@ -37,9 +38,10 @@ def test_training_is_deterministic(tokenizer_text: str, texts: list[str]) -> Non
     assert tokenizers.train(iter(texts), 600) == tokenizer_text
 
 
-def test_too_small_a_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 261"):
-        tokenizers.train(["x"], 260)
+def test_the_smallest_vocabulary_is_bytes_and_special_tokens() -> None:
+    """A smaller one is refused before anything is read (`test_arguments.py`)."""
+    facts = tokenizers.facts("trained", TokenizerFiles(tokenizers.train(["x"], MIN_VOCABULARY)))
+    assert facts.vocab_size == MIN_VOCABULARY
 
 
 def saved(folder: Path, text: str, name: str = "t") -> Path:
