@@ -100,17 +100,9 @@ class Standin:
 
     @classmethod
     def backward(
-        cls,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
+        cls, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
         cu: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return cls.cpu.backward(dout, q, k, v, FlashOutput(out, lse), cls.mask(q, k, causal, cu), scale)
 
     @staticmethod
@@ -121,45 +113,18 @@ class Standin:
 
     @classmethod
     def fa2_forward(
-        cls,
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
+        cls, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
         return_softmax,
-    ):  # type: ignore[no-untyped-def]
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
         out, lse = cls.forward(q, k, v, causal, softmax_scale, None)
         return out, lse, None, torch.zeros(2)
 
     @classmethod
     def fa2_backward(
-        cls,
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        rng_state=None,
-    ):  # type: ignore[no-untyped-def]
+        cls, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         assert rng_state is not None and not deterministic and alibi_slopes is None
         gradients = cls.backward(dout, q, k, v, out, softmax_lse, causal, softmax_scale, None)
         for into, gradient in zip((dq, dk, dv), gradients, strict=True):
@@ -167,53 +132,18 @@ class Standin:
 
     @classmethod
     def fa2_varlen_forward(
-        cls,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
-        return_softmax=False,
-    ):  # type: ignore[no-untyped-def]
+        cls, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         assert cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == int(cu_seqlens_q.diff().max())
         out, lse = cls.forward(q, k, v, causal, softmax_scale, cu_seqlens_q)
         return out, lse, None, torch.zeros(2)
 
     @classmethod
     def fa2_varlen_backward(
-        cls,
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        rng_state=None,
-    ):  # type: ignore[no-untyped-def]
+        cls, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         assert rng_state is not None and not deterministic and alibi_slopes is None
         gradients = cls.backward(dout, q, k, v, out, softmax_lse, causal, softmax_scale, cu_seqlens_q)
         for into, gradient in zip((dq, dk, dv), gradients, strict=True):
@@ -221,82 +151,35 @@ class Standin:
 
     @classmethod
     def fa3_forward(
-        cls,
-        q,
-        k,
-        v,
-        *,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-        softmax_scale=None,
+        cls, q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
         causal=False,
-    ):  # type: ignore[no-untyped-def]
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         out, lse = cls.forward(q, k, v, causal, softmax_scale, cu_seqlens_q)
         return out, lse, None, None
 
     @classmethod
     def fa3_backward(
-        cls,
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        sequed_q=None,
-        sequed_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-        dq=None,
-        dk=None,
-        dv=None,
-        softmax_scale=None,
-        is_causal=False,
-    ):  # type: ignore[no-untyped-def]
+        cls, dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         gradients = cls.backward(dout, q, k, v, out, softmax_lse, is_causal, softmax_scale, cu_seqlens_q)
         for into, gradient in zip((dq, dk, dv), gradients, strict=True):
             into.copy_(gradient)
 
     @classmethod
     def fa4_forward(
-        cls,
-        q,
-        k,
-        v,
-        *,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-        softmax_scale=None,
-        causal=False,
-        return_lse=False,
-    ):  # type: ignore[no-untyped-def]
+        cls, q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
+        causal=False, return_lse=False,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         assert return_lse
         out, lse = cls.forward(q, k, v, causal, softmax_scale, cu_seqlens_q)
         return out, lse, None, None
 
     @classmethod
     def fa4_backward(
-        cls,
-        q,
-        k,
-        v,
-        out,
-        dout,
-        lse,
-        softmax_scale=None,
-        causal=False,
-        *,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-    ):  # type: ignore[no-untyped-def]
+        cls, q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, cu_seqlens_q=None, cu_seqlens_k=None,
+        max_seqlen_q=None, max_seqlen_k=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
         return cls.backward(dout, q, k, v, out, lse, causal, softmax_scale, cu_seqlens_q)
 
 
