@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from launch.ranks.join import free_port
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -33,9 +34,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def start_ranks(world_size: int, scenario: str, **arguments: Any) -> list[subprocess.Popen[str]]:
     """One process a rank. Their output goes to one temporary file, which a failing `wait_for` shows."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, str(HERE / "scenarios.py"), scenario, json.dumps(arguments, default=str)]
     out = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115 - read by wait_for
     processes = []

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from support import ROOT
 from torch import Tensor
 
 from launch.benchmarks import counted
@@ -19,25 +13,14 @@ from launch.benchmarks.counting import Count
 from launch.engine.expert_parallel import Experts
 from model import grouped
 from model.dispatch import grouped_linears
+from tests.model.triton_worker import run_interpreted, run_worker
 
 R, E, H, I = 64, 4, 32, 48  # noqa: E741
-FOLDER = ROOT / ".triton"
-
-
-def worker(*flags: str, **environment: str) -> dict[str, Any]:
-    if not (FOLDER / "triton").is_dir() and find_spec("triton") is None:
-        pytest.skip(f"needs Triton: pip install --no-deps --target {FOLDER.name} triton==3.7.1")
-    command = [sys.executable, "tests/model/grouped_worker.py", *flags]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(FOLDER)]), **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return worker(TRITON_INTERPRET="1")
+    return run_interpreted("grouped_worker.py")
 
 
 def too_far(errors: dict[str, float]) -> dict[str, float]:
@@ -64,7 +47,7 @@ def test_a_tile_is_chosen_by_an_experts_rows(interpreted: dict[str, Any]) -> Non
 def test_products_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    assert too_far(worker("--gpu")["errors"]) == {}
+    assert too_far(run_worker("grouped_worker.py", "--gpu")["errors"]) == {}
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

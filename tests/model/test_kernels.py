@@ -5,22 +5,15 @@ Triton is not in the main environment, where it would switch DeepSpeed's own pat
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from importlib.util import find_spec
 
 import pytest
 import torch
-from support import ROOT
 from torch.library import CustomOpDef
 
 from model import operators
+from tests.model.triton_worker import run_interpreted, run_worker
 
-FOLDER = ROOT / ".triton"
 BF16, FP32 = 2, 4
 
 
@@ -37,20 +30,7 @@ class Found:
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    folder = [str(FOLDER)] if (FOLDER / "triton").is_dir() else []
-    if not folder and find_spec("triton") is None:
-        pytest.skip(f"needs Triton: pip install --no-deps --target {FOLDER.name} triton==3.7.1")
-    if not folder and (old := version("triton")) < "3.7":
-        pytest.skip(f"the interpreter of Triton {old} fails with NumPy 2.4: it makes a number of an array")
-    return worker(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([str(ROOT), *folder]))
-
-
-def worker(*flags: str, **environment: str) -> Found:
-    command = [sys.executable, "tests/model/kernels_worker.py", *flags]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Found(**json.loads(done.stdout))
+    return Found(**run_interpreted("kernels_worker.py"))
 
 
 def limit(name: str) -> float:
@@ -93,7 +73,7 @@ def test_kernels_on_a_gpu() -> None:
     """The same cases, and sizes of `800m`."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    found = worker("--gpu")
+    found = Found(**run_worker("kernels_worker.py", "--gpu"))
     assert sum(name.endswith("real sizes") for name in found.errors) >= 14
     assert too_far(found) == {} and max(found.lifts.values()) <= 1
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from importlib.metadata import distributions
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import ROOT
 
-FOLDER = ROOT / ".triton"
+from tests.model.triton_worker import run_worker, triton_version
+
 README = (ROOT / "model" / "README.md").read_text(encoding="utf-8")
 WIDE = re.compile(r"v4\.b32|v2\.b64|cp\.async\.cg")  # the last has one size
 #: Loads and stores of fewer than 16 bytes in a kernel's code: of what is no row. A token's places, weights, choices, sink, target,
@@ -38,18 +33,9 @@ def triton_said() -> str:
 
 
 def worker(folder: Path, *flags: str) -> dict[str, Any]:
-    places = [str(FOLDER)] if (FOLDER / "triton").is_dir() else []
-    if not places and find_spec("triton") is None:
-        pytest.skip(f"needs Triton: pip install --no-deps --target {FOLDER.name} triton=={triton_said()}")
-    here = next(found.version for found in distributions(name="triton", path=places or sys.path))
-    if here != triton_said():
+    if (here := triton_version()) != triton_said():
         pytest.skip(f"model/README.md's figures are those of Triton {triton_said()}, not {here}")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *places]), "TRITON_CACHE_DIR": str(folder)}
-    command = [sys.executable, "tests/model/kernels_compiled_worker.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return run_worker("kernels_compiled_worker.py", *flags, TRITON_CACHE_DIR=str(folder))
 
 
 @pytest.fixture(scope="module")
