@@ -122,7 +122,7 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     hints = (
         compile_hint(run.strategy.compiles, mode),
         group_hint(run.model),
-        bf16_hint(strategy.dtype),
+        bf16_hint(run.strategy.dtype),
         schedule_hint(trainer.engine.lr_scheduler, arguments.max_steps),
         *(too_short_hint(data) for data in (run.train_data, run.validation_data) if data),
     )
