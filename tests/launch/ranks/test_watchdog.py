@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 
+import pytest
 from support import ROOT, fill_pipe
 
-from launch.ranks.watchdog import AwakeClock, stacks
+from launch.ranks.heartbeat import Hang, Heartbeat
+from launch.ranks.watchdog import AwakeClock, Watchdog, stacks
 
 END = """
 import os, sys, time
@@ -51,6 +53,18 @@ def test_an_interpreter_that_is_stuck_does_not_keep_a_rank_alive() -> None:
     hold = "import ctypes; ctypes.PyDLL(None).sleep(600)"
     process = end(f'dog._store = type("Stuck", (), {{"write": lambda *_: exec("{hold}")}})()', stderr=subprocess.DEVNULL)
     assert process.wait(60) == -signal.SIGALRM
+
+
+def test_a_run_is_ended_where_no_rank_has_moved_and_not_where_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save, or an evaluation, keeps the others waiting for longer than `--stall_timeout` on end."""
+    dog, ended = Watchdog(stall=5), list[Hang]()
+    monkeypatch.setattr(dog, "_end", ended.append)
+    dog._step, dog._phase, dog._since = 3, "forward", dog._clock() - 100
+    for seconds in (0.0, 100.0):
+        assert not ended
+        dog._heard = {1: (Heartbeat(step=3, phase="loading data", host="h", seconds=seconds, moves=1), dog._clock())}
+        dog._look_for_a_hang()
+    assert [hang.suspect for hang in ended] == [0], "the one that is behind"
 
 
 def test_time_asleep_does_not_count() -> None:

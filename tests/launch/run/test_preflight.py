@@ -1,4 +1,4 @@
-"""Before the first step: the run's folder, as each host sees it."""
+"""Before the first step: what the ranks must have in common, and a rehearsal that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from launch.cli import AgreedError
+from launch.run import preflight
 from launch.run.preflight import own_devices, share_folder
 
 
@@ -53,3 +55,42 @@ def test_two_ranks_on_one_gpu_are_refused(devices: list, shared: str | None) -> 
         return
     with pytest.raises(AgreedError, match=shared):
         own_devices(ranks, devices[0])
+
+
+@pytest.mark.parametrize("name", ["this system's code", "python", "torch", "MOE_KERNELS", "a setting"])
+def test_ranks_that_differ_are_told_in_what(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "check_toolchain", lambda: None)
+    ranks: Any = TwoHosts(tmp_path)
+    ranks.gather = lambda value: [value, ("other host", {**value[1], name: "another"})]
+    with pytest.raises(AgreedError, match=rf"the ranks differ in {name}: .* another on rank 1 \(host other host\)"):
+        preflight.check(ranks, tmp_path, {"a setting": 1})
+
+
+@pytest.mark.parametrize(("total", "received", "right"), [(3, [0, 2], True), (4, [0, 2], False), (3, [0, 1], False)])
+def test_a_network_that_gives_wrong_numbers_is_told(
+    total: int, received: list[int], right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On rank 0 of two, which send 1 and 2 to be summed, and 0, 1 and 2, 3 to each other."""
+    monkeypatch.setattr(preflight.dist, "all_reduce", lambda numbers: numbers.fill_(total))
+    monkeypatch.setattr(preflight.dist, "all_to_all_single", lambda into, _: into.copy_(torch.tensor(received)))
+    ranks: Any = SimpleNamespace(rank=0, size=2, gather=lambda good: [good, True])
+    if right:
+        preflight.exchange(ranks)
+        return
+    with pytest.raises(AgreedError, match=r"the network gives wrong numbers: an all-reduce or all-to-all of ranks \[0\]"):
+        preflight.exchange(ranks)
+
+
+def test_a_rehearsal_leaves_no_count_no_draw_and_no_loss_scale() -> None:
+    """fp16's scale counts steps without an overflow: with one more it would grow a step early."""
+    scaler = SimpleNamespace(cur_scale=2.0**16, cur_iter=5, last_overflow_iter=-1)
+    counters = dict.fromkeys(preflight.ENGINE_COUNTERS, 3)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler), **counters)
+    trainer: Any = SimpleNamespace(engine=engine, balancer=SimpleNamespace(reset=lambda: None))
+    before, drawn = dict(vars(scaler)), torch.get_rng_state()
+    with preflight._without_trace(trainer):
+        scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = 2.0**15, 6, 5
+        vars(engine).update(dict.fromkeys(preflight.ENGINE_COUNTERS, 4))
+        torch.rand(3)
+    assert vars(scaler) == before and all(getattr(engine, name) == 3 for name in counters)
+    assert torch.equal(torch.get_rng_state(), drawn)

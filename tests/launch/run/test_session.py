@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.checkpoint.choose import ResumeFrom
+from launch.checkpoint.choose import ResumeFrom, StartFresh
 from launch.checkpoint.state import TrainingState
 from launch.engine.build import without_our_keys
 from launch.engine.strategy import Strategy
@@ -173,3 +173,41 @@ def test_the_plan_is_of_the_ranks_of_a_host_whatever_a_rank_sees(monkeypatch: py
     ranks: Any = SimpleNamespace(gather=lambda _: ["node0"] * 8 + ["node1"] * 8)
     Session.rehearse(run, trainer, ranks, {"world_size": 16})
     assert planned == [8]
+
+
+def test_the_engine_is_made_of_the_weights_that_init_from_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded once it stands, they would come too late: its optimizer holds masters of its own, which the first step writes back."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(session, "check_room", lambda _: None)
+    monkeypatch.setattr(session, "build_model", lambda *_, **__: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(session, "load_weights", lambda model, source: model.weight.data.fill_(source))
+    monkeypatch.setattr(session, "build_engine", lambda model, *_, **__: seen.append(model.weight.detach().clone()))
+    arguments = SimpleNamespace(seed=1, attn_implementation=None, init_from=7, activation_checkpointing=None)
+    run = SimpleNamespace(model=None, deepspeed={})
+    now: Any = SimpleNamespace(watchdog=SimpleNamespace(phase=lambda _: None), arguments=arguments, run=run)
+    Session.build(now, StartFresh(), ControlGroup())
+    assert len(seen) == 1 and bool((seen[0] == 7).all())
+
+
+@pytest.mark.parametrize("judged_on_others", [True, False])
+def test_a_branch_is_left_once_the_rehearsal_went_well(monkeypatch: pytest.MonkeyPatch, judged_on_others: bool) -> None:
+    """And on other validation samples no loss is the best so far."""
+    done: list[str] = []
+    position = SimpleNamespace(best_loss=1.0, bad_evaluations=2)
+    monitor = SimpleNamespace(say=lambda _: None)
+    trainer = SimpleNamespace(position=position, monitor=monitor, train=lambda: done.append("train"))
+    choice = ResumeFrom(message="", path=Path("step_4"), state=TrainingState(step=4, samples=0, tokens=0))
+    checkpoints = SimpleNamespace(begin=lambda choice: done.append("begin"))
+    now: Any = SimpleNamespace(
+        arguments=None,
+        run=None,
+        choose_checkpoint=lambda _: (checkpoints, choice),
+        compare_settings=lambda *_: ([], judged_on_others),
+        prepare=lambda *_: trainer,
+        rehearse=lambda *_: done.append("rehearse"),
+        **dict.fromkeys(("join", "check", "build", "publish_config", "watch_folder", "finish"), lambda *_: None),
+    )
+    monkeypatch.setattr(session, "identify", lambda *_: None)
+    Session.run_to_end(now)
+    assert done == ["rehearse", "begin", "train"]
+    assert (position.best_loss, position.bad_evaluations) == ((None, 0) if judged_on_others else (1.0, 2))

@@ -1,25 +1,32 @@
-"""What the trainer makes of a checkpoint's state beyond what the checkpoint itself can judge."""
+"""What the trainer computes and decides at a step, an evaluation, a rollback, and what it makes of a checkpoint's state."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from data.dataset import PackedDataset
 from launch.checkpoint.state import TrainingState
 from launch.cli import AgreedError
+from launch.run.batches import BatchLoader
 from launch.run.health import Health
 from launch.run.spikes import SpikeDetector
+from launch.run.stop import StopRequest
 from launch.run.trainer import ROLLBACKS, Position, StepTimer, Trainer
-from model import MoEGPTConfig
+from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.balance import LoadBalancer
 from model.config import BALANCE_RULES
 from model.router import Gate
+
+SHORT_DOCUMENTS = Path(__file__).resolve().parents[2] / "fixtures" / "shards_before_rooms" / "finished"
 
 
 def restored(extra: dict[str, Any]) -> Any:
@@ -97,6 +104,21 @@ def test_a_run_that_ends_over_skipped_steps_is_told_what_would_help(finite: bool
     assert ("--spike_sigma 0" in str(said.value)) == finite
 
 
+def test_spikes_without_a_checkpoint_to_go_back_to_are_judged_anew() -> None:
+    """By their own level: with the old history every further step would be far out as well."""
+    history = {"losses": [3.0] * 40, "norms": [1.0] * 40}
+    guard = SpikeDetector(sigma=6, window=50, rollback_after=3, **history, skipped_in_a_row=3, skipped_in_all=9)
+    checkpoints = SimpleNamespace(newest=lambda before: None)
+    trainer: Any = SimpleNamespace(
+        position=Position(step=8),
+        spikes=guard,
+        saving=SimpleNamespace(finish_pending_save=lambda step: None, checkpoints=checkpoints),
+        monitor=SimpleNamespace(say=lambda line: None),
+    )
+    assert not Trainer.roll_back(trainer, finite=True)
+    assert (guard.losses, guard.norms, guard.skipped_in_a_row, guard.skipped_in_all) == ([], [], 0, 9)
+
+
 @pytest.mark.parametrize("extra", [{}, {"guard": 3, "bad_evaluations": 0, "wandb_id": ""}, {"guard": {}, "wandb_id": ""}])
 def test_a_state_without_sense_is_a_sentence(extra: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"step_4/state\.json: extra is not what a run of this system saves"):
@@ -123,6 +145,23 @@ def test_an_evaluation_that_is_not_finite_is_said_and_counts_for_nothing() -> No
         Trainer.record_validation(trainer, loss, validation)  # type: ignore[arg-type]
     assert sum("the validation loss is not finite; it counts for nothing" in line for line in said) == 4
     assert saved == [1, 5] and position.best_loss == 8.1 and not trainer.outcome
+
+
+def test_patience_is_for_evaluations_in_a_row() -> None:
+    position = Position()
+    trainer: Any = SimpleNamespace(
+        position=position,
+        monitor=SimpleNamespace(log=lambda row: None, say=lambda line: None),
+        outcome="",
+        arguments=SimpleNamespace(patience=2),
+        saving=SimpleNamespace(finish_pending_save=lambda step: None),
+        save=lambda *, is_best: None,
+    )
+    outcomes = []
+    for loss in (8, 9, 7, 9, 6, 7, 6):
+        Trainer.record_validation(trainer, loss, SimpleNamespace(bits_per_byte=lambda loss: loss, sink_mass=None))  # type: ignore[arg-type]
+        outcomes.append(trainer.outcome)
+    assert outcomes == [""] * 6 + ["stopped early: 2 evaluations without a new best"]
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -194,6 +233,65 @@ def test_speed_is_of_all_ranks_and_mfu_of_one(ranks: int) -> None:
     trainer.peak_flops = None
     Trainer.log(trainer, {"loss": 2.0})
     assert "mfu" not in rows[1]
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_loss_and_gradient_are_the_mean_over_all_targets(document_mask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with three micro-batches each, one rank after the other, against plain cross entropy over the global batch."""
+    ranks, accumulation = 2, 3
+    data = PackedDataset([SHORT_DOCUMENTS], split="train", sequence_length=16, document_mask=document_mask)
+    torch.manual_seed(0)
+    model = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", vocab_size=data.vocab_size, hidden_size=32, num_hidden_layers=2))
+
+    class Engine:
+        """As DeepSpeed's: gradients are averaged over micro-batches and ranks."""
+
+        def __call__(self, **batch: Any) -> Any:
+            return model(**batch)
+
+        def backward(self, loss: torch.Tensor) -> None:
+            (loss / accumulation / ranks).backward()
+
+        def step(self) -> None: ...
+
+        def get_lr(self) -> list[float]:
+            return [0.1]
+
+    summed = torch.zeros(3, dtype=torch.float64)
+    monkeypatch.setattr("launch.run.trainer.dist.all_reduce", lambda numbers: numbers.copy_(summed.add_(numbers)))
+    loss = math.nan
+    for rank in range(ranks):
+        loader = BatchLoader(
+            data, rank=rank, world_size=ranks, micro_batch=1, accumulation=accumulation, device=torch.device("cpu")
+        )
+        trainer: Any = SimpleNamespace(
+            engine=Engine(),
+            accumulation=accumulation,
+            world_size=ranks,
+            device=torch.device("cpu"),
+            position=Position(),
+            watchdog=SimpleNamespace(at=lambda step, phase: None),
+            stop=StopRequest(),
+            saving=SimpleNamespace(checkpoints=SimpleNamespace(written=lambda: False)),
+            step_hook=SimpleNamespace(step=lambda reason_to_skip: None),
+            health=SimpleNamespace(is_detailed=lambda step: False),
+            next_batches=lambda loader=loader: loader.step(0),
+            advance=lambda loss, reason: {"loss": loss},
+        )
+        trainer.reduce_loss_and_flags = lambda total, trainer=trainer: Trainer.reduce_loss_and_flags(trainer, total)
+        loss = Trainer.train_step(trainer)["loss"]
+        loader.close()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    batch = data.batch(range(ranks * accumulation))
+    targets = batch.pop("shift_labels")
+    assert (len(set((targets != -100).sum(1).tolist())) > 1) == document_mask, "else a mean of means is the mean"
+    expected = F.cross_entropy(model(**batch).logits.flatten(0, 1), targets.flatten())
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def balanced(rule: str, **more: Any) -> tuple[Any, Gate]:
