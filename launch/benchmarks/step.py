@@ -70,8 +70,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def prediction(stage: Any, ranks: int, arguments: argparse.Namespace, seconds: float) -> dict[str, Any] | None:
     """Of our step, beside the measured one; None on a device that the planner has no data of, such as a CPU."""
-    import torch
-
+    from launch.engine.hardware import gpu_name
     from launch.planning.expectation import beside_measured
     from launch.planning.job import job_from
     from model.sizes import ModelSizes
@@ -85,7 +84,7 @@ def prediction(stage: Any, ranks: int, arguments: argparse.Namespace, seconds: f
         recompute=stage.mode,
         attention=arguments.attn_implementation,
     )
-    return beside_measured(job, torch.cuda.get_device_name() if torch.cuda.is_available() else None, seconds)
+    return beside_measured(job, gpu_name(), seconds)
 
 
 def chosen(wanted: Sequence[str] | None, ranks: int) -> list[str]:
@@ -124,7 +123,8 @@ def summary(
     steps: list[dict[str, float]], ours: list[dict[str, float]], stage: Any, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Medians, the paired ratios, and every step."""
-    from launch.engine.hardware import peak_flops
+    from launch.engine.hardware import gpu_name
+    from launch.planning.devices import device_of
     from model.accounting import training_flops_per_token
 
     totals, ours_totals = ([sum(step[phase] for phase in PHASES) for step in each] for each in (steps, ours))
@@ -136,8 +136,8 @@ def summary(
     row.update(total_ms=1e3 * statistics.median(totals), tokens_per_second_per_rank=speed)
     row.update(ratio=paired(totals, ours_totals), ratio_without_optimizer=paired(computing, ours_computing))
     row["cpu_ratio"] = paired(cpu, ours_cpu)
-    if peak := peak_flops():
-        row["mfu"] = speed * training_flops_per_token(stage.config, arguments.sequence_length) / peak
+    if device := device_of(gpu_name()):
+        row["mfu"] = speed * training_flops_per_token(stage.config, arguments.sequence_length) / device.peak
     row["steps"] = steps
     return row
 

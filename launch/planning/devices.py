@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def find_device(name: str) -> Device:
     return known
 
 
-def device_of(driver_name: str) -> Device | None:
-    """The card that `torch.cuda.get_device_name()` names so; None where it is not in the file."""
-    return next((d for d in load_devices().values() if any(part in driver_name for part in d.names)), None)
+def device_of(driver_name: str | None) -> Device | None:
+    """The card whose name's words are all in what `torch.cuda.get_device_name()` says, by the name with the most words. None on
+    a CPU, and for a card that is not in the file: better no figure than one over a guessed peak."""
+    words = set(re.split(r"[\s_-]+", driver_name or ""))
+    fitting = ((len(name.split()), d) for d in load_devices().values() for name in d.names if words.issuperset(name.split()))
+    return max(fitting, key=lambda pair: pair[0], default=(0, None))[1]

@@ -34,7 +34,7 @@ def memory_line(job: Job, measured: float, *, on_gpu: bool) -> str:
 
 def duration_line(job: Job, device_name: str | None, steps: int, save_interval: int) -> str | None:
     """None for a device that the planner has no data of. `save_interval`: what a run that dies can lose is said as well."""
-    device = device_of(device_name) if device_name else None
+    device = device_of(device_name)
     if device is None or steps < 1:
         return None
     time = plan_time(job, device)
@@ -48,7 +48,7 @@ def duration_line(job: Job, device_name: str | None, steps: int, save_interval: 
 
 def beside_measured(job: Job, device_name: str | None, seconds: float) -> dict[str, Any] | None:
     """The plan of an optimizer step beside how long one took; None for a device that the planner has no data of."""
-    device = device_of(device_name) if device_name else None
+    device = device_of(device_name)
     if device is None:
         return None
     time = plan_time(job, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -13,11 +12,12 @@ from data.dataset import PackedDataset
 from launch.checkpoint.choose import ResumeChoice, ResumeFrom
 from launch.checkpoint.manager import CheckpointManager
 from launch.engine.build import group_hint
-from launch.engine.hardware import bf16_hint, peak_flops
+from launch.engine.hardware import bf16_hint, gpu_name
 from launch.engine.regions import compile_hint
 from launch.engine.settings import EngineSettings
 from launch.engine.step_hook import StepHook
 from launch.engine.strategy import schedule_hint
+from launch.planning.devices import device_of
 from launch.planning.expectation import duration_line, job_of_run, memory_line
 from launch.profiling.ranges import STEP
 from launch.ranks.watchdog import Watchdog
@@ -50,6 +50,7 @@ def make_trainer(
     judging = Judging(output=arguments.output, files=run.task_files, problems=arguments.eval_problems, monitor=monitor)
     held_out = run.validation_data
     clip = run.strategy.gradient_clipping
+    device = device_of(gpu_name())
     trainer = Trainer(
         arguments=arguments,
         engine=engine,
@@ -69,7 +70,7 @@ def make_trainer(
         watchdog=watchdog,
         last_step=last_step,
         flops_per_token=training_flops_per_token(run.model, arguments.sequence_length),
-        peak_flops=peak_flops(),
+        peak_flops=device.peak if device else None,
     )
     if arguments.profile:
         trainer.profile = make_profile(trainer)
@@ -148,7 +149,6 @@ def say_what_to_expect(trainer: Trainer, config: dict[str, Any], measured: float
     on_gpu = trainer.device.type == "cuda"
     job = job_of_run(config, ranks_per_node=ranks_per_node)
     trainer.monitor.say(memory_line(job, measured, on_gpu=on_gpu))
-    name = torch.cuda.get_device_name() if on_gpu else None
-    expected = duration_line(job, name, trainer.last_step - trainer.position.step, trainer.arguments.save_interval)
+    expected = duration_line(job, gpu_name(), trainer.last_step - trainer.position.step, trainer.arguments.save_interval)
     if expected is not None:
         trainer.monitor.say(expected)

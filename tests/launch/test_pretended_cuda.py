@@ -201,7 +201,7 @@ RUN_BY = {
     "launch/engine/exchange.py:Exchange._copy_to_host": GPU,
     "launch/engine/hardware.py:identity": GPU,
     "launch/engine/hardware.py:memory": GPU,
-    "launch/engine/hardware.py:peak_flops": "tests/launch/engine/test_hardware.py",
+    "launch/engine/hardware.py:gpu_name": "tests/launch/engine/test_hardware.py",
     "launch/exported.py:default_device": GPU,
     "launch/ranks/join.py:start": HERE,
     "launch/run/assemble.py:say_what_to_expect": GPU,

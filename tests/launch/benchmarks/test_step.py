@@ -50,8 +50,7 @@ def test_all_take_part_and_the_figures_are_those_of_their_steps(measured: dict[s
 
 
 def test_on_a_known_gpu_the_plan_stands_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr("launch.engine.hardware.gpu_name", lambda: "NVIDIA H200")
     path = strategy.CONFIG_FOLDER / "ep1_zero2.json"
     settings = strategy.resolve_config(strategy.read_config(path), path, world_size=1, num_experts=8, max_steps=10)
     stage = Namespace(config=MoEGPTConfig.preset("800m"), settings=settings, mode="none")
