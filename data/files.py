@@ -131,6 +131,16 @@ def read_json(path: Path, most: int = SMALL_BYTES, **options: Any) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def lookup(config: dict[str, Any], dotted: str, default: Any = None) -> Any:
+    """`lookup(config, "zero_optimization.stage")`; `default` where a part of the path is missing."""
+    value: Any = config
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
 def finite(value: Any) -> Any:
     """`value` as JSON can hold it, which knows no NaN and no infinity: null stands for them."""
     if isinstance(value, float) and not math.isfinite(value):

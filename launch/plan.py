@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from functools import partial
 
 import launch  # noqa: F401 - first: it names what hides our packages
 from launch.cli import run_command
@@ -16,15 +17,16 @@ from launch.planning.arguments import parse_arguments
 def main() -> int:
     arguments = parse_arguments()
     # After --help and the flags' own mistakes.
-    from launch.planning.answer import answer
-    from launch.planning.past import rest_of, show_rest
-    from launch.planning.show import show
+    if arguments.from_run:
+        from launch.planning.past import rest_of, show_rest
 
-    found = rest_of(arguments) if arguments.from_run else answer(arguments)
-    if arguments.json:
-        text = json.dumps(found, indent=2)
+        found, show_found = rest_of(arguments), show_rest
     else:
-        text = show_rest(found) if arguments.from_run else show(found, with_curve=arguments.curve)
+        from launch.planning.answer import answer
+        from launch.planning.show import show
+
+        found, show_found = answer(arguments), partial(show, with_curve=arguments.curve)
+    text = json.dumps(found, indent=2) if arguments.json else show_found(found)
     with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
         print(text, flush=True)
     return 0

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from data.cli import UserError
+from data.files import lookup
 from launch.benchmarks import counted
 from launch.benchmarks.bars import draw
 from launch.benchmarks.counting import Count, Entry, Ledger
@@ -84,7 +85,7 @@ def job_of(arguments: argparse.Namespace, config: MoEGPTConfig) -> Job:
     given = arguments.deepspeed_config
     path = given or strategy.CONFIG_FOLDER / "ep8_zero2.json"
     settings = strategy.read_config(path)
-    ep = arguments.ep or (strategy.lookup(settings, "expert_parallel.autoep_size", 1) if given else 1)
+    ep = arguments.ep or (lookup(settings, "expert_parallel.autoep_size", 1) if given else 1)
     ranks = arguments.num_gpus or ep
     if ep < 1 or ranks % ep:
         raise UserError(f"--num_gpus {ranks} is no multiple of the {ep} ranks that share the experts")

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from data.cli import UserError
+from data.files import lookup
 from launch.benchmarks.small_runs import SmallRun, check_counts, check_seeds
 from launch.benchmarks.variants import merged
-from launch.engine.strategy import lookup, read_config
+from launch.engine.strategy import read_config
 from model import MoEGPTConfig
 
 RATE = "optimizer.params.lr"

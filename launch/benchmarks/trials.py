@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from data.cli import counted, say
+from data.files import lookup
 from launch.benchmarks.rungs import RATE, Rungs, longest_of, rate_of
 from launch.benchmarks.small_runs import SmallRun
 from launch.benchmarks.variants import merged
-from launch.engine.strategy import lookup
 
 Trials = dict[tuple[int, float, int], SmallRun]  # by width, the rate as the smallest width has it, and samples a step
 

@@ -23,8 +23,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import BaseModel, ValidationError
 
 from data.cli import UserError, sentence
+from data.files import lookup
 from launch.engine.kinds import another_kind, shown
-from launch.engine.strategy import lookup
 from launch.engine.values import check_optimizer_values, check_values
 
 #: Held as a whole by DeepSpeed and handed to a class: checked by that class's signature.

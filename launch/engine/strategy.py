@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import NotFound, UserError
-from data.files import read_json
+from data.files import lookup, read_json
 from launch.engine.kinds import NUMBER, OBJECT, SWITCH, TEXT, WHOLE, is_kind, shown
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -140,16 +140,6 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: the top level must be an object of DeepSpeed settings, not a {type(config).__name__}")
     check_kinds(path, config)
     return config
-
-
-def lookup(config: dict[str, Any], dotted: str, default: Any = None) -> Any:
-    """`lookup(config, "zero_optimization.stage")`; `default` where a part of the path is missing."""
-    value: Any = config
-    for key in dotted.split("."):
-        if not isinstance(value, dict) or key not in value:
-            return default
-        value = value[key]
-    return value
 
 
 def check_kinds(path: Path, config: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.engine.strategy import Strategy, lookup
+from data.files import lookup
+from launch.engine.strategy import Strategy
 from model.accounting import count_parameters
 from model.sizes import ModelSizes
 

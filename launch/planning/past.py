@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+import numpy as np
 
 from data.cli import UserError, counted
 from data.files import read_json
@@ -16,6 +16,8 @@ from launch.planning.expectation import job_of_run
 from launch.planning.memory import GB, plan_memory
 from launch.planning.show import duration, wrapped
 from launch.planning.time import plan_time
+from launch.reporting.columns import Columns
+from launch.reporting.read import Collector
 from model.accounting import count_parameters
 
 #: Logged steps that the speed is the median of: the last ones, without the slow first.
@@ -25,29 +27,33 @@ RECENT = 50
 def rest_of(arguments: PlanArguments) -> dict[str, Any]:
     """What is left of the run, and how long it takes at the speed it has. Raises `UserError` that names the folder."""
     assert arguments.from_run is not None
-    config, rows = read_run(arguments.from_run)
+    config, steps = read(arguments.from_run)
     device = find_device(arguments.gpu) if arguments.gpu else None
     # config.json does not say how the ranks were spread: as many on a node as it has of these cards.
     in_node = min(config["world_size"], device.gpus_per_node) if device else config["world_size"]
-    job = job_of_run(config, ranks_per_node=in_node)
-    speed = median(row["tokens_per_second"] for row in rows[-RECENT:])
+    try:
+        job = job_of_run(config, ranks_per_node=in_node)
+    except ValueError as error:
+        raise UserError(f"--from {arguments.from_run}: config.json: {error}") from None
+    speed = float(np.median(steps.get("tokens_per_second")[-RECENT:]))
     total = arguments.tokens or config["arguments"]["max_steps"] * job.tokens_per_step
-    left = max(0.0, total - rows[-1]["tokens"])
+    done = {"steps": int(steps.steps[-1]), "tokens": int(steps.get("tokens")[-1])}
+    left = max(0.0, total - done["tokens"])
     hours = left / speed / 3600
     count = count_parameters(job.sizes)
     planned = plan_time(job, device) if device else None
-    mfu = next((row["mfu"] for row in reversed(rows) if "mfu" in row), None)  # of GPUs alone
+    mfu = steps.get("mfu")[np.isfinite(steps.get("mfu"))].tolist()[-1:]  # of GPUs alone
     return {
         "run": str(arguments.from_run),
         "parameters": {"total": count.total, "active": count.active, "on_a_rank": job.local_parameters},
         "gpus": job.ranks,
         "sequence_length": job.sequence_length,
-        "done": {"steps": rows[-1]["step"], "tokens": rows[-1]["tokens"]},
+        "done": done,
         "left": {"steps": round(left / job.tokens_per_step), "tokens": left},
         "tokens_per_second": speed,
         "planned_tokens_per_second": planned.tokens_per_second(job) if planned else None,
-        "mfu": mfu,
-        "memory_gb": plan_memory(job, on_gpu=device is not None or mfu is not None).in_gb(),
+        "mfu": mfu[0] if mfu else None,
+        "memory_gb": plan_memory(job, on_gpu=device is not None or bool(mfu)).in_gb(),
         "device_memory_gb": device.memory / GB if device else None,
         "days": hours * 3600 / SECONDS_PER_DAY,
         "gpu_hours": hours * job.ranks,
@@ -57,8 +63,8 @@ def rest_of(arguments: PlanArguments) -> dict[str, Any]:
     }
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Its config.json and the rows of metrics.jsonl that have a speed, at least one."""
+def read(folder: Path) -> tuple[dict[str, Any], Columns]:
+    """Its config.json, and the logged steps that have a speed and a count of tokens, at least one."""
     if not (folder / "config.json").is_file():
         raise UserError(f"--from {folder}: there is no config.json, so no run; name a folder that launch/train.py wrote")
     try:
@@ -68,20 +74,14 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     missing = [key for key in ("model", "deepspeed", "sequence_length", "world_size", "arguments") if key not in config]
     if missing:
         raise UserError(f"--from {folder}: config.json has no {missing[0]!r}; name a folder that launch/train.py wrote")
-    path = folder / "metrics.jsonl"
-    rows = [row for row in map(_row, path.read_text("utf-8").splitlines()) if row] if path.is_file() else []
-    if not rows:
+    collector = Collector()
+    if (folder / "metrics.jsonl").is_file():
+        collector.take(folder / "metrics.jsonl")
+    steps = collector.columns()
+    timed = steps.where((steps.get("tokens_per_second") > 0) & np.isfinite(steps.get("tokens")))
+    if not len(timed):
         raise UserError(f"--from {folder}: metrics.jsonl has no logged step yet; plan with --gpu until it has one")
-    return config, rows
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """A logged step; None for any other line, such as one that a crash cut short."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and row.get("tokens_per_second") else None
+    return config, timed
 
 
 def show_rest(answer: dict[str, Any]) -> str:

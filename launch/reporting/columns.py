@@ -35,6 +35,14 @@ class Columns:
         """The column, or NaN where the run has none of that name."""
         return self.scalars.get(name, np.full(len(self), np.nan))
 
+    def where(self, keep: NDArray[np.bool_]) -> Columns:
+        """The steps of which `keep` `[N]` is true."""
+        return Columns(
+            steps=self.steps[keep],
+            scalars={name: column[keep] for name, column in self.scalars.items()},
+            layers={name: column[keep] for name, column in self.layers.items()},
+        )
+
 
 def to_number(value: Any) -> float:
     """NaN for what is no number. A metric that was not finite may be written as null, as text or as NaN."""

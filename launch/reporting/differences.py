@@ -6,7 +6,7 @@ import json
 from pathlib import PurePath
 from typing import Any
 
-from launch.engine.strategy import lookup
+from data.files import lookup
 from launch.reporting.read import Run
 
 #: Differ between any two runs and explain nothing.

@@ -185,9 +185,4 @@ class Collector:
         if not len(joined):
             return joined
         later = np.minimum.accumulate(joined.steps[::-1])[::-1]
-        keep = np.append(joined.steps[:-1] < later[1:], True)
-        return Columns(
-            steps=joined.steps[keep],
-            scalars={k: v[keep] for k, v in joined.scalars.items()},
-            layers={k: v[keep] for k, v in joined.layers.items()},
-        )
+        return joined.where(np.append(joined.steps[:-1] < later[1:], True))

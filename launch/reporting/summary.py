@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launch.engine.strategy import lookup
+from data.files import lookup
 from launch.reporting.checks import is_finite
 from launch.reporting.columns import Floats
 from launch.reporting.curves import per_layer_columns, training_hours

@@ -15,13 +15,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from data.cli import UserError
+from data.files import lookup
 from launch.engine.strategy import (
     CHECKPOINTING_MODES,
     CONFIG_FOLDER,
     Strategy,
     check_precision,
     default_path,
-    lookup,
     read_config,
     resolve_config,
     schedule_hint,

@@ -209,7 +209,9 @@ def run_folder(tmp_path: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(held))
     tokens = 256 * 2048
-    rows = [{"step": n, "tokens": n * tokens, "tokens_per_second": 200_000.0 if n > 10 else 1.0} for n in range(1, 101)]
+    rows = [
+        {"step": n, "loss": 3.0, "tokens": n * tokens, "tokens_per_second": 200_000.0 if n > 10 else 1.0} for n in range(1, 101)
+    ]
     lines = [json.dumps(row) for row in [*rows, {"step": 100, "val_loss": 3.0}]]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 101, "tok')
     return folder
@@ -232,11 +234,20 @@ def test_the_rest_of_a_run(run_folder: Path) -> None:
     assert done.returncode == 2 and "--num_gpus does not go with --from" in done.stderr
 
 
+def test_a_run_is_read_as_the_report_reads_it(run_folder: Path) -> None:
+    """Steps that were trained again count once, and bytes that are no text spoil their own line alone."""
+    path = run_folder / "metrics.jsonl"
+    again = {"step": 60, "loss": 3.0, "tokens": 60 * 256 * 2048, "tokens_per_second": 300_000.0}
+    path.write_bytes(path.read_bytes() + b"\xff\n" + json.dumps(again).encode() + b"\n")
+    found = answer("--from", run_folder)
+    assert found["done"] == {"steps": 60, "tokens": 60 * 256 * 2048} and found["tokens_per_second"] == 200_000
+
+
 def test_a_run_that_says_its_mfu_is_a_gpus(run_folder: Path) -> None:
     """Its memory is a GPU's, though nobody named the card; a CPU's is less."""
     on_a_cpu = answer("--from", run_folder)["memory_gb"]
     with (run_folder / "metrics.jsonl").open("a") as file:
-        file.write('\n{"step": 102, "tokens": 1, "tokens_per_second": 1.0, "mfu": 0.4}\n')
+        file.write('\n{"step": 102, "loss": 3.0, "tokens": 1, "tokens_per_second": 1.0, "mfu": 0.4}\n')
     assert answer("--from", run_folder)["memory_gb"] == answer(*USUAL)["memory_gb"] != on_a_cpu
 
 
@@ -264,6 +275,12 @@ def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:
     assert "there is no config.json, so no run" in plan("--from", tmp_path / "empty").stderr
     (run_folder / "metrics.jsonl").write_text("")
     assert "metrics.jsonl has no logged step yet" in plan("--from", run_folder).stderr
+    config = json.loads((run_folder / "config.json").read_text())
+    (run_folder / "config.json").write_text(json.dumps({**config, "model": {"hidden_size": "x"}}))
+    with (run_folder / "metrics.jsonl").open("w") as file:
+        file.write('{"step": 1, "loss": 3.0, "tokens": 1, "tokens_per_second": 1.0}\n')
+    done = plan("--from", run_folder)
+    assert done.returncode == 2 and "config.json: hidden_size must be a whole number of at least 1, got 'x'" in done.stderr
     (run_folder / "config.json").write_text("{}")
     done = plan("--from", run_folder)
     assert done.returncode == 2 and "config.json has no 'model'" in done.stderr and len(done.stderr.splitlines()) == 1
