@@ -11,14 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils.generic import maybe_autocast
 
+from . import accounting
 from .operators import ops, usable
 
 IGNORE = -100
-# A chunk's logits take 256 MiB at most: at V = 49,152 1,365 tokens in fp32, and 2,730 in bf16, in which a kernel leaves them.
-# It has no more than 2 H tokens: beyond that, adding its share to the weight's gradient [V, H] costs little beside its logits
-# [C, V], and smaller is better for caches (on a CPU at H = 256, V = 4,096 in bf16, 512 tokens a chunk take half the time of
-# 4,096).
-CHUNK_BYTES = 256 * 2**20
 
 
 def token_loss(
@@ -78,7 +74,7 @@ class FusedLoss(torch.autograd.Function):
         dx_TH = torch.empty_like(x_TH) if with_grad else None
         dhead_VH = torch.zeros(head_VH.shape, dtype=scale.dtype, device=x_TH.device) if with_grad else None
         logit = x_TH.element_size() if usable(x_TH) else scale.element_size()
-        rows = max(1, min(2 * head_VH.shape[1], CHUNK_BYTES // (logit * head_VH.shape[0])))
+        rows = accounting.chunk_rows(head_VH.shape[0], head_VH.shape[1], logit)
         for start in range(0, x_TH.shape[0], rows):
             chunk = slice(start, start + rows)
             loss, dlogits_CV = chunk_loss(x_TH[chunk], head_VH, targets_T[chunk], weight, z_weight, with_grad)

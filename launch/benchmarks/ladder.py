@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from data.cli import UserError
+from data.words import short
 from launch.benchmarks import small_runs
 from launch.benchmarks.checks import check_runs
-from launch.benchmarks.lines import Curve, draw, short
+from launch.benchmarks.lines import Curve, draw
 from launch.benchmarks.rungs import check, family_facts, held_out_width, plan_runs, with_seeds
 from launch.benchmarks.same_run import claimed
 from launch.benchmarks.scaling_law import Point, bootstrap, fit

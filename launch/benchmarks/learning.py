@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from data.cli import UserError, counted, say
+from data.words import short
 from launch.benchmarks import small_runs
 from launch.benchmarks.checks import check_runs
-from launch.benchmarks.lines import Curve, draw, short
+from launch.benchmarks.lines import Curve, draw
 from launch.benchmarks.same_run import claimed
 from launch.benchmarks.shards import Shards, epochs
 from launch.benchmarks.small_runs import SmallRun, train_in_turns

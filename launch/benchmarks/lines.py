@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.words import short
 from launch.benchmarks import svg
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 330, 56, 20, 44, 46
@@ -103,10 +104,3 @@ def _curve(curve: Curve, axes: Axes, number: int) -> list[str]:
         f'<polyline points="{axes.path(means)}" fill="none" stroke="{color}" stroke-width="2"/>',
         *(f'<circle cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="2.5" {svg.paint(number)}/>' for x, y in means),
     ]
-
-
-def short(value: float) -> str:
-    """`410k`, `1.64M`, `8.3T`: three digits at most, and what a thousand of them is called."""
-    value = float(f"{value:.3g}")  # 999,999 is a million
-    power = min(6, max(0, int(math.log10(value) // 3)))
-    return f"{value / 1000**power:.3g}{('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"

@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.planning.job import Job
+from model import accounting
 
 FP32 = 4
 INDEX = 8  # bytes of an int64
-#: Bytes of a chunk's logits, and its most tokens a hidden unit: `model/loss.py`.
-CHUNK_BYTES, CHUNK_ROWS_PER_HIDDEN = 256 * 2**20, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +129,7 @@ def loss_bytes(job: Job, kernels: bool) -> float:
 def chunk_rows(job: Job, kernels: bool = True) -> int:
     """Tokens of one pass through the head."""
     logit = job.weight_bytes if kernels else FP32
-    limit = min(CHUNK_ROWS_PER_HIDDEN * job.sizes.hidden_size, CHUNK_BYTES // (logit * job.sizes.vocab_size))
-    return max(1, min(limit, job.tokens))
+    return min(accounting.chunk_rows(job.sizes.vocab_size, job.sizes.hidden_size, logit), job.tokens)
 
 
 def working_block(job: Job, kernels: bool, load: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from data.cli import UserError
 from data.files import replace_file
+from data.words import SECONDS_PER_DAY
 from launch.engine import strategy
 from launch.planning.arguments import PlanArguments
 from launch.planning.devices import Device, find_device
@@ -20,7 +21,6 @@ from launch.planning.time import USUAL_LOAD
 from model.accounting import count_parameters, training_flops_per_token
 from model.sizes import ModelSizes, load_sizes
 
-SECONDS_PER_DAY = 86_400
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -162,15 +162,21 @@ def to_fit(found: Candidate) -> dict[str, list[object]]:
 
 def budget(found: Candidate, tokens: float | None, price: float | None) -> dict[str, Any]:
     """Steps, days, energy and cost of a budget of tokens; null where the budget or the price is not given."""
-    gpus = found.job.ranks
     seconds = None if tokens is None else tokens / found.tokens_per_second
-    gpu_hours = None if seconds is None else gpus * seconds / 3600
     return {
         "tokens": tokens,
         "steps": None if tokens is None else round(tokens / found.job.tokens_per_step),
+        **expense(found.job.ranks, seconds, found.device, price),
+    }
+
+
+def expense(gpus: int, seconds: float | None, device: Device | None, price: float | None) -> dict[str, Any]:
+    """Days, GPU hours, energy and cost of so many seconds; null where what they are made of is not known."""
+    gpu_hours = None if seconds is None else gpus * seconds / 3600
+    return {
         "days": None if seconds is None else seconds / SECONDS_PER_DAY,
         "gpu_hours": gpu_hours,
-        "energy_kwh": None if gpu_hours is None else gpu_hours * found.device.watts / 1000,
+        "energy_kwh": None if gpu_hours is None or device is None else gpu_hours * device.watts / 1000,
         "price_per_gpu_hour": price,
         "cost": None if gpu_hours is None or price is None else gpu_hours * price,
     }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from data.words import duration
 from launch.planning.devices import device_of
 from launch.planning.job import Job, job_from
 from launch.planning.memory import GB, plan_memory
-from launch.planning.show import duration
 from launch.planning.time import plan_time
 from model.sizes import ModelSizes
 
@@ -38,9 +38,9 @@ def duration_line(job: Job, device_name: str | None, steps: int, save_interval: 
     if device is None or steps < 1:
         return None
     time = plan_time(job, device)
-    days = time.total / 86_400
+    whole, between = duration(steps * time.total), duration(save_interval * time.total)
     return (
-        f"{steps:,} steps should take about {duration(steps * days)}, a checkpoint every {duration(save_interval * days)} "
+        f"{steps:,} steps should take about {whole}, a checkpoint every {between} "
         f"(--save_interval {save_interval}): {time.tokens_per_second(job):,.0f} tokens/s, "
         f"MFU {time.mfu(job, device):.0%} by the plan for {device.name}; launch/plan.py says what it rests on"
     )

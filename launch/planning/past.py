@@ -9,12 +9,13 @@ import numpy as np
 
 from data.cli import UserError, counted
 from data.files import read_json
-from launch.planning.answer import SECONDS_PER_DAY
+from data.words import SECONDS_PER_DAY, duration
+from launch.planning.answer import expense
 from launch.planning.arguments import PlanArguments
 from launch.planning.devices import find_device
 from launch.planning.expectation import job_of_run
 from launch.planning.memory import GB, plan_memory
-from launch.planning.show import duration, wrapped
+from launch.planning.show import wrapped
 from launch.planning.time import plan_time
 from launch.reporting.columns import Columns
 from launch.reporting.read import Collector
@@ -39,7 +40,6 @@ def rest_of(arguments: PlanArguments) -> dict[str, Any]:
     total = arguments.tokens or config["arguments"]["max_steps"] * job.tokens_per_step
     done = {"steps": int(steps.steps[-1]), "tokens": int(steps.get("tokens")[-1])}
     left = max(0.0, total - done["tokens"])
-    hours = left / speed / 3600
     count = count_parameters(job.sizes)
     planned = plan_time(job, device) if device else None
     mfu = steps.get("mfu")[np.isfinite(steps.get("mfu"))].tolist()[-1:]  # of GPUs alone
@@ -55,11 +55,7 @@ def rest_of(arguments: PlanArguments) -> dict[str, Any]:
         "mfu": mfu[0] if mfu else None,
         "memory_gb": plan_memory(job, on_gpu=device is not None or bool(mfu)).in_gb(),
         "device_memory_gb": device.memory / GB if device else None,
-        "days": hours * 3600 / SECONDS_PER_DAY,
-        "gpu_hours": hours * job.ranks,
-        "energy_kwh": hours * job.ranks * device.watts / 1000 if device else None,
-        "price_per_gpu_hour": arguments.price,
-        "cost": None if arguments.price is None else hours * job.ranks * arguments.price,
+        **expense(job.ranks, left / speed, device, arguments.price),
     }
 
 
@@ -106,6 +102,6 @@ def _left(answer: dict[str, Any]) -> str:
         return "nothing is left, the run is through; --tokens plans beyond its end"
     cost = "" if answer["cost"] is None else f", cost {answer['cost']:,.0f}"
     return (
-        f"left: {left['tokens']:,.0f} tokens, {left['steps']:,} steps, {duration(answer['days'])}, "
+        f"left: {left['tokens']:,.0f} tokens, {left['steps']:,} steps, {duration(answer['days'] * SECONDS_PER_DAY)}, "
         f"{answer['gpu_hours']:,.1f} GPU hours{cost}"
     )

@@ -7,8 +7,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from data.words import SECONDS_PER_DAY, duration
 from launch.engine.kinds import shown
 from launch.planning.ladder import in_words
+from launch.planning.time import WAITS
 
 #: The parts of a rank's memory, in the order in which they are shown, and what each is.
 PARTS = {
@@ -24,16 +26,6 @@ PARTS = {
     "step": "optimizer's step",
     "not_at_once": "never at the same time",
     "runtime": "context, NCCL, allocator",
-}
-LIMITS = {
-    "matrix": "matrix products",
-    "attention": "attention",
-    "memory": "memory traffic",
-    "recompute": "recomputation",
-    "optimizer": "gradients and optimizer",
-    "imbalance": "uneven experts",
-    "communication": "communication",
-    "host": "the host",
 }
 
 
@@ -89,13 +81,13 @@ def _memory(answer: dict[str, Any]) -> str:
 
 
 def _time(answer: dict[str, Any]) -> str:
-    limits = ", ".join(f"{LIMITS[name]} {share:.0%}" for name, share in answer["limits"].items() if share >= 0.01)
+    limits = ", ".join(f"{WAITS[name]} {share:.0%}" for name, share in answer["limits"].items() if share >= 0.01)
     lines = [
         f"{answer['seconds_per_step']:.3g} s a step, {answer['tokens_per_second']:,.0f} tokens/s, MFU {answer['mfu']:.1%}",
         f"it waits for: {limits}",
     ]
     if answer["days"] is not None:
-        line = f"{answer['tokens']:.4g} tokens: {answer['steps']:,} steps, {duration(answer['days'])}, "
+        line = f"{answer['tokens']:.4g} tokens: {answer['steps']:,} steps, {duration(answer['days'] * SECONDS_PER_DAY)}, "
         line += f"{answer['gpu_hours']:,.0f} GPU hours, {answer['energy_kwh']:,.0f} kWh"
         lines.append(line + (f", cost {answer['cost']:,.0f}" if answer["cost"] is not None else ""))
         lines.append(f"train so long with --max_steps {answer['steps']}")
@@ -176,14 +168,6 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 def _is_number(text: str) -> bool:
     return text.replace(",", "").replace(".", "").replace("%", "").isdigit()
-
-
-def duration(days: float) -> str:
-    """In the unit that a person would use."""
-    if days >= 2:
-        return f"{days:,.1f} days"
-    hours = days * 24
-    return f"{hours:.1f} hours" if hours >= 2 else f"{hours * 60:.0f} minutes"
 
 
 def _count(parameters: float) -> str:

@@ -31,8 +31,17 @@ PCIE_SPEED, HOST_MEMORY_SPEED = 20e9, 20e9
 #: optimizer step of its shard (AdamW 28, norm 20 by way of fp64, clipping 8, cast 6, whether finite 8, zeroing 4).
 HELD_BYTES, SHARD_BYTES, STEP_BYTES = 12, 14, 74
 
-#: The parts of a `StepTime` that add up to the step.
-WAITS = ("matrix", "attention", "memory", "recompute", "optimizer", "imbalance", "communication", "host")
+#: The parts of a `StepTime` that add up to the step, and what each is called.
+WAITS = {
+    "matrix": "matrix products",
+    "attention": "attention",
+    "memory": "memory traffic",
+    "recompute": "recomputation",
+    "optimizer": "gradients and optimizer",
+    "imbalance": "uneven experts",
+    "communication": "communication",
+    "host": "the host",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.files import lookup
+from data.words import duration
 from launch.reporting.checks import is_finite
 from launch.reporting.columns import Floats
 from launch.reporting.curves import per_layer_columns, training_hours
@@ -35,17 +36,6 @@ def brief(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits + 1}g}"
 
 
-def duration(hours: float) -> str:
-    """`43 s`, `12 min`, `3.4 h`, `5.2 days`"""
-    if not math.isfinite(hours):
-        return "–"
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s"
-    if hours < 1:
-        return f"{hours * 60:.0f} min"
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
-
-
 def planned_steps(run: Run) -> int:
     """0 where the run has no configuration."""
     steps, stop = lookup(run.config, "arguments.max_steps"), lookup(run.config, "arguments.stop_after")
@@ -67,7 +57,7 @@ def state_of(run: Run) -> tuple[str, str]:
     if _is_through(run):
         return "good", "finished"
     if (quiet := _quiet_seconds(run)) > QUIET_SECONDS:
-        return "bad", f"not running: nothing new for {duration(quiet / 3600)}"
+        return "bad", f"not running: nothing new for {duration(quiet)}"
     return "note", "running"
 
 
@@ -107,7 +97,7 @@ def figures_of(run: Run) -> list[Figure]:
             label="Best validation", value=brief(best, 4), sub=f"at step {at:,}" if math.isfinite(best) else "no evaluation yet"
         ),
         Figure(label="Bits per byte", value=brief(bits, 4), sub="at the same step"),
-        Figure(label="Tokens", value=brief(tokens), sub=f"{duration(float(hours[-1]))} of steps" if len(hours) else ""),
+        Figure(label="Tokens", value=brief(tokens), sub=f"{duration(3600 * float(hours[-1]))} of steps" if len(hours) else ""),
         Figure(label="Tokens/s", value=brief(speed), sub=f"MFU {mfu:.1%}" if math.isfinite(mfu) else "GPU unknown"),
         _imbalance(run),
         Figure(label="Time left", value=_time_left(run, planned, tokens, speed), sub="at this speed"),
@@ -127,4 +117,4 @@ def _imbalance(run: Run) -> Figure:
 def _time_left(run: Run, planned: int, tokens: float, speed: float) -> str:
     if not planned or not run.last_step or not math.isfinite(tokens / (speed or math.nan)):
         return "–"
-    return "none" if run.last_step >= planned else duration(tokens / run.last_step * (planned - run.last_step) / speed / 3600)
+    return "none" if run.last_step >= planned else duration(tokens / run.last_step * (planned - run.last_step) / speed)

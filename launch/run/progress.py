@@ -34,14 +34,6 @@ def coloured(line: str) -> str:
     return f"\033[1m{done}\033[0m{space}{rest}"
 
 
-def short(number: float) -> str:
-    """Three digits and a unit: 316k."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
 def gigabytes(size: float) -> str:
     """28GB, 1.2GB."""
     return f"{size / 1e9:.0f}GB" if size >= 9.95e9 else f"{size / 1e9:.1f}GB"

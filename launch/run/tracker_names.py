@@ -10,6 +10,8 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
+
 SPEED = frozenset({"tokens_per_second", "mfu", "memory_gb", "data_seconds", "step_seconds", "save_seconds"})
 PROGRESS = frozenset({"samples", "tokens"})
 #: Are told otherwise: the step is the axis, and what is text or a table is no curve.
@@ -24,14 +26,6 @@ def group_of(name: str) -> str:
     return "progress" if name in PROGRESS else "train"
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Between the two nearest in proportion, as numpy has it."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (place - low)
-
-
 def over_layers(name: str, values: list[float], *, detailed: bool) -> dict[str, float]:
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
@@ -40,7 +34,7 @@ def over_layers(name: str, values: list[float], *, detailed: bool) -> dict[str, 
         f"router/{name}/min": min(numbers),
         f"router/{name}/mean": statistics.fmean(numbers),
         f"router/{name}/median": statistics.median(numbers),
-        f"router/{name}/p90": percentile(numbers, 0.9),
+        f"router/{name}/p90": float(np.quantile(numbers, 0.9)),
         f"router/{name}/max": max(numbers),
     }
     if detailed:

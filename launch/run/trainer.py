@@ -20,6 +20,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from data.cli import UserError
 from data.dataset import PackedDataset
+from data.words import short
 from launch.checkpoint.state import TrainingState
 from launch.cli import AgreedError
 from launch.engine.step_hook import StepHook
@@ -31,7 +32,7 @@ from launch.run.health import Health, memory_bytes
 from launch.run.judging import Judging
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
-from launch.run.progress import gigabytes, short
+from launch.run.progress import gigabytes
 from launch.run.saving import Saving
 from launch.run.spikes import SpikeDetector
 from launch.run.stop import StopRequest

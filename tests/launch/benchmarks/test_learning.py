@@ -19,7 +19,7 @@ from transformers import Glm4MoeForCausalLM
 from data.cli import UserError, drain
 from data.files import finite
 from launch.benchmarks import learning, small_runs
-from launch.benchmarks.lines import Curve, draw, short
+from launch.benchmarks.lines import Curve, draw
 from launch.benchmarks.shards import Shards
 from launch.benchmarks.variants import built_in, chosen_variants, merged, read_variants
 from launch.engine.keys import check_keys
@@ -274,14 +274,6 @@ def test_a_chart_of_every_variant_tells_them_apart_and_keeps_long_names_within(t
     shown = [node for node in nodes if node.tag.endswith("text")][-2:]
     assert [node[0].text for node in shown] == names[-2:]
     assert [node[0].tail for node in shown] == [f"{'x' * 19}…{'x' * 17}<{number}>" for number in (1, 2)]
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(0.5, "0.5"), (999.4, "999"), (999_999, "1M"), (1.638e6, "1.64M"), (8.3e12, "8.3T"), (1e15, "1P"), (2e18, "2E")],
-)
-def test_three_digits_and_a_unit(value: float, shown: str) -> None:
-    assert short(value) == shown
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from launch.run.progress import coloured, count, interval, progress_line, short
+from launch.run.progress import coloured, count, interval, progress_line
 
 VALUES = {
     "loss": "loss 4.123",
@@ -46,11 +46,6 @@ def test_what_matters_stays(width: int) -> None:
 )
 def test_intervals(seconds: float, said: str) -> None:
     assert interval(seconds) == said
-
-
-@pytest.mark.parametrize(("number", "said"), [(7.0, "7"), (999.6, "1k"), (316_025, "316k"), (1_234_567, "1.23M"), (2.5e9, "2.5G")])
-def test_short_numbers(number: float, said: str) -> None:
-    assert short(number) == said
 
 
 def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,27 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+import math
+
+from data.cli import counted
+
+SECONDS_PER_DAY = 86_400
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would use: `43 seconds`, `39 minutes`, `9.8 hours`, `5.2 days`; a dash where there is none."""
+    if not math.isfinite(seconds):
+        return "–"
+    for unit, size, digits in (("days", SECONDS_PER_DAY, 1), ("hours", 3600, 1), ("minutes", 60, 0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.{digits}f} {unit}"
+    return counted(round(seconds), "second")
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: `316k`, `1.64M`, `8.3T`."""
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

@@ -1,0 +1,33 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from data.words import duration, short
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "0 seconds"),
+        (1, "1 second"),
+        (90, "90 seconds"),
+        (2360, "39 minutes"),
+        (35_280, "9.8 hours"),
+        (449_280, "5.2 days"),
+        (math.nan, "–"),
+    ],
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0.5, "0.5"), (7.0, "7"), (999.4, "999"), (999.6, "1k"), (316_025, "316k"), (999_999, "1M"), (8.3e12, "8.3T"), (2e18, "2E")],
+)
+def test_short_numbers(number: float, said: str) -> None:
+    assert short(number) == said
