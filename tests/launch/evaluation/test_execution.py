@@ -167,16 +167,18 @@ VALUES = [
     "None, True, 3, -(10**30), 1.5, float('inf'), -0.0, 'text \\ud800 \\x00', b'\\xff', 2j",
     "[1, [2, (3, {4: {'five'}})]], frozenset({1}), range(3), {(1, 2): [3]}, bytearray(b'x'), int, ()",
     "__import__('fractions').Fraction(1, 3), __import__('decimal').Decimal('0.1')",
+    "deque([1, (2,)], 3), Counter('aab'), {2: [], 1: 0}.keys(), {2: 'b', 1: [0]}.items()",
+    "datetime(2020, 1, 2, 3, tzinfo=timezone.utc), date(2020, 1, 2), time(1, 2), timedelta(-1, 2, 3)",
 ]
 
 
 @pytest.mark.parametrize("values", VALUES)
 def test_values_cross_as_they_are(isolation: Isolation, values: str) -> None:
-    test = (
-        f"values = [{values}]\nfor one, given in zip(values, same(values)):\n    assert one == given and type(one) is type(given)\n"
-    )
+    names = "from collections import Counter, deque\nfrom datetime import date, datetime, time, timedelta, timezone\n"
+    test = f"{names}values = [{values}]\nfor one, given in zip(values, same(values)):\n"
+    test += "    assert one == given and type(one) is type(given)\n"
     test += f"    assert repr(one) == repr(given)\nassert made() == ({values},)\n"
-    program = f"def same(x): return x\ndef made(): return ({values},)\n"
+    program = f"{names}def same(x): return x\ndef made(): return ({values},)\n"
     assert judged(isolation, program, test, "same").result == "passed"
 
 
@@ -217,6 +219,73 @@ else:
     raise AssertionError
 """
     assert judged(isolation, program, test, "first").result == "passed"
+
+
+# Each a right solution that a test of plain Python passes, and whose test failed here.
+PROTOCOLS = {
+    "an argument by name": ("def f(items): items.append(2)", "items = [1]\nf(items=items)\nassert items == [1, 2]"),
+    "what lies in an argument": (
+        "def f(x): x[0].append(1); x[1]['new'].add(2); x.append(x[0]); x[2] = (x[0], 3)",
+        "a, b = [], {'new': set()}\nx = [a, b, None]\nf(x)\nassert x == [[1], {'new': {2}}, ([1], 3), [1]]\n"
+        "assert x[0] is a is x[3] is x[2][0] and x[1] is b",
+    ),
+    "what lies in a tuple": ("def f(x): x[0][1].append(1)", "a = deque()\nf(((0, a),))\nassert a == deque([1])"),
+    "inner lists that change places": (
+        "def f(x): x.sort()",
+        "a, b = [2], [1]\nx = [a, b]\nf(x)\nassert x[0] is b and x[1] is a == [2]",
+    ),
+    "a change before an error": (
+        "def f(x): x.append(1); raise ValueError",
+        "x = []\ntry: f(x)\nexcept ValueError: pass\nassert x == [1]",
+    ),
+    "an error of its own class": (
+        "class E(ValueError): pass\ndef f(): raise E('no', 3)",
+        "try: f()\nexcept ValueError as error: assert error.args == ('no', 3) and type(error).__name__ == 'E'",
+    ),
+    "an error that says something else": (
+        "class E(ValueError):\n    def __str__(self): return 'said'\ndef f(): raise E(3)",
+        "try: f()\nexcept ValueError as error: assert str(error) == 'said'",
+    ),
+    "arguments of an error": ("def f(): return {}['k']", "try: f()\nexcept KeyError as error: assert error.args == ('k',)"),
+    "values of a dict": ("def f(): return {1: 2, 3: 2}.values()", "assert list(f()) == list(f()) == [2, 2] and len(f()) == 2"),
+    "keys in their order": ("def f(): return {9: 0, 1: 0, 5: 0}.keys()", "assert list(f()) == [9, 1, 5] and f() == {1, 5, 9}"),
+    "what is not counted": ("from collections import Counter\ndef f(x): return Counter(x)", "assert f('aab')['z'] == 0"),
+    "operators of its own class": (
+        "class f:\n    def __init__(self, *items): self.items = items\n    def __len__(self): return len(self.items)\n"
+        "    def __getitem__(self, n): return self.items[n]\n    def __eq__(self, other): return self.items == other.items\n",
+        "assert f(1, 2) == f(1, 2) != f(1) and len(f(1)) == 1 and f(7)[0] == 7 and list(f(7, 8)) == [7, 8] and 8 in f(7, 8)\n"
+        "assert f(1) and not f() and f(1) is not None",
+    ),
+    "a node without a length": ("class f: pass", "node = f()\nassert node and node == node"),
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_protocols_cross(isolation: Isolation, name: str) -> None:
+    program, test = PROTOCOLS[name]
+    test = "from collections import deque\n" + test
+    exec(compile(f"{program}\n{test}", name, "exec", dont_inherit=True), {})  # by itself it passes
+    assert judged(isolation, program, test, "f").result == "passed"
+
+
+def test_operators_decide_nothing(isolation: Isolation) -> None:
+    """An object that says yes to all is neither equal to a value nor holds one; what it raises has no more power than its kind."""
+    yes = "class Yes:\n    def __eq__(self, other): return True\n    def __contains__(self, item): return True\n"
+    yes += "    def __len__(self): return self\n    def __iter__(self): yield self\n    def __getitem__(self, n): return self\n"
+    for test in (
+        "f() == 1",
+        "1 == f()",
+        "1 in f()",
+        "f() in [1]",
+        "f()[0] == 1",
+        "len(f()) == 1",
+        "[1] == list(f())",
+        "f() == [f()]",
+    ):
+        exec(f"{yes}def f(): return Yes()\nassert {test.replace('len(f())', 'f()')}", {})  # it fools who runs both in one process
+        assert not judged(isolation, f"{yes}def f(): return Yes()\n", f"assert {test}", "f").passed, test
+    leaves = "class Leaves(SystemExit): pass\ndef f(): raise Leaves(0)\n"
+    assert judged(isolation, leaves, "assert f() == 1", "f").result == "failed: CandidateError: Leaves: 0"
 
 
 def test_annotations_are_python_s_own(isolation: Isolation) -> None:

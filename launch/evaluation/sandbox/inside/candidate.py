@@ -5,13 +5,23 @@ This process knows no test and gives no verdict. All it can send is return value
 
 from __future__ import annotations
 
-import itertools
+import operator
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 from launch.evaluation.sandbox.inside.channel import Channel, leave_standard_streams
-from launch.evaluation.sandbox.inside.values import decode, encode
+from launch.evaluation.sandbox.inside.values import containers, decode, encode, is_python_type
+
+OPERATORS: dict[str, Callable[..., Any]] = {"len": len, "bool": bool, "iter": iter, "getitem": operator.getitem, "eq": operator.eq}
+
+
+class Given:
+    """In the place of a container that an argument holds, where what another holds now is told."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class Candidate:
@@ -21,12 +31,13 @@ class Candidate:
         self.channel = channel
         self.module = types.ModuleType("solution")
         self.objects: dict[int, Any] = {}
-        self.numbers = itertools.count()
 
     def keep(self, value: Any) -> int:
-        number = next(self.numbers)
-        self.objects[number] = value
-        return number
+        """A number below 0 for what the judge has itself."""
+        if isinstance(value, Given):
+            return -1 - value.number
+        self.objects[id(value)] = value  # and so its id stays its own
+        return id(value)
 
     def find(self, reference: str | int) -> Any:
         if isinstance(reference, int):
@@ -40,22 +51,44 @@ class Candidate:
         exec(compile(program, "<solution>", "exec", dont_inherit=True), self.module.__dict__)  # not our own `annotations`
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The value of one call, and what it did to its arguments if it changed any; or an attribute, which may be set first."""
+        """The value of one call or operator, or what it raised, and what it did to its arguments; or an attribute, which may be
+        set first."""
         if "attribute" in request:
             owner, name = self.find(request["of"]), request["attribute"]
             if "set" in request:
                 setattr(owner, name, decode(request["set"], self.find))
             return {"value": encode(getattr(owner, name), self.keep)}
-        function = self.find(request["call"])
-        arguments = [decode(value, self.find) for value in request["arguments"]]
+        function = OPERATORS[request["operator"]] if "operator" in request else self.find(request["call"])
+        arguments = decode(request["arguments"], self.find)
         keywords = {name: decode(value, self.find) for name, value in request["keywords"].items()}
-        reply = {"value": encode(function(*arguments, **keywords), self.keep)}
-        after = [encode(value, self.keep) for value in arguments]
-        return reply if after == request["arguments"] else {**reply, "arguments": after}
+        held = list(containers([arguments, keywords]))
+        before = self.contents(held)
+        try:
+            reply = {"value": encode(function(*arguments, **keywords), self.keep)}
+        except BaseException as error:
+            reply = self.raised(error)
+        changed = [[n, now] for n, (was, now) in enumerate(zip(before, self.contents(held), strict=True)) if was != now]
+        return {**reply, "changed": changed} if changed else reply
 
+    def contents(self, held: list[Any]) -> list[Any]:
+        """Of each container, in JSON's form; a container of the arguments in it is named, so that it stays the same one."""
+        numbers = {id(one): number for number, one in enumerate(held)}
 
-def raised(error: BaseException) -> dict[str, Any]:
-    return {"raised": type(error).__name__, "message": str(error)[:1000]}
+        def named(item: Any) -> Any:
+            if id(item) in numbers:
+                return Given(numbers[id(item)])
+            return tuple(map(named, item)) if type(item) is tuple else item
+
+        return [encode([named(item) for item in (one.items() if isinstance(one, dict) else one)], self.keep) for one in held]
+
+    def raised(self, error: BaseException) -> dict[str, Any]:
+        """kind: the nearest class of Python's own, which a test can expect."""
+        kind = next(kind.__name__ for kind in type(error).__mro__ if is_python_type(kind))
+        try:
+            arguments = encode(list(error.args), self.keep)
+        except Exception:  # what has no end, above all
+            arguments = None
+        return {"raised": type(error).__name__, "kind": kind, "message": str(error)[:1000], "arguments": arguments}
 
 
 def main(channel: Channel) -> None:
@@ -66,7 +99,7 @@ def main(channel: Channel) -> None:
         candidate.load(program)
         channel.send({"ready": True})
     except BaseException as error:
-        channel.send(raised(error))
+        channel.send(candidate.raised(error))
         return
     while True:
         try:
@@ -76,4 +109,4 @@ def main(channel: Channel) -> None:
         try:
             channel.send(candidate.answer(request))
         except BaseException as error:
-            channel.send(raised(error))
+            channel.send(candidate.raised(error))

@@ -2,6 +2,9 @@
 
 The tests' text, this process and its standard output are out of the candidate's reach: it runs in a sandbox of its own, and
 between the two go plain values only.
+
+Right programs fail whose tests hand them a function of their own, expect an argument itself back (`f(x) is x`) or one list at two
+places of it, read a generator without end, compare a module's constant, use `in` on what cannot be iterated, or expect SystemExit.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ import importlib
 import json
 import os
 import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from launch.evaluation.sandbox.inside.channel import Channel, leave_standard_streams
-from launch.evaluation.sandbox.inside.values import decode, encode
+from launch.evaluation.sandbox.inside.values import containers, decode, encode
 
 
 class CandidateError(Exception):
@@ -23,8 +30,12 @@ class CandidateError(Exception):
 
 
 class Remote:
-    """A function or an object of the candidate: it can be called and handed back, and has its attributes (MBPP's tests build trees
-    by `root.left = Node(2)`). Equal to itself only."""
+    """A function or an object of the candidate: it can be called and handed back, has its attributes (MBPP's tests build trees by
+    `root.left = Node(2)`), its length, truth, items and what iterating it gives.
+
+    Equal to objects of the candidate that its class says it equals, and to nothing of the tests' own: it would equal what is asked.
+    For the same reason `in` goes by its items.
+    """
 
     channel: Channel
     reference: str | int
@@ -36,30 +47,53 @@ class Remote:
         """Python asks for what this object does not have by itself; its own protocols are not the candidate's."""
         if name.startswith("__"):
             raise AttributeError(name)
-        return decode(self.ask({"of": self.reference, "attribute": name})["value"], self.sibling)
+        return self.ask({"of": self.reference, "attribute": name})
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.ask({"of": self.reference, "attribute": name, "set": encode(value, reference_of)})
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The candidate's reply. Raises what it raised."""
+    def ask(self, request: dict[str, Any], given: Sequence[Any] = ()) -> Any:
+        """The value that the candidate answers with. Raises what it raised. given: the containers among what it is handed."""
+
+        def find(reference: str | int) -> Any:
+            return given[-1 - reference] if isinstance(reference, int) and reference < 0 else self.sibling(reference)
+
         self.channel.send(request)
         reply: dict[str, Any] = self.channel.receive()
+        for number, content in reply.get("changed", ()):
+            change(given[number], decode(content, find))
         if "raised" in reply:
-            raise exception_of(reply)
-        return reply
+            raise exception_of(reply, self.sibling)
+        return decode(reply["value"], find)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        reply = self.ask(
-            {
-                "call": self.reference,
-                "arguments": [encode(value, reference_of) for value in arguments],
-                "keywords": {name: encode(value, reference_of) for name, value in keywords.items()},
-            }
-        )
-        for given, changed in zip(arguments, reply.get("arguments", ()), strict=False):
-            change(given, decode(changed, self.sibling))
-        return decode(reply["value"], self.sibling)
+        return self.apply({"call": self.reference}, arguments, keywords)
+
+    def apply(self, what: dict[str, Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        given = list(containers([list(arguments), keywords]))
+        handed = {name: encode(value, reference_of) for name, value in keywords.items()}
+        return self.ask({**what, "arguments": [encode(value, reference_of) for value in arguments], "keywords": handed}, given)
+
+    def operator(self, name: str, *others: Any) -> Any:
+        return self.apply({"operator": name}, (self, *others), {})
+
+    def __len__(self) -> Any:
+        return self.operator("len")
+
+    def __bool__(self) -> Any:
+        return self.operator("bool")
+
+    def __iter__(self) -> Any:
+        return self.operator("iter")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.operator("getitem", key)
+
+    def __eq__(self, other: object) -> Any:
+        return self.operator("eq", other) if isinstance(other, Remote) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.reference)
 
     def sibling(self, reference: str | int) -> Remote:
         return Remote(self.channel, reference)
@@ -71,24 +105,33 @@ def reference_of(value: Any) -> str | int:
     raise TypeError(f"the tests hand the candidate a {type(value).__name__}, which cannot be sent")
 
 
-def exception_of(reply: dict[str, Any]) -> Exception:
-    kind = getattr(builtins, str(reply["raised"]), None)
-    message = str(reply.get("message", ""))
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
-            return kind(message)
-        except TypeError:  # a few, such as UnicodeDecodeError, want more than a message
-            pass
-    return CandidateError(f"{reply['raised']}: {message}")
+def exception_of(reply: dict[str, Any], find: Callable[[str | int], Any]) -> Exception:
+    """Of the candidate's class by name, and of the nearest of Python's by kind, with its arguments."""
+    name, message = str(reply["raised"]), str(reply.get("message", ""))
+    kind = getattr(builtins, str(reply.get("kind")), None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        return CandidateError(f"{name}: {message}")
+    if name != kind.__name__:
+        kind = type(name, (kind,), {})
+    made: Exception = CandidateError(f"{name}: {message}")
+    for arguments in (reply.get("arguments"), [message]):
+        with suppress(TypeError, ValueError):  # a few, such as UnicodeDecodeError, want more than a message
+            made = kind(*decode(arguments, find))
+            if str(made) == message:
+                break
+    return made
 
 
-def change(given: Any, after: Any) -> None:
-    """An argument that the candidate changed in place is changed here too."""
-    if isinstance(given, (list, bytearray)) and type(given) is type(after):
-        given[:] = after
-    elif isinstance(given, (dict, set)) and type(given) is type(after):
+def change(given: Any, content: list[Any]) -> None:
+    """An argument that the candidate changed in place, or what lies in one, is changed here too."""
+    if isinstance(given, (list, bytearray)):
+        given[:] = content
+    elif isinstance(given, deque):
         given.clear()
-        given.update(after)
+        given.extend(content)
+    elif isinstance(given, (dict, set)):
+        given.clear()
+        given.update(content)
 
 
 def unknown_names(source: str, known: dict[str, Any]) -> set[str]:
@@ -115,7 +158,7 @@ def run_tests(job: dict[str, Any], channel: Channel) -> None:
     """Returns if they pass, raises if they do not."""
     first = channel.receive()
     if "raised" in first:
-        raise exception_of(first)
+        raise exception_of(first, partial(Remote, channel))
     namespace: dict[str, Any] = {"__name__": "tests"}
     missing = unknown_names(job["test"], namespace)
     if job["reference"] and missing - {job["entry_point"]}:

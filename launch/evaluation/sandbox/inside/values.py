@@ -8,7 +8,9 @@ and crosses as a reference, by which it can be handed back.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections import Counter, deque
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Set, ValuesView
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -61,6 +63,11 @@ def first_items(iterator: Iterator[Any]) -> list[Any]:
 
 TAGGED: list[tuple[type, str, Callable[[Any], Any]]] = [
     (tuple, "tuple", list),
+    (deque, "deque", lambda value: [list(value), value.maxlen]),
+    (KeysView, "dict_keys", list),
+    (ItemsView, "dict_items", list),
+    (ValuesView, "dict_values", list),
+    (Counter, "Counter", dict),
     (Mapping, "dict", lambda value: [[key, item] for key, item in value.items()]),
     (frozenset, "frozenset", list),
     (Set, "set", list),
@@ -70,6 +77,10 @@ TAGGED: list[tuple[type, str, Callable[[Any], Any]]] = [
     (Fraction, "Fraction", lambda value: [value.numerator, value.denominator]),
     (Decimal, "Decimal", str),
     (range, "range", lambda value: [value.start, value.stop, value.step]),
+    (datetime, "datetime", datetime.isoformat),
+    (date, "date", date.isoformat),
+    (time, "time", time.isoformat),
+    (timedelta, "timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
     (Iterator, "iterator", first_items),
 ]
 
@@ -84,6 +95,11 @@ def python_type(name: str) -> type:
 BUILD: dict[str, Callable[[Any], Any]] = {
     "int": lambda value: int(value, 16),
     "tuple": tuple,
+    "deque": lambda value: deque(*value),
+    "dict_keys": lambda value: dict.fromkeys(value).keys(),
+    "dict_items": lambda value: dict(value).items(),
+    "dict_values": lambda value: dict(enumerate(value)).values(),
+    "Counter": Counter,
     "dict": dict,
     "frozenset": frozenset,
     "set": set,
@@ -94,6 +110,10 @@ BUILD: dict[str, Callable[[Any], Any]] = {
     "Decimal": Decimal,
     "type": python_type,
     "range": lambda value: range(*value),
+    "datetime": datetime.fromisoformat,
+    "date": date.fromisoformat,
+    "time": time.fromisoformat,
+    "timedelta": lambda value: timedelta(*value),
     "iterator": iter,
 }
 
@@ -109,3 +129,12 @@ def decode(value: Any, find: Find) -> Any:
     if value["type"] not in BUILD:
         raise ValueError(f"no value of type {value['type']}")
     return BUILD[value["type"]](decode(value["value"], find))
+
+
+def containers(value: Any) -> Iterator[Any]:
+    """What can be changed of `value`: itself and what lies in it. In the same order for a value and for what it is decoded to."""
+    if isinstance(value, (Mapping, list, deque, bytearray, Set)) and not isinstance(value, (frozenset, KeysView, ItemsView)):
+        yield value
+    if isinstance(value, (Mapping, list, deque, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from containers(item)
