@@ -101,6 +101,14 @@ class Parser(argparse.ArgumentParser):
         return "(" + " | ".join(_spelled(action) for action in group._group_actions) + ")"
 
 
+def at_least_one(flags: object, *names: str) -> None:
+    """Raises UserError for the first of these flags that is given and below 1."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+
+
 def _spelled(action: argparse.Action) -> str:
     """`--flag VALUE`, with `...` where several may follow."""
     name = action.option_strings[-1] if action.option_strings else ""

@@ -19,9 +19,9 @@ import numpy as np
 if __name__ == "__main__":  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import LIMITS, Exit, Progress, UserError, exit_code, leave, say, sentence, stdout
+from data.cli import LIMITS, Exit, Progress, exit_code, leave, say, sentence, stdout
 from data.files import hash_file
-from data.flags import Parser
+from data.flags import Parser, at_least_one
 from data.shards import SPLITS, Index, check_shard, index_faults, load_manifest, read_index
 from data.tokens import tokenizer as tokenizers
 
@@ -124,8 +124,7 @@ def main(arguments: list[str]) -> int:
     p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of data/preprocess.py")
     p.add_argument("--workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="threads")
     args = p.parse_args(arguments)
-    if args.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {args.workers}")
+    at_least_one(args, "workers")
     code = Exit.DONE
     for folder in args.folders:
         started = time.monotonic()

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from data.cli import NotFound, UserError
+from data.cli import NotFound, UserError, sentence
 from data.files import hash_file, is_inside, pointer, read_json, small_file
 from data.tokens.folder import read_text
 from data.tokens.tokenizer import library_tokenizer
@@ -81,7 +81,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # the tokenizers library raises bare Exception
         path = folder / "tokenizer.json"
         library_tokenizer(str(path), read_text(path))  # a sentence about the file itself, if that is what is wrong
-        reason = " ".join(str(error).split())[:200]
+        reason = sentence(error)[:200]
         raise UserError(f"the tokenizer of {folder} cannot be read, tokenizer_config.json perhaps: {reason}") from error
 
 
@@ -152,7 +152,7 @@ def _damage_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, OSError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = sentence(error)[:200]
         raise UserError(f"{folder} does not hold the model of its config.json: {reason} ({type(error).__name__})") from error
 
 

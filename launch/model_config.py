@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from data.cli import UserError
+from data.cli import UserError, sentence
 from data.files import read_json
 from model import MoEGPTConfig
 from model.glm4_moe import from_glm4_moe
@@ -37,7 +37,7 @@ def read_model_config(path: Path, default: str | None = None) -> MoEGPTConfig:
     except OtherModel:
         raise
     except (ValueError, OSError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, StrictDataclassError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{path}: {sentence(error)[:300]}") from None
     raise OtherModel(f"{path}: it is a {kind}, and must be a {MoEGPTConfig.model_type} or glm4_moe")
 
 

@@ -22,17 +22,17 @@ class WorkOptions:
     tokenizer_json: str
     eos_token_id: int
     dtype: str
-    text_field: str = "content"
-    max_document_bytes: int = 1_000_000
-    validation_fraction: float = 0.005
-    encoder: str = "auto"
-    filter: str = "none"
-    licenses: tuple[str, ...] = ()
-    license_field: str = "license"
-    near: bool = False
-    contamination: Contamination | None = None
-    fim: FimOptions | None = None
-    fim_validation: bool = False
+    text_field: str
+    max_document_bytes: int
+    validation_fraction: float
+    encoder: str
+    filter: str
+    licenses: tuple[str, ...]
+    license_field: str
+    near: bool
+    contamination: Contamination | None
+    fim: FimOptions | None
+    fim_validation: bool
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from data.cli import UserError
+from data.cli import UserError, sentence
 from data.files import replace_file
 from data.tokens.folder import CONFIG, TOKENIZER, TokenizerFiles
 
@@ -78,7 +78,7 @@ def library_tokenizer(name: str, text: str) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and a panic of its own that is not even one
-        reason = " ".join(str(error).split())[:200]
+        reason = sentence(error)[:200]
         raise UserError(f"{name} is not a tokenizer.json that the tokenizers library reads: {reason}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -20,6 +20,7 @@ import torch
 
 from data.cli import UserError
 from data.files import lookup
+from data.flags import at_least_one
 from launch.benchmarks import counted
 from launch.benchmarks.bars import draw
 from launch.benchmarks.counting import Count, Entry, Ledger
@@ -79,9 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def job_of(arguments: argparse.Namespace, config: MoEGPTConfig) -> Job:
     """What trains: by the JSON that is given, or `ep8_zero2.json` with this command's defaults; flags override either."""
-    for name in ("ep", "num_gpus", "sequence_length", "micro_batch", "accumulation"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
+    at_least_one(arguments, "ep", "num_gpus", "sequence_length", "micro_batch", "accumulation")
     given = arguments.deepspeed_config
     path = given or strategy.CONFIG_FOLDER / "ep8_zero2.json"
     settings = strategy.read_config(path)

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.cli import UserError, say
 from data.files import replace_file
+from data.flags import at_least_one
 from launch.benchmarks.leash import run_leashed
 from launch.engine.strategy import CONFIG_FOLDER, resolve_config
 from launch.planning.ladder import active_parameters
@@ -57,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, folder: str) -> None:
 
 def check_counts(arguments: argparse.Namespace, *names: str) -> None:
     """Raises UserError for a flag that is below 1: of `add_arguments`, or one of `names`."""
-    for name in ("sequence_length", "eval_batches", "ranks", *names):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    at_least_one(arguments, "sequence_length", "eval_batches", "ranks", *names)
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data.cli import UserError
-from data.flags import Parser
+from data.flags import Parser, at_least_one
 from launch.evaluation.problems import TASKS
 from launch.evaluation.sandbox.levels import LEVELS
 
@@ -96,9 +96,7 @@ def check(arguments: argparse.Namespace) -> None:
     others = [samples_path(arguments), task[1]] if task else []
     if arguments.output and any(one and one.resolve() == arguments.output.resolve() for one in others):
         raise UserError(f"--output {arguments.output} would replace the samples or problems of that name; name another file")
-    for name in ("batch_size", "execution_timeout", "samples"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    at_least_one(arguments, "batch_size", "execution_timeout", "samples")
     if task and not arguments.score and arguments.temperature == 0 and arguments.samples > 1:
         equal = f"--temperature 0 makes {arguments.samples} equal samples of a problem"
         raise UserError(f"{equal}; ask for one, or a temperature above 0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.cli import UserError
+from data.cli import UserError, sentence
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
@@ -36,6 +36,6 @@ def upload(folder: Path, name: str) -> str:
         # Of an earlier export in files of other names: transformers would take one whole file before an index of several.
         api.upload_folder(repo_id=name, folder_path=folder, delete_patterns=WEIGHTS)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = sentence(error)[:300]
         raise UserError(f"--push_to_hub {name}: {folder} is written, but the hub did not take it: {said}") from error
     return str(repository)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import NotFound, UserError
-from data.flags import Parser
+from data.flags import Parser, at_least_one
 from launch.engine.strategy import read_config
 from model.sizes import USUAL_CONTEXT, load_sizes
 
@@ -71,9 +71,7 @@ class TrainArguments:
     profile: int
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "sequence_length", "log_interval", "eval_batches", "eval_problems", "save_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        at_least_one(self, "max_steps", "sequence_length", "log_interval", "eval_batches", "eval_problems", "save_interval")
         for name in (
             "eval_interval",
             "keep_last",

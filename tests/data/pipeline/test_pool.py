@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def test_bytes_do_not_depend_on_workers(expected: Path, flags: list[object], tmp
 
 def test_no_shared_memory_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """The semaphores' error names no file: all that was said is `Read-only file system`."""
-    options = WorkOptions(tokenizer_json="", eos_token_id=0, dtype="uint16")
+    options: Any = SimpleNamespace()
     monkeypatch.setattr(pool, "start_worker", lambda _: None)
 
     def no_semaphore(*_: object, **__: object) -> None:
@@ -128,7 +129,7 @@ def test_a_pool_that_breaks_while_it_starts_a_process_is_broken(error: Exception
 
 def test_what_starts_a_worker_fits_into_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer does not: the job would wait for ever for a process that was killed before it had read it."""
-    options = WorkOptions(tokenizer_json="x" * 1_000_000, eos_token_id=0, dtype="uint16")
+    options: Any = SimpleNamespace(tokenizer_json="x" * 1_000_000)
     with pool._in_a_file(options) as path:
         assert len(pickle.dumps(path)) < 4096
         started: list[WorkOptions] = []
