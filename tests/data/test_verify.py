@@ -7,13 +7,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from data_helpers import change, read_documents, run, write_rows
 from tokenizers import Tokenizer
 
-from data.verify import verify
+from data.pipeline.writer import SplitWriter
+from data.shards import read_index
+from data.verify import _token_faults, verify
 
 BIN, IDX = "train/shard_000000.bin", "train/shard_000000.idx"
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which every shard here has many."""
+    monkeypatch.setattr("data.verify.CHUNK_TOKENS", 50)
 
 
 def test_sound_shards_verify(sound_shards: Path) -> None:
@@ -45,6 +54,12 @@ def test_a_text_that_spells_an_end_token_that_is_not_special(
         assert plain.decode(ids[:-1], skip_special_tokens=False) == text
 
 
+def count_one_more(folder: Path, key: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"][key] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def resum(folder: Path) -> None:
     """Make the manifest's sums right again, so that only the check in question can find the damage."""
     import hashlib
@@ -68,11 +83,15 @@ def resum(folder: Path) -> None:
         (lambda f: change(f / IDX, 0, b"X"), True, f"{IDX} is not a Megatron index"),
         (lambda f: change(f / IDX, 9, b"\x02"), True, f"{IDX} disagrees with its manifest"),
         (lambda f: change(f / BIN, 10, b"\xff\xff"), True, f"{BIN}: token 5 is 65535, the vocabulary has 600"),
+        (lambda f: change(f / BIN, 200, b"\xff\xff"), True, f"{BIN}: token 100 is 65535, the vocabulary has 600"),
         (lambda f: change(f / BIN, 10, b"\0\0"), True, f"{BIN}: .* end-of-text tokens in .* documents"),
         (lambda f: change(f / BIN, -2, b"\x09\0"), True, f"{BIN}: document .* does not end with the end-of-text token"),
         (lambda f: change(f / IDX, 34, b"\x01\0\0\0"), True, f"{IDX}: documents of .* tokens together"),
         (lambda f: change(f / IDX, -8, b"\x01"), True, f"{IDX}: document numbers that do not count up"),
         (lambda f: (f / "train" / "shard_000099.bin").touch(), False, "shard_000099.bin is not in the manifest"),
+        (lambda f: count_one_more(f, "documents"), False, "manifest.json: train has .* documents, its shards"),
+        (lambda f: count_one_more(f, "tokens"), False, "manifest.json: train has .* tokens, its shards"),
+        (lambda f: count_one_more(f, "text_bytes"), False, "manifest.json: train has .* text_bytes, its shards"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), False, "tokenizer.json cannot be read"),
         (
             lambda f: (f / "tokenizer" / "tokenizer.json").write_text("[]"),
@@ -89,6 +108,16 @@ def test_verify_names_what_is_wrong(shards: Path, damage: Any, resummed: bool, m
     faults = verify(shards)
     assert any(re.search(message, fault) for fault in faults), faults
     assert all(not re.search("sha256", fault) for fault in faults) or not resummed
+
+
+def test_an_id_below_zero_is_named(tmp_path: Path) -> None:
+    """Which int32, the dtype of large vocabularies, can hold."""
+    writer = SplitWriter(tmp_path, "int32", 100)
+    writer.add(np.array([5, -1, 0], np.int32), np.array([3], np.int32), np.array([3]))
+    writer.close_shard()
+    stem = tmp_path / "shard_000000"
+    faults = _token_faults(stem, read_index(stem.with_suffix(".idx")), {"tokenizer": {"vocab_size": 70_000, "eos_token_id": 0}})
+    assert list(faults) == [f"{stem}.bin: token 1 is -1, the vocabulary has 70000"]
 
 
 def test_verify_as_a_command_fails_and_names(shards: Path) -> None:

@@ -20,3 +20,8 @@ def test_contamination_is_the_slow_formula(tasks: list[str], text: str, data: An
         text += " " + " ".join(source[data.draw(st.integers(0, 3)) :])
     found = Contamination({"bench": tasks})(text, {})
     assert found == ("overlaps bench" if overlaps(text, tasks) else None)
+
+
+def test_a_task_of_just_ten_words_is_found_at_the_end_of_a_document() -> None:
+    task = "def add_two numbers first second return the sum of both"
+    assert Contamination({"bench": [task]})("x = 1\n" + task, {}) == "overlaps bench"

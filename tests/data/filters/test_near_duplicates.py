@@ -6,13 +6,17 @@ import random
 
 from data_helpers import changed, words
 
-from data.filters.near_duplicates import NearDuplicates, record, signatures
+from data.filters.near_duplicates import NearDuplicates, record, shingles, signatures
 
 
 def jaccard(a: str, b: str) -> float:
     """Of the sets of five words in a row, written out."""
     one, two = ({tuple(w[i : i + 5]) for i in range(max(len(w) - 4, 1))} for w in (words(a), words(b)))
     return len(one & two) / len(one | two)
+
+
+def test_shingles_go_to_the_last_word() -> None:
+    assert shingles("a b c d e f") == {"a b c d e", "b c d e f"} and shingles("a b") == {"a b"}
 
 
 def test_near_duplicates_are_those_of_the_exact_formula(texts: list[str]) -> None:

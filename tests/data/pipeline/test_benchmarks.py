@@ -55,6 +55,13 @@ def test_what_only_tests_show_of_a_task_counts_too(tmp_path: Path) -> None:
     assert rule is not None and rule("\n".join(asserts), {}) == "overlaps humaneval-rs.jsonl"
 
 
+def test_every_field_that_shows_a_task_is_read(tmp_path: Path) -> None:
+    names = "prompt canonical_solution suffix test text code content test_list challenge_test_list test_setup_code tests assertion"
+    names += " complete_prompt instruct_prompt reference_code code_context question_content starter_code question solutions"
+    for name in f"{names} description".split():
+        assert read_tasks(str(write_rows(tmp_path / "x.jsonl", [{"task_id": "T/0", name: "x"}]))) == ["x"], name
+
+
 def test_a_benchmark_that_nothing_overlaps_is_said(tmp_path: Path, preprocess: Any, tokenizer_file: Path, corpus: Path) -> None:
     words = " ".join(f"word{i}" for i in range(30))
     bench = write_rows(tmp_path / "bench.jsonl", [{"prompt": words}])

@@ -47,11 +47,13 @@ def test_rates_and_cuts() -> None:
     orders = [put_back(t)[1] for t in told]
     assert abs(orders.count("plain") / 4000 - 0.5) < 0.04
     assert abs(orders.count("spm") / (4000 - orders.count("plain")) - 0.25) < 0.04
-    middles = [t[3][0] for t, order in zip(told, orders, strict=True) if order == "psm"]
+    psm = [[piece for piece, _ in t[1:]] for t, order in zip(told, orders, strict=True) if order == "psm"]
+    prefixes, suffixes, middles = zip(*psm, strict=True)
     # Two uniform cuts: the middle is a third of the document on average, and may be empty or all of it.
     assert abs(sum(map(len, middles)) / len(middles) / len(text) - 1 / 3) < 0.03
     starts = [text.index(m[0]) for m in middles if m]
     assert min(starts) < 3 and max(starts) > 85
+    assert "" in prefixes and "" in suffixes, "a cut before the first character, one behind the last"
 
 
 def test_the_choice_is_the_document_s_the_part_s_and_the_seed_s() -> None:
@@ -88,6 +90,7 @@ def test_through_the_command(
     assert all(ids == [*tokenizer.encode(tokenizer.decode(ids[:-1])).ids, EOS] for ids in held_out)
     assert sorted([*found, *(tokenizer.decode(ids[:-1]) for ids in held_out)]) == sorted(texts)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["documents"]["fill_in_the_middle"] == len(train)
     assert sum(s["text_bytes"] for s in manifest["splits"].values()) == sum(len(t.encode()) for t in texts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.cli import UserError
-from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
+from launch.checkpoint.folder import BEST, LATEST, RESUMED, CheckpointFolder, step_of
 
 
 def folder_with(path: Path, *steps: int, latest: str | None = None) -> CheckpointFolder:
@@ -52,6 +52,14 @@ def test_where_a_run_began_is_kept_for_the_same_command(tmp_path: Path) -> None:
     assert folder.began_at() == "other" and folder.pointed(LATEST) == "step_2", "not of this folder"
     folder.begin_at(tmp_path / "step_2", None)
     assert folder.began_at() is None
+
+
+def test_a_crash_where_a_run_begins_lets_it_begin_there_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `resumed` but the old `latest` the same command would go on beyond the checkpoint that it names."""
+    folder, written = folder_with(tmp_path, 1, 2, latest="step_2"), list[str]()
+    monkeypatch.setattr("launch.checkpoint.folder.replace_file", lambda path, _: written.append(path.name))
+    folder.begin_at(tmp_path / "step_1", "step_1")
+    assert written == [LATEST, RESUMED]
 
 
 def test_what_may_go(tmp_path: Path) -> None:

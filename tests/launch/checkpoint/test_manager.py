@@ -17,6 +17,7 @@ from killed_at import in_child
 from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps, whole
 
 from launch.checkpoint import publish
+from launch.checkpoint.engine_files import state_bytes
 from launch.checkpoint.manager import CheckpointManager
 from launch.checkpoint.restore import random_state_name, restore
 
@@ -84,6 +85,15 @@ def test_too_little_space_is_seen_before_anything_is_written(run, monkeypatch):
         manager(run).save(StubEngine(), state(4))
     assert steps(run) == [1, 2, 3]
     assert not publish.leftovers(run / "checkpoints")
+
+
+def test_the_space_that_is_needed_is_that_of_all_ranks(run, monkeypatch):
+    """Two, and room for one and a half: each would find its own share to fit."""
+    engine, checkpoints = StubEngine(), manager(run)
+    monkeypatch.setattr(checkpoints._ranks, "gather", lambda value: [value] * 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1.5 * state_bytes(engine)))
+    with pytest.raises(ValueError, match=r"step_4 needs .* GB free; make room"):
+        checkpoints.save(engine, state(4))
 
 
 @pytest.mark.parametrize("limit", [1, 500, 1500, 2500, 4000])

@@ -35,4 +35,5 @@ def test_the_interval_is_the_normal_one_for_many_problems() -> None:
 
 def test_only_what_the_samples_allow() -> None:
     assert set(summarize([(10, 3), (12, 0)])) == {"pass@1", "pass@1_interval", "pass@10", "pass@10_interval"}
+    assert "pass@10" not in summarize([(9, 3), (12, 0)]), "one problem has too few"
     assert summarize([(1, 1), (1, 0)])["pass@1"] == 0.5

@@ -44,6 +44,10 @@ def test_one_number_that_reads_otherwise_leaves_no_export(
     if name is None:
         folder.write(model, checkpoint, output, max_shard_size="1GB")
         assert (output / "manifest.json").is_file()
+        drawn = json.loads((output / "generation_config.json").read_text())
+        end = model.config.eos_token_id
+        expected = {"temperature": 0.2, "top_p": 0.95, "top_k": 0, "eos_token_id": end, "pad_token_id": end, "do_sample": True}
+        assert drawn.items() >= expected.items() and end is not None
         return
     with pytest.raises(UserError, match=rf"{name} reads back otherwise than it was written"):
         folder.write(model, checkpoint, output, max_shard_size="1GB")

@@ -11,6 +11,7 @@ from support import metrics
 
 from data.cli import UserError
 from data.lock import try_lock
+from launch.evaluation import of_checkpoint
 from launch.evaluation.of_checkpoint import HELD, clear_dead
 from launch.evaluation.problems import ProblemFile
 from launch.run.arguments import parse_arguments
@@ -127,3 +128,22 @@ def test_what_a_killed_judge_left_goes(tmp_path: Path) -> None:
         assert try_lock(held)
         clear_dead(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".step_4-alive", ".step_6-older", "step_2.json"]
+
+
+def test_a_step_that_is_judged_again_has_nothing_of_its_earlier_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollback trained it once more. Its log is this judge's own."""
+    earlier, kept = ["step_2.code.json", "step_2.code.samples.jsonl"], ["step_2.log", "step_20.code.json"]
+    for name in (*earlier, *kept):
+        (tmp_path / name).touch()
+    called: list[str] = []
+
+    def call(command: str, *_: object) -> None:
+        called.append(command)
+        assert sorted(p.name for p in tmp_path.glob("step_*")) == kept
+
+    monkeypatch.setattr(of_checkpoint, "call", call)
+    monkeypatch.setattr(of_checkpoint.os, "nice", lambda _: 0)
+    monkeypatch.setattr(of_checkpoint.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["", "run/checkpoints/step_2", str(tmp_path), "5", "code=humaneval=problems.jsonl"])
+    assert of_checkpoint.main() == 0
+    assert called == ["export.py", "evaluate.py"] and sorted(p.name for p in tmp_path.iterdir()) == kept
