@@ -89,6 +89,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("nothing to measure: give --data DIR, or --humaneval, --mbpp or --infilling FILE")
     if not arguments.model and (arguments.data or not arguments.score):
         raise UserError("--model is missing: a folder of launch/export.py")
+    if len(set(arguments.data)) < len(arguments.data):
+        raise UserError("--data names a folder twice")
     if task and not arguments.allow_code_execution:
         raise UserError(f"--{task[0]} runs code that a model wrote; if that is what you want, add --allow_code_execution")
     if task and not arguments.score and not (arguments.output or arguments.samples_file):

@@ -8,12 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.cli import UserError
+from data.cli import UserError, counted, say
 from data.files import check_replaceable, replace_file
 from launch.evaluation.arguments import samples_path, task_of
 from launch.evaluation.problems import Problem, read_problems
+from launch.evaluation.samples import SampleFile
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.scoring import available_cores, prepare_isolation, score
+
+DRAWN = ("temperature", "top_p", "max_new_tokens", "seed")  # of Sampling
+COUNTS = ("samples", "batch_size")
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -35,15 +39,25 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             "task": task[0],
             **result,
         }
-    if arguments.output:
-        replace_file(arguments.output, (json.dumps(result, indent=2) + "\n").encode())
+    write(arguments.output, result)
     return result
 
 
-def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Problem], samples_file: Path) -> dict[str, Any]:
-    """The loss where --data is given, and samples.jsonl where a task is and --score is not."""
-    from launch.exported import default_device, load_exported
+def write(output: Path | None, result: dict[str, Any]) -> None:
+    if output:
+        replace_file(output, (json.dumps(result, indent=2) + "\n").encode())
 
+
+def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Problem], samples_file: Path) -> dict[str, Any]:
+    """The loss where --data is given, and samples.jsonl where a task is and --score is not.
+
+    What can be refused is before the loss is measured, which is written before the samples are made.
+    """
+    from launch.evaluation.generation import check_infilling, generate_samples, short_of_context
+    from launch.exported import default_device, load_exported
+    from launch.generation.sampler import Sampling
+
+    sampling = Sampling(**{name: getattr(arguments, name) for name in DRAWN})
     model, tokenizer = load_exported(
         arguments.model,
         device=default_device(),
@@ -51,10 +65,25 @@ def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Pro
         rope_factor=arguments.rope_factor,
     )
     result: dict[str, Any] = {"model": str(arguments.model)}
+    samples = task and not arguments.score
+    if samples:
+        asked = list(problems.values())
+        check_infilling(tokenizer, asked)
+        short = short_of_context(model, tokenizer, asked, sampling)
+        if short:
+            many = f"{counted(len(short), 'prompt')} of {len(asked)}"
+            say(f"warning: {many} leave less than --max_new_tokens of the model's context, {short[0]} the first of them")
+        file = sample_file(arguments, task, problems, samples_file)
+        file.begin(arguments.batch_size)
     if arguments.data:
         result |= loss_of(arguments, model)
-    if task and not arguments.score:
-        result |= {"sampling": sample(arguments, task, problems, model, tokenizer, samples_file)}
+    if samples:
+        if arguments.data:
+            write(arguments.output, result)
+            say(describe(result))
+        counts = {name: getattr(arguments, name) for name in COUNTS}
+        generate_samples(model, tokenizer, asked, sampling, file, **counts)
+        result |= {"sampling": file.settings, "short_of_context": len(short)}
     return result
 
 
@@ -72,21 +101,13 @@ def loss_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
         data = PackedDataset([folder], split="validation", sequence_length=length, document_mask=arguments.document_mask)
         check_tokenizer((arguments.model / "tokenizer.json").read_bytes(), data)
         splits.append((str(folder), data))
-    if len(dict(splits)) < len(splits):
-        raise UserError("--data names a folder twice")
     return measure(model, splits, batch_size=arguments.batch_size, batches=arguments.eval_batches)
 
 
-def sample(
-    arguments: argparse.Namespace, task: str, problems: dict[str, Problem], model: Any, tokenizer: Any, samples_file: Path
-) -> dict[str, Any]:
-    from launch.evaluation.generation import generate_samples
-    from launch.evaluation.samples import SampleFile
+def sample_file(arguments: argparse.Namespace, task: str, problems: dict[str, Problem], path: Path) -> SampleFile:
+    """Noted with it: all that the samples depend on."""
     from launch.exported import weights_hash
-    from launch.generation.sampler import Sampling
 
-    drawn = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
-    counts = {name: getattr(arguments, name) for name in ("samples", "batch_size")}
     settings = {
         "task": task,
         "model": str(arguments.model),
@@ -95,11 +116,9 @@ def sample(
         "problems": len(problems),
         "prompts": hashlib.sha256(repr([(p.task_id, p.prompt, p.suffix) for p in problems.values()]).encode()).hexdigest(),
         "total": len(problems) * arguments.samples,
-        **drawn,
-        **counts,
+        **{name: getattr(arguments, name) for name in (*DRAWN, *COUNTS)},
     }
-    generate_samples(model, tokenizer, list(problems.values()), Sampling(**drawn), SampleFile(samples_file, settings), **counts)
-    return settings
+    return SampleFile(path, settings)
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ Shapes: B prompts, S tokens of the longest of them, N new tokens.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,18 +30,34 @@ def check_infilling(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Probl
         raise UserError(f"--infilling needs a model that was trained to fill in; its tokenizer has no {lacking[0]}")
 
 
+def short_of_context(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sampling: Sampling
+) -> list[str]:
+    """The problems whose prompts leave fewer than `max_new_tokens` of the model's positions."""
+    most = model.config.max_position_embeddings - sampling.max_new_tokens
+    return [problem.task_id for problem in problems if len(prompt_ids(prompt_of(problem), tokenizer)) > most]
+
+
+def seed_of(seed: int, first: int) -> int:
+    """Of the batch that begins with sample `first`. No sum: other seeds would have the same batches elsewhere."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {first}".encode()).digest()[:8], "little")
+
+
 @torch.no_grad()
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sampling: Sampling
 ) -> list[str]:
-    """One completion of each problem's prompt, up to the first stop string. A prompt that fills the context gets an empty one."""
+    """One completion of each problem's prompt, up to the first stop string. A prompt that fills the context gets an empty one.
+
+    Where the longest prompt leaves too little room, each goes by itself: the others' completions do not depend on their neighbours.
+    """
     prompts = [prompt_ids(prompt_of(problem), tokenizer) for problem in problems]
     width = max(len(prompt) for prompt in prompts)
     room = min(sampling.max_new_tokens, model.config.max_position_embeddings - width)
-    if room < 1:
-        if len(problems) == 1:
-            return [""]
+    if room < sampling.max_new_tokens and len(problems) > 1:
         return [text for problem in problems for text in complete(model, tokenizer, [problem], sampling)]
+    if room < 1:
+        return [""]
     rows = new_tokens(model, tokenizer, prompts, replace(sampling, max_new_tokens=room), [problem.stops for problem in problems])
     ends = end_ids(model)
     return [
@@ -61,14 +78,13 @@ def generate_samples(
 ) -> None:
     """Fills the file up to `samples` of each problem. Every batch has a seed of its own, so that one that is resumed makes what an
     uninterrupted one would."""
-    check_infilling(tokenizer, problems)
     wanted = [problem for problem in problems for _ in range(samples)]
     with contextlib.closing(file):
         done = file.begin(batch_size)
         progress = Progress(len(wanted), what="sampling", unit="samples", done=done)
         for first in range(done, len(wanted), batch_size):
             batch = wanted[first : first + batch_size]
-            torch.manual_seed(sampling.seed + first)
+            torch.manual_seed(seed_of(sampling.seed, first))
             completions = complete(model, tokenizer, batch, sampling)
             file.append([(problem.task_id, text) for problem, text in zip(batch, completions, strict=True)])
             progress.update(first + len(batch))

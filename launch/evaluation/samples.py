@@ -27,7 +27,8 @@ class SampleFile:
         self.held: IO[bytes] | None = None
 
     def begin(self, batch_size: int) -> int:
-        """How many samples are there already, in whole batches; what an interrupted write left behind them is cut off.
+        """How many samples are there already, in whole batches; what an interrupted write left behind them is cut off. From here on
+        the file is held.
 
         Raises UserError if they were made with other settings, or are being made.
         """
@@ -52,6 +53,8 @@ class SampleFile:
 
     def hold(self) -> None:
         """Against a second evaluation, which would write between these lines. The kernel frees it when the process ends."""
+        if self.held is not None:
+            return
         self.held = open(self.path, "ab")  # noqa: SIM115 - held
         try:
             try_lock(self.held)

@@ -56,6 +56,7 @@ def score(
         "problems": len(problems),
         "samples": len(samples),
         "passed": sum(passed.values()),
+        "empty": sum(not completion.strip() for _, completion in samples),
         "timed_out": sum(verdict.result == "timed out" for verdict in verdicts),
         "own_solution_fails": own,
         "samples_file": str(samples_file),

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
 
 from data.cli import UserError
 from launch.generation.decode import fast
@@ -70,7 +76,6 @@ class Sampling:
         return {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
-            "repetition_penalty": self.repetition_penalty,
             **(drawn if self.temperature > 0 else dict.fromkeys(drawn)),
         }
 
@@ -83,6 +88,20 @@ class Completion:
     text: str
     tokens: int
     finish: str
+
+
+class TextPenalty(RepetitionPenaltyLogitsProcessor):
+    """transformers' repetition penalty, but not of the padding, which is the end token: a row would end another time than alone."""
+
+    def __init__(self, penalty: float, padded: torch.Tensor, copies: int) -> None:
+        super().__init__(penalty)
+        self.padded = padded.repeat_interleave(copies, dim=0)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        width = self.padded.shape[1]
+        prompt = torch.where(self.padded.to(input_ids.device), input_ids[:, width - 1 : width], input_ids[:, :width])  # once more
+        penalised: torch.Tensor = super().__call__(torch.cat((prompt, input_ids[:, width:]), dim=1), scores)
+        return penalised
 
 
 def complete(
@@ -135,6 +154,8 @@ def new_tokens(
     ends = end_ids(model)
     pad = ends[0] if ends else 0
     ids, mask = left_padded(prompts, longest, pad)
+    copies = len(stops) // len(prompts)
+    processors = [TextPenalty(sampling.repetition_penalty, mask == 0, copies)] if sampling.repetition_penalty != 1 else []
     criteria = [StopStrings(tokenizer, stops, longest)] if any(stops) else []
     generating: Any = model  # typed as a module, whose attributes may be tensors
     out = generating.generate(
@@ -143,7 +164,8 @@ def new_tokens(
         eos_token_id=ends or None,
         pad_token_id=pad,
         stopping_criteria=StoppingCriteriaList(criteria),
-        num_return_sequences=len(stops) // len(prompts),
+        logits_processor=LogitsProcessorList(processors),
+        num_return_sequences=copies,
         **fast(model, stream),
         **sampling.keywords(),
     )

@@ -19,7 +19,8 @@ from support import ROOT
 
 from data.cli import UserError
 from data.dataset import PackedDataset
-from launch.evaluation.command import loss_of
+from launch.evaluation.arguments import build_parser
+from launch.evaluation.command import evaluate, loss_of
 from launch.evaluation.loss import check_tokenizer
 from model import MoEGPTForCausalLM
 
@@ -94,6 +95,38 @@ def test_samples_scores_and_the_same_scores_again(exported: Path, problem_files:
     again = tmp_path / "again.json"
     run("--score", samples, *flags, "--output", again)
     assert json.loads(again.read_text())["pass@1"] == result["pass@1"]
+
+
+def test_what_is_refused_is_before_the_loss_is_measured_which_is_kept(
+    exported: Path, small_shards: Path, problem_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of hours was thrown away for a flag."""
+    output, samples = tmp_path / "e.json", tmp_path / "samples.jsonl"
+    flags = ["--model", exported, "--data", small_shards, "--eval_batches", 1, "--batch_size", 1, "--output", output]
+
+    def evaluated(*more: object, task: str = "humaneval") -> None:
+        asked = (*flags, f"--{task}", problem_files[task], "--allow_code_execution", *more)
+        evaluate(build_parser().parse_args([str(flag) for flag in asked]))
+
+    def unwanted(*_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.evaluation.command.loss_of", unwanted)
+        samples.write_text('{"task_id": "Own/0", "completion": ""}\n')
+        with pytest.raises(UserError, match="has samples with another task"):
+            evaluated()
+        samples.unlink()
+        with pytest.raises(UserError, match="--infilling needs a model"):
+            patch.setattr("launch.generation.prompts.FIM", ("<nowhere>",))
+            evaluated(task="infilling")
+        patch.setattr("launch.exported.load_exported", unwanted)
+        with pytest.raises(UserError, match="--top_p must be above 0"):
+            evaluated("--top_p", 2)
+    monkeypatch.setattr("launch.evaluation.generation.complete", unwanted)
+    with pytest.raises(AssertionError):
+        evaluated()
+    assert json.loads(output.read_text())["loss"] > 0
 
 
 def test_scores_count_what_passes(problem_files: dict[str, Path], tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from data.cli import UserError
 from launch.evaluation.arguments import build_parser, check
-from launch.evaluation.command import sample
-from launch.evaluation.generation import check_infilling, complete, generate_samples, prompt_of
+from launch.evaluation.command import sample_file
+from launch.evaluation.generation import check_infilling, complete, generate_samples, prompt_of, short_of_context
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile, read_samples
 from launch.generation.prompts import prompt_ids
@@ -84,6 +84,28 @@ def test_prompts_that_fill_the_context(loaded: tuple, problems: list[Problem]) -
     assert found == ["", complete(model, tokenizer, [problems[1]], GREEDY)[0]]
 
 
+def test_a_long_prompt_leaves_its_neighbours_their_room(loaded: tuple, problems: list[Problem]) -> None:
+    model, tokenizer = loaded
+    room, text = 8, "x = 1\n" * model.config.max_position_embeddings
+    ids = tokenizer(text, add_special_tokens=False).input_ids[: model.config.max_position_embeddings - room]
+    long = replace(problems[0], task_id="long", prompt=tokenizer.decode(ids))
+    assert short_of_context(model, tokenizer, [long, problems[1]], GREEDY) == ["long"]
+    found = complete(model, tokenizer, [long, problems[1]], GREEDY)
+    assert found == [complete(model, tokenizer, [one], GREEDY)[0] for one in (long, problems[1])] and found[0]
+
+
+def test_another_seed_is_another_batch_everywhere(loaded: tuple, problems: list[Problem], tmp_path: Path) -> None:
+    """Seeds 0 and 2 had the same samples, two places on."""
+    model, tokenizer = loaded
+    made = []
+    for seed in (0, 2):
+        file = SampleFile(tmp_path / f"{seed}.jsonl", {"total": 6})
+        sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, seed=seed)
+        generate_samples(model, tokenizer, problems[:1], sampling, file, samples=6, batch_size=2)
+        made.append(file.path.read_text().splitlines())
+    assert len(set(made[0])) == 6 and not set(made[0]) & set(made[1])
+
+
 def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems: list[Problem], tmp_path: Path) -> None:
     model, tokenizer = loaded
     sampling, counts = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=6, seed=5), {"samples": 3, "batch_size": 2}
@@ -123,19 +145,14 @@ def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems:
 @pytest.mark.parametrize(
     "changed", ["weights", "rope_factor", "seed", "top_p", "max_new_tokens", "batch_size", "samples", "task", "prompts", "fewer"]
 )
-def test_samples_of_anything_else_are_not_gone_on_with(
-    changed: str, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_of_anything_else_are_not_gone_on_with(changed: str, problems: list[Problem], tmp_path: Path) -> None:
     """Another export under the same name above all: half of the samples would be the old model's."""
-    noted: list[SampleFile] = []
-    monkeypatch.setattr("launch.evaluation.generation.generate_samples", lambda *given, **_: noted.append(given[-1]))
     given = {"samples": 2, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 6, "batch_size": 2, "seed": 5, "rope_factor": None}
     (tmp_path / "model.safetensors").write_bytes(b"weights")
 
     def settings_of(task: str, problems: list[Problem], **changes: Any) -> SampleFile:
         arguments = argparse.Namespace(model=tmp_path, **{**given, **changes})
-        sample(arguments, task, {one.task_id: one for one in problems}, None, None, tmp_path / "s.jsonl")
-        return noted[-1]
+        return sample_file(arguments, task, {one.task_id: one for one in problems}, tmp_path / "s.jsonl")
 
     with contextlib.closing(settings_of("humaneval", problems)) as first:
         assert first.begin(2) == 0
@@ -157,6 +174,7 @@ def test_samples_of_anything_else_are_not_gone_on_with(
 def test_two_evaluations_do_not_write_one_file(tmp_path: Path) -> None:
     first, second = (SampleFile(tmp_path / "s.jsonl", {"total": 2}) for _ in range(2))
     assert first.begin(1) == 0
+    assert first.begin(1) == 0, "asked again it still holds the file"
     first.append([("a", "x")])
     with pytest.raises(UserError, match=r"another evaluation is writing .*s.jsonl; wait for it, or name another --samples_file"):
         second.begin(1)

@@ -101,6 +101,18 @@ def test_min_p_and_top_k_leave_out_the_unlikely(model: MoEGPTForCausalLM, words:
     assert [one.text for one in free] != [one.text for one in greedy]
 
 
+def test_a_repetition_penalty_is_not_for_the_padding(
+    model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The padding is the end token: prompts that were not the longest of their batch ended later than alone."""
+    sampling = Sampling(max_new_tokens=20, temperature=0, repetition_penalty=1.5)
+    alone = complete(model, words, [PROMPTS[0]], sampling)[0][0]
+    said = [int(word[1:]) for word in alone.text.split()]
+    monkeypatch.setattr(model.config, "eos_token_id", next(token for token in said if token not in PROMPTS[0] + PROMPTS[1]))
+    ended, batch = complete(model, words, [PROMPTS[0]], sampling)[0][0], complete(model, words, PROMPTS, sampling)[0][0]
+    assert (batch.text, batch.finish) == (ended.text, ended.finish) and ended.finish == "eos"
+
+
 def test_a_repetition_penalty_stops_repeating(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
     penalised = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=12, temperature=0, repetition_penalty=1e6))[0][0]
     made = penalised.text.split()
