@@ -8,13 +8,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: install quickstart test check served soak gpu gpu-bundle compat clean
 install: $(VENV)/installed
 
+# In a clone that was moved the environment's scripts name the old place, and so does the editable install.
+ifneq ($(shell cat $(VENV)/installed 2>/dev/null),$(CURDIR))
+.PHONY: $(VENV)/installed
+endif
+RECENT = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+USABLE = $(BIN)/python $(RECENT) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 && head -n 2 $(BIN)/pip | grep -qF "$(abspath $(BIN))"
+
+# An environment that is not whole (Ctrl-C in the middle), too old or from another place is made anew where it is our own.
 # torch first: packages that build against it then find it, and pip does not pick another build for a dependency.
 $(VENV)/installed: setup.py constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@{ $(USABLE); } || { \
+		$(PYTHON) $(RECENT) || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed; name another: make install PYTHON=python3.12" >&2; exit 2; }; \
+		[ "$(VENV)" = .venv ] || [ ! -e "$(VENV)" ] || { echo "error: $(VENV) is no environment of Python 3.11 or newer with pip, made at that place; name another" >&2; exit 2; }; \
+		$(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 quickstart: install
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/quickstart.py
