@@ -50,6 +50,8 @@ def _ramp_ends(rope: RopeParameters, head_dim: int) -> tuple[int, int]:
 
 def yarn_concentration(rope: RopeParameters) -> float:
     """Factor on cos and sin (so its square is on the logits): 0.1 ln(factor) + 1, and 1.0 without extension."""
+    if rope["rope_type"] == "default":  # where transformers reads nothing of YaRN's, whatever stands beside it
+        return 1.0
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     factor = rope.get("factor", 1.0)

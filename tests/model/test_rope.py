@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
 
 from model.config import MoEGPTConfig
+from model.glm4_moe import to_glm4_moe
 from model.rope import RotaryTable, apply_rope, rope_table, yarn_concentration, yarn_frequencies
 from tests import reference
 
@@ -49,6 +51,20 @@ def test_a_factor_on_the_attention_is_taken_as_given() -> None:
     plain, given = (rope_table(other.rope_parameters, 64, 5) for other in (config(4.0), c))
     for without, with_it in zip(plain, given, strict=True):
         torch.testing.assert_close(with_it, without * (0.7 / (0.1 * math.log(4) + 1)))
+    longer = c.with_rope_factor(8)  # which it was not given for
+    assert yarn_concentration(longer.rope_parameters) == pytest.approx(0.1 * math.log(8) + 1)
+
+
+def test_plain_rope_reads_nothing_of_yarns() -> None:
+    """As transformers: its cos and sin were scaled by a `factor` or `attention_factor` beside it all the same."""
+    for unread in ({"factor": 4.0}, {"factor": 4.0, "attention_factor": 0.7}, {"attention_factor": 0.7}):
+        rope = {"rope_type": "default", "rope_theta": 10_000.0, **unread}
+        c = MoEGPTConfig.preset("tiny", attention_sinks=False, rope_parameters=rope)
+        positions = torch.arange(200)[None]
+        cos, sin = Glm4MoeRotaryEmbedding(to_glm4_moe(c))(torch.empty(0), positions)
+        ours = RotaryTable(c)(positions, 0, 200, torch.device("cpu"))
+        torch.testing.assert_close(ours[0], cos, rtol=0, atol=3e-5)  # theirs has fp32 angles
+        torch.testing.assert_close(ours[1].abs(), sin.abs(), rtol=0, atol=3e-5)
 
 
 def test_the_ramp_points_the_right_way() -> None:
@@ -101,6 +117,8 @@ def test_given_positions_and_counted_ones_agree() -> None:
     counted = table(None, 5, 4, device)
     given = table(torch.tensor([[5, 6, 7, 8]]), 0, 4, device)
     assert torch.equal(counted[0], given[0]) and torch.equal(counted[1], given[1])
+    assert table(None, 0, 256, device)[0].shape[1] == 256
+    assert table(None, 0, 257, device)[0].shape[1] == 257  # one more than it had
     beyond = table(None, 5000, 3, device)  # grows on demand
     assert beyond[0].shape == (1, 3, 64)
 
