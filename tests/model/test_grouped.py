@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import grouped
 from model.grouped import leaves_idle, outer, product, recurring, zero_idle
 
 
@@ -31,6 +32,13 @@ def test_idle_experts_have_a_gradient_of_zero() -> None:
     gradient[[1, 3]] = 1.0
     found = zero_idle(gradient, torch.tensor([0, 4, 4, 9, 9], dtype=torch.int32))
     assert found.sum(dim=(1, 2)).tolist() == [0, 6, 0, 6, 0]
+
+
+def test_where_a_gpu_leaves_idle_experts_they_are_zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "leaves_idle", lambda device: True)
+    monkeypatch.setattr(grouped.F, "grouped_mm", lambda *_, **__: torch.full((2, 8, 4), torch.nan))
+    found = outer(torch.randn(4, 8), torch.randn(4, 4), torch.tensor([0, 4], dtype=torch.int32))
+    assert not found[0].any() and found[1].isnan().all()
 
 
 @pytest.mark.parametrize(("major", "expected"), [(8, False), (9, False), (10, True), (12, False)])

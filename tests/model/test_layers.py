@@ -34,6 +34,14 @@ def test_what_accelerate_has_elsewhere_is_called() -> None:
     assert not layers._is_plain(nn.Linear(4, 4, bias=False, device="meta"), x)
 
 
+def test_what_is_cast_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By autocast, or by whoever keeps a layer in another precision than its input's."""
+    layer, x = nn.Linear(4, 4, bias=False), torch.randn(2, 4)
+    assert not layers._is_plain(layer, x.bfloat16())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert not layers._is_plain(layer, x)
+
+
 @pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2)])
 def test_projections_of_one_input_are_three_layers(frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients; in float64 on a CPU, made to go the way of a GPU."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from model import accounting
 from model import loss as loss_module
-from model.loss import IGNORE, token_loss
+from model.loss import IGNORE, loss_of_logits, token_loss
 from tests import reference
 
 
@@ -43,10 +43,11 @@ def test_against_the_formula_in_float64(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_pytorch(dtype: torch.dtype) -> None:
     x, head, targets = case(700, 64, 500, dtype)
-    ours = token_loss(x, head, targets)
+    ours, of_logits = token_loss(x, head, targets), loss_of_logits(F.linear(x, head), targets)
     exact = F.cross_entropy(F.linear(x.double(), head.double()), targets)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.double(), exact, rtol=2e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    for loss in (ours, of_logits):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
     for a, b in zip(torch.autograd.grad(ours, [x, head]), torch.autograd.grad(exact, [x, head]), strict=True):
         assert a.dtype == dtype
         error = (a.double() - b).norm() / b.norm()
@@ -92,9 +93,11 @@ def test_micro_batches_add_up_to_the_global_mean() -> None:
 
 def test_without_any_target_the_loss_is_zero() -> None:
     x, head, _ = case(5, 4, 9, torch.float32)
-    ours = token_loss(x, head, torch.full((5,), IGNORE))
+    nothing = torch.full((5,), IGNORE)
+    ours = token_loss(x, head, nothing)
     ours.backward()
-    assert float(ours) == 0 and x.grad is not None and float(x.grad.abs().sum()) == 0
+    assert float(ours) == float(loss_of_logits(F.linear(x, head), nothing)) == 0
+    assert x.grad is not None and float(x.grad.abs().sum()) == 0
 
 
 def test_huge_logits_stay_finite() -> None:

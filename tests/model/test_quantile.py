@@ -11,10 +11,10 @@ from model.choice import group_limited_topk
 from model.config import MoEGPTConfig
 from model.quantile import BINS, add_to_histogram, bias_lift, histogram_quantile, quantile_step, reach
 from model.replay import RouterReplay
-from model.router import Gate
+from model.router import Gate, router_logits
 
-#: (experts, chosen, groups, chosen groups); the last one chooses all experts of its chosen group
-ROUTINGS = [(8, 2, 1, 1), (8, 2, 4, 2), (8, 2, 2, 1), (12, 3, 3, 2), (64, 6, 8, 3), (4, 2, 2, 1)]
+#: (experts, chosen, groups, chosen groups); one chooses all groups, the last one all experts of its chosen group
+ROUTINGS = [(8, 2, 1, 1), (8, 2, 4, 2), (8, 2, 2, 1), (8, 3, 2, 2), (12, 3, 3, 2), (64, 6, 8, 3), (4, 2, 2, 1)]
 
 
 def scores_and_bias(experts: int, groups: int, tokens: int = 3000, function: str = "sigmoid") -> tuple[Tensor, Tensor]:
@@ -131,6 +131,17 @@ def gates(count: int, **settings: object) -> list[Gate]:
         torch.nn.init.normal_(gate.weight, std=0.5)
         gate.e_score_correction_bias.copy_(torch.randn(8) * 0.2)
     return made
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "softmax"])
+def test_a_gate_counts_the_lifts_of_its_own_scores(function: str) -> None:
+    (gate,) = gates(1, scoring_func=function)
+    x, bias = torch.randn(50, 32), gate.e_score_correction_bias
+    gate(x)
+    logits = router_logits(x, gate.weight)
+    scores = logits.sigmoid() if function == "sigmoid" else logits.softmax(dim=-1)
+    lift = bias_lift(scores, bias, top_k=2, n_group=4, topk_group=2)
+    assert torch.equal(gate.lift_EN, histogram(lift, bias))
 
 
 def test_every_token_of_a_step_counts_once() -> None:

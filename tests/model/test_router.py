@@ -70,6 +70,12 @@ def test_group_mask_is_minus_infinity() -> None:
     assert group_limited_topk(biased, 2, n_group=2, topk_group=1).tolist() == [[0, 1]]
 
 
+def test_scores_that_are_all_zero_weigh_nothing() -> None:
+    """In fp32 a sigmoid of -200 is: a quotient of two would be no number."""
+    weights, _ = route(torch.full((3, 8), -200.0), torch.zeros(8), top_k=2)
+    assert torch.equal(weights, torch.zeros(3, 2))
+
+
 def test_scores_are_fp32_whatever_the_input() -> None:
     x_TH, weight_EH = torch.randn(50, 64).bfloat16(), torch.randn(4, 64).bfloat16()
     logits = router_logits(x_TH, weight_EH)
