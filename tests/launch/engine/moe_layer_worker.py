@@ -21,6 +21,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.utils import groups
 
+from data.cli import UserError
 from launch.cli import make_quiet
 from launch.engine.build import build_engine
 from launch.engine.moe_layer import MoELayer
@@ -32,15 +33,18 @@ from model.replay import RouterReplay
 TOKENS, HIDDEN = 96, 32
 
 
-def make_layer(experts: int, top_k: int, ep: int, dropout: float = 0.0) -> tuple[MoELayer, torch.nn.Module]:
-    """`(the swapped layer, the plain one with the same weights)`, in fp32."""
+def make_layer(
+    experts: int, top_k: int, ep: int, dropout: float = 0.0, **expert_parallel: object
+) -> tuple[MoELayer, torch.nn.Module]:
+    """`(the swapped layer, the plain one with the same weights)`, in fp32; `expert_parallel`: more of that section."""
     for held in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):  # DeepSpeed keeps them for a process's life
         getattr(groups, held).clear()
         getattr(groups, f"{held}_RANKS").clear()
     config = MoEGPTConfig.preset(
         "tiny", vocab_size=64, hidden_size=HIDDEN, moe_intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, n_routed_experts=experts, num_experts_per_tok=top_k, n_group=1, topk_group=1,
-        expert_dropout=dropout, norm_topk_prob=top_k > 1,  # of one weight, normalised, the router would learn nothing
+        expert_dropout=dropout, routed_scaling_factor=2.5,
+        norm_topk_prob=top_k > 1,  # of one weight, normalised, the router would learn nothing
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     torch.manual_seed(3)
@@ -49,6 +53,7 @@ def make_layer(experts: int, top_k: int, ep: int, dropout: float = 0.0) -> tuple
         for parameter in model.parameters():
             parameter.normal_(0, 0.15)
     plain = model.model.layers[0].mlp
+    section = {"enabled": True, "autoep_size": ep, "preset_model": "deepseek_v3", "use_grouped_mm": False, **expert_parallel}
     settings = {
         "train_batch_size": dist.get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
@@ -57,7 +62,7 @@ def make_layer(experts: int, top_k: int, ep: int, dropout: float = 0.0) -> tuple
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 2},
-        "expert_parallel": {"enabled": True, "autoep_size": ep, "preset_model": "deepseek_v3", "use_grouped_mm": False},
+        "expert_parallel": section,
     }
     return build_engine(model, settings).module.model.layers[0].mlp, plain
 
@@ -142,6 +147,14 @@ def dropout_and_replay() -> dict[str, Any]:
     }
 
 
+def refusal(**expert_parallel: object) -> str:
+    try:
+        make_layer(8, 2, 1, **expert_parallel)
+    except UserError as error:
+        return str(error)
+    return "none"
+
+
 def main() -> None:
     make_quiet()
     join.set_environment()
@@ -151,7 +164,7 @@ def main() -> None:
         sizes = [1, 2] if dist.get_world_size() > 1 else [1]
         cases = product([(8, 2), (2, 1)], sizes, ("spread", "one expert", "empty"))
         results["cases"] = [compare(*count, ep, routing) for count, ep, routing in cases]
-        results.update(dropout_and_replay())
+        results.update(dropout_and_replay(), refusal=refusal(score_apply="pre"))
     except Exception:
         results["error"] = traceback.format_exc()
     everyone: list[Any] = [None] * dist.get_world_size()

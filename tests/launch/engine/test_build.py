@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,3 +59,14 @@ def test_one_chosen_group_is_warned_of() -> None:
     assert "topk_group 1" in str(build.group_hint(MoEGPTConfig.preset("tiny", n_group=2, topk_group=1)))
     for known in ({"n_group": 1, "topk_group": 1}, {"n_group": 2, "topk_group": 1, "norm_topk_prob": False}, {}):
         assert build.group_hint(MoEGPTConfig.preset("tiny", **known)) is None
+
+
+def test_an_engine_without_our_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would train, without expert parallelism or balance."""
+    model = small_model()
+    engine = SimpleNamespace(module=model, optimizer=None)
+    monkeypatch.setattr(build.passes, "before_engine", lambda: None)  # which is for a process's life
+    monkeypatch.setattr(build.deepspeed, "initialize", lambda **_: (engine, None, None, None))
+    settings = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    with pytest.raises(RuntimeError, match="AutoEP swapped 0 of 2 MoE layers"):
+        build.build_engine(model, settings)

@@ -56,3 +56,8 @@ def test_the_cases_are_what_they_say(ranks: list[dict]) -> None:
 @pytest.mark.parametrize("what", ["dropout_equals_plain", "dropped", "replayed", "would_differ"])
 def test_dropout_and_replay(ranks: list[dict], what: str) -> None:
     assert all(result[what] for result in ranks)
+
+
+def test_what_the_layer_does_not_do_is_refused(ranks: list[dict]) -> None:
+    """It would weigh the rows after the experts all the same."""
+    assert all("score_apply 'post'); got comm_backend 'comm' and score_apply 'pre'" in result["refusal"] for result in ranks)

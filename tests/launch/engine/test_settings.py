@@ -59,8 +59,9 @@ def test_an_unchanged_json_changes_nothing() -> None:
     assert groups(resumed) == groups(saved)
 
 
-def test_changed_values_hold_from_the_first_step_on() -> None:
-    saved, resumed, whole = engine(), engine(lr=0.1, decay=0.5, clip=0.25, total=80), engine(lr=0.1, decay=0.5, total=80)
+@pytest.mark.parametrize("clip", [0.25, 0.0])
+def test_changed_values_hold_from_the_first_step_on(clip: float) -> None:
+    saved, resumed, whole = engine(), engine(lr=0.1, decay=0.5, clip=clip, total=80), engine(lr=0.1, decay=0.5, total=80)
     train(saved, 9)
     train(whole, 9)  # where the new schedule would be by itself
     settings = EngineSettings(resumed)
@@ -69,8 +70,20 @@ def test_changed_values_hold_from_the_first_step_on() -> None:
     settings.apply()
     assert [group["lr"] for group in groups(resumed)] == [group["lr"] for group in groups(whole)]
     assert [group["weight_decay"] for group in groups(resumed)] == [0.5, 0.0]
-    assert resumed.optimizer.clip_grad == 0.25
+    assert resumed.optimizer.clip_grad == clip
     assert resumed.lr_scheduler.last_batch_iteration == saved.lr_scheduler.last_batch_iteration
+
+
+def test_without_a_schedule_the_rate_is_the_json_s() -> None:
+    saved, resumed = engine(lr=0.01), engine(lr=0.2)
+    for of, lr in ((saved, 0.01), (resumed, 0.2)):
+        of.lr_scheduler = None
+        for group in of.optimizer.param_groups:
+            group["lr"] = lr  # which the schedule had warmed up from 0
+    settings = EngineSettings(resumed)
+    resumed.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
+    settings.apply()
+    assert [group["lr"] for group in groups(resumed)] == [0.2, 0.2]
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
@@ -151,16 +164,17 @@ def test_changed_milestones_hold() -> None:
 
 def test_loss_scaling() -> None:
     """A dynamic scale goes on with the new settings; a static one is the JSON's."""
-    old = DynamicLossScaler(2.0**16, 1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
+    old = DynamicLossScaler(2.0**16, 1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
     new = copy.deepcopy(old)
     new.scale_window = 50
     saved, resumed = engine(scaler=old), engine(scaler=new)
-    old.cur_scale, old.cur_iter = 512.0, 77
+    old.cur_scale, old.cur_iter, old.last_overflow_iter, old.cur_hysteresis = 512.0, 77, 70, 1
     settings = EngineSettings(resumed)
     load(resumed, saved)
     settings.apply()
     found = resumed.optimizer.loss_scaler
     assert (found.cur_scale, found.cur_iter, found.scale_window) == (512.0, 77, 50)
+    assert (found.last_overflow_iter, found.cur_hysteresis) == (70, 1)
     static = engine(scaler=LossScaler(128.0))
     settings = EngineSettings(static)
     load(static, saved)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from launch.engine import update_ratio
@@ -42,6 +43,24 @@ def test_ratios_by_group(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
         moved, size = (torch.cat([tensors[i] for i in numbers]).norm() for tensors in (updates, before))
         assert found[name] == pytest.approx(float(moved / size), rel=1e-4)
     assert set(found) == {"decay", "no_decay"}
+
+
+def test_all_ranks_parts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank's part of the group, of size 1, stays where it is."""
+    monkeypatch.setattr(update_ratio.dist, "all_reduce", lambda sums: sums.add_(torch.tensor([[0.0, 1.0]])))
+    part = torch.ones(3)
+    ratio = UpdateRatio(engine(["decay"], [part]))
+    part += 1
+    assert ratio.measure() == {"decay": pytest.approx((3 / 4) ** 0.5)}
+
+
+def test_zero_3_has_one_group_of_all_parts() -> None:
+    optimizer = object.__new__(DeepSpeedZeroOptimizer_Stage3)
+    optimizer.fp32_partitioned_groups_flat = parts = [torch.ones(3), torch.full((2,), 2.0)]
+    fake: Any = SimpleNamespace(optimizer=optimizer, device=torch.device("cpu"))
+    ratio = UpdateRatio(fake)
+    parts[1] += 1
+    assert ratio.measure() == {"all": pytest.approx((2 / 11) ** 0.5)}
 
 
 def test_without_zero_there_is_nothing_to_say() -> None:
