@@ -43,7 +43,7 @@ def test_against_the_formula_in_float64(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_pytorch(dtype: torch.dtype) -> None:
     x, head, targets = case(700, 64, 500, dtype)
-    ours, of_logits = token_loss(x, head, targets), loss_of_logits(F.linear(x, head), targets)
+    ours, of_logits = token_loss(x, head, targets), loss_of_logits(F.linear(x, head), targets, None, 0.0)
     exact = F.cross_entropy(F.linear(x.double(), head.double()), targets)
     for loss in (ours, of_logits):
         assert loss.dtype == torch.float32
@@ -96,7 +96,7 @@ def test_without_any_target_the_loss_is_zero() -> None:
     nothing = torch.full((5,), IGNORE)
     ours = token_loss(x, head, nothing)
     ours.backward()
-    assert float(ours) == float(loss_of_logits(F.linear(x, head), nothing)) == 0
+    assert float(ours) == float(loss_of_logits(F.linear(x, head), nothing, None, 0.0)) == 0
     assert x.grad is not None and float(x.grad.abs().sum()) == 0
 
 
