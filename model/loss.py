@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils.generic import maybe_autocast
 
-from . import accounting
+from .accounting import chunk_rows
 from .operators import ops, usable
 
 IGNORE = -100
@@ -74,7 +74,7 @@ class FusedLoss(torch.autograd.Function):
         dx_TH = torch.empty_like(x_TH) if with_grad else None
         dhead_VH = torch.zeros(head_VH.shape, dtype=scale.dtype, device=x_TH.device) if with_grad else None
         logit = x_TH.element_size() if usable(x_TH) else scale.element_size()
-        rows = accounting.chunk_rows(head_VH.shape[0], head_VH.shape[1], logit)
+        rows = chunk_rows(head_VH.shape[0], head_VH.shape[1], logit)
         for start in range(0, x_TH.shape[0], rows):
             chunk = slice(start, start + rows)
             loss, dlogits_CV = chunk_loss(x_TH[chunk], head_VH, targets_T[chunk], weight, z_weight, with_grad)
