@@ -142,7 +142,7 @@ def start(timeout: float, backend: str | None = None) -> None:
         device = device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
         os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes its device by it
         torch.cuda.set_device(device)
-    wait_for_builds(Path(get_default_build_root()))
+    wait_for_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
     compile_nothing()
     try:
         deepspeed.init_distributed(
@@ -217,18 +217,21 @@ def wait_for_builds(root: Path) -> None:
     that shares the folder.
     """
     for lock in root.glob("**/lock"):
-        while (age := _age(lock)) is not None and (_is_open(lock) or age < STALE_SECONDS):
+        if _may_be_held(lock):
+            print(f"waiting for {lock}, which another process may hold", file=sys.stderr, flush=True)
+        while _may_be_held(lock):
             time.sleep(0.5)
-        if age is not None:
+        if lock.exists():
             print(f"removing {lock}: the process that compiled there is gone", file=sys.stderr, flush=True)
             lock.unlink(missing_ok=True)
 
 
-def _age(path: Path) -> float | None:
+def _may_be_held(lock: Path) -> bool:
     try:
-        return time.time() - path.stat().st_mtime
+        age = time.time() - lock.stat().st_mtime  # below 0 where a clock was set back, or another host's is ahead
     except FileNotFoundError:
-        return None
+        return False
+    return _is_open(lock) or abs(age) < STALE_SECONDS
 
 
 def _is_open(path: Path) -> bool:

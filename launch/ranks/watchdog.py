@@ -4,6 +4,7 @@ A thread on each rank writes the rank's step and phase to a store every two seco
 watch rank 0. A rank that falls silent (stopped, its host cut off) is named after `silence` seconds; a run in which no rank gets
 anywhere is ended after `stall` seconds, naming the ranks that are behind; a rank that fails or dies is named within `PATIENCE`
 seconds. Every rank then ends, so that the launcher or Slurm can start again; nothing waits for NCCL's or gloo's own timeout.
+One rank alone has no store, and watches itself.
 
 Time is what this process was awake for: a job that was suspended as a whole (a laptop's sleep, `scontrol suspend`) goes on.
 """
@@ -94,9 +95,9 @@ class Watchdog:
             self._store.write(self._heartbeat())
             self._answered = self._clock()
             # Two threads: over a link that is cut without a word the store's answer is waited for without end.
-            self._clock.begin()
             threading.Thread(target=self._exchange, args=(self._store,), name="heartbeats", daemon=True).start()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._clock.begin()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def stop(self) -> None:
@@ -174,7 +175,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._clock.wait(self._done, BEAT_SECONDS):
             silent = self._clock() - self._answered
-            if silent > self.silence:
+            if self._store is not None and silent > self.silence:
                 self._store_answers = False  # nothing can be written there
                 cause = f"rank 0 has not answered for {silent:.0f} s (stopped, or its host cut off){self._last_of_rank0()}"
                 self._end(Hang(cause=cause, suspect=0))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +117,34 @@ def test_every_group_of_deepspeed_waits_as_long_as_the_first(monkeypatch: pytest
     join.start(77)
     TorchBackend.__new__(TorchBackend).new_group([0, 1])
     assert asked == [timedelta(seconds=77)]
+
+
+@pytest.mark.parametrize("seconds", [-1000, 1000])
+def test_a_killed_builder_s_lock_is_removed_where_torch_builds(
+    seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In TORCH_EXTENSIONS_DIR where it is set, and with a time that has not come yet."""
+    lock = tmp_path / "ragged_ops" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() + seconds,) * 2)
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **_: None)
+    monkeypatch.setattr(join, "bound_later_groups", lambda _: None)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    join.start(10)
+    assert not lock.exists() and capfd.readouterr().err.startswith(f"removing {lock}: ")
+
+
+def test_who_waits_for_a_builder_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    monkeypatch.setattr(time, "sleep", lambda _: lock.unlink())
+    join.wait_for_builds(tmp_path)
+    assert capfd.readouterr().err == f"waiting for {lock}, which another process may hold\n"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,21 @@ def test_a_run_is_ended_where_no_rank_has_moved_and_not_where_one_has(monkeypatc
     assert [hang.suspect for hang in ended] == [0], "the one that is behind"
 
 
+def test_one_rank_alone_that_hangs_is_ended() -> None:
+    program = """
+import time
+from launch.ranks import watchdog
+watchdog.BEAT_SECONDS = 0.2
+dog = watchdog.Watchdog(stall=1).start()
+dog.at(2, "forward")
+time.sleep(60)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 17, done.stderr
+    assert "error: no rank has moved for 1 s: rank 0 at step 2, forward" in done.stderr and "(MainThread)" in done.stderr
+
+
 def test_time_asleep_does_not_count() -> None:
     """A process that is stopped for a while, and the same while spent awake."""
     program = """
