@@ -8,7 +8,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def _refuse_what_hides_ours() -> None:
-    """PYTHONPATH comes before an installed clone: a `model.py` or `data/` there would be imported in place of ours."""
+    """With `python -m` the working directory and PYTHONPATH come before an installed clone: a `model.py` or `data/` there would be
+    imported in place of ours. Commands that are started by their path put their own clone first."""
     for name in ("data", "model"):
         spec = importlib.util.find_spec(name)
         found = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))

@@ -12,7 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-import launch  # noqa: F401 - first: it names what hides our packages
+if __name__ == "__main__":  # or what is installed, or on PYTHONPATH, would come before ours
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.cli import UserError
 from data.files import check_replaceable, finite, replace_file
 from data.flags import Parser

@@ -15,9 +15,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from data.cli import Exit, UserError, drain, leave, report
+
+CLONE = Path(__file__).resolve().parent.parent
 
 
 class AgreedError(UserError):
@@ -29,7 +32,11 @@ class RankFailedError(RuntimeError):
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's `main` and end the process: a user's mistake as its sentence, anything else with its traceback."""
+    """Run a command's `main` and end the process: a user's mistake as its sentence, anything else with its traceback.
+
+    Processes that it starts (`python -P -m`) are this clone's as well.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         check_interpreter()
         code = main() or Exit.DONE

@@ -7,7 +7,12 @@ python launch/evaluate.py --score samples.jsonl --humaneval HumanEval.jsonl.gz -
 
 from __future__ import annotations
 
-import launch  # noqa: F401 - first: it names what hides our packages
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # or what is installed, or on PYTHONPATH, would come before ours
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from launch.cli import make_quiet, run_command
 from launch.evaluation.arguments import build_parser, check
 

@@ -9,9 +9,12 @@ folder beside the output, read back and compared, and only then gets its name.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import launch  # noqa: F401 - first: it names what hides our packages
+if __name__ == "__main__":  # or what is installed, or on PYTHONPATH, would come before ours
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
 from launch.exporting import folder, formats, hub_upload, source

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import launch  # noqa: F401 - first: it names what hides our packages
+if __name__ == "__main__":  # or what is installed, or on PYTHONPATH, would come before ours
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.cli import NotFound, UserError, say
 from data.flags import Parser
 from launch.cli import make_quiet, run_command

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from functools import partial
+from pathlib import Path
 
-import launch  # noqa: F401 - first: it names what hides our packages
+if __name__ == "__main__":  # or what is installed, or on PYTHONPATH, would come before ours
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from launch.cli import run_command
 from launch.planning.arguments import parse_arguments
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from pathlib import Path
 
-import launch  # noqa: F401 - first: it names what hides our packages
+if __name__ == "__main__":  # or what is installed, or on PYTHONPATH, would come before ours
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.cli import UserError, printable, say
 from data.files import check_replaceable, replace_file
 from data.flags import Parser

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shards = args.shards or make_shards(Path(temporary, "random"), 1, 30_000_000, sparse=False)
         result = compare(shards, Path(temporary, "arrow"), args.batches, args.repeats)
         large = make_shards(Path(temporary, "large"), SHARDS, SHARD_TOKENS, sparse=True)
-        command = [sys.executable, "-c", f"from launch.benchmarks.data import open_large; open_large({str(large)!r})"]
+        command = [sys.executable, "-P", "-c", f"from launch.benchmarks.data import open_large; open_large({str(large)!r})"]
         result |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"{'random packed samples, one core':44}{'tokens/s':>16}{'ours is':>9}")
     for name in ("ours", "ours_document_mask", "datasets_shuffled", "datasets_rows_given"):

@@ -29,7 +29,7 @@ def run_leashed(command: list[str], log: Path) -> int:
     KeyboardInterrupt or SystemExit; on a second signal it is ended at once."""
     with log.open("ab") as out, raised_by_sigterm():
         process = subprocess.Popen(
-            [sys.executable, "-m", "launch.benchmarks.leash", *command],
+            [sys.executable, "-P", "-m", "launch.benchmarks.leash", *command],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=out,

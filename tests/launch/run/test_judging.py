@@ -74,7 +74,7 @@ def test_a_result_becomes_a_row(problems: Path, tmp_path: Path, monkeypatch: pyt
     judge.write_text(
         "import json, os, sys\n"
         "assert 'RANK' not in os.environ and os.environ['CUDA_VISIBLE_DEVICES'] == ''\n"
-        "checkpoint, folder, count, task = sys.argv[3:]\n"
+        "checkpoint, folder, count, task = sys.argv[4:]\n"
         f"assert count == '5' and task == 'code=humaneval={problems}', task\n"
         "name = os.path.basename(checkpoint)\n"
         "if name == 'step_4': sys.exit('no such checkpoint')\n"
