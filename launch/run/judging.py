@@ -39,15 +39,7 @@ class Judging:
         self.folder.mkdir(exist_ok=True)
         checkpoint = self.output / "checkpoints" / name
         tasks = [f"{title}={file.task}={file.path.resolve()}" for title, file in self.files.items()]
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "launch.evaluation.of_checkpoint",
-            str(checkpoint),
-            str(self.folder),
-            str(self.problems),
-        ]
+        command = [sys.executable, "-P", "-m", "launch.evaluation.of_checkpoint"]
         environment = environment_of_no_rank() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with open(self.folder / f"{name}.log", "wb") as log:
             self._process = subprocess.Popen(
