@@ -49,8 +49,10 @@ class InputFile(NamedTuple):
             return "cannot be read" if now.bytes < 0 else "can be read"
         if self.bytes != now.bytes:
             return f"has {now.bytes} bytes instead of {self.bytes}"
-        if self.ends != now.ends or (self.modified_ns != now.modified_ns and self.bytes > 2 * END_BYTES):
+        if self.ends != now.ends:
             return "was written to"
+        if self.modified_ns != now.modified_ns and self.bytes > 2 * END_BYTES:
+            return "has another time of modification"
         return None
 
 
@@ -86,7 +88,8 @@ def check_inputs(folder: Path, files: Sequence[InputFile]) -> None:
     if changes:
         more = f" and {len(changes) - NAMED} more" if len(changes) > NAMED else ""
         shown = "; ".join(changes[:NAMED])
-        raise UserError(f"the input changed since {folder} was begun: {shown}{more}; put it back, or name another --output")
+        advice = "put it back (rsync -t and tar keep times), or name another --output"
+        raise UserError(f"the input changed since {folder} was begun: {shown}{more}; {advice}")
 
 
 def _changes(before: Sequence[InputFile], now: Sequence[InputFile]) -> Iterator[str]:

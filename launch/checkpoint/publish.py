@@ -14,6 +14,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from data.cli import say
 from data.files import sync_folder
 from launch.checkpoint.manifest import MANIFEST
 
@@ -31,7 +32,7 @@ def working_name(folder: Path, kind: str) -> Path:
 
 def leftovers(parent: Path) -> list[Path]:
     """What dead processes left: folders with names of `working_name`. Others' hidden folders are not ours to touch."""
-    return sorted(p for p in parent.iterdir() if _OURS.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
+    return sorted(p for p in parent.iterdir() if _OURS.fullmatch(p.name) and p.is_dir())
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -72,7 +73,12 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder. It loses its name first, or else its manifest, so that a half-deleted one is never taken for complete."""
+    """Delete a folder. It loses its name first, or else its manifest, so that a half-deleted one is never taken for complete.
+    Of a link the name alone is ours."""
+    if folder.is_symlink():
+        say(f"{folder} was a link; what it points to is kept: {os.path.realpath(folder)}")
+        folder.unlink()
+        return
     if not folder.name.startswith(".trash-"):
         trash = working_name(folder, "trash")
         if rename_if_possible(folder, trash):

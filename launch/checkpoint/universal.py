@@ -177,7 +177,7 @@ def _complete(temporary: Path, lr: float) -> None:
     there = next(temporary / name for name in MODEL_STATES if (temporary / name).exists())
     for name in MODEL_STATES:
         if not (temporary / name).exists():
-            os.link(there, temporary / name)
+            link_or_copy(there, temporary / name)
     zero = temporary / "zero"
     _give_shapes(zero, {name: shape for group in load_file(there)["param_shapes"] or [] for name, shape in group.items()})
     common = zero / "optimizer_state.pt"
@@ -191,6 +191,14 @@ def _complete(temporary: Path, lr: float) -> None:
     stage3 = {"state": {0: {"step": step}}, "param_groups": rates}
     save_stages_by_value()
     torch.save({"ds_version": deepspeed.__version__, "param_groups": rates, "optimizer_state_dict": stage3}, common)
+
+
+def link_or_copy(file: Path, name: Path) -> None:
+    """Not every file system has hard links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def _rates(source: Path) -> dict[bool, float]:

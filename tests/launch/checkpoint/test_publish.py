@@ -59,6 +59,24 @@ def test_only_our_own_leftovers_are_found(tmp_path):
     assert not (tmp_path / "step_7").exists()
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_of_a_link_the_name_goes_and_what_it_points_to_stays(tmp_path, capsys, replaced):
+    """A checkpoint that was moved to another disk: the link stayed for ever, under a hidden name."""
+    kept = folder_with(tmp_path / "kept", state=b"old")
+    run = folder_with(tmp_path / "run")
+    (run / "step_1").symlink_to(kept)
+    publish.working_name(run / "step_1", "trash").symlink_to(kept)  # of a process that died there
+    for dead in publish.leftovers(run):
+        publish.discard(dead)
+    if replaced:
+        publish.publish(folder_with(publish.working_name(run / "step_1", "tmp"), state=b"new"), run / "step_1")
+    else:
+        publish.discard(run / "step_1")
+    assert [p.name for p in run.iterdir()] == ["step_1"] * replaced
+    assert (kept / "state").read_bytes() == b"old"
+    assert capsys.readouterr().err.count(f" was a link; what it points to is kept: {kept}\n") == 2
+
+
 @pytest.fixture
 def image(tmp_path):
     """A folder on overlayfs, as a container sees what came with its image; `step_4` is of the image."""

@@ -1,5 +1,6 @@
 """Another number of ranks, EP size, ZeRO stage or dtype: the run converts by itself and goes on from the same state."""
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from training_process import launch_ranks
 from data.cli import UserError
 from launch.checkpoint import manifest
 from launch.checkpoint.converter import give_moments
-from launch.checkpoint.universal import _is_whole, _rates
+from launch.checkpoint.universal import _is_whole, _rates, link_or_copy
 from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights
 from launch.engine.settings import give_own_steps
 
@@ -106,6 +107,16 @@ def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path)
     data[len(data) // 2] ^= 1
     (folder / "zero" / "fp32.pt").write_bytes(data)
     assert not _is_whole(folder, "sum")
+
+
+def test_a_file_is_copied_where_the_file_system_has_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("launch.checkpoint.universal.os.link", refuse)
+    (tmp_path / "states.pt").write_bytes(b"states")
+    link_or_copy(tmp_path / "states.pt", tmp_path / "others.pt")
+    assert (tmp_path / "others.pt").read_bytes() == b"states"
 
 
 def test_an_experts_slices_are_those_of_the_ranks_that_share_it():
