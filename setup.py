@@ -13,8 +13,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],  # what the tests ran on
-    packages=find_packages(include=["model", "model.*", "data", "data.*", "launch", "launch.*"]),
+    packages=[*find_packages(include=["model", "model.*", "data", "data.*", "launch", "launch.*"]), "ds_configs"],
     package_data={
+        "ds_configs": ["*.json"],
         "model": ["presets/*.json"],
         "launch.reporting": ["assets/*"],
         "launch.planning": ["devices.json"],
