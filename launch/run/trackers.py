@@ -136,7 +136,8 @@ def redacted_arguments() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cache_folder(instead: Path) -> Iterator[None]:
-    """Give W&B's process a folder for its own log: without a home to write in it would print the log to the terminal."""
+    """Give W&B's process a folder for its own log: without a home to write in it would print the log to the terminal. And a home
+    where neither HOME nor the passwd file has one, in a container under another uid: it looks for its settings there."""
     home = os.environ.get("XDG_CACHE_HOME") or (os.environ["HOME"] + "/.cache" if os.environ.get("HOME") else "")
     try:
         if home:
@@ -144,17 +145,18 @@ def cache_folder(instead: Path) -> Iterator[None]:
         usable = bool(home) and os.access(home, os.W_OK)
     except OSError:
         usable = False
-    if usable:
-        yield
-        return
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(instead.absolute())
+    names = [] if usable else ["XDG_CACHE_HOME"]
+    if os.path.expanduser("~") == "~":
+        names.append("HOME")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(instead.absolute())))
     try:
         yield
     finally:
-        os.environ.pop("XDG_CACHE_HOME")
-        if before is not None:
-            os.environ["XDG_CACHE_HOME"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 class TensorboardTracker(Tracker):

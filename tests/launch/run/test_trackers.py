@@ -89,10 +89,14 @@ def test_wandb_offline_leaves_a_run_to_upload(tmp_path: Path) -> None:
     assert b"hunter2secret" not in found[0].read_bytes()
 
 
-@pytest.mark.parametrize("home", [None, "/proc"], ids=["no HOME", "read-only HOME"])
-def test_wandb_says_nothing_without_a_home(home: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "home, known", [(None, True), ("/proc", True), (None, False)], ids=["no HOME", "read-only HOME", "a uid in no passwd file"]
+)
+def test_wandb_says_nothing_without_a_home(home: str | None, known: bool, tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="W&B is not installed")
     program = WANDB.replace('wandb_mode="online"', 'wandb_mode="offline"').replace("3000", "5")
+    if not known:
+        program = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n" + program
     env = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "TMPDIR")}
     env |= {"TMPDIR": "/nonexistent", **({"HOME": home} if home else {})}
     command = [sys.executable, "-c", program, str(tmp_path)]
