@@ -15,14 +15,14 @@ endif
 RECENT = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 USABLE = $(BIN)/python $(RECENT) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 && head -n 2 $(BIN)/pip | grep -qF "$(abspath $(BIN))"
 
-# An environment that is not whole (Ctrl-C in the middle), too old or from another place is made anew where it is our own.
-# torch first: packages that build against it then find it, and pip does not pick another build for a dependency.
+# An environment that is too old or from another place is made anew where it is ours (`installed`), one without pip (Ctrl-C in the
+# middle, uv) gets it. torch first: packages that build against it then find it, and pip does not pick another build for a dependency.
 $(VENV)/installed: setup.py constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
 	@{ $(USABLE); } || { \
 		$(PYTHON) $(RECENT) || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed; name another: make install PYTHON=python3.12" >&2; exit 2; }; \
-		[ "$(VENV)" = .venv ] || [ ! -e "$(VENV)" ] || { echo "error: $(VENV) is no environment of Python 3.11 or newer with pip, made at that place; name another" >&2; exit 2; }; \
-		$(PYTHON) -m venv --clear $(VENV); }
+		$(PYTHON) -m venv $$([ ! -e $(VENV)/installed ] || echo --clear) $(VENV); }
+	@{ $(USABLE); } || { echo "error: $(VENV) is no environment of Python 3.11 or newer that was made at this place; remove it, or name another: make install VENV=DIR" >&2; exit 2; }
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@echo "$(CURDIR)" > $@

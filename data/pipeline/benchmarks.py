@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,11 @@ def read_tasks(path: str) -> list[str]:
 
 
 def _text(value: Any) -> str | None:
-    """A field's words: a single assert of MBPP has fewer than the rule asks for, the three of a task have more."""
+    """A field's words: a single assert of MBPP has fewer than the rule asks for, the three of a task have more. APPS has a list's
+    JSON as a text, whose escapes would be parts of words."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if isinstance(value, list):
         return "\n".join(part for part in value if isinstance(part, str))
     return value if isinstance(value, str) else None

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import UserError, counted
+from data.cli import UserError, counted, sentence
 from data.files import read_json
 from data.words import SECONDS_PER_DAY, duration
+from launch.engine.kinds import OBJECT, WHOLE, is_kind
 from launch.planning.answer import expense
 from launch.planning.arguments import PlanArguments
 from launch.planning.devices import find_device
@@ -23,6 +24,8 @@ from model.accounting import count_parameters
 
 #: Logged steps that the speed is the median of: the last ones, without the slow first.
 RECENT = 50
+#: What of config.json is needed.
+KINDS = {"model": OBJECT, "deepspeed": OBJECT, "sequence_length": WHOLE, "world_size": WHOLE, "arguments": OBJECT}
 
 
 def rest_of(arguments: PlanArguments) -> dict[str, Any]:
@@ -34,8 +37,8 @@ def rest_of(arguments: PlanArguments) -> dict[str, Any]:
     in_node = min(config["world_size"], device.gpus_per_node) if device else config["world_size"]
     try:
         job = job_of_run(config, ranks_per_node=in_node)
-    except ValueError as error:
-        raise UserError(f"--from {arguments.from_run}: config.json: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--from {arguments.from_run}: config.json does not describe a run: {sentence(error)}") from None
     speed = float(np.median(steps.get("tokens_per_second")[-RECENT:]))
     total = arguments.tokens or config["arguments"]["max_steps"] * job.tokens_per_step
     done = {"steps": int(steps.steps[-1]), "tokens": int(steps.get("tokens")[-1])}
@@ -67,9 +70,14 @@ def read(folder: Path) -> tuple[dict[str, Any], Columns]:
         config = read_json(folder / "config.json")
     except ValueError as error:
         raise UserError(f"--from {folder}: config.json is damaged: {error}") from None
-    missing = [key for key in ("model", "deepspeed", "sequence_length", "world_size", "arguments") if key not in config]
+    missing = [key for key in KINDS if key not in config]
     if missing:
         raise UserError(f"--from {folder}: config.json has no {missing[0]!r}; name a folder that launch/train.py wrote")
+    wrong = [key for key, kind in KINDS.items() if not is_kind(config[key], kind) or (kind == WHOLE and config[key] < 1)]
+    if not wrong and not is_kind(config["arguments"].get("max_steps"), WHOLE):
+        wrong = ["arguments.max_steps"]
+    if wrong:
+        raise UserError(f"--from {folder}: config.json has no usable {wrong[0]!r}; it is not as launch/train.py wrote it")
     collector = Collector()
     if (folder / "metrics.jsonl").is_file():
         collector.take(folder / "metrics.jsonl")

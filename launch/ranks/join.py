@@ -85,6 +85,8 @@ def _is_srun_s(env: Mapping[str, str]) -> bool:
     own, pmi = (tuple(env.get(name) for name in names) for names in (SLURM_VARIABLES, ("PMI_RANK", "PMI_SIZE")))
     if None in own or int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])) < 2:
         return False
+    if pmi == own and "MASTER_ADDR" not in env:
+        return False  # mpiexec's, with one rank a host: MPI knows where rank 0 is
     return not {"OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & set(env) and pmi in (own, (None, None))
 
 

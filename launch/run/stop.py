@@ -56,7 +56,7 @@ class StopRequest:
         """While ranks join, SIGTERM and SIGINT end this one: there is nothing to save, and a rank that never comes would have the
         job hold its hosts for ten minutes more. The other signals announce an end that is minutes away."""
         self._joining = True
-        self._leave_if_joining(self.reason)
+        self._leave_if_joining(self.reason)  # it came while libraries were imported
         try:
             yield
         finally:

@@ -55,7 +55,8 @@ while kill -0 "$step" 2>/dev/null; do code=0; wait "$step" || code=$?; done # th
 preempted() {
     case $(scontrol show job "$SLURM_JOB_ID") in *PreemptTime=[0-9]*) ;; *) false ;; esac
 }
-if [ "$code" -eq 0 ] && { [ -n "$asked" ] || preempted; }; then
+# Ranks that were still joining have nothing to save, and end with 128 + SIGTERM.
+if { [ "$code" -eq 0 ] && [ -n "$asked" ]; } || { { [ "$code" -eq 0 ] || [ "$code" -eq 143 ]; } && preempted; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

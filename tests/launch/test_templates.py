@@ -145,6 +145,19 @@ def test_slurm_a_job_that_another_took_the_nodes_from_is_queued_again(slurm: tup
     assert done.returncode == 0 and log.read_text().count("scontrol requeue 7") == 1, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    "code, preempted, again", [(143, "2026-11-30T11:30:03", 1), (143, "None", 0), (1, "2026-11-30T11:30:03", 0)]
+)
+def test_slurm_what_ends_before_it_trains(code: int, preempted: str, again: int, slurm: tuple) -> None:
+    """Ranks that Slurm asks while they join end with 143; a fault is none of its business."""
+    rest, environment, log = slurm
+    fake = f'#!/usr/bin/env bash\n[ "$1" = show ] || exit {code}\n'
+    srun = Path(environment["PATH"].split(os.pathsep)[0]) / "srun"
+    srun.write_text(fake)
+    done = template("slurm.sh", *rest, **environment, STUB_PREEMPTED=preempted)
+    assert done.returncode == code and log.read_text().count("scontrol requeue 7") == again
+
+
 def test_slurm_a_crash_is_left_to_requeue(slurm: tuple, tmp_path: Path) -> None:
     rest, environment, log = slurm
     done = template("slurm.sh", *rest, "--epochs", "3", **environment)

@@ -62,6 +62,14 @@ def test_every_field_that_shows_a_task_is_read(tmp_path: Path) -> None:
         assert read_tasks(str(write_rows(tmp_path / "x.jsonl", [{"task_id": "T/0", name: "x"}]))) == ["x"], name
 
 
+def test_a_list_that_stands_as_text_counts_by_its_elements(tmp_path: Path) -> None:
+    """As APPS keeps `solutions`."""
+    solution = "def largest(numbers):\n    best = None\n    for value in numbers:\n        best = value\n    return best\n"
+    rule = load_contamination([str(write_rows(tmp_path / "apps.jsonl", [{"solutions": json.dumps([solution, "[x"])}]))])
+    assert rule is not None and rule("import os\n" + solution, {}) == "overlaps apps.jsonl"
+    assert read_tasks(str(write_rows(tmp_path / "x.jsonl", [{"code": "[x for x in y]"}]))) == ["[x for x in y]"]
+
+
 def test_a_benchmark_that_nothing_overlaps_is_said(tmp_path: Path, preprocess: Any, tokenizer_file: Path, corpus: Path) -> None:
     words = " ".join(f"word{i}" for i in range(30))
     bench = write_rows(tmp_path / "bench.jsonl", [{"prompt": words}])

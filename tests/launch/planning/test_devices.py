@@ -41,6 +41,7 @@ def test_every_share_and_cost_says_where_it_is_from() -> None:
         ("NVIDIA A100-SXM4-80GB", "a100-80gb", 312e12),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb", 312e12),
         ("NVIDIA A100 80GB PCIe", "a100-80gb", 312e12),
+        ("NVIDIA A100-SXM-64GB", "a100-40gb", 312e12),  # the peak is right, memory is not overstated
         ("NVIDIA A800-SXM4-80GB", "a100-80gb", 312e12),
         ("NVIDIA A40", "a40", 149.7e12),
         ("NVIDIA A10", "a10", 125e12),

@@ -8,12 +8,16 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support import ROOT, metrics
 
+from data.cli import UserError
 from launch.planning.expectation import beside_measured, duration_line, job_of_run
 from launch.planning.memory import plan_memory
+from launch.planning.past import rest_of
 from model.sizes import PRESETS_FOLDER
 
 USUAL = ("--model", "800m", "--gpu", "a100-80gb", "--num_gpus", 8, "--deepspeed_config", "ds_configs/ep8_zero2.json")
@@ -280,10 +284,23 @@ def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:
     with (run_folder / "metrics.jsonl").open("w") as file:
         file.write('{"step": 1, "loss": 3.0, "tokens": 1, "tokens_per_second": 1.0}\n')
     done = plan("--from", run_folder)
-    assert done.returncode == 2 and "config.json: hidden_size must be a whole number of at least 1, got 'x'" in done.stderr
+    assert (
+        done.returncode == 2
+        and "config.json does not describe a run: hidden_size must be a whole number of at least 1, got 'x'" in done.stderr
+    )
+    asked: Any = SimpleNamespace(from_run=run_folder, gpu=None, tokens=None, price=None)
+    for key, value in wrong_values():
+        (run_folder / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError, match=r"config\.json (has no usable|does not describe a run)"):
+            rest_of(asked)
     (run_folder / "config.json").write_text("{}")
     done = plan("--from", run_folder)
     assert done.returncode == 2 and "config.json has no 'model'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def wrong_values() -> list[tuple[str, object]]:
+    kinds: list[tuple[str, object]] = [(key, wrong) for key in ("model", "deepspeed", "arguments") for wrong in ([], "x", None)]
+    return [*kinds, ("deepspeed", {}), ("arguments", {}), *(("world_size", wrong) for wrong in (0, -1, "2", None, True))]
 
 
 def test_training_says_what_to_expect(small_shards: Path, small_model: Path, run_train, tmp_path: Path) -> None:

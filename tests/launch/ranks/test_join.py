@@ -60,6 +60,17 @@ def test_mpiexec_within_a_job_of_slurm(inherited: dict, own: dict, monkeypatch: 
     assert asked == ["mpi"]
 
 
+def test_mpiexec_with_one_rank_a_host_asks_mpi_for_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are what the tasks are by which it reaches the hosts."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    for name, value in {**slurm, "PMI_RANK": "1", "PMI_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    asked: list[str] = []
+    monkeypatch.setattr(join, "_environment_from_mpi", lambda: asked.append("mpi"))
+    set_environment()
+    assert asked == ["mpi"]
+
+
 def test_python_in_a_batch_script_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
         monkeypatch.setenv(name, value)
