@@ -256,7 +256,24 @@ PROTOCOLS = {
         "assert f(1, 2) == f(1, 2) != f(1) and len(f(1)) == 1 and f(7)[0] == 7 and list(f(7, 8)) == [7, 8] and 8 in f(7, 8)\n"
         "assert f(1) and not f() and f(1) is not None",
     ),
+    "an order of its own class": (
+        "from functools import total_ordering\n@total_ordering\nclass f:\n    def __init__(self, n): self.n = n\n"
+        "    def __eq__(self, other): return self.n == other.n\n    def __lt__(self, other): return self.n < other.n\n",
+        "assert f(1) < f(2) > f(1) <= f(1) >= f(1) and not f(2) < f(1)\nassert max(f(1), f(3), f(2)).n == 3",
+    ),
+    "items that are set": (
+        "class f:\n    def __init__(self): self.d = {}\n    def __getitem__(self, key): return self.d[key]\n"
+        "    def __setitem__(self, key, value): self.d[key] = value\n",
+        "x = f()\nx[1] = [2]\nassert x[1] == [2]",
+    ),
     "a node without a length": ("class f: pass", "node = f()\nassert node and node == node"),
+    "iterators": (
+        "def f(*its, it=()): return [list(one) for one in (*its, it)]\n"
+        "def g(): yield from (1, 2)\ndef h(x): return [next(i) for i in x]",
+        "assert f(iter([1]), zip([1], [2]), map(abs, [-3, 2]), g(), it=iter('a')) == [[1], [(1, 2)], [3, 2], [1, 2], ['a']]\n"
+        "x = [iter([1]), iter([2])]\nassert h(x) == [1, 2]",
+    ),
+    "an equal item in another's place": ("def f(x): x[0] = float(x[0])", "x = [1]\nf(x)\nassert type(x[0]) is float"),
 }
 
 
@@ -271,6 +288,7 @@ def test_protocols_cross(isolation: Isolation, name: str) -> None:
 def test_operators_decide_nothing(isolation: Isolation) -> None:
     """An object that says yes to all is neither equal to a value nor holds one; what it raises has no more power than its kind."""
     yes = "class Yes:\n    def __eq__(self, other): return True\n    def __contains__(self, item): return True\n"
+    yes += "    def __lt__(self, other): return True\n    def __gt__(self, other): return True\n"
     yes += "    def __len__(self): return self\n    def __iter__(self): yield self\n    def __getitem__(self, n): return self\n"
     for test in (
         "f() == 1",
@@ -278,6 +296,7 @@ def test_operators_decide_nothing(isolation: Isolation) -> None:
         "1 in f()",
         "f() in [1]",
         "f()[0] == 1",
+        "0 < f() < 2",
         "len(f()) == 1",
         "[1] == list(f())",
         "f() == [f()]",

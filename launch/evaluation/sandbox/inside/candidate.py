@@ -14,7 +14,8 @@ from typing import Any
 from launch.evaluation.sandbox.inside.channel import Channel, leave_standard_streams
 from launch.evaluation.sandbox.inside.values import containers, decode, encode, is_python_type
 
-OPERATORS: dict[str, Callable[..., Any]] = {"len": len, "bool": bool, "iter": iter, "getitem": operator.getitem, "eq": operator.eq}
+OPERATORS: dict[str, Callable[..., Any]] = {"len": len, "bool": bool, "iter": iter}
+OPERATORS |= {name: getattr(operator, name) for name in ("getitem", "setitem", "eq", "lt", "le", "gt", "ge")}
 
 
 class Given:
@@ -22,6 +23,15 @@ class Given:
 
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+def items_of(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def same(was: list[Any], now: list[Any]) -> bool:
+    """The same objects: an equal one in its place is a change, and an iterator is not looked into, which would empty it."""
+    return len(was) == len(now) and all(map(operator.is_, was, now))
 
 
 class Candidate:
@@ -62,16 +72,17 @@ class Candidate:
         arguments = decode(request["arguments"], self.find)
         keywords = {name: decode(value, self.find) for name, value in request["keywords"].items()}
         held = list(containers([arguments, keywords]))
-        before = self.contents(held)
+        before = [items_of(one) for one in held]
         try:
             reply = {"value": encode(function(*arguments, **keywords), self.keep)}
         except BaseException as error:
             reply = self.raised(error)
-        changed = [[n, now] for n, (was, now) in enumerate(zip(before, self.contents(held), strict=True)) if was != now]
-        return {**reply, "changed": changed} if changed else reply
+        changed = [n for n, (was, one) in enumerate(zip(before, held, strict=True)) if not same(was, items_of(one))]
+        return {**reply, "changed": self.contents(changed, held)} if changed else reply
 
-    def contents(self, held: list[Any]) -> list[Any]:
-        """Of each container, in JSON's form; a container of the arguments in it is named, so that it stays the same one."""
+    def contents(self, changed: list[int], held: list[Any]) -> list[Any]:
+        """The number and, in JSON's form, the content of each that changed; a container of the arguments in it is named, so that
+        it stays the same one."""
         numbers = {id(one): number for number, one in enumerate(held)}
 
         def named(item: Any) -> Any:
@@ -79,7 +90,8 @@ class Candidate:
                 return Given(numbers[id(item)])
             return tuple(map(named, item)) if type(item) is tuple else item
 
-        return [encode([named(item) for item in (one.items() if isinstance(one, dict) else one)], self.keep) for one in held]
+        contents = [held[n].items() if isinstance(held[n], dict) else held[n] for n in changed]
+        return [[n, encode([named(item) for item in now], self.keep)] for n, now in zip(changed, contents, strict=True)]
 
     def raised(self, error: BaseException) -> dict[str, Any]:
         """kind: the nearest class of Python's own, which a test can expect."""

@@ -3,8 +3,10 @@
 The tests' text, this process and its standard output are out of the candidate's reach: it runs in a sandbox of its own, and
 between the two go plain values only.
 
-Right programs fail whose tests hand them a function of their own, expect an argument itself back (`f(x) is x`) or one list at two
-places of it, read a generator without end, compare a module's constant, use `in` on what cannot be iterated, or expect SystemExit.
+Right programs fail whose tests hand them a function of their own or a defaultdict (its default does not cross), expect an argument
+itself back (`f(x) is x`) or one list at two places of it, go on with an iterator that they handed over, read a generator without
+end, the fields of a namedtuple or the `errno` of an error that names a file, compare a module's constant, use `in` on what cannot
+be iterated, or expect SystemExit.
 """
 
 from __future__ import annotations
@@ -29,11 +31,15 @@ class CandidateError(Exception):
     """The candidate raised what is no exception of Python's own."""
 
 
+def comparison(name: str) -> Callable[[Any, object], Any]:
+    return lambda one, other: one.operator(name, other) if isinstance(other, Remote) else NotImplemented
+
+
 class Remote:
     """A function or an object of the candidate: it can be called and handed back, has its attributes (MBPP's tests build trees by
     `root.left = Node(2)`), its length, truth, items and what iterating it gives.
 
-    Equal to objects of the candidate that its class says it equals, and to nothing of the tests' own: it would equal what is asked.
+    Equal to, or less than, objects of the candidate as its class says, and nothing of the tests' own: it would equal what is asked.
     For the same reason `in` goes by its items.
     """
 
@@ -89,8 +95,10 @@ class Remote:
     def __getitem__(self, key: Any) -> Any:
         return self.operator("getitem", key)
 
-    def __eq__(self, other: object) -> Any:
-        return self.operator("eq", other) if isinstance(other, Remote) else NotImplemented
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.operator("setitem", key, value)
+
+    __eq__, __lt__, __le__, __gt__, __ge__ = map(comparison, ("eq", "lt", "le", "gt", "ge"))
 
     def __hash__(self) -> int:
         return hash(self.reference)
