@@ -21,9 +21,9 @@ def main() -> int:
     arguments = build_parser().parse_args()
     check(arguments)
     make_quiet()
-    from launch.evaluation.command import describe, evaluate
+    from launch.evaluation.command import evaluate
 
-    print(describe(evaluate(arguments)))
+    evaluate(arguments)
     return 0
 
 

@@ -21,7 +21,7 @@ COUNTS = ("samples", "batch_size")
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The result, which is written to --output as well. What can be refused is, before a model is loaded."""
+    """The result, which is printed as it comes and written to --output. What can be refused is, before a model is loaded."""
     for path in filter(None, (arguments.output, arguments.samples_file)):
         check_replaceable(path)
     task = task_of(arguments)
@@ -40,6 +40,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             **result,
         }
     write(arguments.output, result)
+    if task:
+        print(describe_scores(result))
     return result
 
 
@@ -51,7 +53,8 @@ def write(output: Path | None, result: dict[str, Any]) -> None:
 def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Problem], samples_file: Path) -> dict[str, Any]:
     """The loss where --data is given, and samples.jsonl where a task is and --score is not.
 
-    What can be refused is before the loss is measured, which is written before the samples are made.
+    What can be refused is before the loss is measured, which is printed before the samples are made, and written where no earlier
+    result would be replaced by it alone.
     """
     from launch.evaluation.generation import check_infilling, generate_samples, short_of_context
     from launch.exported import default_device, load_exported
@@ -77,10 +80,10 @@ def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Pro
         file.begin(arguments.batch_size)
     if arguments.data:
         result |= loss_of(arguments, model)
-    if samples:
-        if arguments.data:
+        if arguments.output and not arguments.output.exists():
             write(arguments.output, result)
-            say(describe(result))
+        print(describe_loss(result), flush=True)
+    if samples:
         counts = {name: getattr(arguments, name) for name in COUNTS}
         generate_samples(model, tokenizer, asked, sampling, file, **counts)
         result |= {"sampling": file.settings, "short_of_context": len(short)}
@@ -121,19 +124,19 @@ def sample_file(arguments: argparse.Namespace, task: str, problems: dict[str, Pr
     return SampleFile(path, settings)
 
 
-def describe(result: dict[str, Any]) -> str:
-    """For whoever started the command: a line for the loss, a line for the scores."""
+def describe_loss(result: dict[str, Any]) -> str:
+    return (
+        f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "
+        f"{result['bits_per_byte']:.4f} bits per byte ({result['tokens']:,} tokens)"
+    )
+
+
+def describe_scores(result: dict[str, Any]) -> str:
     lines = []
-    if "loss" in result:
-        lines.append(
-            f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "
-            f"{result['bits_per_byte']:.4f} bits per byte ({result['tokens']:,} tokens)"
-        )
     for name in [name for name in result if name.startswith("pass@") and not name.endswith("_interval")]:
         low, high = result[f"{name}_interval"]
         lines.append(f"{name} {result[name]:.4f} (95 %: {low:.4f} to {high:.4f})")
-    if "isolation" in result:
-        walls = ", ".join(wall for wall, held in result["isolation"].items() if held is True)
-        lines.append(f"{result['samples']} samples of {result['problems']} problems, {result['passed']} passed; sandbox: ")
-        lines[-1] += f"{result['isolation']['level']}, holds for {walls or 'nothing'}"
+    walls = ", ".join(wall for wall, held in result["isolation"].items() if held is True)
+    lines.append(f"{result['samples']} samples of {result['problems']} problems, {result['passed']} passed; sandbox: ")
+    lines[-1] += f"{result['isolation']['level']}, holds for {walls or 'nothing'}"
     return "\n".join(lines)

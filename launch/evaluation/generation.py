@@ -49,7 +49,7 @@ def complete(
 ) -> list[str]:
     """One completion of each problem's prompt, up to the first stop string. A prompt that fills the context gets an empty one.
 
-    Where the longest prompt leaves too little room, each goes by itself: the others' completions do not depend on their neighbours.
+    Where the longest prompt leaves too little room, each goes by itself: a neighbour does not shorten the others' completions.
     """
     prompts = [prompt_ids(prompt_of(problem), tokenizer) for problem in problems]
     width = max(len(prompt) for prompt in prompts)

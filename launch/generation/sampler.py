@@ -31,7 +31,7 @@ BATCH_POSITIONS = 65_536
 
 
 def may_be_seed(value: int) -> bool:
-    """What torch takes, with room for a batch's number."""
+    """As torch takes it: signed, and no more than 64 bits."""
     return -(1 << 63) <= value < 1 << 63
 
 

@@ -98,9 +98,14 @@ def test_samples_scores_and_the_same_scores_again(exported: Path, problem_files:
 
 
 def test_what_is_refused_is_before_the_loss_is_measured_which_is_kept(
-    exported: Path, small_shards: Path, problem_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path,
+    small_shards: Path,
+    problem_files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The loss of hours was thrown away for a flag."""
+    """The loss of hours was thrown away for a flag, then a finished result for the loss alone."""
     output, samples = tmp_path / "e.json", tmp_path / "samples.jsonl"
     flags = ["--model", exported, "--data", small_shards, "--eval_batches", 1, "--batch_size", 1, "--output", output]
 
@@ -123,10 +128,20 @@ def test_what_is_refused_is_before_the_loss_is_measured_which_is_kept(
         patch.setattr("launch.exported.load_exported", unwanted)
         with pytest.raises(UserError, match="--top_p must be above 0"):
             evaluated("--top_p", 2)
-    monkeypatch.setattr("launch.evaluation.generation.complete", unwanted)
-    with pytest.raises(AssertionError):
-        evaluated()
-    assert json.loads(output.read_text())["loss"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.evaluation.generation.complete", unwanted)
+        with pytest.raises(AssertionError):
+            evaluated()
+        assert json.loads(output.read_text())["loss"] > 0
+        output.write_text('{"pass@1": 1.0}')
+        capsys.readouterr()
+        with pytest.raises(AssertionError):
+            evaluated()
+    assert output.read_text() == '{"pass@1": 1.0}' and capsys.readouterr().out.startswith("loss ")
+    evaluated("--max_new_tokens", 2, "--samples_file", tmp_path / "other.jsonl")
+    said = "".join(capsys.readouterr())
+    assert said.count("nats per token") == said.count("pass@1 ") == 1
+    assert {"pass@1", "loss"} <= json.loads(output.read_text()).keys()
 
 
 def test_scores_count_what_passes(problem_files: dict[str, Path], tmp_path: Path) -> None:
