@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
@@ -143,8 +144,8 @@ def distance(before: dict[str, Tensor], after: dict[str, Tensor], reference: dic
         error = float((after[name].double() - wanted.double()).norm())
         weights[name] = error / float(wanted.double().norm())
         changes[name] = error / max(float((wanted.double() - before[name].double()).norm()), 1e-12)
-    worst = max(changes, key=changes.__getitem__)
-    return {"weights": max(weights.values()), "changes": changes[worst], "worst": re.sub(r"^model\.", "", worst)}
+    worst = list(changes)[np.argmax(list(changes.values()))]  # a NaN before all, which Python's maximum passes over
+    return {"weights": float(np.max(list(weights.values()))), "changes": changes[worst], "worst": re.sub(r"^model\.", "", worst)}
 
 
 def main() -> None:

@@ -87,15 +87,15 @@ def probe_router(gate: Any, captured: dict[str, Any], seen: dict[str, Any]) -> N
     x_TH, (weights, indices, *_) = captured["router_in"].detach().double(), captured["router_out"]
     logits = (x_TH @ gate.weight.detach().double().T).tolist()
     bias = gate.e_score_correction_bias.tolist()
-    wrong, worst = 0, 0.0
+    wrong, errors = 0, []
     for row, scores in enumerate(logits):
         rule = reference.route_token(scores, bias, 2, 4, 2, "sigmoid", True, 1.0)
         if set(rule) != set(indices[row].tolist()):
             wrong += 1
             continue
         for expert, weight in zip(indices[row].tolist(), weights[row].tolist(), strict=True):
-            worst = max(worst, abs(weight - rule[expert]))
-    seen["router_wrong"], seen["router_worst"], seen["router_rows"] = wrong, worst, len(logits)
+            errors.append(abs(weight - rule[expert]))
+    seen["router_wrong"], seen["router_worst"], seen["router_rows"] = wrong, float(torch.tensor(errors).max()), len(logits)
 
 
 def probe_positions(ds: Any, seen: dict[str, Any]) -> None:
@@ -145,8 +145,8 @@ def probe_balance(ds: Any, seen: dict[str, Any]) -> None:
     steps = []
     for router, old, load in zip(balancer.routers, before, loads, strict=True):
         expected = torch.tensor(reference.bias_step(old.tolist(), load, 0.001), dtype=torch.float64)
-        steps.append(float((router.e_score_correction_bias.double() - expected).abs().max()))
-    seen["balance_worst"], seen["balance_routers"] = max(steps), len(steps)
+        steps.append((router.e_score_correction_bias.double() - expected).abs().max())
+    seen["balance_worst"], seen["balance_routers"] = float(torch.stack(steps).max()), len(steps)
     seen["balance_tokens"] = [sum(load) for load in loads]
 
 

@@ -107,7 +107,7 @@ def compare(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], scores: st
     """(equal greedy tokens, greedy tokens, largest difference of a log-probability); `scores`: of which tokens of ours."""
     tokens = [a == b for one, two in zip(theirs, ours, strict=True) for a, b in zip(one["tokens"], two["tokens"], strict=True)]
     pairs = [pair for one, two in zip(theirs, ours, strict=True) for pair in zip(one["logprobs"], two[scores], strict=True)]
-    return sum(tokens), len(tokens), max(abs(a - b) for a, b in pairs)
+    return sum(tokens), len(tokens), float(torch.tensor(pairs).diff().abs().max())
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -34,7 +34,8 @@ def formula(x: Tensor, counts: list[int], w1: Tensor, w2: Tensor, w3: Tensor) ->
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want).norm() / want.norm().clamp(min=1e-30))
+    found = float((got.detach().double() - want).norm() / want.norm().clamp(min=1e-30))
+    return found if found == found else float("inf")  # which a maximum cannot miss
 
 
 def joined(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
