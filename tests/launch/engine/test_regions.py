@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from nursery import Nursery
 
 from data.cli import UserError
@@ -17,6 +18,7 @@ from launch.engine.keys import check_keys
 from launch.engine.regions import check_compile, compile_hint, compile_regions
 from launch.engine.strategy import CONFIG_FOLDER, Strategy, check_kinds, read_config, resolve_config
 from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.modeling import Block
 
 PATH = Path("some.json")
 
@@ -70,6 +72,19 @@ def test_a_kernel_that_cannot_be_traced_is_refused(traceable: bool, monkeypatch:
     refused = pytest.raises(UserError, match=r"autoep_non_moe cannot trace flash-attn 4, .* --no-compile leaves it out")
     with nullcontext() if traceable else refused:
         assert len(compile_regions(model)) == 1
+
+
+def test_a_region_that_is_not_one_graph_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a slow run."""
+
+    def in_two(_: Block, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    monkeypatch.setattr(Block, "attend", in_two)
+    (block,) = compile_regions(MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", num_hidden_layers=1)).train(), "eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        block.attend(torch.ones(1))
 
 
 REFUSED = {
