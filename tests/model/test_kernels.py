@@ -23,6 +23,8 @@ class Found:
 
     errors: dict[str, float]
     lifts: dict[str, float]
+    rounded: dict[str, float]
+    edges: dict[str, bool]
     loops: dict[str, tuple[int, float]] = field(default_factory=dict)
     operators: dict[str, str] = field(default_factory=dict)
     graphs: list[str] = field(default_factory=list)
@@ -76,12 +78,22 @@ def test_kernels_on_a_gpu() -> None:
     found = Found(**run_worker("kernels_worker.py", "--gpu"))
     assert sum(name.endswith("real sizes") for name in found.errors) >= 14
     assert too_far(found) == {} and max(found.lifts.values()) <= 1
+    assert min(found.rounded.values()) >= 0.99 and all(found.edges.values()), (found.rounded, found.edges)
 
 
 def test_a_lift_is_counted_in_its_bin(found: Found) -> None:
     """Or, where it lies at a bin's end, in the next."""
     assert len(found.lifts) == 4
     assert max(found.lifts.values()) <= 1, found.lifts
+
+
+def test_sums_are_in_fp32_and_rounded_once(found: Found) -> None:
+    """As the kernels say of themselves; a second rounding is too small for the errors' limit."""
+    assert len(found.rounded) == 6 and min(found.rounded.values()) >= 0.99, found.rounded
+
+
+def test_values_that_random_numbers_never_have(found: Found) -> None:
+    assert len(found.edges) == 7 and all(found.edges.values()), found.edges
 
 
 def test_equal_scores_choose_the_lower_index(found: Found) -> None:
