@@ -120,6 +120,17 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def check_restart() -> None:
+    """Raises UserError for ranks that torchrun has started again around the store of those before them: they would wait for
+    addresses at which nobody listens any more (pytorch issue 135712)."""
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        raise UserError(
+            "torchrun has started the ranks again with the store of those before them, in which they cannot find each other; "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, as launch/templates/torchrun.sh does"
+        )
+
+
 def compile_nothing() -> None:
     """Keep DeepSpeed from compiling its shared-memory operator at the first start of ranks on CPUs.
 
@@ -144,6 +155,7 @@ def start(timeout: float, backend: str | None = None) -> None:
         device = device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
         os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes its device by it
         torch.cuda.set_device(device)
+    check_restart()
     wait_for_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
     compile_nothing()
     try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,31 @@ def test_a_hostfile_that_is_not_there_is_refused(flags: list[str], tmp_path: Pat
 
 def test_torchrun(flags: list[str], tmp_path: Path) -> None:
     trained(template("torchrun.sh", *flags, GPUS="2"), tmp_path)
+
+
+def test_torchrun_starts_again_after_a_rank_was_killed(flags: list[str], tmp_path: Path) -> None:
+    """Its own store kept the addresses of the ranks before: each start after the first ended, or waited for ever."""
+    flags[flags.index("--max_steps") + 1] = "40"
+    killed: list[int] = []
+
+    def kill_a_rank() -> None:
+        while not (tmp_path / "run" / "checkpoints" / "latest").exists():
+            time.sleep(0.1)
+        killed.append(min(ranks_of(tmp_path / "run")))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_a_rank, daemon=True)
+    thread.start()
+    done = template("torchrun.sh", *flags, "--save_interval", "5", GPUS="2")
+    assert done.returncode == 0 and killed, done.stderr[-3000:]
+    assert "resuming from" in done.stderr and "finished at step 40" in done.stderr, done.stderr[-3000:]
+    assert {row["step"] for row in metrics(tmp_path / "run") if "loss" in row} == set(range(1, 41))
+
+
+def ranks_of(run: Path) -> list[int]:
+    """The processes that train in this folder; a launcher has the script behind its own name."""
+    words = {int(path.parent.name): path.read_bytes().split(b"\0") for path in Path("/proc").glob("[0-9]*/cmdline")}
+    return [pid for pid, said in words.items() if os.fsencode(run) in said and b"launch/train.py" in said[1:3]]
 
 
 SRUN = """#!/usr/bin/env bash

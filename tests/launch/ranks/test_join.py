@@ -113,6 +113,21 @@ def test_a_port_that_is_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
             join.start(10)
 
 
+@pytest.mark.parametrize(
+    "store, count, refused", [("True", "1", True), ("True", "0", False), ("False", "2", False), (None, None, False)]
+)
+def test_ranks_that_torchrun_started_again_need_a_store_of_their_own(
+    store: str | None, count: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("TORCHELASTIC_USE_AGENT_STORE", store), ("TORCHELASTIC_RESTART_COUNT", count)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    if not refused:
+        join.check_restart()
+        return
+    with pytest.raises(UserError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        join.check_restart()
+
+
 def test_every_group_of_deepspeed_waits_as_long_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself it gives its groups no timeout: ten minutes under NCCL, whatever --stall_timeout says."""
     import torch.distributed as dist
