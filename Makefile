@@ -13,16 +13,17 @@ ifneq ($(shell cat $(VENV)/installed 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/installed
 endif
 RECENT = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
-USABLE = $(BIN)/python $(RECENT) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 && head -n 2 $(BIN)/pip | grep -qF "$(abspath $(BIN))"
+USABLE = $(BIN)/python $(RECENT) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 && head -n 2 $(BIN)/pip 2>/dev/null | grep -qF "$(abspath $(BIN))"
 
-# An environment that is too old or from another place is made anew where it is ours (`installed`), one without pip (Ctrl-C in the
-# middle, uv) gets it. torch first: packages that build against it then find it, and pip does not pick another build for a dependency.
+# .venv is made anew where it is too old or from another place and ours (`installed`), and gets pip where it has none (Ctrl-C in the
+# middle, uv). Another one is taken as it is, or made where nothing is.
+# torch first: packages that build against it then find it, and pip does not pick another build for a dependency.
 $(VENV)/installed: setup.py constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	@{ $(USABLE); } || { \
+	@{ $(USABLE); } || { [ "$(VENV)" != .venv ] && [ -e "$(VENV)" ]; } || { \
 		$(PYTHON) $(RECENT) || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed; name another: make install PYTHON=python3.12" >&2; exit 2; }; \
-		$(PYTHON) -m venv $$([ ! -e $(VENV)/installed ] || echo --clear) $(VENV); }
-	@{ $(USABLE); } || { echo "error: $(VENV) is no environment of Python 3.11 or newer that was made at this place; remove it, or name another: make install VENV=DIR" >&2; exit 2; }
+		$(PYTHON) -m venv $$([ ! -e .venv/installed ] || [ "$(VENV)" != .venv ] || echo --clear) $(VENV); }
+	@{ $(USABLE); } || { echo "error: $(VENV) is no environment of Python 3.11 or newer with pip that was made at this place; remove it, or name another: make install VENV=DIR" >&2; exit 2; }
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@echo "$(CURDIR)" > $@

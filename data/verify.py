@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from data.tokens import tokenizer as tokenizers
 CHUNK_TOKENS = 1 << 22
 
 
-def verify(folder: Path, workers: int = 1) -> list[str]:
+def verify(folder: Path, workers: int = 1, on_shard: Callable[[], None] = lambda: None) -> list[str]:
     """Every fault as a sentence that names the file; empty for a sound folder. Raises NotFound without a manifest."""
     manifest = load_manifest(folder)
     faults = list(_tokenizer_faults(folder, manifest))
@@ -41,6 +41,7 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
         for (_, shard), found in zip(jobs, results, strict=True):
             faults += found
             done += shard["bytes"]
+            on_shard()
             progress.update(done, f"{len(faults)} faults" if faults else "")
     progress.close()
     for split in SPLITS:

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # or what is installed, or on PYTHONPATH, would come before ours
+if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import UserError

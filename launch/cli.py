@@ -34,9 +34,11 @@ class RankFailedError(RuntimeError):
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and end the process: a user's mistake as its sentence, anything else with its traceback.
 
-    Processes that it starts (`python -P -m`) are this clone's as well.
+    Processes that it starts (`python -P -m`) are this clone's as well. An installed copy is found anyway, and its folder has all
+    other packages, which would come before those of a user's PYTHONPATH.
     """
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if (CLONE / "setup.py").is_file():
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         check_interpreter()
         code = main() or Exit.DONE

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # or what is installed, or on PYTHONPATH, would come before ours
+if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import UserError, printable, say

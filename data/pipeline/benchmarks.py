@@ -52,11 +52,12 @@ def read_tasks(path: str) -> list[str]:
 def _text(value: Any) -> str | None:
     """A field's words: a single assert of MBPP has fewer than the rule asks for, the three of a task have more. APPS has a list's
     JSON as a text, whose escapes would be parts of words."""
+    parts = value
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    if isinstance(value, list):
-        return "\n".join(part for part in value if isinstance(part, str))
+        with contextlib.suppress(ValueError, RecursionError):
+            parts = json.loads(value)
+    if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+        return "\n".join(parts)
     return value if isinstance(value, str) else None
 
 

@@ -94,6 +94,12 @@ def _environment_from_mpi() -> None:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
+    started = max(int(os.environ.get(name, "1")) for name in MPI_VARIABLES)
+    if world.size != started:  # each rank would train by itself
+        raise UserError(
+            f"the launcher started {started} ranks and MPI sees {world.size}: mpi4py was built for another MPI, or srun's PMI is "
+            "not its; set MASTER_ADDR under srun (launch/templates/slurm.sh shows how), or use that MPI's own mpiexec"
+        )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     on_one_host = world.allreduce(local.size == world.size, MPI.LAND)
     address = ("127.0.0.1" if on_one_host else own_address(), free_port()) if world.rank == 0 else None
@@ -233,18 +239,19 @@ def wait_for_builds(root: Path) -> None:
     for lock in root.glob("**/lock"):
         if _may_be_held(lock):
             print(f"waiting for {lock}, which another process may hold", file=sys.stderr, flush=True)
-        while _may_be_held(lock):
+        while held := _may_be_held(lock):
             time.sleep(0.5)
-        if lock.exists():
+        if held is not None:  # where it is gone, one that is there now is the next builder's
             print(f"removing {lock}: the process that compiled there is gone", file=sys.stderr, flush=True)
             lock.unlink(missing_ok=True)
 
 
-def _may_be_held(lock: Path) -> bool:
+def _may_be_held(lock: Path) -> bool | None:
+    """None where it is gone."""
     try:
         age = time.time() - lock.stat().st_mtime  # below 0 where a clock was set back, or another host's is ahead
     except FileNotFoundError:
-        return False
+        return None
     return _is_open(lock) or abs(age) < STALE_SECONDS
 
 

@@ -6,6 +6,7 @@ import random
 import shlex
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,8 +114,9 @@ class Session:
         same.update({f"--{name}": value for name, value in self.arguments.as_json().items()})
         preflight.check(ranks, self.arguments.output, same)
         if self.arguments.verify:
-            self.watchdog.phase("verifying the shards")
-            verify_everywhere(self.run.train_data, ranks)
+            verifying = partial(self.watchdog.phase, "verifying the shards")
+            verifying()
+            verify_everywhere(self.run.train_data, ranks, verifying)
         ranks.run_on_rank0(lambda: run_folder.check_same_run(self.arguments.output, identity))
 
     def take_folder(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data.cli import UserError
@@ -54,14 +54,14 @@ def _blocks(path: Path) -> Iterable[bytes]:
             yield file.read(BLOCK_BYTES)
 
 
-def verify_everywhere(data: PackedDataset, ranks: ControlGroup) -> None:
+def verify_everywhere(data: PackedDataset, ranks: ControlGroup, on_shard: Callable[[], None]) -> None:
     """Every checksum, count and token id, once for each copy of the shards that the ranks see. Collective.
 
     Raises AgreedError with the first fault and the host that has it.
     """
     mine = place_of(data)
     places = ranks.gather(mine)
-    ranks.run_everywhere(lambda: verify_shards(data) if places.index(mine) == ranks.rank else None)
+    ranks.run_everywhere(lambda: verify_shards(data, on_shard) if places.index(mine) == ranks.rank else None)
 
 
 def place_of(data: PackedDataset) -> tuple[str, str]:
@@ -70,9 +70,10 @@ def place_of(data: PackedDataset) -> tuple[str, str]:
     return socket.gethostname(), hashlib.sha256(repr(list(identities)).encode()).hexdigest()
 
 
-def verify_shards(data: PackedDataset) -> None:
-    """Raises UserError with the first fault."""
-    faults = [fault for stream in data.streams for fault in verify(stream.folder, workers=os.cpu_count() or 1)]
+def verify_shards(data: PackedDataset, on_shard: Callable[[], None]) -> None:
+    """Raises UserError with the first fault. `on_shard` is called after each, for the watchdog."""
+    workers = os.cpu_count() or 1
+    faults = [fault for stream in data.streams for fault in verify(stream.folder, workers, on_shard)]
     if faults:
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise UserError(f"host {socket.gethostname()}: {faults[0]}{more}")

@@ -68,6 +68,8 @@ def test_a_list_that_stands_as_text_counts_by_its_elements(tmp_path: Path) -> No
     rule = load_contamination([str(write_rows(tmp_path / "apps.jsonl", [{"solutions": json.dumps([solution, "[x"])}]))])
     assert rule is not None and rule("import os\n" + solution, {}) == "overlaps apps.jsonl"
     assert read_tasks(str(write_rows(tmp_path / "x.jsonl", [{"code": "[x for x in y]"}]))) == ["[x for x in y]"]
+    for other in ('[["two sorted arrays"]]', '[{"solution": "x"}]', "[" * 100_000):  # no list of texts: as it stands
+        assert read_tasks(str(write_rows(tmp_path / "x.jsonl", [{"solutions": other}]))) == [other]
 
 
 def test_a_benchmark_that_nothing_overlaps_is_said(tmp_path: Path, preprocess: Any, tokenizer_file: Path, corpus: Path) -> None:

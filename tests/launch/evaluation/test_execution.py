@@ -249,6 +249,10 @@ PROTOCOLS = {
     "arguments of an error": ("def f(): return {}['k']", "try: f()\nexcept KeyError as error: assert error.args == ('k',)"),
     "values of a dict": ("def f(): return {1: 2, 3: 2}.values()", "assert list(f()) == list(f()) == [2, 2] and len(f()) == 2"),
     "keys in their order": ("def f(): return {9: 0, 1: 0, 5: 0}.keys()", "assert list(f()) == [9, 1, 5] and f() == {1, 5, 9}"),
+    "a Counter changed in place": (
+        "def f(c): c['a'] += 1",
+        "from collections import Counter\nc = Counter('aab')\nf(c)\nassert c == Counter('aaab')",
+    ),
     "what is not counted": ("from collections import Counter\ndef f(x): return Counter(x)", "assert f('aab')['z'] == 0"),
     "operators of its own class": (
         "class f:\n    def __init__(self, *items): self.items = items\n    def __len__(self): return len(self.items)\n"
@@ -305,6 +309,8 @@ def test_operators_decide_nothing(isolation: Isolation) -> None:
         assert not judged(isolation, f"{yes}def f(): return Yes()\n", f"assert {test}", "f").passed, test
     leaves = "class Leaves(SystemExit): pass\ndef f(): raise Leaves(0)\n"
     assert judged(isolation, leaves, "assert f() == 1", "f").result == "failed: CandidateError: Leaves: 0"
+    stops = "def f(x): raise StopIteration"
+    assert not judged(isolation, stops, "for got, want in zip(map(f, [1, 2]), [2, 3]): assert got == want", "f").passed
 
 
 def test_annotations_are_python_s_own(isolation: Isolation) -> None:

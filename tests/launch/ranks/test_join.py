@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -188,3 +190,22 @@ def test_other_hosts_are_given_no_loopback_address(found: str | None, address: s
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     assert join.own_address() == address
+
+
+def test_ranks_that_mpi_does_not_join_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another MPI's mpiexec, or srun's PMI: mpi4py sees each rank alone, and each would have trained a model of its own."""
+    for name, value in {"PMI_RANK": "0", "PMI_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1))))
+    with pytest.raises(UserError, match="the launcher started 2 ranks and MPI sees 1"):
+        set_environment()
+
+
+def test_the_next_builder_s_lock_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    answers = iter([True, True, None])  # waited for, and then gone
+    monkeypatch.setattr(join, "_may_be_held", lambda _: next(answers))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    join.wait_for_builds(tmp_path)
+    assert lock.exists()

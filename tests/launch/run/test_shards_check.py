@@ -56,10 +56,12 @@ class Ranks:
 
 def test_each_copy_is_verified_by_one_of_its_ranks(swapped: Path) -> None:
     here, same_host = opened(swapped), Ranks(shards_check.place_of(opened(swapped)))
-    shards_check.verify_everywhere(here, same_host)  # rank 0 does it, there
+    shards_check.verify_everywhere(here, same_host, print)  # rank 0 does it, there
+    verified: list[int] = []
     elsewhere = Ranks(("another host", shards_check.place_of(here)[1]))
     with pytest.raises(ValueError, match=r"host \S+: .*shard_000000"):
-        shards_check.verify_everywhere(here, elsewhere)
+        shards_check.verify_everywhere(here, elsewhere, lambda: verified.append(1))
+    assert len(verified) == sum(len(stream.shards) for stream in here.streams) + 1  # with the validation split's
     other_copy = Ranks(shards_check.place_of(opened(OLD)))  # on this host, but other files: a mount of its own
     with pytest.raises(ValueError, match=r"host \S+: .*shard_000000"):
-        shards_check.verify_everywhere(here, other_copy)
+        shards_check.verify_everywhere(here, other_copy, print)

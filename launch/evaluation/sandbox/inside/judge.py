@@ -117,7 +117,8 @@ def exception_of(reply: dict[str, Any], find: Callable[[str | int], Any]) -> Exc
     """Of the candidate's class by name, and of the nearest of Python's by kind, with its arguments."""
     name, message = str(reply["raised"]), str(reply.get("message", ""))
     kind = getattr(builtins, str(reply.get("kind")), None)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+    ends = (StopIteration, StopAsyncIteration)  # which would end a loop of the tests', `map(f, ...)`, before its asserts
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, ends):
         return CandidateError(f"{name}: {message}")
     if name != kind.__name__:
         kind = type(name, (kind,), {})
@@ -139,7 +140,7 @@ def change(given: Any, content: list[Any]) -> None:
         given.extend(content)
     elif isinstance(given, (dict, set)):
         given.clear()
-        given.update(content)
+        given.update(dict(content) if isinstance(given, dict) else content)  # a Counter would count the pairs
 
 
 def unknown_names(source: str, known: dict[str, Any]) -> set[str]:
