@@ -43,6 +43,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("second") / "clone"
     for name in ("data", "model", "launch"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "setup.py", folder / "setup.py")
     for name in ("data", "launch"):
         with (folder / name / "cli.py").open("a") as file:
             file.write(f"print('the second clone has {name}')\n")
