@@ -44,28 +44,24 @@ def test_srun_with_pmi2_is_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_environment() == (3, 4)
 
 
+def slurm(tasks: int, step: int, rank: int) -> dict[str, str]:
+    return {"SLURM_NTASKS": str(tasks), "SLURM_STEP_NUM_TASKS": str(step), "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"}
+
+
+PMI, OPEN_MPI = {"PMI_RANK": "2", "PMI_SIZE": "4"}, {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
+
+
 @pytest.mark.parametrize(
-    "inherited",
+    "environment",
     [
-        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # of the batch script
-        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},  # of a task a host
+        *({**slurm(2, 1, 0), **own, "MASTER_ADDR": "node1"} for own in (PMI, OPEN_MPI)),  # those of the batch script
+        *({**slurm(2, 2, 1), **own, "MASTER_ADDR": "node1"} for own in (PMI, OPEN_MPI)),  # of the task a host that it starts
+        {**slurm(2, 2, 1), "PMI_RANK": "1", "PMI_SIZE": "2"},  # with one rank a host they are the ranks': MPI has the address
     ],
 )
-@pytest.mark.parametrize("own", [{"PMI_RANK": "2", "PMI_SIZE": "4"}, {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}])
-def test_mpiexec_within_a_job_of_slurm(inherited: dict, own: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mpiexec_within_a_job_of_slurm(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Read off Slurm 22.05 with MPICH: each rank was taken for the one whose variables it had inherited."""
-    for name, value in {**inherited, **own, "MASTER_ADDR": "node1"}.items():
-        monkeypatch.setenv(name, value)
-    asked: list[str] = []
-    monkeypatch.setattr(join, "_environment_from_mpi", lambda: asked.append("mpi"))
-    set_environment()
-    assert asked == ["mpi"]
-
-
-def test_mpiexec_with_one_rank_a_host_asks_mpi_for_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ranks are what the tasks are by which it reaches the hosts."""
-    slurm = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
-    for name, value in {**slurm, "PMI_RANK": "1", "PMI_SIZE": "2"}.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     asked: list[str] = []
     monkeypatch.setattr(join, "_environment_from_mpi", lambda: asked.append("mpi"))
