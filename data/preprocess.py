@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":  # or a `data` on PYTHONPATH would come before ours
+if __name__ == "__main__" and not __package__:  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import ONE_THREAD, exit_code, leave

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-if __name__ == "__main__":  # or a `data` on PYTHONPATH would come before ours
+if __name__ == "__main__" and not __package__:  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import LIMITS, Exit, Progress, exit_code, leave, say, sentence, stdout
