@@ -131,6 +131,11 @@ def read_json(path: Path, most: int = SMALL_BYTES, **options: Any) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def replace_json(path: Path, value: Any) -> None:
+    """`value` as a small file of JSON for people and programs, all or nothing; `finite` says what stands for NaN."""
+    replace_file(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
 def lookup(config: dict[str, Any], dotted: str, default: Any = None) -> Any:
     """`lookup(config, "zero_optimization.stage")`; `default` where a part of the path is missing."""
     value: Any = config

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import UserError
-from data.files import check_replaceable, finite, replace_file
+from data.files import check_replaceable, replace_json
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
 
@@ -61,7 +60,7 @@ def main() -> int:
             check_replaceable(path)
     result = importlib.import_module(f"launch.benchmarks.{arguments.benchmark}").run(arguments)
     if arguments.output and os.environ.get("RANK", "0") == "0":
-        replace_file(arguments.output, (json.dumps(finite(result), indent=2) + "\n").encode())
+        replace_json(arguments.output, result)
     if failed := result.get("failed"):  # by name, why: the others' figures are written
         raise UserError("; ".join(failed.values()))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.cli import Progress, UserError, say, stdout
-from data.files import replace_file
+from data.files import replace_json
 from data.filters.contamination import Contamination
 from data.pipeline.arguments import PreprocessArguments
 from data.pipeline.benchmarks import describe as describe_benchmarks
@@ -259,7 +258,7 @@ class Job:
             "splits": summaries,
         }
         self.ledger.sync()
-        replace_file(self.args.output / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        replace_json(self.args.output / MANIFEST, manifest)
         return manifest
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from data.cli import UserError, sentence
-from data.files import replace_file
+from data.files import replace_file, replace_json
 from data.tokens.folder import CONFIG, TOKENIZER, TokenizerFiles
 
 END_OF_TEXT = "<|endoftext|>"
@@ -159,7 +159,7 @@ def save(folder: Path, text: str, known: TokenizerFacts) -> None:
         **for_batches(tokenizer, known.eos_token),
     }
     replace_file(folder / TOKENIZER, as_trained(text, tokenizer).encode())
-    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    replace_json(folder / CONFIG, config)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.cli import UserError, say
-from data.files import replace_file
+from data.files import replace_json
 from data.flags import at_least_one
 from launch.benchmarks.leash import run_leashed
 from launch.engine.strategy import CONFIG_FOLDER, resolve_config
@@ -171,7 +170,7 @@ class SmallRun:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, values in (("model", self.config.to_dict()), ("deepspeed", self.deepspeed)):
-            replace_file(self.folder / f"{name}.json", json.dumps(values, indent=2).encode())
+            replace_json(self.folder / f"{name}.json", values)
         said = self.log.stat().st_size if self.log.exists() else 0
         say(f"{self.name}: to step {stop_after} of {self.steps}; it writes {self.log}")
         code = run_leashed(self.command(stop_after), self.log)

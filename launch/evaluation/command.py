@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from data.cli import UserError, counted, say
-from data.files import check_replaceable, replace_file
+from data.files import check_replaceable, replace_json
 from launch.evaluation.arguments import samples_path, task_of
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile
@@ -47,7 +46,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def write(output: Path | None, result: dict[str, Any]) -> None:
     if output:
-        replace_file(output, (json.dumps(result, indent=2) + "\n").encode())
+        replace_json(output, result)
 
 
 def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Problem], samples_file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.cli import NotFound, UserError, sentence
-from data.files import read_json, replace_file, sync_file
+from data.files import read_json, replace_file, replace_json, sync_file
 from data.lock import try_lock
 from launch.evaluation.problems import Problem, parsed
 
@@ -36,7 +36,7 @@ class SampleFile:
         self.hold()
         noted = self.path.with_name(self.path.name + ".settings.json")
         if not self.path.stat().st_size:
-            replace_file(noted, json.dumps(self.settings, indent=2).encode())
+            replace_json(noted, self.settings)
             return 0
         before = read_settings(noted) if noted.is_file() else {}
         changed = [name for name in self.settings if before.get(name) != self.settings[name]]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.cli import UserError, say
-from data.files import read_json
+from data.files import read_json, replace_json
 from data.tokens import tokenizer as tokenizers
 from data.tokens.folder import CONFIG, TOKENIZER
 from launch.checkpoint import manifest
@@ -140,7 +139,7 @@ def _complete_tokenizer(folder: Path) -> None:
     tokenizer = tokenizers.library_tokenizer(str(vocabulary), text)
     vocabulary.write_text(tokenizers.as_trained(text, tokenizer), encoding="utf-8")
     if "pad_token" not in settings and isinstance(end := settings.get("eos_token"), str):
-        config.write_text(json.dumps(settings | tokenizers.for_batches(tokenizer, end), indent=2) + "\n", encoding="utf-8")
+        replace_json(config, settings | tokenizers.for_batches(tokenizer, end))
 
 
 def check_shard_size(size: str) -> None:

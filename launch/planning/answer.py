@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import replace_file
+from data.files import replace_json
 from data.words import SECONDS_PER_DAY
 from launch.engine import strategy
 from launch.planning.arguments import PlanArguments
@@ -216,5 +215,5 @@ def write(path: Path, better: list[Candidate], base: dict[str, Any]) -> str:
         raise UserError(f"--write {path}: there is no folder {path.parent}")
     if path.exists():
         raise UserError(f"--write {path} exists; name a new file")
-    replace_file(path, (json.dumps(as_deepspeed(better[0], base), indent=2) + "\n").encode())
+    replace_json(path, as_deepspeed(better[0], base))
     return str(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import socket
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError, say
-from data.files import read_json, replace_file, small_file
+from data.files import read_json, replace_file, replace_json, small_file
 from data.redact import redact
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
@@ -130,4 +129,4 @@ def write_config(folder: Path, config: dict[str, Any], tokenizer_folder: Path) -
             if file.is_file():
                 replace_file(partial / file.name, small_file(file))
         partial.rename(folder / "tokenizer")
-    replace_file(folder / "config.json", (json.dumps(redact(config), indent=2) + "\n").encode())
+    replace_json(folder / "config.json", redact(config))

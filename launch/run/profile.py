@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data.files import replace_file
+from data.files import replace_file, replace_json
 from launch.profiling.ranges import Method, named_parts
 from launch.profiling.timeline import seconds_by_part
 from launch.run.metrics import Monitor
@@ -71,7 +71,7 @@ class StepProfile:
         self._profiler.export_chrome_trace(str(trace))
         if dist.get_rank() == 0:
             table = self._table(trace)
-            replace_file(self.folder / "table.json", (json.dumps(table, indent=2) + "\n").encode())
+            replace_json(self.folder / "table.json", table)
             replace_file(self.folder / "table.txt", as_text(table).encode())
             self._monitor.say(f"{as_text(table)}profile: {self.folder} has this table and the trace of each rank")
         self._profiler = None

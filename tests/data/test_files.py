@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import xxhash
 
 from data import files
-from data.files import hash_file, is_inside, read_json, replace_file, replacing, small_file, sync_folder
+from data.files import hash_file, is_inside, read_json, replace_file, replace_json, replacing, small_file, sync_folder
 
 
 def test_a_replacement_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +121,12 @@ def test_a_small_file_is_read_only_if_it_is_one(tmp_path: Path) -> None:
         (tmp_path / "b.json").write_bytes(nonsense)
         with pytest.raises(ValueError, match=r"."):
             read_json(tmp_path / "b.json")
+
+
+def test_json_knows_no_nan(tmp_path: Path) -> None:
+    """A loss that was not finite must not make a file that jq and browsers refuse."""
+    replace_json(tmp_path / "result.json", {"loss": float("nan"), "worst": [float("inf"), 1.5]})
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == {"loss": None, "worst": [None, 1.5]}
+    assert text.endswith("}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
