@@ -34,7 +34,7 @@ ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_
 
 
 class Exit(IntEnum):
-    """Every exit code there is, and whether starting the same command again helps. README.md has the table for users."""
+    """Every exit code there is, and whether starting the same command again helps. launch/README.md has the table for users."""
 
     DONE = 0  # finished, or stopped cleanly with everything saved: yes, it goes on
     FAULT = 1  # a fault of the program, a rank that failed or died, damage that verify.py found: yes, once

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
-#: Read at a time when hashing: 1 MiB keeps up with sha256 and XXH3; larger blocks were no faster.
-BLOCK_BYTES = 1 << 20
 #: More than any manifest or configuration has; one that is larger is something else.
 SMALL_BYTES = 1 << 28
 #: What network file systems say that cannot fsync a folder (SMB, some FUSE and NFS servers): nothing more can be done there.
@@ -159,12 +157,8 @@ def finite(value: Any) -> Any:
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
     """Hexadecimal digest of a file's content: `sha256` (shards) or `xxh3_128` (checkpoints, at memory speed)."""
-    digest = new_hash(algorithm)
-    buffer = memoryview(bytearray(BLOCK_BYTES))
     with naming(path), open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return str(digest.hexdigest())
+        return str(hashlib.file_digest(file, lambda: new_hash(algorithm)).hexdigest())
 
 
 def new_hash(algorithm: str) -> Any:

@@ -18,6 +18,7 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
 from data.cli import NotFound, UserError, say
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
+from model.sizes import ATTENTION_IMPLEMENTATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--min_p", type=float, default=0.0, metavar="P", help="leave out tokens below this share of the likeliest's")
     how.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="above 1: against tokens that were there")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
-    how.add_argument("--attn_implementation", choices=("flash", "sdpa", "eager"), default="sdpa", help="attention")
+    how.add_argument("--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="sdpa", help="attention")
     how.add_argument("--rope_factor", type=float, metavar="X", help="YaRN: this many times the context it was trained at")
     how.add_argument("--json", action="store_true", help="one JSON object a continuation, on standard output")
     return p

@@ -7,15 +7,11 @@ from typing import Any, NotRequired, TypedDict
 
 from transformers import PreTrainedConfig
 
-from .sizes import ALIASES, PRESETS_FOLDER
+from .sizes import ALIASES, BALANCE_RULES, PRESETS, PRESETS_FOLDER, SCORING_FUNCTIONS
 
-ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
 # transformers' names of kernels: `flash` picks the best one present by itself.
 ATTENTION_ALIASES = {"flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
-SCORING_FUNCTIONS = ("sigmoid", "softmax")
-BALANCE_RULES = ("sign", "proportional", "quantile", "none")
 ROPE_TYPES = ("default", "yarn")
-PRESETS = ("tiny", "60m", "800m", "4b")
 
 
 class RopeParameters(TypedDict):
@@ -43,7 +39,7 @@ class MoEGPTConfig(PreTrainedConfig):
 
     vocab_size: int = 49_152
     hidden_size: int = 1536
-    intermediate_size: int = 4096  # the FFN width that DESIGN.md's table calls FFN; only `moe_intermediate_size` reads it
+    intermediate_size: int = 4096  # the usual FFN width; only `moe_intermediate_size` reads it
     moe_intermediate_size: int = 0  # width of one routed expert and of one shared expert; 0 stands for intermediate_size
     num_hidden_layers: int = 24
     num_attention_heads: int = 24

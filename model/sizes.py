@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 PRESETS_FOLDER = Path(__file__).resolve().parent / "presets"
+PRESETS = tuple(sorted(path.stem for path in PRESETS_FOLDER.glob("*.json")))
+ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
+SCORING_FUNCTIONS = ("sigmoid", "softmax")
+BALANCE_RULES = ("sign", "proportional", "quantile", "none")
 USUAL_CONTEXT = 2048
 #: Names that are taken for ours: of the project's first description, of other MoE configurations, Glm4Moe's own for `qk_norm`.
 ALIASES = {
@@ -93,14 +97,19 @@ class ModelSizes:
         return cls(**{key: value for key, value in named.items() if key in known and value is not None})
 
 
-def load_sizes(model: str) -> ModelSizes:
-    """A preset by name, or the `config.json` at a path. Raises `ValueError` or `FileNotFoundError` that names what there is."""
-    presets = sorted(path.stem for path in PRESETS_FOLDER.glob("*.json"))
-    path = PRESETS_FOLDER / f"{model}.json" if model in presets else Path(model)
+def find_model(model: str) -> Path:
+    """The `config.json` that `--model` means: a preset's, a file, or a folder's. Raises FileNotFoundError naming the presets."""
+    path = PRESETS_FOLDER / f"{model}.json" if model in PRESETS else Path(model)
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--model {model} is neither a preset ({', '.join(presets)}) nor a config.json")
+        raise FileNotFoundError(f"--model {model} is neither a preset ({', '.join(PRESETS)}) nor a config.json")
+    return path
+
+
+def load_sizes(model: str) -> ModelSizes:
+    """Of the `config.json` that `find_model` finds, whose error it raises. Raises ValueError that names the file and the field."""
+    path = find_model(model)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         check_fields(values)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import Glm4MoeForCausalLM
 
-from launch.benchmarks.measure import default_device, print_table, seconds_each
+from launch.benchmarks.measure import print_table, seconds_each
+from launch.exported import default_device
 from launch.generation.decode import fast
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.glm4_moe import to_glm4_moe

@@ -16,9 +16,10 @@ import torch
 
 from launch.benchmarks import counted
 from launch.benchmarks.counting import Ledger
-from launch.benchmarks.measure import default_device, peak_bytes, print_table, seconds_each
+from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
 from launch.benchmarks.roofline import count_micro_step
 from launch.engine.build import load_model_config
+from launch.exported import default_device
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
 COLUMNS = (

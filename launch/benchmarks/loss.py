@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.benchmarks.measure import default_device, peak_bytes, print_table, seconds_each
+from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
+from launch.exported import default_device
 from model.loss import token_loss
 
 

@@ -77,10 +77,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table aligned for a terminal; numbers to the right."""
     cells = [list(columns)] + [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.benchmarks.turns import PHASES, TIMEOUT, Remote, contestants
+from launch.engine.strategy import CHECKPOINTING_MODES
+from model.sizes import ATTENTION_IMPLEMENTATIONS
 
 RATIOS = ("ratio", "ratio_without_optimizer", "cpu_ratio")
 COLUMNS = (*(f"{phase}_ms" for phase in PHASES), "total_ms", "tokens_per_second_per_rank", *RATIOS)
@@ -33,9 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro_batch", type=int, default=8, help="sequences of a rank")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step")
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each, after two that are not")
-    parser.add_argument("--attn_implementation", choices=("flash", "sdpa", "eager"), default="flash", help="ours; peers take sdpa")
-    modes = ("none", "selective", "full")
-    parser.add_argument("--activation_checkpointing", choices=modes, help="of all; default: the JSON's mode")
+    parser.add_argument("--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="flash", help="ours; peers take sdpa")
+    parser.add_argument("--activation_checkpointing", choices=CHECKPOINTING_MODES, help="of all; default: the JSON's mode")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="some of those in the table, beside ours")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
@@ -23,18 +22,19 @@ from launch.engine.strategy import Strategy
 from launch.model_config import read_model_config
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.accounting import count_parameters
-from model.sizes import check_fields
+from model.sizes import PRESETS, check_fields, find_model
 
 T = TypeVar("T")
 
 
 def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
-    """A preset by name, or the `config.json` at a path. Raises UserError that names the presets."""
-    path = Path(model)
-    if path.suffix != ".json":
+    """Of what `--model` names (`model.sizes.find_model`). Raises UserError that names the presets, or the file and its field."""
+    if model in PRESETS:
         return _valid(model, lambda: MoEGPTConfig.preset(model, **overrides))
-    if not path.is_file():
-        raise NotFound(f"--model {model} is not a file; name a config.json or a preset")
+    try:
+        path = find_model(model)
+    except FileNotFoundError as error:
+        raise NotFound(str(error)) from None
     _valid(model, lambda: check_fields(read_json(path)))
     config = _valid(model, lambda: read_model_config(path, default=MoEGPTConfig.model_type))
     for name, value in overrides.items():

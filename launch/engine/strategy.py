@@ -17,6 +17,7 @@ from data.files import lookup, read_json
 from launch.engine.kinds import NUMBER, OBJECT, SWITCH, TEXT, WHOLE, is_kind, shown
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+#: From no recomputation of activations to the most.
 CHECKPOINTING_MODES = ("none", "selective", "full")
 #: What a key must be that is read before, or without, DeepSpeed; of the others `keys.py` asks its own models and signatures.
 KINDS = {

@@ -9,6 +9,7 @@ from data.cli import UserError
 from data.flags import Parser, at_least_one
 from launch.evaluation.problems import TASKS
 from launch.evaluation.sandbox.levels import LEVELS
+from model.sizes import ATTENTION_IMPLEMENTATIONS
 
 PACKAGED = Path()  # of --humaneval without a file
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", type=Path, help="a folder of launch/export.py; --score needs none")
     p.add_argument("--output", type=Path, help="write the result there as JSON; samples.jsonl is written beside it")
-    p.add_argument("--attn_implementation", choices=("flash", "sdpa", "eager"), default="flash")
+    p.add_argument("--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="flash")
     p.add_argument("--rope_factor", type=float, help="YaRN: this many times the context it was trained at")
     p.add_argument("--batch_size", type=int, default=8, help="samples of a split, or prompts, at a time")
     add_loss_flags(p.add_argument_group("loss"))

@@ -90,8 +90,6 @@ def data_lines(run: dict[str, Any]) -> list[str]:
         lines.append(
             f"{folder}: {count:,} documents, licenses kept: {kept}, fill-in-the-middle rate {arguments.get('fim_rate', 0)}"
         )
-        mix = _object(manifest, "licenses")
-        lines += [f"license {name}: {number:,} documents" for name, number in sorted(mix.items(), key=lambda item: -item[1])]
     return lines
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from data.cli import UserError
 from data.flags import Parser
-from model.sizes import USUAL_CONTEXT
+from launch.engine.strategy import CHECKPOINTING_MODES
+from model.sizes import PRESETS, USUAL_CONTEXT
 
 EXAMPLES = """
   python launch/plan.py --model 800m --gpu a100-80gb --num_gpus 8 --deepspeed_config ds_configs/ep8_zero2.json --tokens 131e9
@@ -79,14 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python launch/plan.py --gpu GPU [options]",
     )
     what = p.add_argument_group("what is trained")
-    what.add_argument("--model", default="800m", help="a preset (tiny, 60m, 800m, 4b) or a config.json")
+    what.add_argument("--model", default="800m", help=f"a preset ({', '.join(PRESETS)}) or a config.json")
     what.add_argument(
         "--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/ (default: by the number of GPUs)"
     )
     what.add_argument(
         "--sequence_length", type=int, metavar="N", help=f"tokens of a sample (default: {USUAL_CONTEXT}, or all the model can)"
     )
-    what.add_argument("--activation_checkpointing", choices=("none", "selective", "full"), help="overrides the JSON's mode")
+    what.add_argument("--activation_checkpointing", choices=CHECKPOINTING_MODES, help="overrides the JSON's mode")
     what.add_argument("--from", dest="from_run", type=Path, metavar="RUN", help="plan the rest of a run from what it does")
     where = p.add_argument_group("on what")
     where.add_argument("--gpu", help="such as a100-80gb, h100-80gb, h200; a wrong name lists them all")

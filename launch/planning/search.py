@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from launch.engine.strategy import CHECKPOINTING_MODES
 from launch.planning.devices import Device
 from launch.planning.job import Job, micro_batches
 from launch.planning.memory import Memory, plan_memory
 from launch.planning.time import StepTime, plan_time
 
-RECOMPUTATION = ("none", "selective", "full")
 #: A micro-batch of more tokens fills a GPU no better, and one of many sequences makes a long step longer to wait for.
 MOST_TOKENS = 65_536
 #: Of a card's memory, what a layout that is proposed may take even when routing goes wrong: formulas are off by some percent, and
@@ -70,7 +70,7 @@ def _order(found: Candidate) -> tuple[float, int, int, float]:
     """Fastest first; where two are as fast within 1 %, the lower ZeRO stage, less recomputation and the smaller one."""
     job = found.job
     speed = -round(math.log(found.tokens_per_second) / 0.01)
-    return speed, job.zero_stage, RECOMPUTATION.index(job.recompute), found.memory.total
+    return speed, job.zero_stage, CHECKPOINTING_MODES.index(job.recompute), found.memory.total
 
 
 def variants(job: Job) -> Iterator[Job]:
@@ -82,7 +82,7 @@ def variants(job: Job) -> Iterator[Job]:
     for expert_ranks in _expert_ranks(job):
         for stage, offload in stages:
             for micro_batch in _micro_batches(job):
-                for recompute in RECOMPUTATION:
+                for recompute in CHECKPOINTING_MODES:
                     yield dataclasses.replace(
                         job,
                         expert_ranks=expert_ranks,

@@ -11,8 +11,8 @@ from typing import Any
 
 from data.cli import NotFound, UserError
 from data.flags import Parser, at_least_one
-from launch.engine.strategy import read_config
-from model.sizes import USUAL_CONTEXT, load_sizes
+from launch.engine.strategy import CHECKPOINTING_MODES, read_config
+from model.sizes import ATTENTION_IMPLEMENTATIONS, PRESETS, USUAL_CONTEXT, find_model, load_sizes
 
 EXAMPLES = """
 deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first
@@ -85,8 +85,8 @@ class TrainArguments:
             "max_hours",
             "spike_sigma",
         ):
-            if not getattr(self, name) >= 0:  # NaN is no number of anything
-                raise UserError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:  # NaN is no number of anything
+                raise UserError(f"--{name} must be 0 (off) or a number above it, not {getattr(self, name)}")
         if not 0 < self.stall_timeout < math.inf:
             raise UserError(f"--stall_timeout must be seconds above 0, such as 1800, not {self.stall_timeout}")
         if not -SEEDS <= self.seed < SEEDS:
@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_what(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
     p.add_argument("--output", type=Path, required=True, metavar="RUN", help="the run's folder; the same command goes on in it")
-    p.add_argument("--model", default="800m", help="a preset (tiny, 60m, 800m, 4b) or a config.json")
+    p.add_argument("--model", default="800m", help=f"a preset ({', '.join(PRESETS)}) or a config.json")
     p.add_argument(
         "--sequence_length", type=int, metavar="N", help=f"tokens of one sample (default: {USUAL_CONTEXT}, or all the model can)"
     )
@@ -143,10 +143,10 @@ def _add_what(p: argparse._ArgumentGroup) -> None:
 
 def _add_how(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/; default by the number of GPUs")
-    p.add_argument("--attn_implementation", default="flash", choices=("flash", "sdpa", "eager"), help="attention")
+    p.add_argument("--attn_implementation", default="flash", choices=ATTENTION_IMPLEMENTATIONS, help="attention")
     p.add_argument(
         "--activation_checkpointing",
-        choices=("none", "selective", "full"),
+        choices=CHECKPOINTING_MODES,
         help="overrides the JSON's activation_checkpointing.mode",
     )
     p.add_argument(
@@ -236,7 +236,9 @@ def check_paths(arguments: TrainArguments) -> None:
         named = Path(folder if colon and WEIGHT.fullmatch(weight) else text)
         if not Path(text).exists() and not named.exists() and (not colon or named != Path(text)):
             raise NotFound(f"--data {text}: no shards at {named}; make them with data/preprocess.py")
-    if arguments.model.endswith(".json") and not Path(arguments.model).is_file():
-        raise NotFound(f"--model {arguments.model} is not a file; name a config.json or a preset")
+    try:
+        find_model(arguments.model)
+    except FileNotFoundError as error:
+        raise NotFound(str(error)) from None
     if arguments.deepspeed_config is not None:
         read_config(arguments.deepspeed_config)

@@ -57,7 +57,6 @@ class Health:
 
     clip: float
     interval: int
-    steps: int = 0
     clipped: int = 0
     data_seconds: float = 0.0
     step_load_YE: Tensor | None = None

@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def read_documents(folder: Path, split: str = "train") -> list[list[int]]:
-    """The documents of a split, read with struct alone, from what DESIGN.md says of the format: independent of data/shards.py."""
+    """The documents of a split, read with struct alone: independent of data/shards.py."""
     manifest = json.loads((folder / "manifest.json").read_text())
     found = []
     for shard in manifest["splits"][split]["shards"]:

@@ -90,7 +90,7 @@ def test_an_exported_folder_says_what_model_to_train_on(format: str, sinks: bool
         assert load_sizes(str(named)) == ModelSizes.of(
             {**config.to_dict(), "attention_sinks": True}
         )  # a stock one has no such field
-    assert count_parameters(load_model_config(str(tmp_path / "config.json"))) == count_parameters(config)
+        assert count_parameters(load_model_config(str(named))) == count_parameters(config)
 
 
 @pytest.mark.parametrize("change", [{"attention_bias": True}, {"first_k_dense_replace": 1}, {"num_mtp_layers": 1}], ids=str)

@@ -51,7 +51,7 @@ FP16 = ROOT / "tests" / "fixtures" / "fp16.json"
 # Those that are seen before the ranks join, then those after it.
 MISTAKES = {
     "flag": ({"epochs": 3}, "unrecognized arguments: --epochs 3; --help lists the flags"),
-    "preset": ({"model": "7b"}, "unknown preset '7b'; the presets are tiny"),
+    "preset": ({"model": "7b"}, "--model 7b is neither a preset (4b, 60m, 800m, tiny) nor a config.json"),
     "vocabulary": ({"model": "tiny"}, "tokenizer of 512 tokens and the model tiny has a vocabulary of 4096"),
     "init's model": ({"model": "tiny", "init_from": "hf"}, "to go on from hf name its model, --model hf/config.json"),
     "context": ({"sequence_length": 4096}, "beyond the 1024 positions"),

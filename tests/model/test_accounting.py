@@ -1,4 +1,4 @@
-"""Parameters and FLOPs by formula, against `numel`, PyTorch's counter and what README and DESIGN state."""
+"""Parameters and FLOPs by formula, against `numel`, PyTorch's counter and what README states."""
 
 from pathlib import Path
 

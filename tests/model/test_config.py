@@ -72,7 +72,7 @@ def test_wrong_values_are_named(fields: dict, sentence: str) -> None:
 
 
 def test_unknown_preset_names_the_presets() -> None:
-    with pytest.raises(ValueError, match="unknown preset '3b'; the presets are tiny, 60m, 800m, 4b"):
+    with pytest.raises(ValueError, match="unknown preset '3b'; the presets are 4b, 60m, 800m, tiny"):
         MoEGPTConfig.preset("3b")
 
 

@@ -183,7 +183,7 @@ def test_z_loss_is_for_training_only() -> None:
 
 
 def test_initial_weights() -> None:
-    """Standard deviations of DESIGN's table, and the loss that an untrained model should have."""
+    """The configuration's standard deviations, and the loss that an untrained model should have."""
     c = MoEGPTConfig.preset("tiny")
     model = MoEGPTForCausalLM(c)
     residual = 0.02 / (2 * c.num_hidden_layers) ** 0.5

@@ -39,7 +39,6 @@ def test_data_and_licenses_where_the_shards_still_lie(checkpoint: Path, monkeypa
     shards.mkdir()
     manifest = json.loads((OLD / "tokens/manifest.json").read_text())
     manifest["arguments"] |= {"licenses": ["mit", "apache-2.0"], "fim_rate": 0.5}
-    manifest["licenses"] = {"mit": 3, "apache-2.0": 1}
     (shards / "manifest.json").write_text(json.dumps(manifest))
     about = json.loads(run.read_text())
     for named in (str(shards), f"{shards}:0.3"):
@@ -48,7 +47,6 @@ def test_data_and_licenses_where_the_shards_still_lie(checkpoint: Path, monkeypa
         config = exported_config(model_config(checkpoint), "moe_gpt")
         card = model_card(build(config, weights(checkpoint), "float32"), checkpoint)
         assert "4 documents, licenses kept: mit, apache-2.0, fill-in-the-middle rate 0.5" in card
-        assert "- license mit: 3 documents\n- license apache-2.0: 1 documents" in card
         assert fim_rate(checkpoint) == 0.5
     monkeypatch.chdir(checkpoint.parent)
     assert fim_rate(Path("step_6")) == 0.5  # `--checkpoint step_6`, given in the folder itself
