@@ -9,8 +9,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 install: $(VENV)/installed
 
 # In a clone that was moved the environment's scripts name the old place, and so does the editable install.
-ifneq ($(shell cat $(VENV)/installed 2>/dev/null),$(CURDIR))
+ifneq ($(shell head -n 1 $(VENV)/installed 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/installed
+endif
+# Who names another build of PyTorch wants it in place of the one that is there.
+ifeq ($(origin TORCH),command line)
+ifneq ($(shell sed -n 2p $(VENV)/installed 2>/dev/null),$(TORCH))
+.PHONY: $(VENV)/installed
+endif
 endif
 RECENT = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 USABLE = $(BIN)/python $(RECENT) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 && head -n 2 $(BIN)/pip 2>/dev/null | grep -qF "$(abspath $(BIN))"
@@ -26,7 +32,7 @@ $(VENV)/installed: setup.py constraints.txt
 	@{ $(USABLE); } || { echo "error: $(VENV) is no environment of Python 3.11 or newer with pip that was made at this place; remove it, or name another: make install VENV=DIR" >&2; exit 2; }
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@echo "$(CURDIR)" > $@
+	@printf '%s\n' "$(CURDIR)" "$(TORCH)" > $@
 
 quickstart: install
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/quickstart.py

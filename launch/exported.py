@@ -6,6 +6,7 @@ The model is always this repository's own where it can be, with its kernels; cod
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from data.cli import NotFound, UserError, sentence
+from data.cli import NotFound, UserError, say, sentence
 from data.files import hash_file, is_inside, pointer, read_json, small_file
 from data.tokens.folder import read_text
 from data.tokens.tokenizer import library_tokenizer
 from launch.model_config import OtherModel, read_model_config
+from launch.toolchain import check_toolchain, unusable_gpu
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
 POINTER_BYTES = 1024  # what git-LFS limits its own to
@@ -40,7 +42,12 @@ ARITHMETIC = (
 
 
 def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """A GPU where there is one; where PyTorch cannot use it, the CPU, and a warning that says why."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and (said := unusable_gpu()):
+        say(f"warning: {said}; until then this runs on the CPU")
+    return "cpu"
 
 
 def load_exported(
@@ -48,8 +55,10 @@ def load_exported(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model (in eval mode, in the dtype it was exported in) and tokenizer.
 
-    `rope_factor` extends the context by YaRN. Raises UserError with the folder and what is missing or damaged.
+    `rope_factor` extends the context by YaRN. Raises UserError with the folder and what is missing or damaged, or with what a
+    GPU lacks.
     """
+    check_toolchain(device)
     disable_progress_bar()  # of the weights, which are read in a moment
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():

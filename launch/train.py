@@ -41,7 +41,7 @@ def main() -> int:
         accelerator = os.environ.get("DS_ACCELERATOR")  # the user's choice: `make_quiet` makes one as well
         make_quiet()  # which loads torch for seconds: not before --help
         from launch.run.resolve import resolve_run
-        from launch.run.toolchain import check_driver
+        from launch.toolchain import check_driver
 
         check_driver(accelerator)
         run = resolve_run(arguments, world_size)

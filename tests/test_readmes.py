@@ -78,6 +78,21 @@ def test_each_target_of_make_does_something() -> None:
         assert "Nothing to be done" not in said.stdout, target
 
 
+def test_another_build_of_pytorch_replaces_the_one_that_is_there(tmp_path: Path) -> None:
+    """README's remedy for an old driver did nothing, since an environment was there already."""
+    other = "torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"
+    (tmp_path / "installed").write_text(f"{ROOT}\ntorch==2.13.0\n")
+
+    def would_do(*words: str) -> str:
+        command = ["make", "--dry-run", "install", f"VENV={tmp_path}", *words]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert "Nothing to be done" in would_do() and f"pip install --quiet {other}" in would_do(f"TORCH={other}")
+    (tmp_path / "installed").write_text(f"{ROOT}\n{other}\n")
+    assert "Nothing to be done" in would_do() and "Nothing to be done" in would_do(f"TORCH={other}")
+    assert other in (ROOT / "README.md").read_text()
+
+
 def parser_of(script: str) -> ArgumentParser | None:
     """None for a script that makes its parser when it runs; those are run."""
     module = importlib.import_module(PARSERS.get(script, script.removesuffix(".py").replace("/", ".")))

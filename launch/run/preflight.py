@@ -27,7 +27,7 @@ from launch.cli import AgreedError
 from launch.engine import hardware
 from launch.ranks.control_group import ControlGroup
 from launch.run.folder import versions
-from launch.run.toolchain import check_toolchain
+from launch.toolchain import check_toolchain
 
 if TYPE_CHECKING:
     from launch.run.trainer import Trainer
@@ -38,7 +38,7 @@ ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_ste
 
 def check(ranks: ControlGroup, output: Path, settings: dict[str, Any]) -> None:
     """Everything that needs no engine. Collective. Raises AgreedError with the rank, its host and what differs or fails."""
-    ranks.run_everywhere(check_toolchain)
+    ranks.run_everywhere(lambda: check_toolchain(get_accelerator().device_name()))
     kernels = os.environ.get("MOE_KERNELS", "1")  # DeepSpeed's launcher takes few variables along to other hosts
     compare(ranks, {**settings, **versions(), "this system's code": code_hash(), "MOE_KERNELS": kernels})
     own_devices(ranks, (socket.gethostname(), hardware.identity()))

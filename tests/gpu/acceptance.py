@@ -11,12 +11,14 @@ about a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +30,10 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what this script measures is its own clone's
+from data.cli import UserError
+from launch.toolchain import check_toolchain, unusable_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 Figures = dict[str, Any]
@@ -77,17 +83,22 @@ class Site:
         words = [sys.executable, *map(str, command)]
         log = self.logs / f"{name}.log"
         seconds = limit or self.limit
-        try:
-            done = subprocess.run(
-                words, cwd=ROOT, env=self.environment(), capture_output=True, text=True, errors="replace", timeout=seconds
-            )
-        except subprocess.TimeoutExpired as error:
-            log.write_bytes((error.stdout or b"") + (error.stderr or b""))
-            raise StationFailed(f"longer than {seconds:.0f} s: {shlex.join(words[1:])}") from None
-        said = done.stdout + done.stderr
-        log.write_text(f"$ {shlex.join(words)}\n{said}", encoding="utf-8")
-        if done.returncode:
-            raise StationFailed(f"exit code {done.returncode}: {_last_words(said)} ({log})")
+        with open(log, "w+", encoding="utf-8", errors="replace") as file:
+            print(f"$ {shlex.join(words)}", file=file, flush=True)
+            # A session of its own, so that what the command started ends with it, and does not run beside the next measurement.
+            process = subprocess.Popen(words, cwd=ROOT, env=self.environment(), stdout=file, stderr=file, start_new_session=True)
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                raise StationFailed(f"longer than {seconds:.0f} s: {shlex.join(words[1:])} ({log})") from None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            file.seek(0)
+            said = file.read().partition("\n")[2]
+        if code:
+            raise StationFailed(f"exit code {code}: {_last_words(said)} ({log})")
         return said
 
     def config(self, name: str, **changes: object) -> Path:
@@ -146,8 +157,19 @@ def _last_words(said: str) -> str:
 def kernels(site: Site) -> Figures:
     """Every kernel that is present against fp32 and float64 formulas, forward and backward; host waits are errors there."""
     mark, where = ("gpu", "tests/model") if site.on_gpu else ("not gpu and not slow", "tests/model/test_rope.py")
-    options = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
-    said = site.call("kernels", "-m", "pytest", *options, "-m", mark, where)
+    return _tests(site, "kernels", mark, where)
+
+
+def memory(site: Site) -> Figures:
+    """The planner's memory beside what the allocator says of a few steps of `800m` cut to six layers, by mode of recomputation."""
+    mark, where = ("gpu", "tests/launch") if site.on_gpu else ("not gpu and not slow", "tests/launch/planning/test_devices.py")
+    return _tests(site, "memory", mark, where)
+
+
+def _tests(site: Site, name: str, mark: str, where: str) -> Figures:
+    """Verbose, so that the log of a station that ran out of time names the test; kernels compile for minutes the first time."""
+    options = ("-v", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
+    said = site.call(name, "-m", "pytest", *options, "-m", mark, where, limit=2.5 * site.limit)
     return {"pytest": _last_words(said)}
 
 
@@ -329,6 +351,7 @@ STATIONS: dict[str, Callable[[Site], Figures]] = {
         (),
         ("--sequence_length", 64, "--tokens", 128, 256, "--experts", 1, 2, "--vocabulary", 512, "--repeats", 1),
     ),
+    "memory": memory,
     "roofline": roofline,
 }
 #: What a station needs of those before it.
@@ -377,6 +400,18 @@ def facts(site: Site) -> Figures:
     return {"gpu": gpu, "machine": platform.machine(), "torch": torch_version, "python": platform.python_version()}
 
 
+def lacking(machine: Figures) -> str | None:
+    """What keeps PyTorch and Triton from this machine's GPU, in training's own words."""
+    if machine["gpu"] is None:
+        why = unusable_gpu() or "make gpu needs a CUDA device and PyTorch sees none"
+        return f"{why}; on a CPU: --device cpu --model tiny"
+    try:
+        check_toolchain("cuda")
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -401,10 +436,10 @@ def main() -> int:
     )
     site.folder.mkdir(parents=True, exist_ok=True)
     machine = facts(site)
-    site = replace(site, gpu=machine["gpu"] if site.on_gpu else None)
-    if site.on_gpu and machine["gpu"] is None:
-        print("error: make gpu needs a CUDA device and PyTorch sees none; on a CPU: --device cpu --model tiny", file=sys.stderr)
+    if site.on_gpu and (said := lacking(machine)):
+        print(f"error: {said}", file=sys.stderr)
         return 2
+    site = replace(site, gpu=machine["gpu"] if site.on_gpu else None)
     print(" ".join(f"{k} {v}" for k, v in machine.items()), flush=True)
     results = run(site, arguments.only or list(STATIONS), time.monotonic() + 60 * arguments.minutes)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,15 @@ def test_a_command_that_hangs_ends_at_its_limit(tmp_path: Path) -> None:
         site(tmp_path, limit=1.0).call("hang", "-c", "import time; time.sleep(60)")
 
 
+def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    """Kernels are compiled by processes below pytest; they ran on beside the next measurement."""
+    start = "import subprocess, time; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); time.sleep(60)"
+    with pytest.raises(acceptance.StationFailed):
+        site(tmp_path, limit=3.0).call("parent", "-c", start)
+    child = int((tmp_path / "logs" / "parent.log").read_text().split()[-1])
+    assert not Path(f"/proc/{child}").exists() or "(zombie)" in Path(f"/proc/{child}/status").read_text()
+
+
 def test_no_station_starts_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptance, "STATIONS", {"loss": lambda _: pytest.fail("started")})
     assert "no time left" in acceptance.run(site(tmp_path), ["loss"], time.monotonic() - 1)["loss"]["reason"]
@@ -59,6 +68,16 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     env = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 2 and "needs a CUDA device" in done.stderr and "--device cpu" in done.stderr
+
+
+def test_why_pytorch_sees_no_gpu_is_said_before_any_station(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(acceptance, "unusable_gpu", lambda: "driver 535.183.01 is too old; update it")
+    assert acceptance.lacking({"gpu": None}) == "driver 535.183.01 is too old; update it; on a CPU: --device cpu --model tiny"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert str(acceptance.lacking({"gpu": "NVIDIA H200"})).startswith(
+        "on a GPU kernels are compiled, and this host lacks a C compiler"
+    )
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_two_ranks_on_one_gpu_are_refused(devices: list, shared: str | None) -> 
 
 @pytest.mark.parametrize("name", ["this system's code", "python", "torch", "MOE_KERNELS", "a setting"])
 def test_ranks_that_differ_are_told_in_what(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "check_toolchain", lambda: None)
+    monkeypatch.setattr(preflight, "check_toolchain", lambda _: None)
     ranks: Any = TwoHosts(tmp_path)
     ranks.gather = lambda value: [value, ("other host", {**value[1], name: "another"})]
     with pytest.raises(AgreedError, match=rf"the ranks differ in {name}: .* another on rank 1 \(host other host\)"):

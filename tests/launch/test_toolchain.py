@@ -3,13 +3,14 @@ GPU PyTorch cannot use before it trains on the CPU."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from data.cli import UserError
-from launch.run import toolchain
+from data.cli import UserError, drain
+from launch import exported, toolchain
 
 
 def make_host(folder: Path, *compilers: str, headers: bool = True) -> tuple[dict[str, str], Path]:
@@ -44,14 +45,15 @@ def test_the_users_compiler_goes_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_only_a_gpu_needs_them(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain.get_accelerator(), "device_name", lambda *_: device)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     if device == "cpu":
-        toolchain.check_toolchain()
+        toolchain.check_toolchain(device)
         return
     with pytest.raises(ValueError, match=r"this host lacks a C compiler .*apt-get install gcc python3-dev"):
-        toolchain.check_toolchain()
+        toolchain.check_toolchain(device)
+    with pytest.raises(ValueError, match="this host lacks a C compiler"):  # generate and evaluate: before a weight is read
+        exported.load_exported(tmp_path, device=device)
 
 
 OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 12020). Please update it."
@@ -64,7 +66,7 @@ def unusable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
     def init() -> None:
         raise RuntimeError(OLD_DRIVER)
 
-    monkeypatch.setattr(toolchain.get_accelerator(), "device_name", lambda *_: "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
     (tmp_path / "nvidia0").touch()
     driver = tmp_path / "version"
@@ -72,19 +74,39 @@ def unusable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
     return tmp_path, driver
 
 
-def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(unusable: tuple[Path, Path]) -> None:
-    with pytest.raises(UserError, match=r"driver 535\.183\.01\) cannot use: The NVIDIA driver .* too old .*DS_ACCELERATOR=cpu"):
-        toolchain.check_driver(None, *unusable)
-    toolchain.check_driver("cpu", *unusable)
+def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(
+    unusable: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = toolchain.unusable_gpu(*unusable)
+    assert said is not None and re.search(r"driver 535\.183\.01\) cannot use: The NVIDIA driver .* too old .*; update", said)
+    monkeypatch.setattr(toolchain, "unusable_gpu", lambda: said)
+    with pytest.raises(UserError, match=f"{re.escape(said)}, or set DS_ACCELERATOR=cpu"):
+        toolchain.check_driver(None)
+    toolchain.check_driver("cpu")
+    monkeypatch.undo()
     unusable[1].write_text("of another make")
-    with pytest.raises(UserError, match=r"\(CUDA [^,]*\) cannot use"):
-        toolchain.check_driver(None, *unusable)
+    said = toolchain.unusable_gpu(*unusable)
+    assert said is None or re.search(r"\(CUDA [^,]*\) cannot use", said)
+
+
+def test_generating_goes_on_on_the_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """It was slow without a word."""
+    monkeypatch.setattr(exported, "unusable_gpu", lambda: "the driver is too old; update it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert exported.default_device() == "cpu"
+    drain()
+    assert "warning: the driver is too old; update it; until then this runs on the CPU" in capfd.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # who hides the GPU wants the CPU
+    assert exported.default_device() == "cpu"
+    drain()
+    assert not capfd.readouterr().err
 
 
 def test_a_host_or_a_job_without_a_gpu_trains_on_the_cpu(unusable: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     devices, driver = unusable
     with monkeypatch.context() as denied:  # as Slurm's cgroup does
         denied.setattr("os.open", lambda *_: (_ for _ in ()).throw(PermissionError()))
-        toolchain.check_driver(None, devices, driver)
+        assert toolchain.unusable_gpu(devices, driver) is None
     (devices / "nvidia0").rename(devices / "nvidiactl")
-    toolchain.check_driver(None, devices, driver)
+    assert toolchain.unusable_gpu(devices, driver) is None

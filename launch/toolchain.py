@@ -1,6 +1,6 @@
 """What a GPU needs at run time: a driver that PyTorch can use; a compiler, for Triton builds a launcher in C for every kernel.
 
-AutoEP's kernels are Triton's on every GPU, so the first forward would end in a traceback of a compiler that is not there.
+Our kernels and AutoEP's are Triton's on every GPU, so the first forward would end in a traceback of a compiler that is not there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from data.cli import UserError, sentence
 
@@ -33,35 +32,41 @@ def missing_tools(environment: Mapping[str, str], include: Path) -> list[str]:
     return missing
 
 
-def check_toolchain() -> None:
-    """On a GPU: Raises UserError with what is missing and the packages that have it."""
-    if get_accelerator().device_name() != "cuda":
+def check_toolchain(device: str) -> None:
+    """On a `device` of CUDA's: Raises UserError with what is missing and the packages that have it."""
+    if torch.device(device).type != "cuda":
         return
     missing = missing_tools(os.environ, Path(sysconfig.get_paths()["include"]))
     if missing:
         raise UserError(
-            f"training on a GPU compiles kernels, and this host lacks {' and '.join(missing)}; install them, "
+            f"on a GPU kernels are compiled, and this host lacks {' and '.join(missing)}; install them, "
             "on Debian and Ubuntu with apt-get install gcc python3-dev"
         )
 
 
-def check_driver(chosen: str | None, devices: Path = Path("/dev"), driver: Path = Path("/proc/driver/nvidia/version")) -> None:
+def check_driver(chosen: str | None) -> None:
     """Refuse to train on the CPU beside a GPU of NVIDIA's that PyTorch cannot use, unless the accelerator was `chosen`
-    (DS_ACCELERATOR). Raises UserError with PyTorch's reason: a driver older than its CUDA, a build without any.
+    (DS_ACCELERATOR). Raises UserError with what `unusable_gpu` says.
     """
-    if chosen or get_accelerator().device_name() != "cpu" or not any(map(_opens, devices.glob("nvidia[0-9]*"))):
-        return
+    if not chosen and (said := unusable_gpu()):
+        raise UserError(f"{said}, or set DS_ACCELERATOR=cpu to train on the CPU")
+
+
+def unusable_gpu(devices: Path = Path("/dev"), driver: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Why PyTorch cannot use a GPU that this process may open, and what to do: its driver is too old, the build has no CUDA."""
+    if torch.cuda.is_available() or not any(map(_opens, devices.glob("nvidia[0-9]*"))):
+        return None
     try:
         torch.cuda.init()
+        return None
     except (AssertionError, RuntimeError) as error:
         found = ""
         with contextlib.suppress(OSError, TypeError):
             found = f", driver {re.search(r'[0-9]{3}[.][0-9.]+', driver.read_text())[0]}"  # type: ignore[index]
-        raise UserError(
+        return (
             f"this host has an NVIDIA GPU that PyTorch {torch.__version__} (CUDA {torch.version.cuda}{found}) cannot use: "
-            f"{sentence(error).rstrip('.')}; update the driver or install another build of PyTorch (README.md), or set "
-            "DS_ACCELERATOR=cpu to train on the CPU"
-        ) from None
+            f"{sentence(error).rstrip('.')}; update the driver or install another build of PyTorch (README.md)"
+        )
 
 
 def _opens(device: Path) -> bool:
