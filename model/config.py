@@ -68,7 +68,7 @@ class MoEGPTConfig(PreTrainedConfig):
     z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2), in training only
     initializer_range: float = 0.02
     # Of untied input embeddings. At 0.02 early gradients spike, because the first norm divides by it (arXiv 2312.16903), and widths
-    # of 160 and 256 learn less, though 64 learns more: CONTRIBUTING.md's log compares 0.02 to 1.0.
+    # of 160 and 256 learn less, though 64 learns more: tests/results/README.md compares 0.02 to 1.0.
     embedding_initializer_range: float = 0.2
     router_initializer_range: float = 0.01
     tie_word_embeddings: bool = False

@@ -42,7 +42,7 @@ def family(hidden: int, vocabulary: int, positions: int, head_dim: int) -> MoEGP
         intermediate_size=round(hidden * 8 / 3),
         max_position_embeddings=positions,
         rope_parameters=None,
-        router_bias_rate=0.01,  # short runs: CONTRIBUTING.md's log
+        router_bias_rate=0.01,  # short runs: tests/results/README.md
     )
 
 
