@@ -44,7 +44,7 @@ def read_model_config(path: Path, default: str | None = None) -> MoEGPTConfig:
 def _fields(path: Path) -> dict[str, Any]:
     raw = read_json(path, MOST_BYTES)
     if not isinstance(raw, dict):
-        raise UserError("it is no JSON object")
+        raise UserError("it is not a JSON object")
     if isinstance(labels := raw.get("num_labels"), int) and labels > MOST_LABELS:
         raise UserError(f"num_labels is {labels}, for each of which transformers makes a name")
     fields, _ = MoEGPTConfig.get_config_dict(path)

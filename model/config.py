@@ -159,7 +159,7 @@ class MoEGPTConfig(PreTrainedConfig):
             if name in rope and not _is_number(rope[name], least=1):
                 raise ValueError(f"rope_parameters.{name} must be a finite number of at least 1, got {rope[name]!r}")
         if rope_type == "yarn" and rope["rope_theta"] == 1:
-            raise ValueError("rope_parameters.rope_theta must be above 1 for YaRN: all dimensions would turn alike")
+            raise ValueError("rope_parameters.rope_theta must be above 1 for YaRN: all frequencies would be equal")
         for name in ("beta_fast", "beta_slow", "attention_factor"):
             if rope.get(name) is not None and not (_is_number(rope[name]) and rope[name] > 0):
                 raise ValueError(f"rope_parameters.{name} must be a finite number above 0, got {rope[name]!r}")

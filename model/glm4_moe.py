@@ -49,7 +49,7 @@ def from_glm4_moe(fields: dict[str, Any]) -> MoEGPTConfig:
     rope = dict(stock.rope_parameters or {})
     partial = rope.pop("partial_rotary_factor", 1.0)
     if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor must be 1.0, got {partial!r}: this model turns whole heads")
+        raise ValueError(f"partial_rotary_factor must be 1.0, got {partial!r}: this model rotates all dimensions of a head")
     names = set(MoEGPTConfig().to_dict()) & set(stock.to_dict()) - {"model_type", "architectures", "transformers_version"}
     kept = {name: getattr(stock, name) for name in names}
     head_dim = getattr(stock, "head_dim", None) or stock.hidden_size // stock.num_attention_heads

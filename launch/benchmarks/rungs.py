@@ -25,7 +25,7 @@ Rungs = dict[tuple[int, float], SmallRun]  # by width and the tokens asked for
 def family(hidden: int, vocabulary: int, positions: int, head_dim: int) -> MoEGPTConfig:
     """The member of this width. Raises UserError for a width that is no multiple of a head's."""
     if head_dim < 2 or head_dim % 2:
-        raise UserError(f"--head_dim {head_dim} must be even and at least 2: positions turn pairs")
+        raise UserError(f"--head_dim {head_dim} must be even and at least 2: RoPE rotates pairs of dimensions")
     if hidden < head_dim or hidden % head_dim:
         raise UserError(f"--hidden {hidden} must be a multiple of {head_dim}, the width of a head (--head_dim)")
     heads = hidden // head_dim

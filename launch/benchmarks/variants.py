@@ -17,7 +17,7 @@ Fields = dict[str, Any]
 NAME = re.compile(r"[\w-][\w.-]*")
 #: The keys of a variant in a file, and in words what each is.
 KINDS: dict[str, tuple[type, str]] = {
-    "name": (str, "a text"),
+    "name": (str, "a string"),
     "model": (dict, "an object of fields of the model's config.json"),
     "deepspeed": (dict, "an object of settings of the DeepSpeed JSON"),
     "flags": (list, 'a list of flags of launch/train.py, such as ["--spike_sigma", "0"]'),

@@ -51,7 +51,7 @@ def read_state(checkpoint: Path) -> SavedState:
     try:
         body = read_json(path)
     except ValueError:
-        raise UserError(f"{path} is no JSON, though its checksum is right; restore the checkpoint or move it away") from None
+        raise UserError(f"{path} is not JSON, though its checksum is right; restore the checkpoint or move it away") from None
     if isinstance(body, dict) and isinstance(body.get("format"), int) and body["format"] > STATE_FORMAT:
         raise UserError(f"{path} has format {body['format']}, made by a newer version; this one reads {STATE_FORMAT}")
     wrong = _first_nonsense(body, checkpoint.name)

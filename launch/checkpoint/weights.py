@@ -100,7 +100,8 @@ def check_master(master: Tensor, weight: Tensor, where: Path, name: str) -> None
     if master.numel() != weight.numel() or any(bool(torch.isfinite(part).all()) for part in differing):
         raise UserError(
             f"{where}: {name} in the optimizer's files is not the weight that the model computed with, as it is for a run with "
-            "zero_optimization.round_robin_gradients: DeepSpeed then writes down a wrong order, and what is made of it is wrong"
+            "zero_optimization.round_robin_gradients: DeepSpeed then records a wrong order, and exports and conversions "
+            "would be wrong"
         )
 
 
@@ -130,7 +131,7 @@ def _momenta(shard: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tup
             continue
         sizes = [math.prod(shapes[name]) for name in group]
         if sum(sizes) != momentum.numel():
-            raise UserError(f"{shard}: a momentum of {momentum.numel()} numbers is none of matrices of {sizes}")
+            raise UserError(f"{shard}: Muon's momentum has {momentum.numel()} elements, and its matrices have {sizes}")
         for name, part in zip(group, momentum.split(sizes), strict=True):
             yield name, part.view(shapes[name])
 

@@ -122,7 +122,7 @@ def check_keys(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: {sentence(error)}") from error
     except AttributeError as error:  # a text, a list where it goes on to ask a section
         wrong = shown(lookup(config, last_read[1]))
-        raise UserError(f"{path}: {last_read[1]} must not be {wrong}: DeepSpeed reads something else there") from error
+        raise UserError(f"{path}: {last_read[1]} must not be {wrong}: DeepSpeed expects a value of another kind") from error
     for key, value, wanted in recorder.of_another_kind():
         raise UserError(f"{path}: {key} must be {wanted}, not {shown(value)}")
     for section, key, known in recorder.unread():
@@ -178,7 +178,7 @@ def _check_optimizer(section: Any, config: dict[str, Any], path: Path) -> None:
     accepted, takes = _accepted_by(kind, params, config)
     if accepted is None:
         named = {*deepspeed_config.DEEPSPEED_OPTIMIZERS, *(n for n in dir(torch.optim) if n[0].isupper())}
-        raise UserError(f"{path}: optimizer.type \"{kind}\" is none of DeepSpeed's or torch.optim's{_hint(kind, named)}")
+        raise UserError(f'{path}: optimizer.type "{kind}" is not an optimizer of DeepSpeed or torch.optim{_hint(kind, named)}')
     for key in params:
         if key not in accepted:
             raise UserError(f"{path}: {_unknown('optimizer.params', key, accepted)}")
@@ -233,7 +233,7 @@ def _check_scheduler(section: Any, path: Path) -> None:
     chosen = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
     if not inspect.isclass(chosen):
         names = [*lr_schedules.VALID_LR_SCHEDULES, *(n for n in dir(torch.optim.lr_scheduler) if n[0].isupper())]
-        raise UserError(f"{path}: scheduler.type \"{kind}\" is none of DeepSpeed's or torch's{_hint(kind, names)}")
+        raise UserError(f'{path}: scheduler.type "{kind}" is not a scheduler of DeepSpeed or torch{_hint(kind, names)}')
     accepted = _parameters(chosen)
     for key in section.get("params") or {}:
         if key not in accepted:

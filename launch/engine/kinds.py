@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-WHOLE, NUMBER, SWITCH, TEXT, OBJECT = "a whole number", "a number", "true or false", "a text", "an object"
+WHOLE, NUMBER, SWITCH, TEXT, OBJECT = "a whole number", "a number", "true or false", "a string", "an object"
 _TYPES: dict[str, Any] = {WHOLE: int, NUMBER: (int, float), SWITCH: bool, TEXT: str, OBJECT: dict}
 
 

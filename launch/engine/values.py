@@ -41,7 +41,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "zero_optimization.elastic_checkpoint": (
         (False,),
-        "DeepSpeed cannot load what it then saves; other numbers of ranks need it not",
+        "DeepSpeed cannot load what it then saves, and resuming on another number of ranks does not need it",
     ),
     "zero_optimization.load_from_fp32_weights": (
         (True,),
