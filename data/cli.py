@@ -138,6 +138,16 @@ def report(error: BaseException, *, who: str = "", interrupted: str = "interrupt
     return Exit.USER_ERROR
 
 
+def hold_standard_streams() -> None:
+    """Opens /dev/null as those of the descriptors 0, 1 and 2 that this process was started without (`<&-`, some daemons).
+
+    A file that got such a number would be given what is printed, and a pipe be lost in a child that is given its own streams.
+    """
+    while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(lowest, True)
+    os.close(lowest)
+
+
 def exit_code(main: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
     """Run a command's `main`; whatever it raises becomes a line or a traceback on stderr and an exit code.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__" and not __package__:  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import ONE_THREAD, exit_code, leave
+from data.cli import ONE_THREAD, exit_code, hold_standard_streams, leave
 from data.pipeline.arguments import parse
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ INTERRUPTED = "interrupted; run the same command again, it goes on from what is 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code (`data.cli.Exit`)."""
+    hold_standard_streams()  # before MPI opens anything
     os.environ.update(ONE_THREAD)  # before numpy is loaded
     if not is_launched(os.environ):
         return lead(arguments)

@@ -19,7 +19,7 @@ import numpy as np
 if __name__ == "__main__" and not __package__:  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import LIMITS, Exit, Progress, exit_code, leave, say, sentence, stdout
+from data.cli import LIMITS, Exit, Progress, exit_code, hold_standard_streams, leave, say, sentence, stdout
 from data.files import hash_file
 from data.flags import Parser, at_least_one
 from data.shards import SPLITS, Index, check_shard, index_faults, load_manifest, read_index
@@ -117,6 +117,7 @@ def _token_faults(stem: Path, index: Index, manifest: dict[str, Any]) -> Iterato
 
 
 def main(arguments: list[str]) -> int:
+    hold_standard_streams()
     p = Parser(
         prog="python data/verify.py",
         description="Check every byte of shards against their manifest.",

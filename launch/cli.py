@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from data.cli import Exit, UserError, drain, leave, report
+from data.cli import Exit, UserError, drain, hold_standard_streams, leave, report
 
 CLONE = Path(__file__).resolve().parent.parent
 
@@ -37,6 +37,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     Processes that it starts (`python -P -m`) are this clone's as well. An installed copy is found anyway, and its folder has all
     other packages, which would come before those of a user's PYTHONPATH.
     """
+    hold_standard_streams()
     if (CLONE / "setup.py").is_file():
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:

@@ -15,10 +15,11 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import IO
 
+from data.cli import UserError
 from launch.evaluation.job import Job, Verdict
 from launch.evaluation.sandbox.levels import Level
 from launch.evaluation.sandbox.limits import Limits
@@ -27,9 +28,22 @@ from launch.evaluation.sandbox.process import Confined, start
 LOOK_SECONDS = 0.1  # between two looks at what a running program uses
 END_SECONDS = 1.0  # that a candidate has, whose judge has ended, to end too
 VERDICT_BYTES = 1 << 16
+TRIES = 3
+
+
+class SandboxError(UserError):
+    """A sandbox that ended before its program began to run, which is no verdict about the program."""
 
 
 def execute(job: Job, *, level: Level, limits: Limits, slot: int) -> Verdict:
+    """What `attempt` says, which is tried again where the sandbox fails. Raises SandboxError if that does not help."""
+    for _ in range(TRIES - 1):
+        with suppress(SandboxError):
+            return attempt(job, level=level, limits=limits, slot=slot)
+    return attempt(job, level=level, limits=limits, slot=slot)
+
+
+def attempt(job: Job, *, level: Level, limits: Limits, slot: int) -> Verdict:
     """One candidate and its judge, each in a sandbox of its own; both have ended when this returns."""
     with ExitStack() as stack:
         calls, replies = os.pipe(), os.pipe()
@@ -66,24 +80,33 @@ def held_text(text: str) -> Iterator[IO[bytes]]:
 
 
 def read_verdict(judge: Confined, candidate: Confined, seconds: float) -> Verdict:
-    """What the judge says before `seconds` on the clock are over and while the candidate keeps to its limits."""
+    """What the judge says before `seconds` on the clock are over and while the candidate keeps to its limits.
+
+    Raises SandboxError where that is nothing.
+    """
     assert judge.process.stdout
     said, until = b"", time.monotonic() + seconds
     with judge.process.stdout as output:
-        while True:
-            left = until - time.monotonic()
-            if left <= 0:
-                return Verdict(passed=False, result="timed out")
+        while (left := until - time.monotonic()) > 0:
             if not select.select([output], [], [], min(left, LOOK_SECONDS))[0]:
-                excess = candidate.excess() or judge.excess()
-                if excess:
-                    return Verdict(passed=False, result=f"failed: more {excess} than the sandbox allows")
-                continue
-            part = os.read(output.fileno(), VERDICT_BYTES)
-            if not part:
+                if excess := candidate.excess() or judge.excess():
+                    return failed(said, f"failed: more {excess} than the sandbox allows")
+            elif part := os.read(output.fileno(), VERDICT_BYTES):
+                said += part
+            else:
                 verdict = parse_verdict(said)
-                return verdict if verdict.passed or not ran_out(candidate) else Verdict(passed=False, result="timed out")
-            said += part
+                return verdict if verdict.passed else failed(said, "timed out" if ran_out(candidate) else verdict.result)
+    return failed(said, "timed out")
+
+
+def failed(said: bytes, result: str) -> Verdict:
+    """Raises SandboxError if the judge has said nothing: it and the candidate had not met, and no line of the program has run."""
+    if not said:
+        raise SandboxError(
+            f"{TRIES} times a sandbox ended before its program began ({result}); look whether this machine lacks memory, processes "
+            "(ulimit -u) or time (fewer --workers), and run the same command again, it goes on from what is there"
+        )
+    return Verdict(passed=False, result=result)
 
 
 def ran_out(candidate: Confined) -> bool:

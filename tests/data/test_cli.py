@@ -124,6 +124,35 @@ def test_no_secret_is_said(error: Exception, capfd: pytest.CaptureFixture[str]) 
     assert "[redacted]" in said and "S3CR" not in said
 
 
+def closed_streams() -> None:
+    """For a process that is about to start: `<&- >&- 2>&-`."""
+    os.closerange(0, 3)
+
+
+COMMANDS = {
+    "launch": "from launch.cli import run_command\nrun_command(lambda: tell())",
+    "preprocess": "from data import preprocess\npreprocess.lead = lambda *_: tell()\npreprocess.main([])",
+    "verify": "from data import verify\nverify.main([sys.argv[2]])\ntell()",
+}
+TELL = """
+import os, subprocess, sys
+def tell():
+    with open(sys.argv[1], "w") as file:
+        code = "import os; print([os.readlink(f'/proc/self/fd/{n}') for n in (0, 2)])"
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_closed_standard_streams_are_taken_before_a_file_gets_their_numbers(
+    command: str, tmp_path: Path, sound_shards: Path
+) -> None:
+    told = tmp_path / "told"
+    line = [sys.executable, "-c", TELL + COMMANDS[command], str(told), str(sound_shards)]
+    subprocess.run(line, cwd=ROOT, env=environment(), preexec_fn=closed_streams, timeout=60, check=True)
+    assert told.read_text() == "['/dev/null', '/dev/null']\n"
+
+
 def test_nothing_is_lost_where_somebody_listens(tmp_path: Path) -> None:
     code = "from data.cli import say, stdout, leave\nfor n in range(900): say(str(n), stdout)\nleave(3)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())

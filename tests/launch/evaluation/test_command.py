@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +29,13 @@ from model import MoEGPTForCausalLM
 SHARED = ROOT.parent / "shared" / "data" / "eval"
 
 
-def run(*flags: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *flags: object, code: int = 0, before: Callable[[], None] | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """before: called in the new process before the command."""
     command = [sys.executable, "launch/evaluate.py", *(str(flag) for flag in flags)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **environment}
-    )
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=env, preexec_fn=before)
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
@@ -144,7 +148,9 @@ def test_what_is_refused_is_before_the_loss_is_measured_which_is_kept(
     assert {"pass@1", "loss"} <= json.loads(output.read_text()).keys()
 
 
-def test_scores_count_what_passes(problem_files: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_scores_count_what_passes(problem_files: dict[str, Path], tmp_path: Path, closed: bool) -> None:
+    """`closed`: the command has no standard input, and the judge's pipes do not get its number."""
     right = [json.loads(line) for line in problem_files["humaneval"].read_text().splitlines()]
     rows = [{"task_id": row["task_id"], "completion": row["canonical_solution"]} for row in right]
     rows += [
@@ -154,7 +160,9 @@ def test_scores_count_what_passes(problem_files: dict[str, Path], tmp_path: Path
     samples = tmp_path / "mine.jsonl"
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "e.json"
-    done = run("--score", samples, "--humaneval", problem_files["humaneval"], "--allow_code_execution", "--output", output)
+    before = partial(os.close, 0) if closed else None
+    flags = ["--humaneval", problem_files["humaneval"], "--allow_code_execution", "--output", output]
+    done = run("--score", samples, *flags, before=before)
     result = json.loads(output.read_text())
     assert result["pass@1"] == pytest.approx((0.5 + 0.5 + 1) / 3) and (result["samples"], result["passed"]) == (5, 3)
     assert "3 passed" in done.stdout

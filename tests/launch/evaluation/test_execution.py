@@ -9,17 +9,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from typing import Any
 
 import pytest
 from support import process_stat
 
 from data.cli import UserError
-from launch.evaluation.execution import execute, execute_all
+from launch.evaluation import execution
+from launch.evaluation.execution import SandboxError, execute, execute_all
 from launch.evaluation.job import Job, Verdict
 from launch.evaluation.sandbox.levels import LEVELS
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.sandbox.probe import Isolation, find_isolation, probe, targets
-from launch.evaluation.sandbox.process import descendants
+from launch.evaluation.sandbox.process import Confined, descendants, start
 
 LIMITS = Limits(seconds=2)
 TESTS = "def check(candidate):\n    assert candidate(20) == 21\n    assert candidate(-1) == 0\n\n\ncheck(successor)\n"
@@ -375,6 +377,23 @@ def runs(process: int) -> bool:
         return process_stat(process)[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_sandbox_that_fails_is_no_verdict(isolation: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A right program was called wrong where its judge could not reach it. What fails once is tried again."""
+    job = Job(program="def f(): return 1", test="assert f() == 1", entry_point="f")
+    with pytest.raises(SandboxError, match="3 times a sandbox ended before its program began"):
+        execute(job, level=isolation.level, limits=Limits(memory=1 << 20), slot=os.getpid())  # less than an interpreter takes
+    calls: list[Any] = []
+
+    def lost_once(*arguments: Any, stdin: Any, **named: Any) -> Confined:
+        calls.append(named["descriptors"])
+        if len(calls) == 1:  # the candidate reads another file than the judge's pipe, as with a closed standard input
+            named["descriptors"] = (stdin.fileno(), named["descriptors"][1])
+        return start(*arguments, stdin=stdin, **named)
+
+    monkeypatch.setattr(execution, "start", lost_once)
+    assert execute(job, level=isolation.level, limits=LIMITS, slot=os.getpid()).passed and len(calls) == 4
 
 
 def test_many_at_once_in_order(isolation: Isolation) -> None:

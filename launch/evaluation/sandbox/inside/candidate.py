@@ -106,6 +106,8 @@ class Candidate:
 def main(channel: Channel) -> None:
     program = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
     leave_standard_streams()
+    channel.send(channel.receive())  # both pipes lead to the judge
+    channel.receive()  # which has said so
     candidate = Candidate(channel)
     try:
         candidate.load(program)
