@@ -15,6 +15,7 @@ from support import ROOT
 
 from data.lock import take_folder
 from launch.checkpoint.identity import RunIdentity
+from launch.run import folder as run_folder
 from launch.run.folder import FolderWatch, check_same_run, judged_on_others
 
 HOLD = """
@@ -96,3 +97,15 @@ def test_a_best_on_other_samples_is_known(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"validation": None}))
     assert not judged_on_others(tmp_path, {"fingerprint": "b"})
     assert not judged_on_others(tmp_path / "none", {"fingerprint": "b"})
+
+
+def test_the_commit_of_a_clone_of_another_user_s_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a shared clone git says "dubious ownership", and the run's config.json had no commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "folder.py"))
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch
+    refused = subprocess.run([*git, "status"], capture_output=True, text=True, check=False)
+    assert "dubious ownership" in refused.stderr
+    assert len(run_folder.git_commit() or "") == 40
