@@ -35,6 +35,11 @@ KILLED = (
     "a worker process was killed, most likely for want of memory; run the same command again with fewer --workers, it goes on "
     "from what is there"
 )
+TOO_MANY = (
+    "a worker process, or a thread of it, could not be started (ulimit -u, a container's pids); raise the limit, or run the same "
+    "command again with fewer --workers, it goes on from what is there"
+)
+NO_THREAD_CODE = 3  # with which a worker ends that can start none
 #: In which the pool's own answer to a killed worker comes, if it does.
 KILL_GRACE_SECONDS = 10.0
 
@@ -72,14 +77,15 @@ def _processes(workers: int, options: WorkOptions) -> Iterator[Executor]:
             around.enter_context(_no_hang_after_a_kill(context.started))
         with _shared_memory_named():
             pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(path,))
-        with _without_interrupts(), _killed_workers_named():
-            for _ in range(workers):
-                submit(pool, os.getpid)  # starts one process, as long as none is idle
-        if method == "fork":  # only now: it is a thread
-            around.enter_context(_no_hang_after_a_kill(context.started))
         try:
-            yield pool
-        finally:
+            with _dead_workers_named(context.started):
+                with _without_interrupts():
+                    for _ in range(workers):
+                        submit(pool, os.getpid)  # starts one process, as long as none is idle
+                if method == "fork":  # only now: it is a thread
+                    around.enter_context(_no_hang_after_a_kill(context.started))
+                yield pool
+        finally:  # before the file goes, which a worker may yet read
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -118,7 +124,7 @@ def _no_hang_after_a_kill(started: list[Any]) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(0.5):
             if any(process.exitcode for process in list(started)) and not over.wait(KILL_GRACE_SECONDS):
-                print(f"error: {KILLED}", file=sys.stderr, flush=True)
+                print(f"error: {_why_dead(started)}", file=sys.stderr, flush=True)
                 os._exit(Exit.USER_ERROR)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -171,7 +177,10 @@ def _threads() -> int:
 
 def _start_process(path: str) -> None:
     """In each worker: die with the parent, load the tokenizer once unless it came with the fork."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+    except RuntimeError:
+        os._exit(NO_THREAD_CODE)
     if _worker is None:
         start_worker(pickle.loads(Path(path).read_bytes()))
 
@@ -206,36 +215,41 @@ def _run(worker: Worker, block: Block) -> Result:
 def in_order(blocks: Iterable[Block], pool: Executor, workers: int) -> Iterator[Result]:
     """The results of all blocks, in the order of the blocks."""
     pending: deque[Any] = deque()
-    with _killed_workers_named():
-        for block in read_ahead(blocks, workers):
-            pending.append(submit(pool, run_block, block))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
+    for block in read_ahead(blocks, workers):
+        pending.append(submit(pool, run_block, block))
+        if len(pending) > 2 * workers:
             yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def submit(pool: Executor, function: Callable[..., Any], *arguments: object) -> Future[Any]:
     """As `pool.submit`, and a pool that breaks while this call starts a process of it is broken.
 
-    Raises BrokenProcessPool. The executor's own thread closes the pipes that the new process is about to inherit: "handle is
-    closed" or "bad value(s) in fds_to_keep" says CPython then.
+    Raises BrokenProcessPool, and UserError where there can be no more processes. The executor's own thread closes the pipes that
+    the new process is about to inherit: "handle is closed" or "bad value(s) in fds_to_keep" says CPython then.
     """
     try:
         return pool.submit(function, *arguments)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, BlockingIOError):  # of a fork
+            raise UserError(TOO_MANY) from error
         pool.submit(os.getpid)  # says so where the pool is broken
         raise
 
 
 @contextmanager
-def _killed_workers_named() -> Iterator[None]:
+def _dead_workers_named(started: list[Any]) -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
         for process in multiprocessing.active_children():
             process.kill()  # one that was started while the pool ended the others would be waited for, for ever
-        raise UserError(KILLED) from error
+        raise UserError(_why_dead(started)) from error
+
+
+def _why_dead(started: list[Any]) -> str:
+    return TOO_MANY if any(process.exitcode == NO_THREAD_CODE for process in started) else KILLED
 
 
 def read_ahead(blocks: Iterable[Block], count: int) -> Iterator[Block]:

@@ -107,10 +107,44 @@ def test_a_worker_killed_before_the_first_block_is_a_sentence(monkeypatch: pytes
         def submit(self, *_: object) -> None:
             raise BrokenProcessPool
 
+        def shutdown(self, **_: object) -> None: ...
+
     monkeypatch.setattr(pool, "ProcessPoolExecutor", Broken)
     monkeypatch.setattr(pool, "start_worker", lambda options: None)
     with pytest.raises(UserError, match="a worker process was killed"), pool._processes(2, None):  # type: ignore[arg-type]
         raise AssertionError("it has not started")
+
+
+NO_THREADS = """
+import threading
+from data.pipeline import pool
+if __name__ == "__main__":
+    def refuse(thread):
+        if thread._target is pool._die_with_parent:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    start, threading.Thread.start, pool.start_worker = threading.Thread.start, refuse, lambda options: None
+    try:
+        with pool._processes(2, None) as workers:
+            list(pool.in_order(range(8), workers, 2))
+    except pool.UserError as error:
+        print(error)
+"""
+
+
+def test_a_limit_of_processes_is_named() -> None:
+    """Threads count as processes: a worker that could start none was "killed, most likely for want of memory", after tracebacks."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_THREADS], capture_output=True, text=True, env=environment(), check=False, timeout=50
+    )
+    assert done.stdout == f"{pool.TOO_MANY}\n" and not done.stderr, done.stderr
+
+    class Full(ProcessPoolExecutor):
+        def submit(self, *_: object) -> Any:  # type: ignore[override]
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with pytest.raises(UserError, match="fewer --workers"):
+        pool.submit(Full(1), os.getpid)
 
 
 @pytest.mark.parametrize("error", [OSError("handle is closed"), ValueError("bad value(s) in fds_to_keep")])
