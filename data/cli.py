@@ -287,6 +287,14 @@ def say(text: str, out: Voice = stderr) -> None:
         tqdm.tqdm.write(text, file=out)
 
 
+def write_out(text: str, end: str = "\n") -> None:
+    """What a command was asked for, on standard output: the error names it. Raises BrokenPipeError where nobody reads any more."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
 class Progress:
     """A tqdm bar on a terminal; otherwise one plain line every few seconds. Counts bytes of input or steps."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.cli import say, stdout
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
 from launch.exporting import folder, formats, hub_upload, source
@@ -57,16 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     folder.check_output(arguments.output)
     folder.check_shard_size(arguments.max_shard_size)
     config = formats.exported_config(source.model_config(checkpoint), arguments.format)
-    print(f"verifying {checkpoint} ...", flush=True)
+    say(f"verifying {checkpoint} ...", stdout)
     source.verify(checkpoint)
-    print("reading the weights ...", flush=True)
+    say("reading the weights ...", stdout)
     model = formats.build(config, source.weights(checkpoint), arguments.dtype)
-    print(f"writing {arguments.output} ...", flush=True)
+    say(f"writing {arguments.output} ...", stdout)
     folder.write(model, checkpoint, arguments.output, max_shard_size=arguments.max_shard_size)
     count = sum(p.numel() for p in model.parameters())
-    print(f"exported {checkpoint.name} as {arguments.format} in {arguments.dtype}: {count:,} parameters")
+    say(f"exported {checkpoint.name} as {arguments.format} in {arguments.dtype}: {count:,} parameters", stdout)
     if arguments.push_to_hub:
-        print(f"uploaded to {hub_upload.upload(arguments.output, arguments.push_to_hub)}")
+        say(f"uploaded to {hub_upload.upload(arguments.output, arguments.push_to_hub)}", stdout)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import NotFound, UserError, say
+from data.cli import NotFound, UserError, say, write_out
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
 from model.sizes import ATTENTION_IMPLEMENTATIONS
@@ -118,16 +118,16 @@ def answer(
 
     ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     alone = len(prompts) == 1 and sampling.num_return_sequences == 1 and not as_json
-    stream = Stream(tokenizer, sampling.stop, lambda text: print(text, end="", flush=True)) if alone else None
+    stream = Stream(tokenizer, sampling.stop, lambda text: write_out(text, end="")) if alone else None
     if alone:
-        print(prompts[0].text, end="", flush=True)
+        write_out(prompts[0].text, end="")
     completions, seconds = complete(model, tokenizer, ids, sampling, stream)
     count = sum(one.tokens for one in completions)
     if alone:
-        print(prompts[0].suffix or "", flush=True)
+        write_out(prompts[0].suffix or "")
     else:
         for number, one in enumerate(completions):
-            print(as_line(one, prompts[one.prompt], sampling) if as_json else titled(number, one, prompts[one.prompt]), flush=True)
+            write_out(as_line(one, prompts[one.prompt], sampling) if as_json else titled(number, one, prompts[one.prompt]))
     say(f"{count:,} tokens, {count / seconds:,.1f} a second")
 
 

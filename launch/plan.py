@@ -14,6 +14,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.cli import write_out
 from launch.cli import run_command
 from launch.planning.arguments import parse_arguments
 
@@ -32,7 +33,7 @@ def main() -> int:
         found, show_found = answer(arguments), partial(show, with_curve=arguments.curve)
     text = json.dumps(found, indent=2) if arguments.json else show_found(found)
     with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
-        print(text, flush=True)
+        write_out(text)
     return 0
 
 

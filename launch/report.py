@@ -8,7 +8,6 @@ python launch/report.py runs/first --follow
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import UserError, printable, say
+from data.cli import UserError, printable, say, stdout
 from data.files import check_replaceable, replace_file
 from data.flags import Parser
 from launch.cli import run_command
@@ -103,8 +102,7 @@ def main() -> int:
     if arguments.follow:
         wait_for_rows(arguments.runs)
     runs = write_report(arguments, output)
-    with contextlib.suppress(BrokenPipeError):  # nobody reads; the page is written all the same
-        print(f"wrote {output} ({output.stat().st_size / 1000:,.0f} KB); open it in a browser", flush=True)
+    say(f"wrote {output} ({output.stat().st_size / 1000:,.0f} KB); open it in a browser", stdout)
     while arguments.follow and any(map(goes_on, runs)):
         time.sleep(arguments.seconds)
         runs = write_report(arguments, output)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.cli import UserError, counted, say
+from data.cli import UserError, counted, say, stdout, write_out
 from data.files import check_replaceable, replace_json
 from launch.evaluation.arguments import samples_path, task_of
 from launch.evaluation.problems import Problem, read_problems
@@ -40,13 +41,22 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     write(arguments.output, result)
     if task:
-        print(describe_scores(result))
+        tell(describe_scores(result), arguments.output)
     return result
 
 
 def write(output: Path | None, result: dict[str, Any]) -> None:
     if output:
         replace_json(output, result)
+
+
+def tell(text: str, output: Path | None) -> None:
+    """For a person where the result goes to a file; else it is the result, and what keeps it from being written is an error."""
+    if output:
+        say(text, stdout)
+    else:
+        with suppress(BrokenPipeError):  # `| head` has seen enough
+            write_out(text)
 
 
 def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Problem], samples_file: Path) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Pro
         result |= loss_of(arguments, model)
         if arguments.output and not arguments.output.exists():
             write(arguments.output, result)
-        print(describe_loss(result), flush=True)
+        tell(describe_loss(result), arguments.output)
     if samples:
         counts = {name: getattr(arguments, name) for name in COUNTS}
         generate_samples(model, tokenizer, asked, sampling, file, **counts)

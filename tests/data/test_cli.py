@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,17 @@ def test_nobody_has_to_listen(sink: str, tmp_path: Path) -> None:
         assert time.monotonic() - started < 50
     if sink != "closed pipe":
         os.close(read)
+
+
+def test_a_result_that_cannot_be_written_names_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk's error named no file, and the user looked for room on another disk. Who reads no more is told apart."""
+    read, write = os.pipe()
+    os.close(read)
+    for path, kind in (("/dev/full", OSError), (write, BrokenPipeError)):
+        with suppress(OSError), open(path, "w") as sink:  # which closing writes again
+            monkeypatch.setattr(sys, "stdout", sink)
+            with pytest.raises(kind, match="standard output"):
+                cli.write_out("text")
 
 
 def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:

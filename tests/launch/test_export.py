@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 from training_process import REPOSITORY, launch_ranks
 from transformers import PreTrainedTokenizerFast
 
+from data.cli import drain
 from launch.checkpoint import manifest
 from launch.checkpoint.publish import working_name
 from launch.export import main
@@ -169,12 +170,23 @@ def test_the_command_says_its_sentence_and_exits_with_2(runs, tmp_path):
     assert result.stderr.startswith("error: --checkpoint") and result.stderr.count("\n") == 1
 
 
+def test_nobody_has_to_listen(runs, tmp_path, monkeypatch):
+    """`export.py ... | head -1` had exported nothing, without a word."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        export("--checkpoint", runs / "zero2-float32", "--output", tmp_path / "hf")
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
 def test_an_earlier_export_is_replaced_and_leftovers_go(runs, tmp_path, capsys):
     out = tmp_path / "hf"
     working_name(out, "tmp").mkdir()
     export("--checkpoint", runs / "zero2-float32", "--output", out, "--tag", "best")
     (out / "config.json").unlink()
     export("--checkpoint", runs / "zero2-float32", "--output", out, "--dtype", "float32", "--max_shard_size", "20KB")
+    drain()
     assert "exported step_2 as moe_gpt in float32" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]

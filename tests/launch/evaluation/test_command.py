@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +20,10 @@ import pytest
 import torch
 from support import ROOT
 
-from data.cli import UserError
+from data.cli import UserError, drain
 from data.dataset import PackedDataset
 from launch.evaluation.arguments import build_parser
-from launch.evaluation.command import evaluate, loss_of
+from launch.evaluation.command import evaluate, loss_of, tell
 from launch.evaluation.loss import check_tokenizer
 from model import MoEGPTForCausalLM
 
@@ -141,8 +142,10 @@ def test_what_is_refused_is_before_the_loss_is_measured_which_is_kept(
         capsys.readouterr()
         with pytest.raises(AssertionError):
             evaluated()
+    drain()
     assert output.read_text() == '{"pass@1": 1.0}' and capsys.readouterr().out.startswith("loss ")
     evaluated("--max_new_tokens", 2, "--samples_file", tmp_path / "other.jsonl")
+    drain()
     said = "".join(capsys.readouterr())
     assert said.count("nats per token") == said.count("pass@1 ") == 1
     assert {"pass@1", "loss"} <= json.loads(output.read_text()).keys()
@@ -186,6 +189,15 @@ def test_all_of_humaneval(file: str, tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     assert (result["passed"], result["pass@1"]) == ((164, 1.0) if file == "canonical" else (0, 0.0))
     assert result["own_solution_fails"] == {}
+
+
+def test_lines_beside_a_file_may_be_lost_and_a_result_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    with suppress(OSError), open("/dev/full", "w") as full:  # which closing writes again
+        monkeypatch.setattr(sys, "stdout", full)
+        tell("loss 1", Path("e.json"))
+        drain()
+        with pytest.raises(OSError, match="standard output"):
+            tell("loss 1", None)
 
 
 def test_a_level_that_does_not_hold_is_refused_where_it_must(problem_files: dict[str, Path], tmp_path: Path) -> None:
