@@ -33,6 +33,15 @@ def test_the_interval_is_the_normal_one_for_many_problems() -> None:
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
+@pytest.mark.parametrize("problems", [1, 2, 164])
+def test_equal_problems_leave_room_for_others(problems: int) -> None:
+    """It was 0 to 0. With the bound for a share, as many draws without one are as rare as 2.5 %."""
+    low, high = interval([0.0] * problems)
+    assert low == 0 and (1 - high) ** problems == pytest.approx(0.025)
+    assert interval([1.0] * problems) == pytest.approx((1 - high, 1))
+    assert interval([0.25] * problems) == pytest.approx((0.25 * (1 - high), 0.25 + 0.75 * high))
+
+
 def test_only_what_the_samples_allow() -> None:
     assert set(summarize([(10, 3), (12, 0)])) == {"pass@1", "pass@1_interval", "pass@10", "pass@10_interval"}
     assert "pass@10" not in summarize([(9, 3), (12, 0)]), "one problem has too few"
