@@ -52,8 +52,7 @@ def main() -> int:
         make_quiet()
         from launch.run.refuse import refuse_together
 
-        with stop.at_once():
-            refuse_together(mistake)
+        refuse_together(mistake)
     from launch.run.session import run_session
 
     return run_session(arguments, run, stop)

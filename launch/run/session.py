@@ -92,12 +92,13 @@ class Session:
         The empty `run_everywhere` is where a rank that refuses its own input says so (`refuse_together`): the others meet it
         there before they do anything.
         """
-        with joining_within(min(JOIN_SECONDS, self.arguments.stall_timeout)), self.stop.at_once():
+        with joining_within(min(JOIN_SECONDS, self.arguments.stall_timeout)):
             # Longer than the watchdog waits: it names a culprit, and a timeout of the process group does not.
             start(timeout=2 * self.arguments.stall_timeout + 60)
             ranks = ControlGroup()
             ranks.run_everywhere(lambda: None)
             self.watchdog.start()
+        self.stop.joined()
         return ranks
 
     def check(self, ranks: ControlGroup, identity: RunIdentity) -> None:

@@ -4,17 +4,16 @@ SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGXCPU on any rank (Slurm sends SIGUSR1 w
 with `-notify`, the kernel SIGXCPU at the soft limit of CPU time) set a flag; the trainer adds the flags of all ranks to the one
 all-reduce that every step makes anyway, so all ranks stop after the same step, save one checkpoint and exit with code 0. A second
 signal (a SIGTERM after ECHO_SECONDS) stops at once, also a rank that waits in a collective for one that hangs: there
-Python's own handlers never run, so a thread reads the signals. SIGHUP, an ssh session that ends, is ignored: training goes on.
+Python's own handlers never run, so a thread reads the signals. Before all ranks have joined SIGTERM and SIGINT stop at once.
+SIGHUP, an ssh session that ends, is ignored: training goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 
 from data.cli import say
 from launch.cli import end_at_once
@@ -34,10 +33,10 @@ class StopRequest:
         self._started = time.monotonic()
         self._deadline: float | None = None
         self._first: tuple[int, float] | None = None
-        self._joining = False
+        self._joined = False
 
     def install(self) -> StopRequest:
-        """Take over the signals. Early, so that one that comes during start-up is not lost."""
+        """Take over the signals. Early, so that one that comes during start-up is not lost. See `joined`."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -51,21 +50,11 @@ class StopRequest:
         """Ask by the clock, this long after the process started; 0: never."""
         self._deadline = self._started + max_hours * 3600 if max_hours else None
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """While ranks join, SIGTERM and SIGINT end this one: there is nothing to save, and a rank that never comes would have the
-        job hold its hosts for ten minutes more. The other signals announce an end that is minutes away."""
-        self._joining = True
-        self._leave_if_joining(self.reason)  # it came while libraries were imported
-        try:
-            yield
-        finally:
-            self._joining = False
-
-    def _leave_if_joining(self, name: str | None) -> None:
-        if self._joining and name in ("SIGTERM", "SIGINT"):
-            _say_once(f"{name}: not all ranks have joined yet, so there is nothing to save; stopping at once")
-            end_at_once(128 + signal.Signals[name])
+    def joined(self) -> None:
+        """All ranks are there. Until now SIGTERM and SIGINT ended this one: there was nothing to save, libraries load for long, and
+        a rank that never comes would have the job hold its hosts for ten minutes more. The other signals announce an end that is
+        minutes away."""
+        self._joined = True
 
     def disarm(self) -> None:
         """All is saved: a launcher's late SIGTERM no longer turns exit code 0 into another."""
@@ -89,7 +78,9 @@ class StopRequest:
             end_at_once(128 + number)
         self._first = (number, now)
         name = signal.Signals(number).name
-        self._leave_if_joining(name)
+        if not self._joined and number in (signal.SIGTERM, signal.SIGINT):
+            _say_once(f"{name}: training has not begun, so there is nothing to save; stopping at once")
+            end_at_once(128 + number)
         later = f" after {ECHO_SECONDS:g} seconds" if number == signal.SIGTERM else ""
         _say_once(f"{name}: saving after this step; once more{later} stops at once")
         self.reason = name
