@@ -13,8 +13,10 @@ MOE_TRACEBACK=1 in the environment prints the traceback before the sentence, for
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import locale
 import os
 import queue
 import select
@@ -148,12 +150,23 @@ def hold_standard_streams() -> None:
     os.close(lowest)
 
 
+def encoding_fault() -> str | None:
+    """Why no command works in this interpreter: with ASCII for all text, files of libraries and every argument beyond it are
+    unreadable. None where it reads more."""
+    encoding = locale.getpreferredencoding(False)
+    if codecs.lookup(encoding).name != "ascii":
+        return None
+    return f"Python reads all text as ASCII ({encoding}) here; unset PYTHONUTF8, or set LC_ALL=C.UTF-8"
+
+
 def exit_code(main: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
     """Run a command's `main`; whatever it raises becomes a line or a traceback on stderr and an exit code.
 
     `interrupted`: what Ctrl-C is answered with.
     """
     try:
+        if fault := encoding_fault():
+            raise UserError(fault)
         return main() or Exit.DONE
     except SystemExit as left:  # argparse has spoken already
         return left.code if isinstance(left.code, int) else Exit.USER_ERROR

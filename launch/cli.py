@@ -7,9 +7,7 @@ MOE_DEEPSPEED_LOG=info|warning|error in the environment sets DeepSpeed's log lev
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import locale
 import logging
 import os
 import sys
@@ -18,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from data.cli import Exit, UserError, drain, hold_standard_streams, leave, report
+from data.cli import Exit, UserError, drain, encoding_fault, hold_standard_streams, leave, report
 
 CLONE = Path(__file__).resolve().parent.parent
 
@@ -54,12 +52,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 def check_interpreter() -> None:
     """Refuse how Python was started where the libraries cannot work: without docstrings, which transformers fills in when it is
-    imported, and with ASCII for all text, so that files of DeepSpeed's and every argument beyond it are unreadable."""
+    imported, and with ASCII for all text."""
     if sys.flags.optimize > 1:
         raise AgreedError("Python runs without docstrings, and transformers needs them; unset PYTHONOPTIMIZE, or leave out -OO")
-    encoding = locale.getpreferredencoding(False)
-    if codecs.lookup(encoding).name == "ascii":
-        raise AgreedError(f"Python reads all text as ASCII ({encoding}) here; unset PYTHONUTF8, or set LC_ALL=C.UTF-8")
+    if fault := encoding_fault():
+        raise AgreedError(fault)
 
 
 def speak(error: BaseException, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""How Python was started, where the libraries cannot work: one sentence, from every command of `launch/`."""
+"""How Python was started, where the libraries cannot work: one sentence, from every command."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def start(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[str
 def test_refused(env: dict[str, str], sentence: str) -> None:
     done = start(env, "launch/train.py", "--help")
     assert done.returncode == 2 and done.stderr.startswith(f"error: {sentence}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["preprocess", "verify"])
+def test_ascii_alone_is_refused_by_the_commands_of_data_too(command: str) -> None:
+    """Shards were made where no command could train on them."""
+    done = start({"LC_ALL": "C", "PYTHONUTF8": "0"}, f"data/{command}.py", "--help")
+    assert done.returncode == 2 and done.stderr.startswith("error: Python reads all text as ASCII")
+    assert start({"LC_ALL": "C"}, f"data/{command}.py", "--help").returncode == 0
 
 
 @pytest.mark.parametrize("env", [{"PYTHONOPTIMIZE": "1"}, {"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}])
