@@ -103,6 +103,8 @@ def sentence(error: BaseException) -> str:
         said += "; make room and run the same command again, it goes on from what is there"
     elif error.errno in _HANDLES:
         said += "; raise the limit (ulimit -n) and run the same command again"
+    elif error.errno == errno.EEXIST and names and os.path.islink(names[-1]) and not os.path.exists(names[-1]):
+        said += f" as a link to {os.readlink(names[-1])}, which is not there; make that, or remove the link"
     elif error.errno in _ROOM:
         said += f"; {_MORE_ROOM}"
     return printable(said)

@@ -28,15 +28,15 @@ HUB = Path(__file__).parent / "hub"
 
 def check_output(output: Path) -> None:
     """Raises UserError where the output holds anything but an earlier export, or cannot be written under its name."""
-    if len(os.fsencode(working_name(output.absolute(), "tmp").name)) > NAME_BYTES:
+    if len(os.fsencode(working_name(place_of(output), "tmp").name)) > NAME_BYTES:
         raise UserError(
             f"--output {output}: the name is too long by the {WORKING_BYTES} bytes of the name it is written under; shorten it"
         )
     try:
-        str(output.absolute()).encode()
+        str(place_of(output)).encode()
     except UnicodeEncodeError:
         raise UserError(f"--output {output}: safetensors writes only under names that are UTF-8; name another folder") from None
-    check_writable(output.absolute().parent)
+    check_writable(place_of(output).parent)
     if not output.exists():
         return
     if not output.is_dir():
@@ -46,6 +46,11 @@ def check_output(output: Path) -> None:
     held, _ = manifest.find_manifest(output)
     if held is None or held.get("kind") != KIND:
         raise UserError(f"--output {output} holds something that is no earlier export; name a new or empty folder")
+
+
+def place_of(output: Path) -> Path:
+    """Where it lies: behind a link that leads to another disk, where it is to stay and not take the link's place."""
+    return Path(os.path.realpath(output))
 
 
 def check_writable(folder: Path) -> None:
@@ -63,8 +68,9 @@ def write(model: PreTrainedModel, checkpoint: Path, output: Path, *, max_shard_s
     """
     from safetensors import SafetensorError
 
-    _make_room(model, output)
-    temporary = working_name(output.absolute(), "tmp")
+    place = place_of(output)
+    _make_room(model, place)
+    temporary = working_name(place, "tmp")
     try:
         _save(model, checkpoint, temporary, max_shard_size)
         _compare(model, temporary)
@@ -73,7 +79,7 @@ def write(model: PreTrainedModel, checkpoint: Path, output: Path, *, max_shard_s
         step = int(checkpoint.name.removeprefix("step_"))
         about = {"kind": KIND, "checkpoint": str(checkpoint.resolve()), "step": step, "fim_rate": fim_rate(checkpoint)}
         manifest.write_manifest(temporary, manifest.record_all(temporary), **about)
-        publish(temporary, output.absolute())
+        publish(temporary, place)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):

@@ -68,6 +68,17 @@ def test_a_rename_names_both_files() -> None:
     assert sentence(OSError(errno.EACCES, "Permission denied", "a", None, "b")) == "a -> b: Permission denied"
 
 
+def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    """`--output runs/first` where that leads to a disk that is not mounted: "File exists", and nothing to be seen there."""
+    link = tmp_path / "first"
+    link.symlink_to("/mnt/gone")
+    with pytest.raises(FileExistsError) as caught:
+        link.mkdir(exist_ok=True)
+    assert sentence(caught.value) == (
+        f"{link}: File exists as a link to /mnt/gone, which is not there; make that, or remove the link"
+    )
+
+
 def test_not_found_is_what_callers_of_python_expect() -> None:
     with pytest.raises(FileNotFoundError, match="no x"):
         raise NotFound("no x")

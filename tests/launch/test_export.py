@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,11 +186,13 @@ def test_an_earlier_export_is_replaced_and_leftovers_go(runs, tmp_path, capsys):
     working_name(out, "tmp").mkdir()
     export("--checkpoint", runs / "zero2-float32", "--output", out, "--tag", "best")
     (out / "config.json").unlink()
+    out.rename(tmp_path / "disk")
+    out.symlink_to("disk")  # which stays
     export("--checkpoint", runs / "zero2-float32", "--output", out, "--dtype", "float32", "--max_shard_size", "20KB")
     drain()
     assert "exported step_2 as moe_gpt in float32" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "hf"] and out.readlink() == Path("disk")
     shards = sorted(out.glob("model-*.safetensors"))
     assert len(shards) > 1
     assert {p.stat().st_mode for p in shards} == {(out / "config.json").stat().st_mode}
