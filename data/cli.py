@@ -19,6 +19,7 @@ import errno
 import locale
 import os
 import queue
+import re
 import select
 import sys
 import sysconfig
@@ -107,7 +108,7 @@ def sentence(error: BaseException) -> str:
         said += f" as a link to {os.readlink(names[-1])}, which is not there; make that, or remove the link"
     elif error.errno in _ROOM:
         said += f"; {_MORE_ROOM}"
-    return printable(said)
+    return one_line(said)
 
 
 def counted(count: int, noun: str) -> str:
@@ -118,6 +119,11 @@ def counted(count: int, noun: str) -> str:
 def printable(text: str) -> str:
     """`text` for any terminal: bytes of a file name that are no UTF-8 are written out."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def one_line(text: str) -> str:
+    """`printable`, with line ends and other control characters written out, which a file's name may hold: no line of its own."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], printable(text))
 
 
 def check_utf8(text: str, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import Progress, UserError, say, stdout
+from data.cli import Progress, UserError, one_line, say, stdout
 from data.files import replace_json
 from data.filters.contamination import Contamination
 from data.pipeline.arguments import PreprocessArguments
@@ -27,7 +27,7 @@ from data.pipeline.tokenizer_text import sample_texts
 from data.pipeline.worker import Result, WorkOptions
 from data.pipeline.writer import SplitWriter
 from data.shards import FORMAT_NAME, FORMAT_VERSION, MANIFEST, SPLITS, dtype_for, load_manifest
-from data.sources.blocks import CANNOT_BE_READ, Position, ReadOptions, Rejection
+from data.sources.blocks import CANNOT_BE_READ, Block, Position, ReadOptions, Rejection
 from data.sources.discover import Source, describe_endings, find_sources
 from data.sources.documents import EMPTY
 from data.sources.read import read_blocks
@@ -162,7 +162,7 @@ class Job:
         blocks = read_blocks(self.sources, read_options(self.args), self.position)
         saved_at = time.monotonic()
         with team.start(options) as results_of:
-            for result in results_of(blocks):
+            for result in results_of(_say_notes(blocks)):
                 closed = self.consume(result)
                 read = self.counts["read"] - read_before
                 progress.update(result.done_bytes, f"{read:,} documents, {read / progress.seconds:,.0f} documents/s")
@@ -215,7 +215,7 @@ class Job:
             self.rejected[kind] += 1
             self.ledger.append_rejection(REJECTED, rejection)
             if line is None and kind != EMPTY and self.rejected.total() <= WARNINGS:
-                say(f"warning: {name}: {rejection.reason}")
+                say(one_line(f"warning: {name}: {rejection.reason}"))
 
     def save(self) -> None:
         """Make everything up to the last block durable."""
@@ -272,7 +272,15 @@ def say_left_out(sources: list[Source]) -> None:
         if source.left_out:
             where = source.name if source.kind == "tree" else os.path.dirname(source.name)
             hint = "; --suffixes names the endings of source files" if source.kind == "tree" else ""
-            say(f"note: {where}: {describe_endings(source.left_out)} left out{hint}", stdout)
+            say(one_line(f"note: {where}: {describe_endings(source.left_out)} left out{hint}"), stdout)
+
+
+def _say_notes(blocks: Iterable[Block]) -> Iterator[Block]:
+    """What of archives is not read is known when they are."""
+    for block in blocks:
+        if block.note:
+            say(one_line(f"note: {block.note}"), stdout)
+        yield block
 
 
 def report(manifest: dict[str, Any], args: PreprocessArguments, seconds: float) -> None:

@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from data.files import naming
 from data.sources import blocks
 from data.sources.blocks import Block, Fault, Position, ReadOptions, Row
 from data.sources.compressed import Damage, Readable, open_stream, verified_bytes
-from data.sources.discover import ALL_DATA_SUFFIXES, DATA_SUFFIXES, SKIPPED_FOLDERS, Source
+from data.sources.discover import ALL_DATA_SUFFIXES, DATA_SUFFIXES, SKIPPED_FOLDERS, Source, describe_endings, is_source
 from data.sources.formats import HEAD_BYTES, check_lines, check_named, compression, is_tar, tar_checksum_is_right
 from data.sources.lines import text_blocks
 
@@ -76,7 +77,7 @@ def members(stream: Readable) -> Iterator[Member]:
             continue
         if kind == b"S":
             _skip_holes(stream, header[482:483])
-        name = named.get("path") or _name(header)
+        name = named.get("GNU.sparse.name") or named.get("path") or _name(header)
         member = Member(name, size, stream, sparse=kind == b"S" or any(key.startswith("GNU.sparse") for key in named))
         if (kind in _REGULAR and not name.endswith("/")) or member.sparse:
             yield member
@@ -173,7 +174,7 @@ def tar_blocks(source: Source, here: Position, how: str | None, options: ReadOpt
     try:
         if limit == 0 and fault is not None:
             raise fault
-        suffixes = _wanted_suffixes(source, how, limit, options)
+        suffixes, note = _wanted_suffixes(source, how, limit, options)
         with open_stream(source.at, how) as (stream, raw):
             wanted = (
                 (index, member)
@@ -186,6 +187,7 @@ def tar_blocks(source: Source, here: Position, how: str | None, options: ReadOpt
                 found = _data_blocks(here, source.name, wanted, options, read_file)
             for block in found:
                 block.done_bytes = min(raw.tell(), max(source.size, 0))
+                block.note, note = note, ""
                 yield block
     except Damage as error:
         raise fault or Fault("damaged tar archive", f"{error}; the members before it are kept") from error
@@ -193,20 +195,26 @@ def tar_blocks(source: Source, here: Position, how: str | None, options: ReadOpt
         raise fault
 
 
-def _wanted_suffixes(source: Source, how: str | None, limit: int | None, options: ReadOptions) -> tuple[str, ...]:
-    """Which members are read: as in a folder source files or data files, never both. Raises Fault."""
+def _wanted_suffixes(source: Source, how: str | None, limit: int | None, options: ReadOptions) -> tuple[tuple[str, ...], str]:
+    """(endings of the members that are read, what to say of the others). As in a folder source files or data files, never both.
+
+    Raises Fault.
+    """
     names: list[str] = []
     with open_stream(source.at, how) as (stream, _), contextlib.suppress(Damage):  # said when it is read
         for member in members(Limited(stream, limit)):
             names += [member.name] if _is_worth(member.name) else []
-    code = [name for name in names if name.endswith(options.suffixes)]
-    data = [name for name in names if name.endswith(DATA_SUFFIXES)]
+    code = [name for name in names if is_source(name, options.suffixes)]
+    data = [name for name in names if name.endswith(DATA_SUFFIXES) and not is_source(name, options.suffixes)]
     if code and data:
         raise Fault("tar archive of source files and data files", f"{code[0]} and {data[0]}: unpack it and name one kind of them")
     if not code and not any(name.endswith(ALL_DATA_SUFFIXES) for name in names):
         endings = " ".join((*ALL_DATA_SUFFIXES, *options.suffixes))
         raise Fault("tar archive without a file to read", f"none of its {len(names)} files ends in one of {endings}")
-    return options.suffixes if code else ALL_DATA_SUFFIXES
+    chosen = options.suffixes if code else ALL_DATA_SUFFIXES
+    others = [name for name in names if not name.endswith(chosen)]
+    hint = "; --suffixes names the endings of source files" if code else ""
+    return chosen, f"{source.name}: {describe_endings(others)} left out{hint}" if others else ""
 
 
 def _is_worth(name: str) -> bool:
@@ -279,11 +287,12 @@ def _copied_blocks(
     stream: Prefixed, member: Member, name: str, here: Position, options: ReadOptions, read_file: ReadFile
 ) -> Iterator[Block]:
     _check_member(member, MAX_COPY_BYTES)
-    with tempfile.NamedTemporaryFile(prefix="preprocess-") as file:
-        while chunk := stream.read(blocks.CHUNK_BYTES):
-            file.write(chunk)
-        file.flush()
-        yield from read_file(Source(kind="file", name=name, size=member.size, path=file.name), here, options)
+    with tempfile.TemporaryFile(buffering=0) as file:  # without a name: a kill leaves nothing of it behind
+        while data := stream.read(blocks.CHUNK_BYTES):
+            with naming(tempfile.gettempdir()):
+                while data:  # a disk that is nearly full takes a part
+                    data = data[file.write(data) :]
+        yield from read_file(Source(kind="file", name=name, size=member.size, path=f"/proc/self/fd/{file.fileno()}"), here, options)
 
 
 class Prefixed:

@@ -71,6 +71,7 @@ class Block:
     lines: bytes = b""
     rows: list[Row] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
+    note: str = ""  # for a person: what the reader passes over on purpose, which is no fault
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,8 +148,8 @@ def _size(path: str | Path) -> int:
 def _folder(folder: Path, suffixes: tuple[str, ...], exclude: Path | None) -> list[Source]:
     """A folder of data files, or a source tree; a folder that is both must be named as one of them."""
     names = list(_walk(folder, SKIPPED_FOLDERS, exclude))
-    sources = [name for name in names if name.endswith(suffixes)]
-    packed = [name for name in names if name.endswith(DATA_SUFFIXES)]
+    sources = [name for name in names if is_source(name, suffixes)]
+    packed = [name for name in names if name.endswith(DATA_SUFFIXES) and not is_source(name, suffixes)]
     if sources and packed:
         raise UserError(
             f"{folder} holds source files ({sources[0]}) and data files ({packed[0]}): say tree:{folder} for the source files "
@@ -184,6 +184,11 @@ def _tree(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str], exclud
         held = f"; it holds {describe_endings(others)}: name their endings with --suffixes" if others else ""
         raise NotFound(f"no {' '.join(suffixes)} files in {root}{held}")
     return Source(kind="tree", name=str(root), size=_total(root, files), files=files, left_out=others)
+
+
+def is_source(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file that no `tree:` names is a source file: with all endings (`""` among them) a file of data stays one."""
+    return name.endswith(tuple(filter(None, suffixes))) or ("" in suffixes and not name.endswith(DATA_SUFFIXES))
 
 
 def _total(root: Path, files: Iterable[str]) -> int:

@@ -7,9 +7,12 @@ import json
 import os
 import random
 import re
+import resource
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,17 @@ def run(*arguments: object, script: str = "data/preprocess.py", prefix: tuple[st
     """The command in a process of its own, as a person starts it."""
     line = [*prefix, *command(*arguments, script=script)]
     return subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=240, cwd=ROOT)
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """A write beyond `size` bytes of a file fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -32,6 +32,11 @@ def failing(error: BaseException) -> tuple[int, str]:
         (NotFound("no shards at x"), 2, "error: no shards at x\n"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/somewhere/x"), 2, "error: /somewhere/x: No such file"),
         (PermissionError(errno.EACCES, "Permission denied", b"/some/\xff"), 2, "error: /some/\\udcff: Permission denied\n"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "a\n\x1b[31merror: \x85b"),
+            2,
+            "error: a\\n\\x1b[31merror: \\x85b: No such",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device; make room and"),
         (OSError(errno.EMFILE, "Too many open files", "x"), 2, "ulimit -n"),
         (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), 1, "Traceback"),

@@ -53,6 +53,12 @@ def test_the_output_folder_is_never_read(tmp_path: Path) -> None:
     assert len(find_sources([str(tmp_path)], exclude=tmp_path / "out")) == 1
 
 
+def test_the_output_folder_below_a_relative_input_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.py", "out/b.py")
+    monkeypatch.chdir(tmp_path)
+    assert find_sources(["tree:."], exclude=Path("out"))[0].files == ("a.py",)
+
+
 @pytest.mark.parametrize("pattern", ["*", "**/*.jsonl", "sub/../*"])
 def test_a_glob_over_the_output_folder_does_not_read_it(pattern: str, tmp_path: Path) -> None:
     """A killed job could not go on, nor a finished one be found finished: its own lists were new input."""
@@ -184,6 +190,10 @@ def test_a_folder_of_data_says_what_it_leaves_out(tmp_path: Path) -> None:
 def test_a_data_file_named_with_all_endings_stays_data(tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl", "b.c")
     assert [s.kind for s in find_sources([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.c"], suffixes=("", ".c"))] == ["file", "tree"]
+    with pytest.raises(ValueError, match=r"source files \(b\.c\) and data files \(a\.jsonl\)"):
+        find_sources([str(tmp_path)], suffixes=("",))
+    (tmp_path / "b.c").unlink()
+    assert [s.kind for s in find_sources([str(tmp_path)], suffixes=("",))] == ["file"]
 
 
 def test_a_folder_of_archives_says_how_to_name_them(tmp_path: Path) -> None:
