@@ -158,18 +158,20 @@ def check_lines(head: bytes, *, complete: bool) -> None:
     One line that is an object in itself is enough: what is broken beside it is then counted line by line.
     """
     text = head.removeprefix(BOM).lstrip(b" \t\r\n")
+    if complete and not text:
+        raise Fault("empty file")
     line, _, rest = text.partition(b"\n")
     if _is_object(line.strip()):
         return
     check_named(head)
+    lines = [line for line in text.split(b"\n") if line.strip()]
+    if any(map(_is_object, lines)) and not _opens_array(line):
+        return
     if text.startswith(b"<"):
         remedy = "most likely a server's error page in place of the file: download it again"
         raise Fault("HTML or XML page, which is not read", remedy)
     if text.startswith(b"["):
         _check_array(line, rest)
-    lines = [line for line in text.split(b"\n") if line.strip()]
-    if any(map(_is_object, lines)):
-        return
     if text.startswith(b"{"):
         _check_object(text)
     whole = lines if complete else lines[:-1]
@@ -204,6 +206,12 @@ def _json_object(line: bytes) -> bool:
         return isinstance(json.loads(line.decode()), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _opens_array(line: bytes) -> bool:
+    """An array over lines breaks its first one off at `[`, `{` or `,`, and may have its last object alone on a line. What
+    `split -b` or a log leaves of a first line begins with a bracket at times, and breaks off at none of these."""
+    return line.startswith(b"[") and line.rstrip().endswith((b"[", b"{", b","))
 
 
 def _check_array(line: bytes, rest: bytes) -> None:

@@ -76,7 +76,7 @@ def sniff(path: str, name: str) -> Kind:
             file.seek(max(os.fstat(file.fileno()).st_size - 4, 0))
             tail = file.read(4)
         how = compression(head)
-        text = head if how is None else _beginning(path, how)
+        text, complete = (head, len(head) < HEAD_BYTES) if how is None else _beginning(path, how)
     except OSError as error:
         raise Fault(CANNOT_BE_READ, error.strerror or "") from error
     if not head:
@@ -94,14 +94,17 @@ def sniff(path: str, name: str) -> Kind:
     if (name or path).endswith(".parquet"):
         check_named(text)
         raise Fault("not a Parquet file")
-    check_lines(text, complete=len(text) < HEAD_BYTES)
+    check_lines(text, complete=complete)
     return Kind(how, "lines")
 
 
-def _beginning(path: str, how: str) -> bytes:
-    """The first decompressed bytes; fewer where the file is damaged, which the reader finds and names."""
+def _beginning(path: str, how: str) -> tuple[bytes, bool]:
+    """(the first decompressed bytes, whether they are all); fewer where the file is damaged, which the reader finds and names."""
     text = b""
     with open_stream(path, how) as (stream, _), contextlib.suppress(Damage):
-        while len(text) < HEAD_BYTES and (more := stream.read(HEAD_BYTES - len(text))):
+        while len(text) < HEAD_BYTES:
+            more = stream.read(HEAD_BYTES - len(text))
+            if not more:
+                return text, True
             text += more
-    return text
+    return text, False

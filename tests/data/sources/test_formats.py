@@ -142,6 +142,11 @@ NAMED: dict[str, tuple[bytes, str, str]] = {
     "JSON array over lines": (json.dumps([{"content": t} for t in TEXTS], indent=1).encode(), "JSON array", "jq -c '.[]'"),
     "JSON array, an object a line": (ARRAY.replace("}, {", "},\n{").encode(), "JSON array", "jq -c '.[]'"),
     "JSON array, brackets alone": (("[\n" + ARRAY[1:-1].replace("}, {", "},\n{") + "\n]").encode(), "JSON array", "jq -c '.[]'"),
+    "JSON array, its last object alone": (
+        ("[" + ARRAY[1:-1].replace("}, {", "},\n{") + "\n]").encode(),
+        "JSON array",
+        "jq -c '.[]'",
+    ),
     "pretty-printed": (PRETTY, "JSON over several lines", "jq -c ."),
     "one pretty-printed object": (json.dumps({"content": "x"}, indent=4).encode(), "JSON over several lines", "jq -c ."),
     "objects in a row": (LINES.replace(b"\n", b""), "JSON objects with nothing between them", "jq -c ."),
@@ -186,6 +191,9 @@ def test_an_sqlite_file_is_named(tmp_path: Path) -> None:
         ("gzip in gzip", lambda: gzip.compress(gzip.compress(LINES)), "data that was compressed twice"),
         ("zstd in xz", lambda: lzma.compress(compress(LINES, "zst")), "data that was compressed twice"),
         ("empty", lambda: b"", "empty file"),
+        ("empty gzip", lambda: EMPTY_GZIP, "empty file"),
+        ("a mark alone", lambda: b"\xef\xbb\xbf", "empty file"),
+        ("blank lines alone", lambda: gzip.compress(b"\n \r\n"), "empty file"),
         ("zstd with a window of 2 GiB", lambda: zstd_frame(LINES, 31), "zstd data with a window of more than 128 MiB"),
         ("zstd before 0.8", lambda: b"\x27\xb5\x2f\xfd" + bytes(50), "zstd data of a version before 0.8"),
         (
@@ -222,6 +230,9 @@ def test_an_xz_file_that_needs_more_memory_than_allowed(tmp_path: Path) -> None:
         b"{}{}",
         b"BZh",
         b"ORCHID",
+        b'<div>\\n</div>"}',  # what `split -b` leaves of a row
+        b'[1, foo"}',
+        b"[INFO] 100 rows",
     ],
 )
 def test_a_broken_first_line_costs_itself_alone(first: bytes, tmp_path: Path) -> None:
@@ -243,7 +254,7 @@ def test_source_files_that_stand_for_others_are_named(tmp_path: Path, preprocess
     files = {
         "a.py": b"x = 1\n",
         "b.py": LFS,
-        "c.py": "x = 2\n".encode("utf-16"),
+        "c\nerror.py": "x = 2\n".encode("utf-16"),
         "d.py": b"ORC = 1\nPK = 2\n",
         "._a.py": b"\0\5\x16\7",
     }
@@ -253,4 +264,5 @@ def test_source_files_that_stand_for_others_are_named(tmp_path: Path, preprocess
     code, out, err = preprocess("--input", f"tree:{tree}", *flags)
     assert code == 0, err
     assert "rejected 1: git-LFS pointer" in out and "rejected 1: UTF-16 text" in out
+    assert f"warning: {tree}/c\\nerror.py: UTF-16 text" in err and err.count("\n") == 2
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["documents"]["read"] == 4

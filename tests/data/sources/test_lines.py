@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import random
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from data_helpers import blocks_of, compress, text_of
 
 from data.sources import blocks
+from data.sources.blocks import Position
 from data.sources.lines import Lines, cut_lines
 
 
@@ -40,6 +43,24 @@ def test_blocks_are_the_file_and_every_block_can_be_the_first(tmp_path: Path, ki
         assert text_of(rest) == b"".join(b.lines for b in blocks[i + 1 :])
         if rest and rest[0].lines:
             assert rest[0].first_line == data[: len(data) - len(text_of(rest))].count(b"\n") + 1
+
+
+def test_what_is_trusted_of_a_damaged_file_is_so_from_any_line_on(tmp_path: Path) -> None:
+    first, second = (b"".join(b'{"content": "%d %d"}\n' % (k, i) for i in range(50)) for k in (1, 2))
+    damaged = gzip.compress(second)[:-8] + bytes(8)
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(first) + damaged)
+    at = first.index(b"\n", 400) + 1
+    start = Position(offset=at, line=first[:at].count(b"\n") + 1)
+    assert text_of(blocks_of(tmp_path / "x.json.gz", start)) == first[at:]
+
+
+def test_a_line_beyond_the_first_chunk_of_compressed_data_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream gives less than it is asked for."""
+    monkeypatch.setattr("data.sources.compressed.CHUNK_BYTES", 300)
+    rng = random.Random(0)
+    lines = [b"{}\n", *(base64.b64encode(rng.randbytes(90)) + b"\n" for _ in range(20))]
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(b"".join(lines)))
+    assert text_of(blocks_of(tmp_path / "x.json.gz", Position(offset=sum(map(len, lines[:15])), line=16))) == b"".join(lines[15:])
 
 
 @pytest.mark.usefixtures("small_blocks")
