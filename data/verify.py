@@ -19,8 +19,8 @@ import numpy as np
 if __name__ == "__main__" and not __package__:  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import LIMITS, Exit, Progress, exit_code, hold_standard_streams, leave, say, sentence, stdout
-from data.files import hash_file
+from data.cli import LIMITS, Exit, Progress, UserError, exit_code, hold_standard_streams, leave, one_line, report, say, sentence, stdout
+from data.files import hash_file, small_file
 from data.flags import Parser, at_least_one
 from data.shards import SPLITS, Index, check_shard, index_faults, load_manifest, read_index
 from data.tokens import tokenizer as tokenizers
@@ -52,9 +52,11 @@ def verify(folder: Path, workers: int = 1, on_shard: Callable[[], None] = lambda
 def _tokenizer_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     path = folder / "tokenizer" / "tokenizer.json"
     try:
-        found = tokenizers.fingerprint(path.read_text(encoding="utf-8"))
+        found = tokenizers.fingerprint(small_file(path).decode())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"{path} cannot be read: {error}"
+        if isinstance(error, OSError) and error.errno in LIMITS:
+            raise
+        yield f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
         return
     if found != manifest["tokenizer"]["fingerprint"]:
         yield f"{path} is not the tokenizer these shards were made with (fingerprint {found[:12]})"
@@ -127,14 +129,18 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="threads")
     args = p.parse_args(arguments)
     at_least_one(args, "workers")
-    code = Exit.DONE
+    code: int = Exit.DONE
     for folder in args.folders:
         started = time.monotonic()
-        faults = verify(folder, args.workers)
+        try:
+            faults = verify(folder, args.workers)
+        except (UserError, OSError) as error:  # one that is not there says nothing of the others
+            code = max(code, report(error))
+            continue
         for fault in faults:
-            say(f"error: {fault}")
+            say(f"error: {one_line(fault)}")
         if faults:
-            code = Exit.FAULT
+            code = max(code, Exit.FAULT)
             continue
         splits = load_manifest(folder)["splits"]
         shards, tokens = (sum(f(splits[s]) for s in SPLITS) for f in (lambda e: len(e["shards"]), lambda e: e["tokens"]))

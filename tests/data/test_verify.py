@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 from data_helpers import change, read_documents, run, write_rows
 from tokenizers import Tokenizer
 
+from data.cli import drain
 from data.pipeline.writer import SplitWriter
 from data.shards import read_index
-from data.verify import _token_faults, verify
+from data.verify import _token_faults, main, verify
 
 BIN, IDX = "train/shard_000000.bin", "train/shard_000000.idx"
 
@@ -71,6 +74,11 @@ def resum(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def in_place_of_tokenizer(folder: Path, make: Callable[[Path], None]) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    make(folder / "tokenizer" / "tokenizer.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "resummed", "message"),
     [
@@ -92,7 +100,9 @@ def resum(folder: Path) -> None:
         (lambda f: count_one_more(f, "documents"), False, "manifest.json: train has .* documents, its shards"),
         (lambda f: count_one_more(f, "tokens"), False, "manifest.json: train has .* tokens, its shards"),
         (lambda f: count_one_more(f, "text_bytes"), False, "manifest.json: train has .* text_bytes, its shards"),
-        (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), False, "tokenizer.json cannot be read"),
+        (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), False, "tokenizer.json cannot be read: No such file"),
+        (lambda f: in_place_of_tokenizer(f, os.mkfifo), False, "tokenizer.json cannot be read: not a regular file"),
+        (lambda f: in_place_of_tokenizer(f, os.mkdir), False, "tokenizer.json cannot be read: Is a directory$"),
         (
             lambda f: (f / "tokenizer" / "tokenizer.json").write_text("[]"),
             False,
@@ -126,3 +136,15 @@ def test_verify_as_a_command_fails_and_names(shards: Path) -> None:
     assert done.returncode == 1 and BIN in done.stderr and "Traceback" not in done.stderr
     done = run(shards / "nowhere", script="data/verify.py")
     assert done.returncode == 2 and "no shards at" in done.stderr and "data/preprocess.py" in done.stderr
+
+
+def test_every_folder_is_looked_at(shards: Path, sound_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that was missing ended the command, and what came after it was taken for sound."""
+    (shards / BIN).write_bytes((shards / BIN).read_bytes()[:-2])
+    (shards / "train" / "odd\nerror: x").touch()
+    assert main([str(shards), str(sound_shards)]) == 1
+    assert main([str(tmp_path / "nowhere"), str(shards), str(sound_shards)]) == 2
+    drain()
+    said = capsys.readouterr()
+    assert said.out.count("all sound") == 2 and said.err.count("odd\\nerror: x is not in the manifest\n") == 2
+    assert "no shards at" in said.err and said.err.count("error: ") == said.err.count("\n") + 2
