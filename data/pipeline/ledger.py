@@ -108,7 +108,9 @@ class Ledger:
         return file
 
     def append(self, journal: str, data: bytes) -> None:
-        self.journals[journal].write(data)
+        file = self.journals[journal]
+        with naming(file.name):
+            file.write(data)
 
     def append_rejection(self, journal: str, rejection: Rejection) -> None:
         row = {"file": rejection.name, "line": rejection.line, "reason": rejection.reason}

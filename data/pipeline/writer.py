@@ -86,8 +86,10 @@ class SplitWriter:
         if self.bin is None or self.sizes is None:
             self._open()
         assert self.bin is not None and self.sizes is not None
-        self.bin.write(np.ascontiguousarray(tokens, dtype=np.dtype(self.dtype).newbyteorder("<")).data)
-        self.sizes.write(sizes.astype("<i4").tobytes())
+        data = np.ascontiguousarray(tokens, dtype=np.dtype(self.dtype).newbyteorder("<")).data
+        for file, written in ((self.bin, data), (self.sizes, sizes.astype("<i4").tobytes())):
+            with naming(file.name):
+                file.write(written)
         self.tokens += len(tokens)
         self.documents += len(sizes)
         self.open_text_bytes += text_bytes

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import command, contents, environment, write_rows
+from data_helpers import command, contents, environment, no_file_beyond, write_rows
 
 from data.cli import UserError
 from data.lock import take_folder
 from data.pipeline import job, ledger
+from data.pipeline.ledger import Ledger
 
 
 def test_a_finished_job_is_left_alone(expected: Path, flags: list[object], preprocess: Any) -> None:
@@ -140,3 +141,34 @@ def test_two_jobs_on_one_folder(tmp_path: Path, flags: list[object], preprocess:
     first.kill()
     first.wait()
     assert preprocess(*flags, "--output", tmp_path / "out")[0] == 0
+
+
+def failed(folder: Path, error: type[BaseException], **position: int) -> None:
+    """A job that has removed one document, saved its state if it has a position, and ended in an error."""
+    with pytest.raises(error), Ledger.open(folder, {"a": 1}) as begun:
+        begun.append(ledger.REMOVED, b"x" * 10)
+        if position:
+            begun.save(position=position)
+        raise error
+
+
+def test_what_is_durable_outlives_an_error_and_all_outlives_an_interrupt(tmp_path: Path) -> None:
+    failed(tmp_path, RuntimeError)
+    assert [p.name for p in tmp_path.iterdir()] == ["rejected.jsonl"]
+    failed(tmp_path, KeyboardInterrupt)
+    assert (tmp_path / "state.json").exists()
+    failed(tmp_path, RuntimeError, offset=1)
+    assert (tmp_path / "state.json").exists() and (tmp_path / "removed.jsonl").read_bytes() == b"x" * 10
+
+
+def test_a_journal_that_lost_its_end_is_refused(tmp_path: Path) -> None:
+    failed(tmp_path, RuntimeError, offset=1)
+    (tmp_path / "removed.jsonl").write_bytes(b"x" * 9)
+    with pytest.raises(UserError, match=r"removed\.jsonl is shorter than the job's state says"):
+        Ledger.open(tmp_path, {"a": 1})
+
+
+def test_a_full_disk_is_named_at_the_write(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="File too large") as raised, Ledger.open(tmp_path, {"a": 1}) as begun, no_file_beyond(1000):
+        begun.append(ledger.REMOVED, bytes(100_000))
+    assert raised.value.filename == str(tmp_path / "removed.jsonl")
