@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -86,6 +87,13 @@ def test_a_forked_child_does_not_hold_the_folder(tmp_path: Path) -> None:
         other.release()
         os.close(write)
         os.waitpid(child, 0)
+
+
+def test_a_lock_names_its_holder_alone(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("process 4194304 on a-host-of-a-longer-name-than-ours" * 9)
+    lock = take_folder(tmp_path, "job")
+    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    lock.release()
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "link to nothing", "FIFO"])

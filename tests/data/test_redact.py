@@ -27,6 +27,7 @@ def test_secrets_are_redacted_everywhere() -> None:
         ("https://h/p?token=S", "https://h/p?token=[redacted]"),
         ("https://h/p?a=1&api_key=S#part", "https://h/p?a=1&api_key=[redacted]#part"),
         ("https://h/p?X-Amz-Signature=S&b=2", "https://h/p?X-Amz-Signature=[redacted]&b=2"),
+        ("https://h/p?a=1&sig=S&b=2", "https://h/p?a=1&sig=[redacted]&b=2"),
         ("https://h/p?max_steps=7", "https://h/p?max_steps=7"),
     ],
 )

@@ -38,6 +38,15 @@ def test_near_duplicates_through_the_command(tmp_path: Path, preprocess: Any, to
     assert removed == {"near duplicate": 1} and kept == [texts[3], texts[4], rows[3]["content"]]
 
 
+def test_a_copy_of_a_near_duplicate_is_an_exact_one(
+    tmp_path: Path, preprocess: Any, tokenizer_file: Path, texts: list[str]
+) -> None:
+    near = changed(texts[3], 0.002, 0)
+    rows = [{"content": t} for t in (texts[3], near, near)]
+    kept, removed = kept_and_removed(tmp_path, preprocess, tokenizer_file, rows, "--dedup", "near")
+    assert kept == [texts[3]] and removed == {"near duplicate": 1, "exact duplicate": 1}
+
+
 def test_every_removed_document_is_listed_with_its_reason(
     tmp_path: Path, preprocess: Any, tokenizer_file: Path, texts: list[str]
 ) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from data_helpers import contents, run, write_rows
+from data_helpers import ROOT, contents, environment, run, write_rows
 
-from data.cli import drain
+from data.cli import UserError, drain
 from data.pipeline import mpi
 from data.preprocess import is_launched
 
@@ -64,3 +67,40 @@ def test_mpi_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.MonkeyPat
     assert mpi.run(lambda team: 0) == 2
     drain()
     assert "variables are set and MPI cannot be loaded" in capsys.readouterr().err
+
+
+class Comm:
+    """Rank 1's, to which rank 0 has sent its options."""
+
+    aborted: int | None = None
+
+    def bcast(self, value: Any, root: int) -> Any:
+        return object()
+
+    def Get_rank(self) -> int:
+        return 1
+
+    def Abort(self, code: int) -> None:
+        self.aborted = code
+        raise SystemExit(code)
+
+
+def test_a_rank_that_cannot_start_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: object) -> None:
+        raise UserError("no tokenizer here")
+
+    monkeypatch.setitem(sys.modules, "mpi4py.futures", SimpleNamespace(MPICommExecutor=None))  # the real one starts MPI here
+    monkeypatch.setattr(mpi, "start_worker", fail)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "8")
+    comm = Comm()
+    with pytest.raises(SystemExit):
+        mpi.serve(comm)
+    assert comm.aborted == 2 and os.environ["RAYON_NUM_THREADS"] == "1"
+
+
+def test_one_rank_works_by_itself() -> None:
+    """A launcher's variables with one rank behind them."""
+    mpiexec()
+    code = "from data.pipeline import mpi; raise SystemExit(mpi.run(lambda team: 7 if team is None else 1))"
+    environ = {**environment(), "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environ, cwd=ROOT, timeout=60).returncode == 7

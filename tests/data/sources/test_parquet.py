@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,40 @@ def test_rows_that_are_long_on_average_are_refused_before_they_are_decoded(tmp_p
     pq.write_table(pa.table({"content": [f"{i}" * 2000 for i in range(10)]}), tmp_path / "x.parquet", use_dictionary=False)
     texts, rejections = read_file(tmp_path / "x.parquet")
     assert texts == [] and [r.kind for r in rejections] == ["Parquet file of rows that are too long"]
+
+
+def test_rows_of_many_values_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what their dictionary makes of them: in the file they are short."""
+    monkeypatch.setattr(blocks, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(parquet, "MAX_ROW_BYTES", 10_000)
+    pq.write_table(pa.table({"content": [["x" * 500] * 100] * 20}), tmp_path / "x.parquet")
+    assert [r.kind for r in read_file(tmp_path / "x.parquet")[1]] == ["Parquet file of rows that are too long"]
+
+
+def test_long_rows_are_decoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 2000)
+    table = pa.table({"content": [f"{i:03}" * 200 for i in range(30)]})
+    pq.write_table(table, tmp_path / "x.parquet", use_dictionary=False, compression="none")
+    assert [batch.num_rows for _, batch in parquet._batches(str(tmp_path / "x.parquet"), ReadOptions())] == [3] * 10
+
+
+def test_a_dictionary_counts_as_what_it_is_decompressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "MAX_LINE_BYTES", 1000)
+    pq.write_table(pa.table({"content": ["x" * 2000] * 30}), tmp_path / "x.parquet", compression="zstd")
+    group = pq.read_metadata(tmp_path / "x.parquet").row_group(0)
+    assert parquet._plan(str(tmp_path / "x.parquet"), group, [0]).kept_dictionaries == ["content"]
+
+
+def test_what_the_system_refuses_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would leave the file out for good."""
+
+    def fail(*_: object) -> Iterator[None]:
+        raise OSError(errno.EIO, "gone")
+        yield
+
+    pq.write_table(pa.table({"content": TEXTS}), tmp_path / "x.parquet")
+    monkeypatch.setattr(parquet, "_batches", fail)
+    assert [r.kind for r in read_file(tmp_path / "x.parquet")[1]] == ["cannot be read"]
 
 
 def test_running_out_of_memory_is_a_reason_not_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
