@@ -91,7 +91,8 @@ def test_a_rank_that_cannot_start_ends_all(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setitem(sys.modules, "mpi4py.futures", SimpleNamespace(MPICommExecutor=None))  # the real one starts MPI here
     monkeypatch.setattr(mpi, "start_worker", fail)
-    monkeypatch.setenv("RAYON_NUM_THREADS", "8")
+    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "8")
     comm = Comm()
     with pytest.raises(SystemExit):
         mpi.serve(comm)
