@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from data.cli import UserError
+from data.cli import UserError, drain
 from data.dataset import PackedDataset
 from launch.benchmarks import ladder, rungs, trials
 from launch.benchmarks.scaling_law import bootstrap, fit
@@ -213,6 +213,7 @@ def test_a_ladder_of_a_known_law(
     assert found["preferred"]["learning_rate"] == 0.004 and found["preferred"]["tokens"] == 1638400
     assert found["family"]["learning_rate"] == 0.002 and found["family"]["rate_exponent"] == 0
     assert found["family"]["vocabulary"] == 512
+    drain()
     said, shown = capsys.readouterr(), "width 64 prefers learning rate 0.004 and 4,096 tokens a step, the law is of 0.002"
     assert (
         "16 runs, " in said.err
@@ -243,6 +244,7 @@ def test_the_law_goes_through_the_means_of_the_seeds(
     found = ladder.run(both)
     assert found["fit_error"] < 0.002 and found["held_out_error"] < 0.002 and len(found["points"]) == 10
     assert all(p["of_seeds"] == pytest.approx([p["bits"] * 0.95, p["bits"] * 1.05]) for p in found["points"])
+    drain()
     said = capsys.readouterr()
     assert "20 runs, " in said.err and "least  greatest" in said.out
     assert ladder.run(one_seed)["fit_error"] < 0.002

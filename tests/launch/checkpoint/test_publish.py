@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data.cli import drain
 from launch.checkpoint import publish
 
 
@@ -74,6 +75,7 @@ def test_of_a_link_the_name_goes_and_what_it_points_to_stays(tmp_path, capsys, r
         publish.discard(run / "step_1")
     assert [p.name for p in run.iterdir()] == ["step_1"] * replaced
     assert (kept / "state").read_bytes() == b"old"
+    drain()
     assert capsys.readouterr().err.count(f" was a link; what it points to is kept: {kept}\n") == 2
 
 
