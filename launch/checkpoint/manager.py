@@ -1,8 +1,9 @@
 """The checkpoints of one run: saving them whole, keeping the right ones, and handing over one to go on from.
 
 A save goes to a hidden temporary folder; every file is checksummed and fsynced by the rank that writes it; the manifest comes
-last; then the folder gets its name, then `latest` its content, and only then old checkpoints go. A crash at any moment leaves
-`latest` naming a complete checkpoint. `choose` says what to resume from, `restore` loads it.
+last; then the folder gets its name, then `best` and `latest` their content, and only then old checkpoints go. A crash at any
+moment leaves `latest` naming a complete checkpoint, and `best` none that is worse than that one's best loss. `choose` says what to
+resume from, `restore` loads it.
 
 Checkpoints must lie where every rank sees them.
 """
@@ -176,9 +177,9 @@ class CheckpointManager:
         assert not strays, f"written past the CheckpointFiles: {sorted(strays)}"
         write_manifest(temporary, files)
         publish(temporary, final)
-        self.folder.point(LATEST, final.name)
-        if is_best:
+        if is_best:  # before `latest`, which a run goes on from, with its best loss: nothing worse than that is saved as the best
             self.folder.point(BEST, final.name)
+        self.folder.point(LATEST, final.name)
         for old in self.folder.expendable(keep_last=self.keep_last, keep_every=self.keep_every):
             remove(old)
 

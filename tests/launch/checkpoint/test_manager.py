@@ -151,6 +151,8 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(three, memory, monkeypatch
         named = (run / "checkpoints/latest").read_text()
         if exchange or (run / "checkpoints" / named).exists():
             assert whole(run / "checkpoints" / named), f"after a kill at {moment} latest names {named}, which is not whole"
+        best = manager(run).folder.pointed("best")
+        assert named == "step_3" or best == named, f"after a kill at {moment} latest has the best loss and best names {best}"
         choice = manager(run).choose("auto")
         assert choice.state.step >= 3 and "passed over" not in choice.message, (moment, choice.message)
         outcomes.append((choice.state.step, choice.state == state(choice.state.step)))
