@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.cli import UserError, say
-from data.files import is_open_at
+from data.files import is_open_at, make_folder
 
 WHO = "process "  # what a lock begins with
 
@@ -41,7 +41,7 @@ class FolderLock:
 
     def take(self) -> bool:
         """True when it is held; False where the file system has no locks, of which `take_folder` warns. Raises LockHeld."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         path = self.folder / self.NAME
         file = open(path, "r+", encoding="utf-8", errors="replace", opener=_ours)  # noqa: SIM115 - held
         try:

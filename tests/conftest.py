@@ -94,6 +94,20 @@ def run_train() -> Run:
     return run
 
 
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files and folders that are brought to the disk, in order."""
+    found: list[Path] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        found.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return found
+
+
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
     """Starts ranks without their imports; see tests/nursery.py."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.cli import UserError
-from data.files import naming, read_json, replace_file, sync_file
+from data.files import make_folder, naming, read_json, replace_file, sync_file
 from data.lock import FolderLock, take_folder
 from data.pipeline.arguments import PreprocessArguments
 from data.pipeline.inputs import INPUTS
@@ -66,7 +66,7 @@ class Ledger:
     @classmethod
     def open(cls, folder: Path, arguments: dict[str, Any]) -> Ledger:
         """Begin a job in an empty folder, or go on with the same one. Raises UserError for anything else."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path = folder / STATE
         strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if not {STATE, MANIFEST} & set(strangers) and set(strangers) - {REJECTED}:

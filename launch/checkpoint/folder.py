@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.cli import UserError
-from data.files import replace_file, small_file
+from data.files import make_folder, replace_file, small_file
 
 LATEST, BEST, RESUMED = "latest", "best", "resumed"
 
@@ -85,7 +85,7 @@ class CheckpointFolder:
         if place is None:
             (self.path / RESUMED).unlink(missing_ok=True)
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         if self.holds(checkpoint):
             self.point(LATEST, checkpoint.name)
         replace_file(self.path / RESUMED, os.fsencode(place))

@@ -20,6 +20,7 @@ from pathlib import Path
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from data.cli import UserError, say
+from data.files import make_folder
 from launch.checkpoint import universal
 from launch.checkpoint.buffers import BUFFERS, persistent_buffers
 from launch.checkpoint.choose import CheckpointChooser, ResumeChoice, ResumeFrom
@@ -136,7 +137,7 @@ class CheckpointManager:
         """Clean up after dead saves, check the free space, make the temporary folder. Rank 0."""
         self.before_save()
         folder = self.folder.path
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         recover(folder)
         for dead in leftovers(folder):
             remove(dead)

@@ -21,6 +21,7 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from data.cli import UserError
+from data.files import make_folder
 from launch.checkpoint.buffers import BUFFERS
 from launch.checkpoint.converter import run_converter
 from launch.checkpoint.finite import check_finite
@@ -96,7 +97,7 @@ def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lam
     if _is_whole(folder, made_from):
         return
     saved = read_state(source)
-    folder.parent.mkdir(parents=True, exist_ok=True)  # a run that begins at another's checkpoint has saved nothing yet
+    make_folder(folder.parent)  # a run that begins at another's checkpoint has saved nothing yet
     # Of Muon's groups the converter first writes moments of zeros.
     times = 4 if MOMENTUM in saved.optimizer["state"] else 2
     needed, free = times * sum(f["bytes"] for f in files.values()), shutil.disk_usage(folder.parent).free

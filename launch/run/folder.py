@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError, say
-from data.files import read_json, replace_file, replace_json, small_file
+from data.files import make_folder, read_json, replace_file, replace_json, small_file
 from data.redact import redact
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
@@ -90,7 +90,7 @@ class FolderWatch:
     def is_lost(self) -> bool:
         """Once for each loss: the folder of that name is then the run's, whatever it is. It exists afterwards."""
         found = self._identity()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         lost, self._known = found != self._known, self._identity()
         return lost
 

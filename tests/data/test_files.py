@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from data.files import hash_file, is_inside, read_json, replace_file, replace_json, replacing, small_file, sync_folder
+from data.files import hash_file, is_inside, make_folder, read_json, replace_file, replace_json, replacing, small_file, sync_folder
 
 
 def test_a_replacement_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +32,14 @@ def test_a_replacement_is_durable_before_it_has_its_name(tmp_path: Path, monkeyp
     replace_file(tmp_path / "x", b"new")
     assert steps == ["file", "name", "folder"] and (tmp_path / "x").read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_that_is_made_keeps_its_name(tmp_path: Path, synced: list[Path]) -> None:
+    """And so do those above it that are made."""
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir() and sorted(synced) == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 3
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])

@@ -27,6 +27,14 @@ lock = FolderLock(Path(sys.argv[1])); print(lock.take(), flush=True); sys.stdin.
 """
 
 
+def test_a_job_s_folder_keeps_its_name(tmp_path: Path, synced: list[Path]) -> None:
+    """A power cut lost all that was on the disk in it with a name that was not."""
+    held = FolderLock(tmp_path / "runs" / "run")
+    held.take()
+    held.release()
+    assert {tmp_path, tmp_path / "runs"} <= set(synced)
+
+
 def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path: Path) -> None:
     line = [sys.executable, "-c", HOLD, str(tmp_path)]
     holder = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())

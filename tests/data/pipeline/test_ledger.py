@@ -19,6 +19,12 @@ from data.pipeline import job, ledger
 from data.pipeline.ledger import Ledger
 
 
+def test_a_job_s_folder_keeps_its_name(tmp_path: Path, synced: list[Path]) -> None:
+    """A power cut lost the shards of days with a name that was not on the disk."""
+    ledger.Ledger.open(tmp_path / "shards" / "out", {}).lock.release()
+    assert {tmp_path, tmp_path / "shards"} <= set(synced)
+
+
 def test_a_finished_job_is_left_alone(expected: Path, flags: list[object], preprocess: Any) -> None:
     before = contents(expected)
     code, out, _ = preprocess(*flags, "--output", expected)

@@ -54,6 +54,13 @@ def test_where_a_run_began_is_kept_for_the_same_command(tmp_path: Path) -> None:
     assert folder.began_at() is None
 
 
+def test_a_run_that_begins_at_another_s_checkpoint_has_a_folder_that_survives(tmp_path: Path, synced: list[Path]) -> None:
+    """A power cut took `checkpoints/` along with `resumed`."""
+    (tmp_path / "run").mkdir()
+    CheckpointFolder(tmp_path / "run" / "checkpoints").begin_at(tmp_path / "other" / "step_1", "other")
+    assert tmp_path / "run" in synced
+
+
 def test_a_crash_where_a_run_begins_lets_it_begin_there_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `resumed` but the old `latest` the same command would go on beyond the checkpoint that it names."""
     folder, written = folder_with(tmp_path, 1, 2, latest="step_2"), list[str]()

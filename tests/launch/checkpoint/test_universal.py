@@ -3,6 +3,7 @@
 import errno
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from training_process import launch_ranks
 from data.cli import UserError
 from launch.checkpoint import manifest
 from launch.checkpoint.converter import give_moments
-from launch.checkpoint.universal import _is_whole, _rates, link_or_copy
+from launch.checkpoint.universal import _is_whole, _rates, convert, link_or_copy
 from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights
 from launch.engine.settings import give_own_steps
 
@@ -93,6 +94,15 @@ def test_tied_weights_convert_for_a_run_that_has_saved_nothing_yet(tmp_path):
     for name, (was, is_now) in launch_ranks(1, "tied", folder=tmp_path).items():
         assert is_now[1] == was[1] and "lm_head.weight" not in was[1], name
         assert is_now[0] == pytest.approx(was[0], rel=1e-6), name
+
+
+def test_a_run_that_begins_with_a_conversion_has_a_folder_that_survives(run, tmp_path, synced, monkeypatch):
+    """It has saved nothing yet. Up to where the disk is found too full."""
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr("launch.checkpoint.universal.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match=r"converting .*step_3 needs"):
+        convert(run / "checkpoints" / "step_3", tmp_path / "new" / "checkpoints" / "step_3.universal")
+    assert synced == [tmp_path / "new"]
 
 
 def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path):

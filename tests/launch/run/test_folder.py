@@ -75,13 +75,13 @@ def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
         check_same_run(tmp_path, RunIdentity(model={}))
 
 
-def test_a_folder_that_is_deleted_or_replaced_is_noticed_once(tmp_path: Path) -> None:
+def test_a_folder_that_is_deleted_or_replaced_is_noticed_once(tmp_path: Path, synced: list[Path]) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     watch = FolderWatch(folder)
     assert not watch.is_lost()
     folder.rename(tmp_path / "moved")
-    assert watch.is_lost() and folder.is_dir()
+    assert watch.is_lost() and folder.is_dir() and synced == [tmp_path], "a save in it must survive a power cut"
     assert not watch.is_lost()
     (tmp_path / "moved").rename(folder)
     assert watch.is_lost(), "another folder of that name"
