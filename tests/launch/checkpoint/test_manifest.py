@@ -81,6 +81,13 @@ def test_the_checksum_is_of_what_was_meant_to_be_written(tmp_path):
     assert torch.equal(torch.load(tmp_path / "x.pt")["a"], tensors["a"])
 
 
+def test_what_somebody_else_wrote_is_on_the_disk_before_it_is_listed(tmp_path, synced):
+    """As the files of a conversion: DeepSpeed's converter syncs none."""
+    (tmp_path / "fp32.pt").write_bytes(b"x")
+    manifest.record_file(tmp_path / "fp32.pt")
+    assert synced == [tmp_path / "fp32.pt"]
+
+
 def test_folders_below_are_on_the_disk_before_the_manifest_is(tmp_path, monkeypatch):
     """As those of a conversion: a manifest must not outlive a power cut that takes names of files along."""
     synced = []

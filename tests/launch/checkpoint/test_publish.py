@@ -50,6 +50,27 @@ def test_a_death_between_the_two_renames_is_undone(tmp_path, monkeypatch):
     assert (final / "state").read_bytes() == b"old"
 
 
+def test_what_is_put_back_is_there_after_a_power_cut_too(tmp_path, synced):
+    publish.working_name(tmp_path / "step_1", "replaced").mkdir()
+    publish.recover(tmp_path)
+    assert synced == [tmp_path] and (tmp_path / "step_1").is_dir()
+
+
+@pytest.mark.parametrize("can_rename", [True, False])
+def test_a_folder_is_no_checkpoint_any_more_when_its_files_go(tmp_path, monkeypatch, synced, can_rename):
+    """Half deleted it would be a damaged one: without its name, or else, on the disk too, without its manifest."""
+    folder, going = folder_with(tmp_path / "step_1", **{"manifest.json": b"{}", "a.pt": b""}), []
+    if not can_rename:
+        monkeypatch.setattr(publish, "rename_if_possible", lambda *_: False)
+    monkeypatch.setattr(publish.shutil, "rmtree", lambda path, **_: going.append((path, sorted(os.listdir(path)))))
+    publish.discard(folder)
+    ((path, files),) = going
+    if can_rename:
+        assert path.name.startswith(".trash-step_1-") and not folder.exists()
+    else:
+        assert (path, files, synced) == (folder, ["a.pt"], [folder])
+
+
 def test_only_our_own_leftovers_are_found(tmp_path):
     ours = [publish.working_name(tmp_path / "step_7", kind) for kind in ("tmp", "trash", "replaced")]
     others = [tmp_path / name for name in (".tmp-mine", ".git", "step_7", ".trash", "tmp-step_7-0123abcd")]

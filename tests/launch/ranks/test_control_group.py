@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nursery import Nursery
 
+from data.cli import UserError
+from launch.cli import RankFailedError
 from launch.ranks.control_group import ControlGroup
 
 AGREEING = str(Path(__file__).parent / "agreeing.py")
@@ -55,6 +58,23 @@ def test_a_fault_keeps_its_traceback_and_is_named(nursery: Nursery, tmp_path: Pa
     assert f"rank {1 - culprit} raised RankFailedError: rank {culprit} failed: {cause}" in said
     assert f"rank {culprit} raised" not in said
     assert "in action\n" in said, "the frame that raised it"
+
+
+def test_a_fault_of_another_rank_comes_before_an_own_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exit code would say that the input is to be mended."""
+    ranks = ControlGroup()
+
+    def with_another(mine: Any) -> list[Any]:
+        other = type(mine)()
+        other.fault = "KeyError: 'weights'"
+        return [mine, other]
+
+    def mistaken() -> None:
+        raise UserError("no such thing")
+
+    monkeypatch.setattr(ranks, "gather", with_another)
+    with pytest.raises(RankFailedError, match="rank 1 failed: KeyError"):
+        ranks.run_everywhere(mistaken)
 
 
 def test_one_process_agrees_with_itself() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from launch.cli import RankFailedError
-from launch.ranks.heartbeat import Heartbeat, LastWords, is_second_hand, name_culprit
+from launch.ranks.heartbeat import Heartbeat, HeartbeatStore, LastWords, is_second_hand, name_culprit
 
 
 def at(step: int, phase: str = "forward") -> Heartbeat:
@@ -41,6 +41,26 @@ def test_without_words_the_silent_one_is_named_with_its_place() -> None:
 
 def test_nobody_knows() -> None:
     assert name_culprit({0: at(5), 1: at(5)}, {0: words(at(5), "", second_hand=True)}, silent=set()) == ""
+
+
+class Keys(dict):
+    """As much of a TCPStore as is asked."""
+
+    set = dict.__setitem__
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_a_rank_that_has_finished_is_no_culprit_and_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, waits = Keys(), list[float]()
+    first, finished = (object.__new__(HeartbeatStore) for _ in range(2))
+    for rank, store in enumerate((first, finished)):
+        vars(store).update(rank=rank, world_size=2, hang=None, _store=keys)
+    first.write(at(9))
+    finished.write(Heartbeat(step=9, phase="done", host="h", done=True))
+    monkeypatch.setattr("launch.ranks.heartbeat.time.sleep", waits.append)
+    assert first.find_culprit(words(at(9), "RuntimeError: gloo", second_hand=True), 0.2) == "" and not waits
 
 
 @pytest.mark.parametrize(

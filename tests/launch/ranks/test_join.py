@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.cli import UserError
+from data.cli import Exit, UserError
 from launch.ranks import join
 from launch.ranks.join import device_index, set_environment
 
@@ -205,3 +207,15 @@ def test_the_next_builder_s_lock_is_left_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(time, "sleep", lambda _: None)
     join.wait_for_builds(tmp_path)
     assert lock.exists()
+
+
+def test_who_has_joined_is_not_ended_and_who_waits_too_long_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(os, "_exit", ended.put)
+    for name, value in {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with join.joining_within(12345.0):
+        (timer,) = (t for t in threading.enumerate() if isinstance(t, threading.Timer) and t.interval == 12345.0)
+    assert timer.finished.is_set()
+    with join.joining_within(0.01):
+        assert ended.get(timeout=60) == Exit.STALLED

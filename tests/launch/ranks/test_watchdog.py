@@ -67,6 +67,22 @@ def test_a_run_is_ended_where_no_rank_has_moved_and_not_where_one_has(monkeypatc
     assert [hang.suspect for hang in ended] == [0], "the one that is behind"
 
 
+def test_a_rank_that_has_finished_may_be_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While rank 0 still uploads."""
+    dog, ended = Watchdog(stall=5), list[Hang]()
+    monkeypatch.setattr(dog, "_end", ended.append)
+    for done in (True, False):
+        assert not ended
+        beat = Heartbeat(step=9, phase="saving", host="h", done=done)
+        dog._heard = {1: (beat, dog._clock() - 100)}
+        dog._look_for_a_hang()
+    assert [hang.suspect for hang in ended] == [1]
+
+
+def test_silence_is_never_waited_for_longer_than_a_stall() -> None:
+    assert Watchdog(stall=5).silence == 5 and Watchdog(stall=1e4).silence == 60
+
+
 def test_one_rank_alone_that_hangs_is_ended() -> None:
     program = """
 import time

@@ -64,6 +64,18 @@ def test_snapshots_come_at_their_interval() -> None:
     assert not any(Health(clip=0, interval=0).is_detailed(step) for step in range(10))
 
 
+def test_memory_and_waiting_are_of_the_rank_that_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of all together: another rank with 2 GB, which waited for 6 s of the two steps."""
+
+    def with_another(worst: torch.Tensor, op: object) -> None:
+        assert op == torch.distributed.ReduceOp.MAX
+        worst.copy_(worst.maximum(torch.tensor([2.0, 6.0], dtype=worst.dtype)))
+
+    monkeypatch.setattr("launch.run.health.dist.all_reduce", with_another)
+    row = take(Health(clip=0.0, interval=0, data_seconds=4.0), 2)
+    assert (row["memory_gb"], row["data_seconds"]) == (3.0, 3.0)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_logs_them(tmp_path: Path, small_shards: Path, small_model: Path, run_train: Callable, ranks: int) -> None:
     """Two ranks with experts on both: loads are summed over ranks, and each group's ratio is that of all its parts."""

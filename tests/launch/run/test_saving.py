@@ -155,3 +155,13 @@ def test_a_step_that_failed_as_the_best_is_not_tried_again_a_moment_later(run: R
     run.saving.save(state(6))
     run.saving.finish(state(6))
     assert run.checkpoints.asked == [(4, True), (6, False)] and run.told == ["step_6"]
+
+
+def test_a_step_that_failed_is_saved_when_it_comes_again_after_a_rollback(run: Run) -> None:
+    run.checkpoints.failing = 1
+    run.saving.save(state(6))
+    run.saving.finish_pending_save(6)
+    run.saving.load(4)  # type: ignore[arg-type]
+    run.saving.save(state(6))
+    run.saving.finish_pending_save(6)
+    assert run.checkpoints.asked == [(6, False)] * 2 and run.told == ["step_6"]

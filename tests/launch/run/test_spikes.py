@@ -20,7 +20,7 @@ def test_only_far_above_the_mean_is_an_outlier() -> None:
     deviation = math.sqrt(sum((x - mean) ** 2 for x in window) / 100)
     assert outlier(mean + 6.01 * deviation, window, 6) and not outlier(mean + 5.99 * deviation, window, 6)
     assert not outlier(-100.0, window, 6)
-    assert not outlier(100.0, window[: LEAST_HISTORY - 1], 6)
+    assert not outlier(100.0, window[: LEAST_HISTORY - 1], 6) and outlier(100.0, window[:LEAST_HISTORY], 6)
     assert outlier(1.0001, [1.0] * 100, 6) and not outlier(1.0001, [1.0] * 100, 6, least=0.01)
 
 
@@ -80,3 +80,10 @@ def test_rollback_after_so_many_in_a_row() -> None:
     assert [one.skip_step(), one.skip_step(), one.skip_step()] == [False, False, True]
     assert one.skipped_in_all == 5
     assert not any(guard(rollback_after=0).skip_step() for _ in range(10))
+
+
+def test_a_rollback_begins_a_new_row_and_forgets_no_skipped_step() -> None:
+    one = guard()
+    one.skip_step()
+    one.begin_after_rollback(5)
+    assert (one.skipped_in_all, one.skipped_in_a_row) == (5, 0)
