@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,22 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_names_the_file(run, n
     assert f"passed over {path}" in choice.message
     with pytest.raises(ValueError, match=name):  # asked for by name there is no other to take
         manager(run).choose(str(path.parent))
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "buffers.pt", "rng_00000.pt", "state.json"])
+def test_each_file_is_hashed_by_one_of_two_ranks_and_what_either_finds_counts(run, name):
+    hurt(run / "checkpoints/step_3" / name, "flip")
+    found, chooser = [], manager(run)._chooser
+    for rank in (0, 1):
+
+        def run_everywhere(action, rank=rank):
+            own = action()
+            found.append(own)
+            return [own, ""] if rank == 0 else ["", own]
+
+        chooser.ranks = SimpleNamespace(rank=rank, size=2, run_on_rank0=lambda action: action(), run_everywhere=run_everywhere)
+        assert chooser._first_damage(run / "checkpoints/step_3") == found[-1]
+    assert sorted(name in text for text in found) == [False, True]
 
 
 def hurt(path: Path, damage: str) -> None:

@@ -117,6 +117,14 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_old_ones(run, limit):
     assert not publish.leftovers(run / "checkpoints")
 
 
+def test_what_a_failed_save_moved_aside_is_put_back_by_the_next(run):
+    """The first of its two renames was done and the second was not; what dead saves left is deleted."""
+    saved = run / "checkpoints" / "step_3"
+    saved.rename(publish.working_name(saved, "replaced"))
+    manager(run).save(StubEngine(), state(4))
+    assert steps(run) == [1, 2, 3, 4] and whole(saved)
+
+
 # ---------------------------------------------------------------------- SIGKILL at every file operation of a save
 
 

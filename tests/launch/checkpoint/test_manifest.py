@@ -45,6 +45,14 @@ def test_every_damage_is_seen_and_the_file_is_named(tmp_path, name, damage):
         verify(folder)
 
 
+@pytest.mark.parametrize("content", [b"1234", b"123456", b""])
+def test_another_size_is_seen_by_those_who_do_not_hash_the_file(tmp_path, content):
+    folder = complete(tmp_path / "step_1", state=b"12345")
+    (folder / "state").write_bytes(content)
+    with pytest.raises(DamagedError, match=f"state has {len(content)} bytes, 5 were written"):
+        manifest.check_files(folder, manifest.read_manifest(folder)["files"], hashed=())
+
+
 def test_every_single_flipped_bit_of_the_manifest_is_seen(tmp_path):
     folder = complete(tmp_path / "step_1", state=b"{}")
     path = folder / manifest.MANIFEST
