@@ -1,6 +1,7 @@
 """Nothing is run out of a file: not of ours, not by DeepSpeed's own loads, not in the converter's process."""
 
 import copyreg
+import errno
 import os
 import pickle
 import shutil
@@ -86,6 +87,17 @@ def test_what_is_no_such_file_is_a_sentence(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.pt cannot be read"):
         load_file(path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()], ids=["disk", "memory"])
+def test_a_disk_or_memory_that_fails_says_nothing_about_the_file(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as caught:
+        load_file(tmp_path / "x.pt")
+    assert caught.value is error
 
 
 def test_a_stage_is_saved_so_that_it_is_read_by_every_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
