@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of moe_gpt for transformers 5, vLLM and lm-eval: Glm4Moe's fields and three of its own."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """moe_gpt for transformers 5, vLLM and lm-eval: Glm4Moe with a learned attention sink per query head.
 
 Attention goes through transformers' `ALL_ATTENTION_FUNCTIONS` with the sinks as `s_aux`, so every backend that takes sinks runs
@@ -24,6 +25,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 )
 
 from .configuration_moe_gpt import MoEGPTConfig
+
+WITHOUT_SINKS = ("sdpa", "flash_attention_2")  # transformers' functions that are given `s_aux` and drop it without a word
 
 
 def eager_attention_with_sinks(
@@ -64,9 +67,13 @@ class MoEGPTAttention(Glm4MoeAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
-        cache: Cache | None = None,  # its name from transformers 5.24 on
+        cache: Any = None,  # its name from transformers 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if self.config._attn_implementation in WITHOUT_SINKS:  # set past transformers' own check
+            raise ValueError(f"{self.config._attn_implementation} would drop this model's attention sinks; use eager")
+        if not isinstance(cache, Cache | None):  # the pages of `generate_batch`, which its attention fills itself
+            kwargs["cache"], cache = cache, None
         cache = past_key_values if cache is None else cache
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
@@ -79,7 +86,7 @@ class MoEGPTAttention(Glm4MoeAttention):
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)  # type: ignore[arg-type]
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_with_sinks
         )
@@ -124,8 +131,10 @@ class MoEGPTRouter(Glm4MoeTopkRouter):
 class MoEGPTPreTrainedModel(Glm4MoePreTrainedModel):
     config: MoEGPTConfig
     config_class = MoEGPTConfig
-    _supports_sdpa = False  # it would drop the sinks without a word
-    _supports_flash_attn = False  # flash-attn 2 does the same
+    _supports_sdpa = False  # see WITHOUT_SINKS
+    _supports_flash_attn = False
+    # Glm4MoeExperts has the decorator of `experts_implementation`, which transformers looks for in this file's own text.
+    _can_set_experts_implementation_cached_value = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -137,6 +146,7 @@ class MoEGPTPreTrainedModel(Glm4MoePreTrainedModel):
 class MoEGPTModel(MoEGPTPreTrainedModel, Glm4MoeModel):
     def __init__(self, config: MoEGPTConfig) -> None:
         super().__init__(config)
+        self.embed_tokens.padding_idx = None  # it would stop the gradient of the padding token's row, which training does not
         for index, layer in enumerate(self.layers):
             if config.attention_sinks:
                 layer.self_attn = MoEGPTAttention(config, index)

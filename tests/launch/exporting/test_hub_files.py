@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from launch.exporting.formats import AUTO_MAP, CODE, build, exported_config
 from launch.exporting.hub import configuration_moe_gpt, modeling_moe_gpt
@@ -91,6 +91,51 @@ def test_it_generates_the_training_models_tokens(cache: str) -> None:
     assert torch.equal(exported(model).generate(ids, **options, cache_implementation=cache), expected)
 
 
+@pytest.mark.parametrize("sinks", [True, False])
+def test_continuous_batching_makes_the_tokens_of_generate(sinks: bool) -> None:
+    """Its pages come under the name of the ordinary cache, and a failure in them is an empty answer, not an exception."""
+    torch.manual_seed(0)
+    hub = exported(trained(attention_sinks=sinks))
+    prompts = [torch.randint(1, 97, (length,)).tolist() for length in (5, 20, 33)]
+    greedy = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    pages = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else most of the machine's memory is taken
+    found = hub.generate_batch(prompts, greedy, continuous_batching_config=pages, progress_bar=False)
+    for prompt, answer in zip(prompts, found.values(), strict=True):
+        assert answer.generated_tokens == hub.generate(torch.tensor([prompt]), generation_config=greedy)[0, len(prompt) :].tolist()
+
+
+def gradients(hub: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    hub.zero_grad()
+    hub(ids, labels=ids).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in hub.named_parameters()}
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+def test_experts_are_one_grouped_product_unless_told_otherwise(sinks: bool) -> None:
+    """As for transformers' own Glm4Moe; the same logits and gradients as expert after expert, with experts that are empty."""
+    torch.manual_seed(0)
+    hub = exported(trained(attention_sinks=sinks, n_group=1, topk_group=1))
+    hub.model.layers[0].mlp.gate.e_score_correction_bias[3] = -10.0
+    assert hub.config._experts_implementation == "grouped_mm"
+    ids = torch.randint(0, 97, (2, 40))
+    grouped, of_grouped = hub(ids).logits, gradients(hub, ids)
+    hub.set_experts_implementation("eager")
+    assert hub.config._experts_implementation == "eager"
+    torch.testing.assert_close(grouped, hub(ids).logits, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(hub, ids).items():
+        torch.testing.assert_close(of_grouped[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
+    assert not of_grouped["model.layers.0.mlp.experts.down_proj"][3].any() and of_grouped["lm_head.weight"].any()
+
+
+def test_the_padding_tokens_row_is_trained_as_any_other() -> None:
+    """The folder names a padding token; transformers' embedding would then give its row no gradient."""
+    torch.manual_seed(0)
+    config = exported_config(trained().config, "moe_gpt")
+    config.pad_token_id = 4
+    hub = modeling_moe_gpt.MoEGPTForCausalLM(config)
+    assert gradients(hub, torch.full((1, 8), 4))["model.embed_tokens.weight"][4].any()
+
+
 def test_the_bias_stays_fp32_in_a_bf16_folder(tmp_path: Path) -> None:
     hub = exported(trained(), "bfloat16")
     hub.save_pretrained(tmp_path)
@@ -105,6 +150,19 @@ def test_attention_without_sinks_is_refused_rather_than_used() -> None:
     assert exported(trained()).config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         exported(trained()).set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("chosen", modeling_moe_gpt.WITHOUT_SINKS)
+def test_attention_without_sinks_set_past_the_check_is_refused_too(chosen: str) -> None:
+    """By the private attribute, as notebooks do; a model without sinks loses nothing by it."""
+    for sinks in (True, False):
+        hub, ids = exported(trained(attention_sinks=sinks)), torch.randint(0, 97, (1, 8))
+        hub.config._attn_implementation = chosen
+        if sinks:
+            with pytest.raises(ValueError, match=f"{chosen} would drop this model's attention sinks; use eager"):
+                hub(ids)
+        elif chosen == "sdpa":
+            hub(ids)
 
 
 def test_the_code_is_small_and_imports_nothing_of_this_repository() -> None:
