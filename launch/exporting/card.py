@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,15 @@ if TYPE_CHECKING:
 #: A run of a million steps logs some 500 MB at most.
 METRICS_BYTES = 1 << 30
 TITLE = "# A Mixture-of-Experts code model"
-INTENDED = """Completing and filling in source code, for people who read what it writes. It is a base model: it continues
+#: To the last name of a path that begins at the root or at home, also after a flag's `=`: where it lies is the host's business.
+FOLDERS = re.compile(r"(^|=)[/~](?:[^/]*/)*(?=[^/])")
+INTENDED = """, for people who read what it writes. It is a base model: it continues
 text and has not been taught to follow instructions, to refuse, or to be safe in a conversation."""
+LICENSE = """None was chosen for these weights: name one above, as `license`, before anybody else is given them. Under which
+licenses the data stands is under Data, as far as it was recorded."""
+CODE_LICENSE = (
+    " The two Python files beside the weights are under the Apache License 2.0 (https://www.apache.org/licenses/LICENSE-2.0)."
+)
 LIMITS = """What it writes may be wrong, insecure, or close to a document that it was trained on, whose license then
 holds; run it in a sandbox and review it as a stranger's patch. It knows nothing after its data was collected."""
 
@@ -27,69 +35,114 @@ def model_card(model: PreTrainedModel, checkpoint: Path) -> str:
     """Markdown with the front matter that the hub reads. `checkpoint`: runs/R/checkpoints/step_N."""
     run = redact(_read(run_of(checkpoint) / "config.json"))  # a run of an older version may not have
     state = _read(checkpoint / "state.json")
-    config = model.config
-    total = sum(p.numel() for p in model.parameters())
+    kind = model.config.model_type
+    front = f"library_name: transformers\npipeline_tag: text-generation\nlicense: unknown\ntags: [code, moe, {kind}]"
     sections = [
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [code, moe, {config.model_type}]\n---",
+        f"---\n{front}\n---",
         TITLE,
-        f"{total:,} parameters, {config.num_hidden_layers} layers, {config.n_routed_experts} experts of which a token uses "
-        f"{config.num_experts_per_tok}, context {config.max_position_embeddings:,} tokens.",
-        "## Training\n\n" + "\n".join(f"- {line}" for line in training_lines(run, state, logged_losses(checkpoint, state))),
+        size(model),
+        lengths(model.config, state),
+        "## Training\n\n" + "\n".join(f"- {line}" for line in training_lines(run, state, logged_rows(checkpoint, state))),
         "## Data\n\n" + "\n".join(f"- {line}" for line in data_lines(run)),
-        f"## Intended use\n\n{INTENDED}",
+        f"## Intended use\n\n{intended(fim_rate(checkpoint))}",
         f"## Limits\n\n{LIMITS}",
-        f"## Loading\n\n{loading(config.model_type)}",
+        "## License\n\n" + LICENSE + (CODE_LICENSE if kind == "moe_gpt" else ""),
+        f"## Loading\n\n{loading(kind)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def training_lines(run: dict[str, Any], state: dict[str, Any], losses: list[float]) -> list[str]:
-    lines = [f"{state.get('step', 0):,} steps, {state.get('tokens', 0):,} tokens"]
-    if state.get("best_loss") is not None:
-        lines.append(f"best validation loss {state['best_loss']:.4f} nats a token")
-    if losses:
+def size(model: PreTrainedModel) -> str:
+    config, parameters = model.config, list(model.named_parameters())
+    total = sum(p.numel() for _, p in parameters)
+    routed = sum(p.numel() for name, p in parameters if ".mlp.experts." in name)
+    active = total - routed // config.n_routed_experts * (config.n_routed_experts - config.num_experts_per_tok)
+    return (
+        f"{total:,} parameters, of which a token uses {active:,}: {config.num_hidden_layers} layers, {config.n_routed_experts} "
+        f"experts of which a token uses {config.num_experts_per_tok}, and {config.n_shared_experts} that every token uses."
+    )
+
+
+def lengths(config: Any, state: dict[str, Any]) -> str:
+    """What it was trained on, and how far its positions reach, which servers take for its context."""
+    trained, rope = _object(state, "identity").get("sequence_length"), config.rope_parameters or {}
+    reach = f"positions up to {config.max_position_embeddings:,}"
+    if rope.get("factor", 1.0) != 1.0:
+        reach += (
+            f" ({rope.get('rope_type')}, factor {rope['factor']:g}, from {_number(rope.get('original_max_position_embeddings'))})"
+        )
+    return f"Trained on sequences of {_number(trained)} tokens; {reach}." if trained else f"{reach.capitalize()}."
+
+
+def training_lines(run: dict[str, Any], state: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{state.get('step', 0):,} steps, {state.get('tokens', 0):,} tokens", *validation_lines(run, state, rows)]
+    if losses := [row["loss"] for row in rows if _is_number(row.get("loss"))]:
         lines.append(f"training loss at the last logged step {losses[-1]:.4f}")
     if versions := _object(run, "versions"):
         lines.append("made with " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     if run.get("git_commit"):
         lines.append(f"code at commit {run['git_commit']}")
     if command := _list(run, "command"):
-        lines.append(f"command: `{shlex.join(str(word) for word in redact(command))}`")
+        lines.append(f"command: `{shlex.join(without_folders(str(word)) for word in redact(command))}`")
     return lines
 
 
-def logged_losses(checkpoint: Path, state: dict[str, Any]) -> list[float]:
-    """The training losses up to the checkpoint's step."""
+def validation_lines(run: dict[str, Any], state: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """This checkpoint's loss with all that repeats it, and the run's best up to then where that is another step's."""
+    step, best, lines = state.get("step", 0), state.get("best_loss"), []
+    judged = {row.get("step"): row for row in rows if _is_number(row.get("val_loss"))}
+    if (mine := judged.get(step)) is not None:
+        bits = mine.get("val_bits_per_byte")
+        per_byte = f", {bits:.4f} bits per byte" if _is_number(bits) else ""
+        lines.append(f"validation loss {mine['val_loss']:.4f} nats a token{per_byte}{_judged_on(run)}")
+    if _is_number(best) and (mine is None or mine["val_loss"] != best):
+        at = next((f" at step {number:,}" for number, row in judged.items() if row["val_loss"] == best), "")
+        lines.append(f"best validation loss of the run up to here {best:.4f} nats a token{at}")
+    return lines
+
+
+def _judged_on(run: dict[str, Any]) -> str:
+    """As launch/run/assemble.py takes them: the split's first samples, so many global batches of them."""
+    about = _object(run, "validation")
+    batches, batch = _object(run, "arguments").get("eval_batches"), run.get("global_batch")
+    samples, length = about.get("samples"), about.get("sequence_length")
+    if not all(isinstance(count, int) for count in (batches, batch, samples, length)):
+        return ""
+    return f", on the validation split's first {min(batches * batch, samples):,} samples of {length:,} tokens"  # type: ignore[operator]
+
+
+def logged_rows(checkpoint: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the run's metrics up to the checkpoint's step; what is no row, or half of one, is passed over."""
     try:
         lines = small_file(run_of(checkpoint) / "metrics.jsonl", METRICS_BYTES).splitlines()
     except OSError:
         return []
-    return [loss for line in lines if (loss := _loss(line, state.get("step", 0))) is not None]
+    return [row for line in lines if (row := _row(line)) and row["step"] <= state.get("step", 0)]
 
 
-def _loss(line: bytes, last: int) -> float | None:
-    """The training loss in a row up to step `last`; None where it has none, or is half a line."""
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-        return float(row["loss"]) if row.get("step", 0) <= last else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
+    return row if isinstance(row, dict) and _is_number(row.get("step")) else None
 
 
 def data_lines(run: dict[str, Any]) -> list[str]:
     """Where the shards' folders are still there, their manifests say how many documents, under which licenses."""
     sources = _object(run, "sources")
     names, tokens = _list(sources, "sources"), _list(sources, "tokens")
-    lines = [f"{name}: {_number(count)} tokens" for name, count in zip(names, tokens, strict=False)] or ["not recorded"]
+    lines = [f"{without_folders(str(name))}: {_number(count)} tokens" for name, count in zip(names, tokens, strict=False)] or [
+        "not recorded"
+    ]
     if sources.get("fingerprint"):
         lines.append(f"fingerprint {sources['fingerprint']}")
     for folder, manifest in shard_manifests(run):
         arguments = _object(manifest, "arguments")
         kept = ", ".join(map(str, _list(arguments, "licenses"))) or "any, or unknown"
         count = sum(_object(_object(manifest, "splits"), split).get("documents", 0) for split in _object(manifest, "splits"))
-        lines.append(
-            f"{folder}: {count:,} documents, licenses kept: {kept}, fill-in-the-middle rate {arguments.get('fim_rate', 0)}"
-        )
+        cut = f"fill-in-the-middle rate {arguments.get('fim_rate', 0)}"
+        lines.append(f"{without_folders(folder)}: {count:,} documents, licenses kept: {kept}, {cut}")
     return lines
 
 
@@ -112,13 +165,36 @@ def fim_rate(checkpoint: Path) -> float | None:
     return max(rates) if rates else None
 
 
+def intended(rate: float | None) -> str:
+    """`rate`: of `fim_rate`. A tokenizer has the tokens for filling in whether the model has seen them or not."""
+    if rate:
+        return f"Completing and filling in source code{INTENDED}"
+    unseen = (
+        "" if rate is None else "\nIt was not trained to fill in: it has never seen the tokens that its tokenizer has for that."
+    )
+    return f"Completing source code{INTENDED}{unseen}"
+
+
 def loading(model_type: str) -> str:
+    from transformers import __version__
+
+    needs = f"transformers 5 from 5.17 on (this folder was written by {__version__})"
+    if model_type == "moe_gpt":
+        needs += "; its attention is `eager` alone, since `sdpa` and flash-attention 2 would drop the sinks without a word"
     trust = ", trust_remote_code=True" if model_type == "moe_gpt" else ""  # AutoTokenizer reads config.json too, and would ask
-    return f'''    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return f'''Needs {needs}.
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto"{trust})
     tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})
     prompt = tokenizer("def fibonacci(n):", return_tensors="pt")
+    set_seed(0)  # generation_config.json samples
     print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))'''
+
+
+def without_folders(word: str) -> str:
+    """`/home/me/shards:0.5` is `shards:0.5`; what is no absolute path stays."""
+    return FOLDERS.sub(r"\1", word.rstrip("/")) or word
 
 
 def _object(holder: dict[str, Any], name: str) -> dict[str, Any]:
@@ -133,7 +209,11 @@ def _list(holder: dict[str, Any], name: str) -> list[Any]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
+    return f"{value:,}" if _is_number(value) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _read(path: Path) -> dict[str, Any]:
