@@ -27,7 +27,8 @@ class LockHeld(BlockingIOError):
 
 
 class FolderLock:
-    """Holds a folder against a second job or run, by the kernel's lock on `folder/.lock`.
+    """Holds a folder against a second job or run, by the kernel's lock on `folder/.lock`, or on a file of another name for a part
+    of it.
 
     The kernel frees the lock of a process that died, so none is ever left over. A forked child gives its copy up at once: a
     worker that outlives its job must not hold the folder.
@@ -35,14 +36,14 @@ class FolderLock:
 
     NAME = ".lock"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str = NAME) -> None:
+        self.folder, self.name = folder, name
         self._file: IO[str] | None = None
 
     def take(self) -> bool:
         """True when it is held; False where the file system has no locks, of which `take_folder` warns. Raises LockHeld."""
         make_folder(self.folder)
-        path = self.folder / self.NAME
+        path = self.folder / self.name
         file = open(path, "r+", encoding="utf-8", errors="replace", opener=_ours)  # noqa: SIM115 - held
         try:
             locked = try_lock(file)

@@ -58,16 +58,17 @@ def main(argv: list[str] | None = None) -> int:
     folder.check_output(arguments.output)
     folder.check_shard_size(arguments.max_shard_size)
     config = formats.exported_config(source.model_config(checkpoint), arguments.format)
-    say(f"verifying {checkpoint} ...", stdout)
-    source.verify(checkpoint)
-    say("reading the weights ...", stdout)
-    model = formats.build(config, source.weights(checkpoint), arguments.dtype)
-    say(f"writing {arguments.output} ...", stdout)
-    folder.write(model, checkpoint, arguments.output, max_shard_size=arguments.max_shard_size)
-    count = sum(p.numel() for p in model.parameters())
-    say(f"exported {checkpoint.name} as {arguments.format} in {arguments.dtype}: {count:,} parameters", stdout)
-    if arguments.push_to_hub:
-        say(f"uploaded to {hub_upload.upload(arguments.output, arguments.push_to_hub)}", stdout)
+    with folder.holding(arguments.output):
+        say(f"verifying {checkpoint} ...", stdout)
+        source.verify(checkpoint)
+        say("reading the weights ...", stdout)
+        model = formats.build(config, source.weights(checkpoint), arguments.dtype)
+        say(f"writing {arguments.output} ...", stdout)
+        folder.write(model, checkpoint, arguments.output, max_shard_size=arguments.max_shard_size)
+        count = sum(p.numel() for p in model.parameters())
+        say(f"exported {checkpoint.name} as {arguments.format} in {arguments.dtype}: {count:,} parameters", stdout)
+        if arguments.push_to_hub:
+            say(f"uploaded to {hub_upload.upload(arguments.output, arguments.push_to_hub)}", stdout)
     return 0
 
 

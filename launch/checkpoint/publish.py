@@ -19,7 +19,7 @@ from data.files import sync_folder
 from launch.checkpoint.manifest import MANIFEST
 
 #: Folders that only this module makes: being written, on the way to deletion, replaced by another of the same name.
-_OURS = re.compile(r"\.(tmp|trash|replaced)-.+-[0-9a-f]{8}")
+_OURS = re.compile(r"\.(?:tmp|trash|replaced)-(.+)-[0-9a-f]{8}")
 _REPLACED = re.compile(r"\.replaced-(.+)-[0-9a-f]{8}")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100  # relative names are relative to the working directory
@@ -31,8 +31,16 @@ def working_name(folder: Path, kind: str) -> Path:
 
 
 def leftovers(parent: Path) -> list[Path]:
-    """What dead processes left: folders with names of `working_name`. Others' hidden folders are not ours to touch."""
+    """Folders with names of `working_name`: what dead processes left, if no living one writes here, which a lock tells.
+    Others' hidden folders are not ours to touch."""
     return sorted(p for p in parent.iterdir() if _OURS.fullmatch(p.name) and p.is_dir())
+
+
+def made_for(working: str) -> str:
+    """The name of the folder that a name of `working_name` was made for; what is on its way to deletion may have two around it."""
+    while match := _OURS.fullmatch(working):
+        working = match[1]
+    return working
 
 
 def publish(temporary: Path, final: Path) -> None:

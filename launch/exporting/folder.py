@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.cli import UserError, say
 from data.files import read_json, replace_json
+from data.lock import FolderLock, LockHeld
 from data.tokens import tokenizer as tokenizers
 from data.tokens.folder import CONFIG, TOKENIZER
 from launch.checkpoint import manifest
 from launch.checkpoint.folder import run_of
-from launch.checkpoint.publish import discard, leftovers, publish, working_name
+from launch.checkpoint.publish import discard, leftovers, made_for, publish, working_name
 from launch.exporting.card import fim_rate, model_card
 from launch.exporting.formats import CODE
 
@@ -61,10 +64,26 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "this folder may not be written to", os.fspath(folder))
 
 
+@contextmanager
+def holding(output: Path) -> Iterator[None]:
+    """Keep other exports from writing `output` meanwhile, by a lock beside it. Raises UserError while one does."""
+    output = output.absolute()
+    lock = FolderLock(output.parent, f".{output.name}.lock")
+    try:
+        lock.take()  # a file system without locks keeps nobody out
+    except LockHeld as found:
+        raise UserError(f"another export writes {output} ({found.holder}); wait for it, or name another --output") from None
+    try:
+        yield
+    finally:
+        (lock.folder / lock.name).unlink(missing_ok=True)
+        lock.release()
+
+
 def write(model: PreTrainedModel, checkpoint: Path, output: Path, *, max_shard_size: str) -> None:
     """Write, read back, compare, publish. A failure or a crash leaves no half an export under `output`'s name.
 
-    Raises UserError where the disk is too full or a write fails.
+    The caller is `holding` it. Raises UserError where the disk is too full or a write fails.
     """
     from safetensors import SafetensorError
 
@@ -77,7 +96,12 @@ def write(model: PreTrainedModel, checkpoint: Path, output: Path, *, max_shard_s
         for file in temporary.iterdir():  # safetensors writes for its owner's eyes alone
             shutil.copymode(checkpoint / "state.json", file)
         step = int(checkpoint.name.removeprefix("step_"))
-        about = {"kind": KIND, "checkpoint": str(checkpoint.resolve()), "step": step, "fim_rate": fim_rate(checkpoint)}
+        about = {
+            "kind": KIND,
+            "checkpoint": f"{run_of(checkpoint).name}/{checkpoint.name}",
+            "step": step,
+            "fim_rate": fim_rate(checkpoint),
+        }
         manifest.write_manifest(temporary, manifest.record_all(temporary), **about)
         publish(temporary, place)
     except BaseException as error:
@@ -91,7 +115,7 @@ def _make_room(model: PreTrainedModel, output: Path) -> None:
     """Clear what dead exports of this name left. Raises UserError where the disk is too small."""
     output.parent.mkdir(parents=True, exist_ok=True)
     for dead in leftovers(output.parent):
-        if f"-{output.name}-" in dead.name:
+        if made_for(dead.name) == output.absolute().name:
             discard(dead)
     needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(output.parent).free
     if needed > free:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from data.cli import UserError
+from launch.checkpoint.publish import working_name
+from launch.export import main
 from launch.exporting import folder
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import model_config, weights
@@ -81,3 +83,61 @@ def test_a_size_that_is_none_is_said_before_anything_is_read(size: str) -> None:
     with pytest.raises(UserError, match=r"--max_shard_size .* must be a size such as 5GB"):
         folder.check_shard_size(size)
     folder.check_shard_size("500MB")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    shutil.copytree(OLD / "run", tmp_path / "run")
+    return tmp_path / "run/checkpoints/step_6"
+
+
+def export(checkpoint: Path, output: Path, *flags: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launch.export.make_quiet", lambda: None)  # it would silence the tests that follow
+        main(["--checkpoint", str(checkpoint), "--output", str(output), *flags])
+
+
+def test_a_second_export_of_one_name_is_refused_while_the_first_writes(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second deleted what the first was writing. Another name beside it is free."""
+    output, save, said = tmp_path / "out" / "hf", folder._save, []
+
+    def save_with_another_beside(model: Any, checkpoint: Path, working: Path, max_shard_size: str) -> None:
+        monkeypatch.setattr(folder, "_save", save)
+        with pytest.raises(UserError, match=rf"another export writes {output} \(process \d+ on .*\); wait for it") as refused:
+            export(checkpoint, output)
+        said.append(str(refused.value))
+        working.mkdir()
+        export(checkpoint, output.with_name("f"))
+        save(model, checkpoint, working, max_shard_size)
+
+    monkeypatch.setattr(folder, "_save", save_with_another_beside)
+    export(checkpoint, output)
+    assert said and sorted(path.name for path in output.parent.iterdir()) == ["f", "hf"]
+    export(checkpoint, output)
+
+
+def test_what_another_name_is_written_under_is_no_leftover(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "hf"
+    output.parent.mkdir()
+    living = [working_name(output.with_name(name), "tmp") for name in ("run-hf-final", "hf-final", "a-hf", ".hf")]
+    dead = [working_name(output, kind) for kind in ("tmp", "trash", "replaced")]
+    dead.append(working_name(dead[0], "trash"))
+    for path in (*living, *dead):
+        path.mkdir()
+    export(checkpoint, output)
+    assert set(output.parent.iterdir()) == {output, *living}
+
+
+def test_no_path_of_this_machine_is_in_an_export(checkpoint: Path, tmp_path: Path) -> None:
+    """It may be uploaded, and paths name users and employers."""
+    run = checkpoint.parents[1]
+    about = json.loads((run / "config.json").read_text())
+    about["command"] = [str(tmp_path / "train.py"), "--data", str(tmp_path / "python")]
+    (run / "config.json").write_text(json.dumps(about))
+    export(checkpoint, tmp_path / "hf")
+    files = [path for path in (tmp_path / "hf").iterdir() if path.suffix != ".safetensors"]
+    assert [path.name for path in files if str(tmp_path) in path.read_text()] == []
+    written = json.loads((tmp_path / "hf" / "manifest.json").read_text())
+    assert (written["checkpoint"], written["step"]) == ("run/step_6", 6)
