@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import io
+import os
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from data.cli import NotFound, UserError
-from data.files import read_json
+from data.files import check_replaceable, read_json
 from data.flags import Parser
 from launch.cli import run_command
 
@@ -71,7 +74,8 @@ def answer_for_the_tokenizer(converter: ModuleType, pre_tokenizer: str) -> None:
     base = getattr(converter, "TextModel", None)
     if base is None and importlib.util.find_spec("conversion") is not None:  # since 2026 the models stand in a package beside it
         base = importlib.import_module("conversion.base").TextModel
-    if not all(hasattr(base, name) for name in ("_set_vocab_glm", "_set_vocab_gpt2", "get_vocab_base_pre")):
+    known = [hasattr(base, name) for name in ("_set_vocab_glm", "_set_vocab_gpt2", "get_vocab_base_pre")]
+    if not all(known) or not hasattr(converter, "parse_args"):
         raise UserError(f"{converter.__file__} is another version of the converter: its TextModel has other methods")
 
     def set_plain_vocabulary(model: Any) -> None:
@@ -83,13 +87,38 @@ def answer_for_the_tokenizer(converter: ModuleType, pre_tokenizer: str) -> None:
     base._set_vocab_glm, base.get_vocab_base_pre = set_plain_vocabulary, name_of_the_rule  # type: ignore[union-attr]
 
 
+def check_outtype(converter: ModuleType, outtype: str) -> None:
+    """Raises UserError with the converter's own words; left to itself it prints a page that names its flags, not ours."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            converter.parse_args()
+    except SystemExit as refused:
+        reason = " ".join(said.getvalue().rpartition("error: ")[2].split())
+        raise UserError(f"--outtype {outtype} is refused by the converter: {reason}") from refused
+
+
+def convert(converter: ModuleType, output: Path) -> None:
+    """Under a hidden name, of which the converter is told, until it is whole."""
+    plain = output.name.replace("{", "").replace("}", "")  # the converter fills in what stands in braces
+    temporary = output.with_name(f".{plain}.tmp")
+    sys.argv += ["--outfile", str(temporary)]
+    try:
+        converter.main()
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     check_model(arguments.model)
+    check_replaceable(arguments.output)
     converter = load_converter(arguments.converter)
     answer_for_the_tokenizer(converter, arguments.pre_tokenizer)
-    sys.argv = [str(arguments.converter), str(arguments.model), "--outfile", str(arguments.output), "--outtype", arguments.outtype]
-    converter.main()
+    sys.argv = [str(arguments.converter), str(arguments.model), "--outtype", arguments.outtype]
+    check_outtype(converter, arguments.outtype)
+    convert(converter, arguments.output)
     return 0
 
 
