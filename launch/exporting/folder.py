@@ -123,12 +123,14 @@ def _make_room(model: PreTrainedModel, output: Path) -> None:
 
 
 def _save(model: PreTrainedModel, checkpoint: Path, folder: Path, max_shard_size: str) -> None:
+    folder.mkdir(exist_ok=True)
+    _copy_tokenizer(checkpoint, folder)
+    _name_tokens(model, folder)
     set_generation(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if model.config.model_type == "moe_gpt":
         for name in CODE:
             shutil.copyfile(HUB / name, folder / name)
-    _copy_tokenizer(checkpoint, folder)
     (folder / "README.md").write_text(model_card(model, checkpoint), encoding="utf-8")
 
 
@@ -136,17 +138,33 @@ def set_generation(model: PreTrainedModel) -> None:
     """What `generate` and servers take where a caller says nothing: launch/generate.py's own defaults."""
     from transformers import GenerationConfig
 
-    end = model.config.eos_token_id
-    first = end[0] if isinstance(end, list) else end
+    config = model.config
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.2,
         top_p=0.95,
         top_k=0,
-        eos_token_id=end,
-        pad_token_id=first,
-        bos_token_id=model.config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=end if config.pad_token_id is None else config.pad_token_id,
+        bos_token_id=config.bos_token_id,
     )
+
+
+def _name_tokens(model: PreTrainedModel, folder: Path) -> None:
+    """Give the configuration the tokenizer's beginning and padding: where files of a folder disagree, transformers' Trainer warns.
+
+    A padding that is the end of text as well stays out of it: transformers' embedding keeps the gradient from that row.
+    """
+    if not (folder / TOKENIZER).is_file() or not (folder / CONFIG).is_file():
+        return
+    settings, end = read_json(folder / CONFIG), model.config.eos_token_id
+    tokenizer = tokenizers.library_tokenizer(str(folder / TOKENIZER), (folder / TOKENIZER).read_text(encoding="utf-8"))
+    for name in ("bos_token", "pad_token"):
+        token = settings.get(name)
+        number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if number is not None and (name == "bos_token" or number not in (end if isinstance(end, list) else [end])):
+            setattr(model.config, f"{name}_id", number)
 
 
 def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import align_special_tokens
 
 from data.cli import UserError
+from data.tokens import tokenizer as tokenizers
+from data.tokens.folder import TokenizerFiles
 from launch.checkpoint.publish import working_name
 from launch.export import main
 from launch.exporting import folder
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import model_config, weights
+from model import MoEGPTConfig, MoEGPTForCausalLM
 
 OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 WEIGHT, BIAS = "model.layers.1.mlp.experts.down_proj", "model.layers.0.mlp.gate.e_score_correction_bias"
@@ -48,7 +53,7 @@ def test_one_number_that_reads_otherwise_leaves_no_export(
         assert (output / "manifest.json").is_file()
         drawn = json.loads((output / "generation_config.json").read_text())
         end = model.config.eos_token_id
-        expected = {"temperature": 0.2, "top_p": 0.95, "top_k": 0, "eos_token_id": end, "pad_token_id": end, "do_sample": True}
+        expected = {"temperature": 0.2, "top_p": 0.95, "top_k": 0, "eos_token_id": end, "pad_token_id": 4, "do_sample": True}
         assert drawn.items() >= expected.items() and end is not None
         return
     with pytest.raises(UserError, match=rf"{name} reads back otherwise than it was written"):
@@ -128,6 +133,40 @@ def test_what_another_name_is_written_under_is_no_leftover(checkpoint: Path, tmp
         path.mkdir()
     export(checkpoint, output)
     assert set(output.parent.iterdir()) == {output, *living}
+
+
+@pytest.mark.parametrize(("kind", "padding"), [("moe_gpt", True), ("moe_gpt", False), ("glm4_moe", True)])
+def test_special_tokens_are_the_same_in_all_files(
+    kind: str, padding: bool, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else transformers' Trainer warns and writes others back, and `generate` takes no mask from a batch that is padded.
+
+    A padding that is the end of text stays out of the configuration, by which Glm4Moe's embedding would not train that row.
+    """
+    write_tokenizer(checkpoint.parents[1] / "tokenizer", padding)
+    fields = {} if kind == "moe_gpt" else {"attention_sinks": False}
+    trained = MoEGPTForCausalLM(MoEGPTConfig.from_dict({**model_config(checkpoint).to_dict(), **fields}))
+    model = build(exported_config(trained.config, kind), trained.state_dict().items(), "float32")
+    folder.write(model, checkpoint, tmp_path / "hf", max_shard_size="1GB")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert ids == (0, 0, 4 if padding else 0)
+    for settings in (read.config, read.generation_config):
+        found = (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id)
+        assert found == ids or (settings is read.config and not padding and found == (0, 0, None))
+    assert read.get_input_embeddings().padding_idx == (4 if kind == "glm4_moe" else None)
+    if padding:
+        logging.getLogger("transformers").addHandler(caplog.handler)
+        align_special_tokens(read, tokenizer)
+        assert not caplog.records
+
+
+def write_tokenizer(folder: Path, padding: bool) -> None:
+    text = tokenizers.train(["def f(x): return x\n"], 320)
+    if not padding:  # as of others, which have no tokens for filling in
+        text = text.replace("<fim_pad>", "<other>")
+    tokenizers.save(folder, text, tokenizers.facts("t", TokenizerFiles(text, None, "")))
 
 
 def test_no_path_of_this_machine_is_in_an_export(checkpoint: Path, tmp_path: Path) -> None:
