@@ -57,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = source.find_checkpoint(arguments.checkpoint, arguments.tag)
     folder.check_output(arguments.output)
     folder.check_shard_size(arguments.max_shard_size)
-    config = formats.exported_config(source.model_config(checkpoint), arguments.format)
+    trained = source.model_config(checkpoint)
+    config = formats.exported_config(trained, arguments.format)
+    if arguments.format == "moe_gpt" and formats.fits_glm4_moe(trained):
+        print("this model has no sinks: --format glm4_moe needs no code beside the weights, and its attention takes sdpa")
     with folder.holding(arguments.output):
         say(f"verifying {checkpoint} ...", stdout)
         source.verify(checkpoint)

@@ -38,6 +38,17 @@ def exported_config(config: MoEGPTConfig, format: str) -> PreTrainedConfig:
         raise UserError(f"--format {format}: {error}; use moe_gpt") from None
 
 
+def fits_glm4_moe(config: MoEGPTConfig) -> bool:
+    """Whether `exported_config` takes it as that."""
+    from model.glm4_moe import to_glm4_moe
+
+    try:
+        to_glm4_moe(config)
+    except ValueError:
+        return False
+    return True
+
+
 def _hub_config(config: MoEGPTConfig) -> PreTrainedConfig:
     """All fields of ours, those of training as well, so that training can be taken up again from the folder."""
     from launch.exporting.hub.configuration_moe_gpt import MoEGPTConfig as HubConfig

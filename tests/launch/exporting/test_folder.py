@@ -19,7 +19,7 @@ from data.tokens import tokenizer as tokenizers
 from data.tokens.folder import TokenizerFiles
 from launch.checkpoint.publish import working_name
 from launch.export import main
-from launch.exporting import folder
+from launch.exporting import folder, formats
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import model_config, weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -160,6 +160,20 @@ def test_special_tokens_are_the_same_in_all_files(
         logging.getLogger("transformers").addHandler(caplog.handler)
         align_special_tokens(read, tokenizer)
         assert not caplog.records
+
+
+def test_a_model_without_sinks_is_told_of_the_other_format(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose attention takes sdpa; moe_gpt's is eager whether a model has sinks or not."""
+    tiny = [MoEGPTConfig.preset("tiny", attention_sinks=sinks) for sinks in (True, False)]
+    softmax = MoEGPTConfig.preset("tiny", attention_sinks=False, scoring_func="softmax")
+    assert [formats.fits_glm4_moe(config) for config in (*tiny, softmax)] == [False, True, False]
+    export(checkpoint, tmp_path / "hf")
+    assert "--format glm4_moe" not in capsys.readouterr().out
+    monkeypatch.setattr(formats, "fits_glm4_moe", lambda config: True)
+    export(checkpoint, tmp_path / "hf")
+    assert "this model has no sinks: --format glm4_moe needs no code" in capsys.readouterr().out
 
 
 def write_tokenizer(folder: Path, padding: bool) -> None:
