@@ -15,6 +15,7 @@ from launch.checkpoint.folder import run_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Judged = dict[int, dict[str, Any]]  # a row of the metrics by its step
 #: A run of a million steps logs some 500 MB at most.
 METRICS_BYTES = 1 << 30
 TITLE = "# A Mixture-of-Experts code model"
@@ -42,7 +43,7 @@ def model_card(model: PreTrainedModel, checkpoint: Path) -> str:
         TITLE,
         size(model),
         lengths(model.config, state),
-        "## Training\n\n" + "\n".join(f"- {line}" for line in training_lines(run, state, logged_rows(checkpoint, state))),
+        "## Training\n\n" + "\n".join(f"- {line}" for line in training_lines(run, state, *logged(checkpoint, state))),
         "## Data\n\n" + "\n".join(f"- {line}" for line in data_lines(run)),
         f"## Intended use\n\n{intended(fim_rate(checkpoint))}",
         f"## Limits\n\n{LIMITS}",
@@ -68,16 +69,15 @@ def lengths(config: Any, state: dict[str, Any]) -> str:
     trained, rope = _object(state, "identity").get("sequence_length"), config.rope_parameters or {}
     reach = f"positions up to {config.max_position_embeddings:,}"
     if rope.get("factor", 1.0) != 1.0:
-        reach += (
-            f" ({rope.get('rope_type')}, factor {rope['factor']:g}, from {_number(rope.get('original_max_position_embeddings'))})"
-        )
+        before = _number(rope.get("original_max_position_embeddings"))
+        reach += f" ({rope.get('rope_type')}, factor {rope['factor']:g}, from {before})"
     return f"Trained on sequences of {_number(trained)} tokens; {reach}." if trained else f"{reach.capitalize()}."
 
 
-def training_lines(run: dict[str, Any], state: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{state.get('step', 0):,} steps, {state.get('tokens', 0):,} tokens", *validation_lines(run, state, rows)]
-    if losses := [row["loss"] for row in rows if _is_number(row.get("loss"))]:
-        lines.append(f"training loss at the last logged step {losses[-1]:.4f}")
+def training_lines(run: dict[str, Any], state: dict[str, Any], judged: Judged, loss: float | None) -> list[str]:
+    lines = [f"{state.get('step', 0):,} steps, {state.get('tokens', 0):,} tokens", *validation_lines(run, state, judged)]
+    if loss is not None:
+        lines.append(f"training loss at the last logged step {loss:.4f}")
     if versions := _object(run, "versions"):
         lines.append("made with " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     if run.get("git_commit"):
@@ -87,10 +87,9 @@ def training_lines(run: dict[str, Any], state: dict[str, Any], rows: list[dict[s
     return lines
 
 
-def validation_lines(run: dict[str, Any], state: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+def validation_lines(run: dict[str, Any], state: dict[str, Any], judged: Judged) -> list[str]:
     """This checkpoint's loss with all that repeats it, and the run's best up to then where that is another step's."""
     step, best, lines = state.get("step", 0), state.get("best_loss"), []
-    judged = {row.get("step"): row for row in rows if _is_number(row.get("val_loss"))}
     if (mine := judged.get(step)) is not None:
         bits = mine.get("val_bits_per_byte")
         per_byte = f", {bits:.4f} bits per byte" if _is_number(bits) else ""
@@ -111,13 +110,22 @@ def _judged_on(run: dict[str, Any]) -> str:
     return f", on the validation split's first {min(batches * batch, samples):,} samples of {length:,} tokens"  # type: ignore[operator]
 
 
-def logged_rows(checkpoint: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the run's metrics up to the checkpoint's step; what is no row, or half of one, is passed over."""
+def logged(checkpoint: Path, state: dict[str, Any]) -> tuple[Judged, float | None]:
+    """Of the run's metrics up to the checkpoint's step: evaluations, and the last training loss. Half a row is passed over."""
+    judged, loss = Judged(), None
     try:
         lines = small_file(run_of(checkpoint) / "metrics.jsonl", METRICS_BYTES).splitlines()
     except OSError:
-        return []
-    return [row for line in lines if (row := _row(line)) and row["step"] <= state.get("step", 0)]
+        return judged, loss
+    for line in lines:
+        row = _row(line)
+        if row is None or row["step"] > state.get("step", 0):
+            continue
+        if _is_number(row.get("val_loss")):
+            judged[row["step"]] = row
+        if _is_number(row.get("loss")):
+            loss = row["loss"]
+    return judged, loss
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -131,10 +139,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def data_lines(run: dict[str, Any]) -> list[str]:
     """Where the shards' folders are still there, their manifests say how many documents, under which licenses."""
     sources = _object(run, "sources")
-    names, tokens = _list(sources, "sources"), _list(sources, "tokens")
-    lines = [f"{without_folders(str(name))}: {_number(count)} tokens" for name, count in zip(names, tokens, strict=False)] or [
-        "not recorded"
-    ]
+    names = [without_folders(str(name)) for name in _list(sources, "sources")]
+    counts = zip(names, _list(sources, "tokens"), strict=False)
+    lines = [f"{name}: {_number(count)} tokens" for name, count in counts] or ["not recorded"]
     if sources.get("fingerprint"):
         lines.append(f"fingerprint {sources['fingerprint']}")
     for folder, manifest in shard_manifests(run):
