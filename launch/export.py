@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,6 +20,9 @@ from data.cli import say, stdout
 from data.flags import Parser
 from launch.cli import make_quiet, run_command
 from launch.exporting import folder, formats, hub_upload, source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DTYPES = ("bfloat16", "float32")
 EXAMPLES = """
@@ -57,22 +61,28 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = source.find_checkpoint(arguments.checkpoint, arguments.tag)
     folder.check_output(arguments.output)
     folder.check_shard_size(arguments.max_shard_size)
-    trained = source.model_config(checkpoint)
+    with source.reading(checkpoint):
+        trained = source.model_config(checkpoint)
     config = formats.exported_config(trained, arguments.format)
     if arguments.format == "moe_gpt" and formats.fits_glm4_moe(trained):
-        print("this model has no sinks: --format glm4_moe needs no code beside the weights, and its attention takes sdpa")
+        say("this model has no sinks: --format glm4_moe needs no code beside the weights, and its attention takes sdpa", stdout)
     with folder.holding(arguments.output):
-        say(f"verifying {checkpoint} ...", stdout)
-        source.verify(checkpoint)
-        say("reading the weights ...", stdout)
-        model = formats.build(config, source.weights(checkpoint), arguments.dtype)
-        say(f"writing {arguments.output} ...", stdout)
-        folder.write(model, checkpoint, arguments.output, max_shard_size=arguments.max_shard_size)
-        count = sum(p.numel() for p in model.parameters())
-        say(f"exported {checkpoint.name} as {arguments.format} in {arguments.dtype}: {count:,} parameters", stdout)
+        with source.reading(checkpoint):
+            write_export(checkpoint, config, arguments)
         if arguments.push_to_hub:
             say(f"uploaded to {hub_upload.upload(arguments.output, arguments.push_to_hub)}", stdout)
     return 0
+
+
+def write_export(checkpoint: Path, config: PreTrainedConfig, arguments: argparse.Namespace) -> None:
+    say(f"verifying {checkpoint} ...", stdout)
+    source.verify(checkpoint)
+    say("reading the weights ...", stdout)
+    model = formats.build(config, source.weights(checkpoint), arguments.dtype)
+    say(f"writing {arguments.output} ...", stdout)
+    folder.write(model, checkpoint, arguments.output, max_shard_size=arguments.max_shard_size)
+    count = sum(p.numel() for p in model.parameters())
+    say(f"exported {checkpoint.name} as {arguments.format} in {arguments.dtype}: {count:,} parameters", stdout)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,18 @@ def find_checkpoint(path: Path, tag: str) -> Path:
     else:
         there = "is it a run's folder?"
     raise NotFound(f"--checkpoint {path} has no checkpoint {named!r}: {there}")
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Whatever fails once the checkpoint is gone failed by that: a run that goes on deletes its old ones. Raises NotFound."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint.is_dir():
+            raise
+        why = "its run goes on and keeps the newest alone (--keep_last)"
+        raise NotFound(f"{checkpoint} was deleted while it was read: {why}; run the same command again") from error
 
 
 def verify(checkpoint: Path) -> None:

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import align_special_tokens
 
-from data.cli import UserError
+from data.cli import NotFound, UserError
 from data.tokens import tokenizer as tokenizers
 from data.tokens.folder import TokenizerFiles
-from launch.checkpoint.publish import working_name
+from launch.checkpoint.publish import discard, working_name
 from launch.export import main
-from launch.exporting import folder, formats
+from launch.exporting import folder, formats, source
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import model_config, weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -160,6 +160,24 @@ def test_special_tokens_are_the_same_in_all_files(
         logging.getLogger("transformers").addHandler(caplog.handler)
         align_special_tokens(read, tokenizer)
         assert not caplog.records
+
+
+@pytest.mark.parametrize("step", ["source.verify", "source.weights", "folder._compare"])
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_one_sentence(
+    step: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export while training goes on; it was said to be damaged, or a file to be missing."""
+    module = {"source": source, "folder": folder}[step.partition(".")[0]]
+    work = getattr(module, step.partition(".")[2])
+
+    def deleted_before(*given: Any) -> Any:
+        discard(checkpoint)
+        return work(*given)
+
+    monkeypatch.setattr(module, step.partition(".")[2], deleted_before)
+    with pytest.raises(NotFound, match=r"step_6 was deleted while it was read: its run goes on .* run the same command again"):
+        export(checkpoint, tmp_path / "out" / "hf")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_model_without_sinks_is_told_of_the_other_format(
