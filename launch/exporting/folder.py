@@ -67,8 +67,8 @@ def check_writable(folder: Path) -> None:
 @contextmanager
 def holding(output: Path) -> Iterator[None]:
     """Keep other exports from writing `output` meanwhile, by a lock beside it. Raises UserError while one does."""
-    output = output.absolute()
-    lock = FolderLock(output.parent, f".{output.name}.lock")
+    place = place_of(output)
+    lock = FolderLock(place.parent, f".{place.name}.lock")
     try:
         lock.take()  # a file system without locks keeps nobody out
     except LockHeld as found:
@@ -115,7 +115,7 @@ def _make_room(model: PreTrainedModel, output: Path) -> None:
     """Clear what dead exports of this name left. Raises UserError where the disk is too small."""
     output.parent.mkdir(parents=True, exist_ok=True)
     for dead in leftovers(output.parent):
-        if made_for(dead.name) == output.absolute().name:
+        if made_for(dead.name) == output.name:
             discard(dead)
     needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(output.parent).free
     if needed > free:
