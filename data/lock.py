@@ -74,10 +74,10 @@ class FolderLock:
             self._file = None
 
 
-def try_lock(file: IO[Any]) -> bool:
+def try_lock(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool:
     """Hold an open file by the kernel's lock; False where the file system has none. Raises BlockingIOError if another holds it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise BlockingIOError(*error.args) from None
     except OSError:
@@ -103,6 +103,29 @@ def take_folder(folder: Path, who: str, *, flag: str = "--output") -> FolderLock
     except LockHeld as held:
         raise UserError(f"{folder} is in use by another {who} ({held.holder}); end it or name another {flag}") from None
     return lock
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a process holds the folder; None where that cannot be told: no lock that may be read, or one of another host.
+
+    Who asks holds a shared lock for some microseconds, so readers do not see each other; only what starts in just these would."""
+    try:
+        file = open(folder / FolderLock.NAME, encoding="utf-8", errors="replace", opener=_readers)  # noqa: SIM115 - below
+    except OSError:
+        return None
+    with file:
+        try:
+            if not try_lock(file, fcntl.LOCK_SH):
+                return None
+        except BlockingIOError:
+            return True
+        holder = file.read(200)
+    # That nobody has it is sure only on the host that took it: many a shared file system keeps locks for each host by itself.
+    return False if holder.startswith(WHO) and holder.endswith(f" on {socket.gethostname()}") else None
+
+
+def _readers(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()

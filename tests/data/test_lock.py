@@ -16,7 +16,7 @@ from data_helpers import ROOT, environment
 
 from data import lock
 from data.cli import UserError, as_user_error
-from data.lock import FolderLock, LockHeld, take_folder
+from data.lock import FolderLock, LockHeld, is_held, take_folder
 
 HOLD = """
 import sys
@@ -50,6 +50,21 @@ def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path: Path) -> None
     first.release()
     assert second.take()
     second.release()
+
+
+def test_whether_a_folder_is_held_is_told_without_taking_it(tmp_path: Path) -> None:
+    path, taken = tmp_path / ".lock", FolderLock(tmp_path)
+    assert is_held(tmp_path) is None
+    assert taken.take() and is_held(tmp_path) is True
+    taken.release()
+    assert is_held(tmp_path) is False and taken.take()
+    taken.release()
+    for text in ("process 4711 on another-host", "", "somebody else's"):
+        path.write_text(text)
+        assert is_held(tmp_path) is None
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert is_held(tmp_path) is None
 
 
 def test_a_lock_that_its_holder_removed_meanwhile_keeps_out_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
