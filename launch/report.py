@@ -18,11 +18,12 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
 from data.cli import UserError, printable, say, stdout
 from data.files import check_replaceable, replace_file
 from data.flags import Parser
+from data.lock import FolderLock
 from launch.cli import run_command
 from launch.reporting.evaluations import find_evaluations, read_evaluation
 from launch.reporting.page import build_page
 from launch.reporting.read import Run, read_run
-from launch.reporting.summary import QUIET_SECONDS, goes_on
+from launch.reporting.summary import goes_on, is_running
 
 EXAMPLES = """
 python launch/report.py runs/first
@@ -88,8 +89,8 @@ def wait_for_rows(folders: list[Path]) -> None:
 
 
 def _is_starting(folder: Path) -> bool:
-    lock = folder / ".lock"
-    return not (folder / "metrics.jsonl").exists() and lock.exists() and time.time() - lock.stat().st_mtime < QUIET_SECONDS
+    lock = folder / FolderLock.NAME
+    return not (folder / "metrics.jsonl").exists() and lock.exists() and is_running(folder, time.time() - lock.stat().st_mtime)
 
 
 def main() -> int:
@@ -103,13 +104,20 @@ def main() -> int:
         wait_for_rows(arguments.runs)
     runs = write_report(arguments, output)
     say(f"wrote {output} ({output.stat().st_size / 1000:,.0f} KB); open it in a browser", stdout)
-    while arguments.follow and any(map(goes_on, runs)):
-        time.sleep(arguments.seconds)
-        runs = write_report(arguments, output)
     if arguments.follow:
-        arguments.follow = False  # the last page does not load itself any more
-        write_report(arguments, output)
+        follow(arguments, output, runs)
     return 0
+
+
+def follow(arguments: argparse.Namespace, output: Path, runs: list[Run]) -> None:
+    """Until no run goes on, or Ctrl-C: either way the last page does not load itself any more."""
+    try:
+        while any(map(goes_on, runs)):
+            time.sleep(arguments.seconds)
+            runs = write_report(arguments, output)
+    finally:
+        arguments.follow = False
+        write_report(arguments, output)
 
 
 if __name__ == "__main__":

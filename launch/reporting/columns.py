@@ -22,11 +22,13 @@ Row = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Columns:
-    """The logged steps in order, each once: one number a step in `scalars` `[N]`, one a layer and step in `layers` `[N, Y]`."""
+    """The logged steps in order, each once: one number a step in `scalars` `[N]`, one a layer and step in `layers` `[N, Y]`.
+    `skipped` `[N]`: the step was not taken."""
 
     steps: NDArray[np.int64]
     scalars: dict[str, Floats]
     layers: dict[str, Floats]
+    skipped: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -41,6 +43,7 @@ class Columns:
             steps=self.steps[keep],
             scalars={name: column[keep] for name, column in self.scalars.items()},
             layers={name: column[keep] for name, column in self.layers.items()},
+            skipped=self.skipped[keep],
         )
 
 
@@ -66,7 +69,8 @@ def to_columns(rows: list[Row]) -> Columns:
     names = [k for k, v in keys.items() if not isinstance(v, (list, str, dict)) or k in ("loss", "grad_norm")]
     scalars = {name: np.array([to_number(row.get(name)) for row in rows], np.float64) for name in names}
     layers = {name: _per_layer(rows, name, len(v)) for name, v in keys.items() if _is_per_layer(name, v)}
-    return Columns(steps=np.array([row["step"] for row in rows], np.int64), scalars=scalars, layers=layers)
+    steps, skipped = np.array([row["step"] for row in rows], np.int64), np.array(["skipped" in row for row in rows], np.bool_)
+    return Columns(steps=steps, scalars=scalars, layers=layers, skipped=skipped)
 
 
 def _is_per_layer(name: str, value: Any) -> bool:
@@ -85,7 +89,7 @@ def _per_layer(rows: list[Row], name: str, width: int) -> Floats:
 def join(blocks: list[Columns]) -> Columns:
     """One after the other; a column that a block lacks is NaN there."""
     if not blocks:
-        return Columns(steps=np.zeros(0, np.int64), scalars={}, layers={})
+        return Columns(steps=np.zeros(0, np.int64), scalars={}, layers={}, skipped=np.zeros(0, np.bool_))
     scalar_names = list(dict.fromkeys(name for block in blocks for name in block.scalars))[:MOST_NAMES]
     widths = {name: column.shape[1] for block in blocks for name, column in block.layers.items()}
     layers = {}
@@ -98,4 +102,5 @@ def join(blocks: list[Columns]) -> Columns:
         steps=np.concatenate([block.steps for block in blocks]),
         scalars={name: np.concatenate([block.get(name) for block in blocks]) for name in scalar_names},
         layers=layers,
+        skipped=np.concatenate([block.skipped for block in blocks]),
     )

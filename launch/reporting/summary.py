@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from data.files import lookup
+from data.lock import is_held
 from data.words import duration
 from launch.reporting.checks import is_finite
 from launch.reporting.columns import Floats
@@ -16,7 +18,7 @@ from launch.reporting.curves import per_layer_columns, training_hours
 from launch.reporting.read import Run
 
 RECENT = 20
-QUIET_SECONDS = 15 * 60  # without a new line a run that is not at its end is no longer said to run
+QUIET_SECONDS = 15 * 60  # without a new line a run is no longer said to run, where its lock cannot tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +58,22 @@ def state_of(run: Run) -> tuple[str, str]:
     """(a word for its color, the state in words)"""
     if _is_through(run):
         return "good", "finished"
-    if (quiet := _quiet_seconds(run)) > QUIET_SECONDS:
+    quiet = _quiet_seconds(run)
+    if not is_running(run.folder, quiet):
         return "bad", f"not running: nothing new for {duration(quiet)}"
-    return "note", "running"
+    return "note", "running" + (f", nothing new for {duration(quiet)}" if quiet > QUIET_SECONDS else "")
+
+
+def is_running(folder: Path, quiet: float) -> bool:
+    """By the lock that training holds; where that cannot be told, by the seconds without a sign of life."""
+    held = is_held(folder)
+    return quiet <= QUIET_SECONDS if held is None else held
 
 
 def goes_on(run: Run) -> bool:
     """Whether more is to come. After the last step there is an evaluation, then a checkpoint: its row is a run's last."""
     saved = any(mark.kind in {"checkpoint", "save_failed"} and mark.step >= run.last_step for mark in run.marks)
-    return _quiet_seconds(run) <= QUIET_SECONDS and not (_is_through(run) and saved)
+    return is_running(run.folder, _quiet_seconds(run)) and not (_is_through(run) and saved)
 
 
 def recent(column: Floats) -> float:
@@ -86,21 +95,22 @@ def best_evaluation(run: Run) -> tuple[int, float, float]:
 def figures_of(run: Run) -> list[Figure]:
     """For the tiles of one run, and for the columns of a table of runs."""
     train, planned = run.train, planned_steps(run)
+    taken = train.where(~train.skipped)
     hours = training_hours(train)
     speed, mfu = recent(train.get("tokens_per_second")), recent(train.get("mfu"))
     tokens = float(train.get("tokens")[-1]) if len(train) else math.nan
     at, best, bits = best_evaluation(run)
     return [
         Figure(label="Step", value=f"{run.last_step:,}", sub=f"of {planned:,}" if planned else ""),
-        Figure(label="Loss", value=brief(recent(train.get("loss")), 4), sub=f"last {RECENT} lines"),
+        Figure(label="Loss", value=brief(recent(taken.get("loss")), 4), sub=f"last {RECENT} lines"),
         Figure(
             label="Best validation", value=brief(best, 4), sub=f"at step {at:,}" if math.isfinite(best) else "no evaluation yet"
         ),
         Figure(label="Bits per byte", value=brief(bits, 4), sub="at the same step"),
         Figure(label="Tokens", value=brief(tokens), sub=f"{duration(3600 * float(hours[-1]))} of steps" if len(hours) else ""),
-        Figure(label="Tokens/s", value=brief(speed), sub=f"MFU {mfu:.1%}" if math.isfinite(mfu) else "GPU unknown"),
+        Figure(label="Tokens/s", value=brief(speed), sub=f"MFU {mfu:.1%}" if math.isfinite(mfu) else ""),
         _imbalance(run),
-        Figure(label="Time left", value=_time_left(run, planned, tokens, speed), sub="at this speed"),
+        _time_left(run, planned, tokens, speed),
     ]
 
 
@@ -114,7 +124,13 @@ def _imbalance(run: Run) -> Figure:
     return Figure(label="Worst max_vio", value=brief(float(late_Y[layer]), 2), sub=f"in layer {layer}")
 
 
-def _time_left(run: Run, planned: int, tokens: float, speed: float) -> str:
-    if not planned or not run.last_step or not math.isfinite(tokens / (speed or math.nan)):
-        return "–"
-    return "none" if run.last_step >= planned else duration(tokens / run.last_step * (planned - run.last_step) / speed)
+def _time_left(run: Run, planned: int, tokens: float, speed: float) -> Figure:
+    """Of a run that goes on."""
+    value, sub = "–", "at this speed"
+    if _is_through(run):
+        value = "none"
+    elif not is_running(run.folder, _quiet_seconds(run)):
+        sub = "it does not run"
+    elif planned and run.last_step and math.isfinite(tokens / (speed or math.nan)):
+        value = duration(tokens / run.last_step * (planned - run.last_step) / speed)
+    return Figure(label="Time left", value=value, sub=sub)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from made_up_runs import CONFIG, Row, healthy_rows, write_run
 from support import ROOT
+
+from data.lock import FolderLock
 
 STEPS = 100_000
 
@@ -88,6 +91,28 @@ def test_follow_writes_anew_until_the_run_is_done(tmp_path: Path) -> None:
         assert follower.wait(timeout=60) == 0
     text = page.read_text()
     assert '"follow":0' in text and "finished" in text and f"{rows[-2]['val_loss']:.4f}"[:5] in text
+
+
+def test_ctrl_c_leaves_a_page_that_does_not_load_itself(tmp_path: Path) -> None:
+    arguments = {**CONFIG["arguments"], "max_steps": 2000}
+    folder = write_run(tmp_path / "run", healthy_rows(every=50), arguments=arguments)
+    command = [sys.executable, "launch/report.py", str(folder), "--follow"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None and "wrote" in follower.stdout.readline()
+        assert '"follow":30.0' in (folder / "report.html").read_text()
+        follower.send_signal(signal.SIGINT)
+        assert follower.wait(timeout=60) == 130
+    assert '"follow":0' in (folder / "report.html").read_text()
+
+
+def test_a_run_that_was_stopped_is_not_followed(tmp_path: Path) -> None:
+    arguments = {**CONFIG["arguments"], "max_steps": 2000}
+    folder = write_run(tmp_path / "run", healthy_rows(every=50), arguments=arguments)
+    lock = FolderLock(folder)
+    lock.take()
+    lock.release()
+    assert report(folder, "--follow").returncode == 0
+    assert "not running" in (folder / "report.html").read_text()
 
 
 def log(folder: Path, rows: list[Row]) -> None:
