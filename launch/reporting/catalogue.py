@@ -71,7 +71,6 @@ def describe(key: str, *, layers: bool) -> Metric:
     """The catalogue's entry; a metric that it does not know gets a chart under its own name."""
     if key.startswith(UPDATES):
         group = key.removeprefix(UPDATES).lstrip(": ")
-        title = f"Update over weights: {'experts' if group.startswith('ep_size') else group}"  # DeepSpeed's name of them
         says = "How far a step moves a group. About 1e-3 is usual."
-        return Metric(key=key, group="Learning", title=title, help=says, log=True)
+        return Metric(key=key, group="Learning", title=f"Update over weights: {group}", help=says, log=True)
     return BY_KEY.get(key) or Metric(key=key, group="More", title=key.replace("_", " "), help="", layers=layers)

@@ -37,17 +37,25 @@ def shorten(values: NDArray[Any], digits: int = 5) -> Numbers:
     return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
-def summarize(column: Floats, starts: NDArray[np.int64]) -> dict[str, Numbers]:
-    """Mean, least and greatest of each bucket, over what is finite there; only `y` where no bucket has two rows."""
+def summarize(column: Floats, starts: NDArray[np.int64], skipped: NDArray[np.bool_] | None = None) -> dict[str, Numbers]:
+    """Mean, least and greatest of each bucket, over what is finite there; only `y` where no bucket has two rows. A skipped step
+    counts for the mean only of a bucket that has no other."""
     finite = np.isfinite(column)
-    counts = np.add.reduceat(finite, starts, dtype=np.int64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.add.reduceat(np.where(finite, column, 0.0), starts) / counts
+    mean = _mean(column, finite, starts)
+    if skipped is not None and skipped.any():
+        of_taken = _mean(column, finite & ~skipped, starts)
+        mean = np.where(np.isnan(of_taken), mean, of_taken)
     if len(starts) == len(column):
         return {"y": shorten(mean)}
     least = np.minimum.reduceat(np.where(finite, column, np.inf), starts)
     greatest = np.maximum.reduceat(np.where(finite, column, -np.inf), starts)
     return {"y": shorten(mean), "lo": shorten(least), "hi": shorten(greatest)}
+
+
+def _mean(column: Floats, counted: NDArray[np.bool_], starts: NDArray[np.int64]) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean: Floats = np.add.reduceat(np.where(counted, column, 0.0), starts) / np.add.reduceat(counted, starts, dtype=np.int64)
+    return mean
 
 
 def summarize_layers(column_NY: Floats, starts: NDArray[np.int64]) -> dict[str, Numbers]:
@@ -91,9 +99,11 @@ def per_layer_columns(train: Columns) -> dict[str, Floats]:
 
 
 def curves_of(run: Run, points: int) -> dict[str, Any]:
-    """For the page: `axis` (step, tokens, hours of each point), `curves` by metric, `points` of the evaluations."""
+    """For the page: `axis` (step, tokens, hours of each point), `curves` by metric, `points` of the evaluations, and `skipped`: the
+    points without a step that was taken."""
     train = run.train
     result: dict[str, Any] = {"axis": {"step": [], "tokens": [], "hours": []}, "curves": {}, "points": _evaluations(run)}
+    result["skipped"] = []
     if not len(train):
         return result
     starts = bucket_starts(len(train), points)
@@ -103,9 +113,11 @@ def curves_of(run: Run, points: int) -> dict[str, Any]:
         "tokens": shorten(train.get("tokens")[ends], 7),
         "hours": shorten(training_hours(train)[ends]),
     }
+    taken = np.add.reduceat(~train.skipped, starts, dtype=np.int64)
+    result["skipped"] = np.flatnonzero(taken == 0).tolist()
     for name, column in train.scalars.items():
         if name not in NOT_DRAWN and np.isfinite(column).any():
-            result["curves"][name] = summarize(column, starts)
+            result["curves"][name] = summarize(column, starts, train.skipped)
     for name, column in per_layer_columns(train).items():
         if name not in NOT_DRAWN and np.isfinite(column).any():
             result["curves"][name] = summarize_layers(column, starts)
@@ -113,9 +125,9 @@ def curves_of(run: Run, points: int) -> dict[str, Any]:
 
 
 def _evaluations(run: Run) -> dict[str, dict[str, list[Any]]]:
-    """What is not measured at every logged step, by name: of evaluations and snapshots, down to POINTS of each."""
+    """What is not measured at every logged step, by name: of evaluations, snapshots and saves, down to POINTS of each."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for rows in (run.evaluations, run.snapshots):
+    for rows in (run.evaluations, run.snapshots, run.saves):
         for row in rows[:: math.ceil(len(rows) / POINTS) or 1]:
             for name, value in _numbers(row):
                 found.setdefault(name, []).append((int(row["step"]), value))
@@ -125,13 +137,18 @@ def _evaluations(run: Run) -> dict[str, dict[str, list[Any]]]:
     }
 
 
+def _group(name: str) -> str:
+    """DeepSpeed names the experts' group by the ranks they lie on, `ep_size_8`: runs on other numbers of ranks are compared too."""
+    return "experts" if name.startswith("ep_size") else name
+
+
 def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """val_*, eval/*, the median layer of a list, and the parts of `update_to_weight`; what is finite."""
-    candidates = [(name, value) for name, value in row.items() if name.startswith(("val_", "eval/"))]
+    """val_*, eval/*, save_seconds, the median layer of a list, and the parts of `update_to_weight`; what is finite."""
+    candidates = [(name, value) for name, value in row.items() if name.startswith(("val_", "eval/")) or name == "save_seconds"]
     masses = row.get("attention_sink_mass")
     if isinstance(masses, list) and masses and all(is_finite(mass) for mass in masses):
         candidates.append(("attention_sink_mass", float(np.median(masses))))
     ratios = row.get("update_to_weight")
     if isinstance(ratios, dict):
-        candidates += [(f"update_to_weight: {group}", ratio) for group, ratio in ratios.items()]
+        candidates += [(f"update_to_weight: {_group(name)}", ratio) for name, ratio in ratios.items()]
     return ((name, float(value)) for name, value in candidates if is_finite(value))

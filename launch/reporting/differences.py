@@ -22,8 +22,8 @@ def flatten(value: Any, name: str = "") -> dict[str, str]:
 
 
 def settings_that_differ(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run), for settings that are not the same everywhere."""
-    flat = [flatten(run.config) if run.config else {} for run in runs]
+    """(setting, its value in each run), for settings that are not the same everywhere. All of `runs` have a configuration."""
+    flat = [flatten(run.config) for run in runs]
     names = sorted({name for settings in flat for name in settings if not name.startswith(NOISE)})
     rows = [(name, [settings.get(name, MISSING) for settings in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
@@ -47,7 +47,7 @@ def settings_in_short(run: Run) -> list[tuple[str, str]]:
         ("Expert parallel", lookup(config, "ep_size")),
         ("ZeRO stage", lookup(config, "zero_stage")),
         ("Seed", lookup(config, "seed")),
-        ("Commit", (lookup(config, "git_commit") or "")[:12] or None),
+        ("Commit", str(lookup(config, "git_commit") or "")[:12] or None),
         ("Host", lookup(config, "host")),
     ]
     return [(name, str(value)) for name, value in pairs if value is not None]
@@ -68,6 +68,8 @@ def _experts(config: dict[str, Any]) -> str | None:
 
 
 def _balance(config: dict[str, Any]) -> str | None:
+    if not isinstance(config.get("model"), dict):
+        return None
     rate = lookup(config, "model.router_bias_rate")
     kind = lookup(config, "model.router_balance") or ("sign" if rate else "none")
     if kind not in ("sign", "proportional"):

@@ -97,7 +97,7 @@ def read_generations(path: Path) -> list[Generation]:
 def to_generation(line: str) -> Generation | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # what a model writes may be nested as deep as it likes
         return None
     if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
         return None

@@ -29,7 +29,8 @@ def collapsed_experts(run: Run) -> Iterator[Flag]:
     if dead:
         layer = int(np.argmax(unused_Y))
         count = f"{unused_Y[layer] * experts:.1f} of {experts}" if experts else f"{unused_Y[layer]:.0%}"
-        detail = f"Experts without a token in layer {some_steps(dead)}; in layer {layer} it is {count} on average lately."
+        word = "layer" if len(dead) == 1 else "layers"
+        detail = f"Experts without a token in {word} {some_steps(dead)}; in layer {layer} it is {count} on average lately."
         yield Flag(level="bad", title="Collapsed experts", detail=detail, advice=_advice(run))
         return
     vio_NY = layers.get("max_vio")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.reporting.columns import Floats
+from launch.reporting.columns import Floats, to_number
 from launch.reporting.curves import bucket_starts, per_layer_columns
 from launch.reporting.read import Run
 
@@ -52,22 +52,26 @@ def layer_map(column_NY: Floats, steps: NDArray[np.int64], cells: int) -> dict[s
 
 def expert_map(run: Run, cells: int) -> dict[str, Any] | None:
     """Load of every expert over its fair share, layers below each other, from the snapshots that training keeps."""
-    rows = [row for row in run.snapshots if _is_table(row.get("expert_load"))]
-    if not rows:
+    tables = [(row["step"], _to_table(row["expert_load"])) for row in run.snapshots if _is_table(row.get("expert_load"))]
+    if not tables:
         return None
-    shape = np.array(rows[-1]["expert_load"]).shape
-    rows = [row for row in rows if np.array(row["expert_load"]).shape == shape]
-    load_NYE = np.array([row["expert_load"] for row in rows], np.float64)
+    shape = tables[-1][1].shape
+    tables = [(step, load_YE) for step, load_YE in tables if load_YE.shape == shape]
+    load_NYE = np.array([load_YE for _, load_YE in tables])
     with np.errstate(invalid="ignore", divide="ignore"):
         share_NYE = load_NYE / load_NYE.mean(axis=2, keepdims=True)
-    flat = share_NYE.reshape(len(rows), -1)
-    steps = np.array([row["step"] for row in rows], np.int64)
+    flat = share_NYE.reshape(len(tables), -1)
+    steps = np.array([step for step, _ in tables], np.int64)
     packed = layer_map(flat, steps, cells)
     return {**packed, "experts": shape[1]} if packed else None
 
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, list) and len(row) == len(value[0]) for row in value)
+
+
+def _to_table(rows: list[list[Any]]) -> Floats:
+    return np.array([[to_number(cell) for cell in row] for row in rows])
 
 
 def heat_maps_of(run: Run, cells: int = CELLS) -> dict[str, Any]:

@@ -20,13 +20,15 @@ GAP_NATS, GAP_SHARE = 0.25, 0.15  # validation over training: at least so much, 
 def not_finite(run: Run) -> Iterator[Flag]:
     train = run.train
     steps = {mark.step for mark in run.marks if mark.kind == "skipped" and NOT_FINITE.search(mark.text)}
-    bad = ~np.isfinite(train.get("loss")) | ~np.isfinite(train.get("grad_norm")) if "grad_norm" in train.scalars else None
-    if bad is not None:
-        steps |= set(train.steps[bad].tolist())
+    finite = np.ones(len(train), np.bool_)
+    for name in ("loss", "grad_norm"):
+        if name in train.scalars:
+            finite &= np.isfinite(train.scalars[name])
+    steps |= set(train.steps[~finite].tolist())
     steps |= {int(row["step"]) for row in run.evaluations if not is_finite(row.get("val_loss"))}
     if not steps:
         return
-    lasting = bad is not None and len(bad) and bool(bad[-1])
+    lasting = not finite[-1:].all()
     yield Flag(
         level="bad" if lasting else "look",
         title="Not finite" + (", and still so" if lasting else ""),

@@ -48,6 +48,7 @@ class Run:
     evaluations: list[Row] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     snapshots: list[Row] = field(default_factory=list)
+    saves: list[Row] = field(default_factory=list)
     damaged: int = 0
 
     @property
@@ -75,6 +76,7 @@ def read_run(folder: Path) -> Run:
         evaluations=_last_of_each_step(collector.evaluations),
         marks=sorted(collector.marks, key=lambda mark: mark.step),
         snapshots=_last_of_each_step(collector.snapshots),
+        saves=_last_of_each_step(collector.saves),
         damaged=collector.damaged,
     )
 
@@ -117,6 +119,7 @@ class Collector:
     def __init__(self) -> None:
         self.evaluations: list[Row] = []
         self.snapshots: list[Row] = []
+        self.saves: list[Row] = []
         self.marks: list[Mark] = []
         self.damaged = 0
         self._blocks: list[Columns] = []
@@ -173,6 +176,7 @@ class Collector:
             self.marks.append(Mark(kind="save_failed", step=step, text=f"save failed: {row['save_failed']}"))
         elif "save_seconds" in row:
             self.marks.append(Mark(kind="checkpoint", step=step, text=f"checkpoint step_{step}"))
+            self.saves.append(row)
         elif "resumed" in row:
             self.marks.append(Mark(kind="restart", step=step, text=str(row["resumed"])))
         elif "expert_load" in row or "update_to_weight" in row or any(name.startswith("eval/") for name in row):

@@ -79,7 +79,38 @@ def test_numbers_of_evaluations_and_snapshots_are_points(tmp_path: Path) -> None
     }
     assert points["val_loss"]["y"][-1] == 2.0 and set(points) == {
         "val_loss", "val_bits_per_byte", "attention_sink_mass", "update_to_weight: decay", "eval/python_loss",
+        "save_seconds",
     }  # fmt: skip
+
+
+def test_saves_and_experts_of_any_number_of_ranks_are_points(tmp_path: Path) -> None:
+    rows = [
+        {"step": 5, "update_to_weight": {"ep_size_8": 2e-3}},
+        {"step": 10, "save_seconds": 0.5},
+        {"step": 20, "save_seconds": 0.7},
+    ]
+    points = curves_of(read_run(write_run(tmp_path / "run", rows)), 50)["points"]
+    assert points["update_to_weight: experts"] == {"step": [5], "y": [2e-3]}
+    assert points["save_seconds"] == {"step": [10, 20], "y": [0.5, 0.7]}
+
+
+def test_a_skipped_step_is_in_the_mean_of_no_step_that_was_taken(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": float(step), "max_vio": [1.0]} for step in range(1, 7)]
+    for row in (rows[1], rows[4], rows[5]):
+        row.update(loss=100.0, skipped="a spike")
+    run = read_run(write_run(tmp_path / "run", rows))
+    found = curves_of(run, 3)
+    assert found["curves"]["loss"] == {"y": [1.0, 3.5, 100.0], "lo": [1.0, 3.0, 100.0], "hi": [100.0, 4.0, 100.0]}
+    assert found["skipped"] == [2] and curves_of(run, 6)["skipped"] == [1, 4, 5]
+
+
+def test_a_table_with_a_cell_that_is_no_number_is_still_a_map(tmp_path: Path) -> None:
+    rows = [
+        *healthy_rows(every=50),
+        *({"step": s, "expert_load": load} for s, load in ((10, [["a"]]), (20, [[1, 2], [{"a": 1}, 2]]))),
+    ]
+    found = heat_maps_of(read_run(write_run(tmp_path / "run", rows)))["expert_load"]
+    assert (found["rows"], found["columns"], found["steps"]) == (4, 1, [20])
 
 
 def test_a_cell_is_within_a_255th_of_its_number() -> None:

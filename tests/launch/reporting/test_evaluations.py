@@ -31,6 +31,14 @@ def test_other_files_are_none(tmp_path: Path, content: str) -> None:
     assert read_evaluation(path) is None
 
 
+def test_what_a_model_nested_too_deep_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text('{"pass@1": 0.5}')
+    good = json.dumps({"task_id": "T/0", "completion": "return 0"})
+    (tmp_path / "e.samples.jsonl").write_text("[" * 200_000 + f"\n{good}\n")
+    found = read_evaluation(tmp_path / "e.json")
+    assert found is not None and [generation.title for generation in found.generations] == ["T/0"]
+
+
 def test_generations_beside_a_result_one_a_problem_passed_first(tmp_path: Path) -> None:
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "evaluations" / "e.json").write_text('{"pass@1": 0.5}')

@@ -155,3 +155,8 @@ def test_flags_say_what_to_do_and_the_worst_is_first(tmp_path: Path) -> None:
 def test_without_a_configuration_the_number_of_experts_is_unknown(tmp_path: Path) -> None:
     found = titles(tmp_path / "run", healthy_rows(change=late("unused_experts", [0.0, 0.75, 0.0, 0.0])), model=None)
     assert found == {"Collapsed experts": "bad"}
+
+
+def test_a_loss_that_is_not_finite_without_any_norm(tmp_path: Path) -> None:
+    rows: list[Row] = [{"step": step, "loss": None} for step in (1, 2)]
+    assert titles(tmp_path / "run", rows) == {"Not finite, and still so": "bad"}
