@@ -20,14 +20,14 @@ from launch.reporting.sections import flags_html, header_html, sections_html, su
 
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("uPlot-1.6.32.min.css", "report.css")
-SCRIPTS = ("uPlot-1.6.32.iife.min.js", "page.js", "charts.js", "readout.js", "heat_map.js")
+SCRIPTS = ("uPlot-1.6.32.iife.min.js", "page.js", "axes.js", "charts.js", "readout.js", "heat_map.js")
 MOST_BYTES = 600_000
 LEAST_DETAIL = 0.1
 MARKS = 400  # of one kind and run
 #: Noisy from step to step, so that a smoothed curve says more than the raw one. The others are drawn as they are.
 STEADY = frozenset({"lr", "unused_experts", "bias_range", "clipped_share", "memory_gb"})
-#: Evaluations that are drawn into the chart of a metric.
-POINTS_IN = {"loss": ["val_loss"], "val_bits_per_byte": ["val_bits_per_byte"]}
+#: What is not in every row and drawn into the chart of a metric.
+POINTS_IN = {"loss": ["val_loss"], "val_bits_per_byte": ["val_bits_per_byte"], "save_seconds": ["save_seconds"]}
 
 
 def build_page(runs: list[Run], evaluations: dict[str, list[Evaluation]], *, follow: float = 0.0) -> str:

@@ -41,14 +41,14 @@ def summary_html(runs: list[Run]) -> str:
     if len(runs) == 1:
         return _progress(runs[0]) + _tiles(runs[0])
     figures = [figures_of(run) for run in runs]
-    heads = "".join(f'<th class="n">{escape(figure.label)}</th>' for figure in figures[0])
+    heads = "".join(f'<th scope="col" class="n">{escape(figure.label)}</th>' for figure in figures[0])
     rows = []
     for index, (run, row) in enumerate(zip(runs, figures, strict=True)):
         kind, state = state_of(run)
         cells = "".join(f'<td class="n">{escape(figure.value)}</td>' for figure in row)
         name = f'<td class="name">{swatch(index)}{escape(run.name)} <span class="chip {kind}">{escape(state)}</span></td>'
         rows.append(f"<tr>{name}{cells}</tr>")
-    return f'<div class="card scroll"><table class="data"><tr><th>Run</th>{heads}</tr>{"".join(rows)}</table></div>'
+    return f'<div class="card scroll"><table class="data"><tr><th scope="col">Run</th>{heads}</tr>{"".join(rows)}</table></div>'
 
 
 def _progress(run: Run) -> str:
@@ -83,7 +83,7 @@ def flags_html(flags: dict[str, list[Flag]], *, logged: bool = True) -> str:
 
 
 def _flag(flag: Flag, run: str) -> str:
-    who = f' <span class="who">{escape(run)}</span>' if run else ""
+    who = f' <span class="who">{escape(run)}:</span>' if run else ""
     return (
         f'<div class="flag {flag.level}"><b class="word">{WORDS[flag.level]}: {escape(flag.title)}.</b>{who} {escape(flag.detail)}'
         f'<div class="advice">{escape(flag.advice)}</div></div>'
@@ -97,7 +97,7 @@ def sections_html(runs: list[Run], evaluations: dict[str, list[Evaluation]]) -> 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Cells are HTML already."""
-    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="card scroll"><table class="data"><tr>{head}</tr>{body}</table></div>'
 
@@ -143,10 +143,12 @@ def code(text: str) -> str:
 def _differences(runs: list[Run]) -> str:
     if len(runs) < 2:
         return ""
-    rows = [[code(name), *(code(value) for value in values)] for name, values in settings_that_differ(runs)]
-    if not rows:
-        return "<h2>Settings that differ</h2>\n<p>None.</p>"
-    return f'<h2>Settings that differ</h2>\n<div id="differences">{_table(["Setting", *_run_heads(runs)], rows)}</div>'
+    known, without = [run for run in runs if run.config], [run.name for run in runs if not run.config]
+    heads = [head for head, run in zip(_run_heads(runs), runs, strict=True) if run.config]
+    said = f"<p>Without a config.json that can be read, and left out: {escape(', '.join(without))}.</p>" if without else ""
+    rows = [[code(name), *(code(value) for value in values)] for name, values in settings_that_differ(known)]
+    table = f'<div id="differences">{_table(["Setting", *heads], rows)}</div>' if rows else "<p>None.</p>"
+    return f"<h2>Settings that differ</h2>\n{said}{table}"
 
 
 def _run_heads(runs: list[Run]) -> list[str]:

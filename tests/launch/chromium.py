@@ -25,7 +25,7 @@ ARGUMENTS = (
     "--disable-dev-shm-usage",
     "--force-color-profile=srgb",
 )
-START_SECONDS = 60.0
+START_SECONDS, READY_SECONDS = 60.0, 10.0
 
 
 class Browser:
@@ -55,7 +55,10 @@ class Browser:
     def open(self, page: Path) -> None:
         """Until its scripts are through."""
         self.post("/url", url=page.resolve().as_uri())
-        assert self.script("return document.documentElement.dataset.ready") == "true", self.errors()
+        deadline = time.monotonic() + READY_SECONDS  # on a busy machine ChromeDriver was seen to answer before they were
+        while self.script("return document.documentElement.dataset.ready") != "true":
+            assert time.monotonic() < deadline, self.errors()
+            time.sleep(0.05)
 
     def script(self, text: str, *arguments: Any) -> Any:
         return self.post("/execute/sync", script=text, args=list(arguments))

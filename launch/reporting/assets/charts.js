@@ -3,14 +3,18 @@
 Report.charts = [];
 Report.sync = uPlot.sync("report");
 
-// Exponential moving average that starts at the first value instead of at 0.
-Report.smooth = (values, weight) => {
+// Exponential moving average that starts at the first value instead of at 0. `inLogs`: of logarithms, for what is read by its
+// factors, so that one high value does not lift the curve for many steps. `leftOut` (indices) are passed over.
+Report.smooth = (values, weight, inLogs = false, leftOut = new Set()) => {
   let sum = 0, norm = 0;
-  return values.map((value) => {
+  return values.map((value, i) => {
     if (value === null || value === undefined) return value;
-    sum = weight * sum + (1 - weight) * value;
-    norm = weight * norm + (1 - weight);
-    return sum / norm;
+    if (!leftOut.has(i) && (value > 0 || !inLogs)) {
+      sum = weight * sum + (1 - weight) * (inLogs ? Math.log(value) : value);
+      norm = weight * norm + (1 - weight);
+    }
+    if (!norm) return null;
+    return inLogs ? Math.exp(sum / norm) : sum / norm;
   });
 };
 
@@ -21,7 +25,7 @@ Report.buildCharts = () => {
     const grid = element("div", { class: "grid" });
     for (const metric of Report.data.charts.filter((m) => m.group === group)) grid.append(Report.buildChart(metric));
     if (grid.children.length) place.append(element("h2", {}, group), grid);
-    if (group === "Learning") place.append(Report.markKey());
+    if (group === "Learning") place.append(Report.markKey(), Report.caption());
     if (group === "Experts") place.append(element("div", { id: "heat" }));
   }
 };
@@ -36,12 +40,23 @@ Report.markKey = () => {
   }));
 };
 
+// What else is only to be seen in the toolbar, which paper does not have.
+Report.caption = () => {
+  const caption = Report.element("div", { class: "key caption" }), { state } = Report;
+  Report.drawers.push(() => {
+    const over = { step: "steps", tokens: "tokens", hours: "hours of training" }[state.x];
+    const smoothed = state.smooth ? ` Curves are smoothed (moving average, weight ${state.smooth}), thin ones as measured.` : "";
+    caption.textContent = `From left to right: ${over}.${smoothed}`;
+  });
+  return caption;
+};
+
 Report.buildChart = (metric) => {
   const { element, state } = Report;
   const now = element("span", { class: "now" });
-  const log = element("button", { type: "button", class: "log", title: "logarithmic axis" }, "log");
+  const log = element("button", { type: "button", class: "log", title: "logarithmic axis", "aria-label": `logarithmic axis of ${metric.title}` }, "log");
   const tip = element("div", { class: "tip" });
-  const plot = element("div", { class: "plot" });
+  const plot = element("div", { class: "plot", role: "slider", tabindex: "0", "aria-label": metric.title, "aria-valuemin": 0 });
   const head = element("header", {}, element("h3", {}, metric.title), element("span", { class: "unit" }, metric.unit), now, log);
   const wide = metric.key === "loss";
   const card = element("section", { class: `card chart${wide ? " wide" : ""}`, "data-metric": metric.key }, head,
@@ -54,6 +69,8 @@ Report.buildChart = (metric) => {
     chart.u?.destroy();
     Report.drawChart(chart, isLog());
   };
+  plot.addEventListener("keydown", (event) => Report.moveCursor(event, chart));
+  plot.addEventListener("blur", () => chart.u.setCursor({ left: -10, top: -10 }, true, true));
   Report.charts.push(chart);
   Report.drawers.push(draw);
   return card;
@@ -72,10 +89,10 @@ Report.tables = (chart, isLog) => {
         if (x !== null && curve.y[i] !== null && !(xs.length && x <= xs.at(-1))) { keep.push(i); xs.push(x); }
       });
       const pick = (values) => positive(keep.map((i) => values[i]));
-      const raw = pick(curve.y), columns = [xs];
+      const raw = pick(curve.y), columns = [xs], leftOut = new Set(run.skipped.map((i) => keep.indexOf(i)));
       if (curve.lo) { columns.push(pick(curve.hi), pick(curve.lo)); series.push({ index, role: "hi" }, { index, role: "lo" }); }
       if (state.smooth > 0 && chart.metric.smooth) { columns.push(raw); series.push({ index, role: "raw" }); }
-      columns.push(state.smooth > 0 && chart.metric.smooth ? Report.smooth(raw, state.smooth) : raw);
+      columns.push(state.smooth > 0 && chart.metric.smooth ? Report.smooth(raw, state.smooth, isLog || chart.metric.log, leftOut) : raw);
       series.push({ index, role: "line", name: chart.metric.layers ? "median layer" : "" });
       tables.push(columns);
     }
@@ -95,15 +112,17 @@ Report.drawChart = (chart, isLog) => {
   const { state, color } = Report;
   const { tables, series } = Report.tables(chart, isLog);
   chart.series = series;
+  chart.spans = Report.data.runs.map(Report.span);
   const data = tables.length ? uPlot.join(tables) : [[], []];
   const several = Report.data.runs.length > 1;
-  const lines = series.map(({ index, role, validation }) => {
+  const lines = series.map(({ index, role, validation }, i) => {
     const stroke = validation && !several ? color("--run-1") : Report.runColor(index);
+    const few = data[i + 1].filter((y) => y !== null && y !== undefined).length < 2; // no line between them to be seen
     const quiet = { points: { show: false }, width: 0, stroke: "transparent" };
     if (role === "hi" || role === "lo") return quiet;
     if (role === "raw") return { points: { show: false }, width: 1, stroke, alpha: 0.28 };
     if (role === "dots") return { stroke, width: several ? 1 : 1.5, dash: several && validation ? [4, 4] : undefined, points: { show: true, size: 5, fill: color("--card") } };
-    return { stroke, width: 1.75, points: { show: false } };
+    return { stroke, width: 1.75, dash: Report.runDash(index), points: { show: few, size: 5 } };
   });
   const bands = [];
   series.forEach(({ index, role }, i) => {
@@ -119,9 +138,9 @@ Report.drawChart = (chart, isLog) => {
     },
     axes: [
       { ...axis, values: Report.ticks, incrs: state.x === "step" ? Report.wholeSteps : undefined, space: 60, size: 28 },
-      { ...axis, values: Report.ticks, size: 54, space: 30 },
+      { ...axis, ...(isLog ? Report.logAxis : { values: Report.ticks }), size: Report.axisSize, space: 30 },
     ],
-    cursor: { sync: { key: "report", scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, points: { size: 7, fill: (u, i) => u.series[i].stroke(u, i), stroke: color("--card"), width: 1 }, y: false, dataIdx: Report.nearest },
+    cursor: { sync: { key: "report", scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, points: { size: 7, fill: (u, i) => u.series[i].stroke(u, i), stroke: color("--card"), width: 1 }, y: false, dataIdx: Report.nearest(chart) },
     hooks: {
       draw: [(u) => Report.drawMarks(u, chart)],
       setCursor: [(u) => Report.readOut(u, chart)],
@@ -136,72 +155,33 @@ Report.drawChart = (chart, isLog) => {
   Report.readOut(chart.u, chart);
 };
 
-// All charts over the same stretch: what the reader zoomed to, or all that any visible run has.
-Report.xRange = () => {
-  const { range, x } = Report.state;
-  if (range) return range;
-  let min = Infinity, max = -Infinity;
-  for (const index of Report.visible()) {
-    const run = Report.data.runs[index];
-    const evaluated = Object.values(run.points).flatMap(({ step }) => [step[0], step.at(-1)].map((at) => Report.convert(run, at)));
-    for (const at of [...run.axis[x].filter((value) => value !== null), ...evaluated]) {
-      if (at === null || at === undefined) continue;
-      min = Math.min(min, at);
-      max = Math.max(max, at);
-    }
-  }
-  if (min > max) return [0, 1];
-  return min === max ? [min, min + 1] : [min, max];
-};
-
-// With as many digits as tell neighbours apart; no part of a step.
-Report.ticks = (u, ticks) => {
-  const shown = ticks.filter((tick) => tick !== null);
-  const words = (digits) => ticks.map((tick) => (tick === null ? "" : Report.tick(tick, digits)));
-  const enough = [3, 4, 5, 6].find((digits) => new Set(shown.map((tick) => Report.tick(tick, digits))).size === shown.length);
-  return words(enough ?? 6);
-};
-Report.tick = (value, digits) => (Math.abs(value) >= 1e4 ? value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: digits }) : Report.format(value, digits));
-Report.wholeSteps = [0, 1, 2, 3, 4, 5, 6, 7, 8].flatMap((power) => [1, 2, 5].map((n) => n * 10 ** power));
-
-// What is visible, with a margin; without outliers where the reader asked for that.
-Report.yRange = (isLog) => (u, min, max) => {
-  if (min === null || max === null || !Number.isFinite(min)) return isLog ? [0.1, 10] : [0, 1];
-  if (Report.state.clip) [min, max] = Report.quantiles(u) ?? [min, max];
-  if (isLog) return uPlot.rangeLog(min, max, 10, false);
-  if (max - min <= 1e-6 * Math.max(Math.abs(min), Math.abs(max))) { // a flat curve; smoothing leaves rounding, which is no shape
-    const middle = (min + max) / 2;
-    if (middle === 0) return [0, 0.1];
-    [min, max] = [middle - Math.abs(middle) * 0.05, middle + Math.abs(middle) * 0.05];
-  }
-  const margin = (max - min) * 0.06;
-  return [min >= 0 && min - margin < 0 ? 0 : min - margin, max + margin];
-};
-
-Report.quantiles = (u) => {
-  const [low, high] = Report.state.range ?? [-Infinity, Infinity], values = [];
-  u.data.slice(1).forEach((column, i) => {
-    if (u.series[i + 1].width === 0) return; // the band's edges are the outliers
-    column.forEach((y, j) => { if (y !== null && y !== undefined && u.data[0][j] >= low && u.data[0][j] <= high) values.push(y); });
-  });
-  values.sort((a, b) => a - b);
-  return values.length > 20 ? [values[Math.floor(values.length * 0.01)], values[Math.ceil(values.length * 0.99) - 1]] : null;
-};
-
 Report.zoomTo = (u) => {
   if (u.select.width < 4) return;
   Report.state.range = [u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")];
   setTimeout(Report.redraw); // the charts are built anew, and this one is still busy
 };
 
-// The point of each series next to the cursor: runs do not log the same steps.
-Report.nearest = (u, seriesIndex, at) => {
+// The point of each series next to the cursor, for runs do not log the same steps; none where the run has not begun or has ended.
+Report.nearest = (chart) => (u, seriesIndex, at) => {
   const xs = u.data[0], ys = u.data[seriesIndex];
-  if (!ys || (ys[at] !== null && ys[at] !== undefined)) return at;
+  if (!ys || (ys[at] !== null && ys[at] !== undefined) || !chart.series.length) return at;
+  const { index } = chart.series[seriesIndex - 1], [from, to] = chart.spans[index];
+  const between = (to - from) / Math.max(1, Report.data.runs[index].axis.step.length - 1); // its neighbours' first and last steps need not be its own
+  if (xs[at] < from - between || xs[at] > to + between) return at;
   let left = at, right = at;
   while (left >= 0 && (ys[left] === null || ys[left] === undefined)) left -= 1;
   while (right < xs.length && (ys[right] === null || ys[right] === undefined)) right += 1;
   if (left < 0) return right < xs.length ? right : at;
   if (right >= xs.length) return left;
   return xs[at] - xs[left] <= xs[right] - xs[at] ? left : right;
+};
+
+// Arrow keys go from point to point, Home and End to the first and the last.
+Report.moveCursor = (event, { u }) => {
+  const steps = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -Infinity, End: Infinity };
+  if (!(event.key in steps) || !u.data[0].length) return;
+  event.preventDefault();
+  const [first, last] = u.series[0].idxs, at = u.cursor.idx ?? (steps[event.key] > 0 ? first - 1 : last + 1);
+  const next = Math.min(last, Math.max(first, at + steps[event.key]));
+  u.setCursor({ left: u.valToPos(u.data[0][next], "x"), top: u.over.clientHeight / 2 }, true, true); // true: hooks, and the other charts
 };

@@ -57,7 +57,8 @@ Report.heatCard = (index, alone) => {
   const { element, state } = Report;
   const run = Report.data.runs[index], map = run.heat[state.heat], layers = map.experts ? map.rows / map.experts : map.rows;
   const scale = Report.heatScale(state.heat), ramp = Report.ramp(Report.ramps[document.documentElement.dataset.theme][scale.two ? "two" : "one"]);
-  const canvas = element("canvas", { "data-heat": state.heat }), bar = element("canvas", { width: 160, height: 1 }), tip = element("div", { class: "tip" });
+  const label = `${Report.heatTitles[state.heat]}, ${run.name}`;
+  const canvas = element("canvas", { "data-heat": state.heat, tabindex: "0", role: "img", "aria-label": label }), bar = element("canvas", { width: 160, height: 1 }), tip = element("div", { class: "tip" });
   const title = Report.data.runs.length > 1 ? run.name : Report.heatTitles[state.heat];
   const height = Math.max(110, Math.min(420, map.experts ? map.rows * 5 : layers * 16));
   const card = element("section", { class: `card chart heat${alone ? " wide" : ""}` }, element("header", {}, element("h3", {}, title),
@@ -70,7 +71,10 @@ Report.heatCard = (index, alone) => {
     Report.paintHeat(canvas, run, map, layers, height, (value) => ramp(scale.share(value)));
   };
   canvas.addEventListener("mousemove", (event) => Report.heatTip(event, canvas, tip, map));
-  canvas.addEventListener("mouseleave", () => { tip.style.display = "none"; });
+  for (const leave of ["mouseleave", "blur"]) canvas.addEventListener(leave, () => { tip.style.display = "none"; });
+  canvas.addEventListener("keydown", (event) => {
+    if (Report.moveInHeat(event, canvas, tip, map)) canvas.setAttribute("aria-label", `${label}: ${tip.innerText}`);
+  });
   return card;
 };
 
@@ -140,6 +144,19 @@ Report.heatTip = (event, canvas, tip, map) => {
   tip.replaceChildren(Report.element("div", { class: "at" }, `${where}, step ${map.steps[column].toLocaleString("en")}`), Report.element("b", {}, text));
   tip.style.left = `${x + 14 + tip.offsetWidth > canvas.clientWidth ? x - tip.offsetWidth - 14 : x + 14}px`;
   tip.style.top = `${Math.max(0, event.offsetY - 18)}px`;
+};
+
+// Arrow keys go from cell to cell, from the last column on.
+Report.moveInHeat = (event, canvas, tip, map) => {
+  const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  if (!move) return false;
+  event.preventDefault();
+  const within = (at, count) => Math.min(count - 1, Math.max(0, at));
+  const column = within((canvas.at?.column ?? map.columns) + move[0], map.columns), row = within((canvas.at?.row ?? 0) + move[1], map.rows);
+  const [from, to] = canvas.columns[column], { height, rows } = canvas.box;
+  canvas.at = { row, column };
+  Report.heatTip({ offsetX: (from + to) / 2, offsetY: ((row + 0.5) * height) / rows }, canvas, tip, map);
+  return true;
 };
 
 Report.start();

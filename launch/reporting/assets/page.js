@@ -16,6 +16,25 @@ Report.keep = () => {
 
 Report.color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 Report.runColor = (index) => Report.color(`--run-${index % 8}`);
+// Runs whose colors some eyes take for each other's (0 and 5, 1 and 4, 3 and 7, 4 and 6) or that share one have other dashes.
+Report.dashes = [undefined, [9, 3], [2, 3], [9, 3, 2, 3], [16, 4], [2, 6]];
+Report.runDash = (index) => Report.dashes[([0, 0, 0, 0, 1, 1, 2, 2][index % 8] + 3 * Math.floor(index / 8)) % 6];
+Report.paintSwatch = (swatch, index) => {
+  let at = 0;
+  const stops = (Report.runDash(index) ?? [1, 0]).map((length, i) => `${i % 2 ? "transparent" : `var(--run-${index % 8})`} ${at}px ${at += length}px`);
+  swatch.style.background = `repeating-linear-gradient(90deg, ${stops.join(", ")})`;
+  swatch.classList.toggle("line", Report.data.runs.length > 1);
+};
+
+// Names in short: without what all of them begin with, and of a long one both ends, for there the names of runs differ.
+Report.shortNames = (names, most = 32) => {
+  if (names.every((name) => name.length <= most)) return names;
+  const [first] = names;
+  let same = 0;
+  while (same < first.length && names.every((name) => name[same] === first[same])) same += 1;
+  const begin = names.length > 1 ? first.slice(0, same).search(/[^/_\s-]*$/) : 0; // whole words
+  return names.map((name) => name.slice(begin)).map((name) => (name.length > most ? `${name.slice(0, most / 2 - 1)}…${name.slice(-most / 2)}` : name));
+};
 Report.visible = () => Report.data.runs.map((_, index) => index).filter((index) => !Report.state.hidden.includes(index));
 
 // Text is always set as text, never as HTML: names of runs may hold anything.
@@ -30,9 +49,11 @@ Report.element = (tag, attributes = {}, ...children) => {
   return element;
 };
 
+Report.exponential = 1e15; // from here on numbers are written 1.2e17
 Report.format = (value, digits = 4) => {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
+  if (size >= Report.exponential) return value.toExponential(Math.max(0, digits - 2)).replace(/\.?0+e/, "e").replace("+", "");
   if (size >= 1e5) return value.toLocaleString("en", { notation: "compact", maximumFractionDigits: digits > 3 ? 2 : 1 });
   if (size >= 1000) return value.toLocaleString("en", { maximumFractionDigits: 0 });
   if (size !== 0 && size < 1e-3) return value.toExponential(Math.max(0, digits - 2)).replace(/\.?0+e/, "e");
@@ -109,13 +130,13 @@ Report.runButtons = () => {
   const { element, state } = Report;
   const buttons = Report.data.runs.map((run, index) => {
     const swatch = element("span", { class: "swatch" });
-    const button = element("button", { type: "button", title: "show or hide" }, swatch, run.name);
+    const button = element("button", { type: "button", title: `show or hide ${run.name}` }, swatch, Report.names[index]);
     button.addEventListener("click", () => {
       state.hidden = state.hidden.includes(index) ? state.hidden.filter((i) => i !== index) : [...state.hidden, index];
       Report.redraw();
     });
     Report.drawers.push(() => {
-      swatch.style.background = Report.runColor(index);
+      Report.paintSwatch(swatch, index);
       button.setAttribute("aria-pressed", String(!state.hidden.includes(index)));
     });
     return button;
@@ -130,17 +151,33 @@ Report.part = (from) => {
   return end ? [end * from, end] : null;
 };
 
+// What a page that loads itself would lose: the opened generations, and where the keyboard is.
+Report.focusable = () => [...document.querySelectorAll("button, input, select, summary, [tabindex]")];
+Report.keepPlace = () => {
+  const open = [...document.querySelectorAll("details[open] summary")].map((summary) => summary.textContent);
+  Report.state.place = { open, focus: Report.focusable().indexOf(document.activeElement) };
+  Report.keep();
+};
+Report.restorePlace = () => {
+  const { open, focus } = Report.state.place ?? { open: [], focus: -1 };
+  for (const summary of document.querySelectorAll("details summary")) summary.parentElement.open ||= open.includes(summary.textContent);
+  Report.focusable()[focus]?.focus({ preventScroll: true });
+  delete Report.state.place;
+  Report.keep();
+};
+
 // ---------------------------------------------------------------------------------------------------------------- start
 
 Report.start = () => {
   const root = document.documentElement;
+  Report.names = Report.shortNames(Report.data.runs.map((run) => run.name));
   Report.applyTheme();
   if (Report.data.charts.length) Report.buildToolbar();
   else document.getElementById("toolbar").hidden = true;
   Report.buildCharts();
   Report.buildHeatMaps();
   Report.redraw();
-  for (const swatch of document.querySelectorAll(".swatch[data-run]")) swatch.style.background = `var(--run-${swatch.dataset.run % 8})`;
+  for (const swatch of document.querySelectorAll(".swatch[data-run]")) Report.paintSwatch(swatch, Number(swatch.dataset.run));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { Report.applyTheme(); Report.redraw(); });
   let width = innerWidth, waiting = 0;
   addEventListener("resize", () => {
@@ -152,6 +189,7 @@ Report.start = () => {
   // Paper is white and narrow; charts have the width they are drawn at, so they are drawn anew for it.
   addEventListener("beforeprint", () => { root.dataset.paper = "true"; Report.applyTheme("light"); Report.redraw(); });
   addEventListener("afterprint", () => { delete root.dataset.paper; Report.applyTheme(); Report.redraw(); });
-  if (Report.data.follow) setTimeout(() => location.reload(), Report.data.follow * 1000);
+  Report.restorePlace();
+  if (Report.data.follow) setTimeout(() => { Report.keepPlace(); location.reload(); }, Report.data.follow * 1000);
   document.documentElement.dataset.ready = "true";
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, DRIVER, MISSING, Browser, start_browser
-from made_up_runs import CONFIG, TOKENS, expected_loss, healthy_rows, write_run
+from made_up_runs import CONFIG, TOKENS, Row, expected_loss, healthy_rows, write_run
 
+from launch.reporting.evaluations import Evaluation, Generation
 from launch.reporting.page import build_page
 from launch.reporting.read import read_run
 
@@ -50,6 +52,19 @@ def write_page(tmp_path: Path, *names: str, **changes: object) -> Path:
     return page
 
 
+FEW = [*({"step": step, "loss": 2.0} for step in range(1, 13)), {"step": 6, "val_loss": 2.5}]
+
+
+def write_rows(folder: Path, *rows: list[Row], names: list[str] | None = None) -> Path:
+    """A page of a run for each list of rows."""
+    runs = [read_run(write_run(folder / f"run{number}", some)) for number, some in enumerate(rows)]
+    for run, name in zip(runs, names or [], strict=False):
+        run.name = name
+    page = folder / "page.html"
+    page.write_text(build_page(runs, {}), encoding="utf-8")
+    return page
+
+
 def tip(browser: Browser, card: str) -> str:
     return browser.script("return document.querySelector(arguments[0]).innerText", f"{card} .tip")
 
@@ -62,6 +77,10 @@ def test_hover_shows_the_values_of_that_step(browser: Browser, tmp_path: Path) -
     assert 450 < step < 550
     shown = [float(x) for x in re.findall(r"\t([\d.]+)", text)]
     assert len(shown) == 2 and all(abs(x - expected_loss(step)) < 0.15 for x in shown), text
+    rows = [json.loads(line) for line in (tmp_path / "run0" / "metrics.jsonl").read_text().splitlines()]
+    logged = next(row["loss"] for row in rows if row["step"] == step and "loss" in row)
+    assert shown[0] == pytest.approx(logged, rel=1e-4) and re.search(r"smoothed [\d.]+", text), text
+    assert float(browser.script(f"return document.querySelector('{LOSS} .now span').innerText")) == pytest.approx(logged, rel=1e-3)
     assert "validation" in text and "tokens" in text and ("h" in text or "min" in text)
     # The other charts' heads follow the same cursor.
     rate = browser.script("return document.querySelector('[data-metric=\"lr\"] .now').innerText")
@@ -77,10 +96,10 @@ def test_runs_lie_over_each_other_by_step_tokens_and_hours(browser: Browser, tmp
         assert high == pytest.approx(end, rel=0.02) and low < 0.05 * high
         browser.hover(f"{LOSS} .u-over", 0.6, 0.5)
         text = tip(browser, LOSS)
-        assert "first" in text and "</script>" in text and len(re.findall(r"\t[\d.]+", text)) == 4
+        assert "first" in text and "struck" in text and len(re.findall(r"\t[\d.]+", text)) == 4
     browser.script("document.querySelectorAll('.runs button')[1].click()")
     browser.hover(f"{LOSS} .u-over", 0.6, 0.5)
-    assert "</script>" not in tip(browser, LOSS)
+    assert "struck" not in tip(browser, LOSS)
 
 
 def test_zoom_holds_for_all_charts_and_over_a_reload(browser: Browser, tmp_path: Path) -> None:
@@ -108,17 +127,139 @@ def test_log_axis_and_smoothing(browser: Browser, tmp_path: Path) -> None:
     browser.open(write_page(tmp_path))
     distribution = "return Report.charts[0].u.scales.y.distr"
     assert browser.script(distribution) == 1
-    browser.script(f"document.querySelector('{LOSS} .log').click()")
-    assert browser.script(distribution) == 3
-    for weight in (0, 0.9):
+    for is_log, weight in ((False, 0), (False, 0.9), (True, 0.9)):
+        if is_log:
+            browser.script(f"document.querySelector('{LOSS} .log').click()")
+        assert browser.script(distribution) == (3 if is_log else 1)
         script = "const s = document.getElementById('smooth'); s.value = arguments[0]; s.dispatchEvent(new Event('input'));"
         script += "const c = Report.charts[0]; const i = c.series.findIndex((s) => s.role === 'line');"
         line = browser.script(script + "return c.u.data[i + 1].filter((y) => y !== undefined && y !== null)", weight)
         raw = json.loads(re.search(r'"loss":{"y":(\[[^\]]*\])', (tmp_path / "page.html").read_text())[1])
         total = norm = 0.0
         for value, drawn in zip(raw, line, strict=True):
-            total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
-            assert drawn == pytest.approx(total / norm, rel=1e-9)
+            total, norm = weight * total + (1 - weight) * (math.log(value) if is_log else value), weight * norm + (1 - weight)
+            assert drawn == pytest.approx(math.exp(total / norm) if is_log else total / norm, rel=1e-9)
+
+
+def test_a_skipped_step_lifts_no_curve(browser: Browser, tmp_path: Path) -> None:
+    """Neither the loss for ten steps nor perplexity, whose values lie forty decades apart, for the rest of the run."""
+    rows = [{"step": step, "loss": 5.0, "perplexity": math.exp(5)} for step in range(1, 41)]
+    rows[9].update(loss=105.0, perplexity=math.exp(105), skipped="a spike")
+    rows[19].update(loss=15.0, perplexity=math.exp(15))  # was taken
+    browser.open(write_rows(tmp_path, rows))
+    script = "return arguments[0].map((key) => { const c = Report.charts.find((c) => c.metric.key === key);"
+    script += "return ['line', 'raw'].map((role) => c.u.data[c.series.findIndex((s) => s.role === role) + 1]); })"
+    (loss, raw), (perplexity, _) = browser.script(script, ["loss", "perplexity"])
+    assert raw[9] == 105 and loss[:19] == pytest.approx([5.0] * 19)
+    assert [math.log(value) for value in perplexity] == pytest.approx(loss, rel=1e-4)  # the mean of logarithms, as loss is one
+
+
+def test_a_run_has_no_values_where_it_has_not_been(browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_rows(tmp_path, FEW, [{"step": step, "loss": 3.0} for step in range(100, 10_001, 100)]))
+    browser.hover(f"{LOSS} .u-over", 0.5, 0.5)
+    text = tip(browser, LOSS)
+    assert text.splitlines()[0] == "step 5,000" and "run1" in text and "run0" not in text
+    assert browser.script(f"return document.querySelector('{LOSS} .now').innerText") == "3"
+    browser.open(write_rows(tmp_path / "alone", FEW))
+    browser.hover(f"{LOSS} .u-over", 0.75, 0.5)
+    assert "step 9" in tip(browser, LOSS) and "validation (step 6)" in tip(browser, LOSS)
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_many_runs_with_long_names(browser: Browser, tmp_path: Path, width: int) -> None:
+    """Names that differ at both ends, some alike for 40 characters; what is shown of a curve stays on the screen."""
+    names = [f"learning_rate_{n}_muon_experts_32_groups_4_with_a_long_name_seed_{n % 4}" for n in range(12)]
+    page = write_rows(
+        tmp_path, *([{**row, "loss": 2.0 + n} for row in FEW if "loss" in row] + FEW[-1:] for n in range(12)), names=names
+    )
+    browser.size(width, 900, phone=width == 400)
+    browser.open(page)
+    browser.hover(f"{LOSS} .u-over", 0.5, 0.05)
+    lines = tip(browser, LOSS).splitlines()
+    assert len([line for line in lines if "\t" in line]) == 8 and "and 16 further from the mouse" in lines
+    assert any(line.startswith("11_muon") and "seed_3" in line for line in lines), lines  # the highest, where the mouse is
+    left, right = browser.script(
+        f"const r = document.querySelector('{LOSS} .tip').getBoundingClientRect(); return [r.left, r.right]"
+    )
+    assert 0 <= left < right <= width and browser.script("return document.documentElement.scrollWidth") <= width
+    assert len(set(browser.script("return Report.names"))) == 12
+    assert browser.script(f"return document.querySelector('{LOSS} .now').innerText") == ""  # no room for twelve
+    looks = browser.script("return Report.names.map((_, i) => `${Report.runColor(i)} ${Report.runDash(i)}`)")
+    assert len(set(looks)) == 12
+    swatches = "return [...document.querySelectorAll('.runs .swatch')].map((s) => getComputedStyle(s).backgroundImage)"
+    assert len(set(browser.script(swatches))) == 12
+
+
+def test_names_in_short(browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_rows(tmp_path, FEW))
+    short = "return Report.shortNames(arguments[0], 12)"
+    assert browser.script(short, ["first", "first_again"]) == ["first", "first_again"]
+    assert browser.script(short, ["sweep_lr_0.001", "sweep_lr_0.002"]) == ["0.001", "0.002"]
+    assert browser.script(short, ["abcdefghijklmnopqrst"]) == ["abcde…opqrst"]
+
+
+def test_numbers_and_ticks_of_any_size(browser: Browser, tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 1.0, "perplexity": 10.0 ** (step * 7), "lr": 0.001805 + step * 1e-7} for step in range(1, 41)]
+    browser.size(400, 900, phone=True)
+    browser.open(write_rows(tmp_path, rows))
+    assert browser.script("return document.documentElement.scrollWidth") <= 400
+    formats = browser.script("return [9e14, 1.2345e17, -2e15, 1e308].map((x) => Report.format(x))")
+    assert formats == ["900T", "1.23e17", "-2e15", "1e308"]
+    axis = "const a = Report.charts.find((c) => c.metric.key === arguments[0]).u.axes[1]; return [a._values, a._size]"
+    decades = [label for label in browser.script(axis, "perplexity")[0] if label]
+    assert 3 <= len(decades) <= 7 and decades[-1].startswith("1e"), decades
+    labels, size = browser.script(axis, "lr")
+    assert size >= 6.2 * max(map(len, labels)) + 10, (labels, size)
+    assert browser.script("return Report.ticks(null, [5000, 10000, 15000])") == ["5K", "10K", "15K"]
+    splits = "return Report.logSplits(null, 1, ...arguments[0])"
+    assert browser.script(splits, [0.2, 30]) == [*(n / 10 for n in range(2, 10)), *range(1, 10), 10, 20, 30]
+    assert browser.script("return Report.logTicks(null, [2, 3, 4, 5, 6])") == ["2", "", "", "5", ""]
+
+
+def test_a_single_point_is_seen(browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_rows(tmp_path, [{"step": 1, "loss": 2.0}]))
+    shows = "const { u } = Report.charts[0]; return u.series.slice(1).map((s) => s.points.show(u, 1, 0, 0))"
+    assert True in browser.script(shows)
+
+
+def test_a_page_that_loads_itself_keeps_the_readers_place(browser: Browser, tmp_path: Path) -> None:
+    generations = [Generation(title=title, text="pass", passed=None) for title in ("T/0", "T/1")]
+    run = read_run(write_run(tmp_path / "run", FEW))
+    page = tmp_path / "page.html"
+    evaluation = Evaluation(name="e", figures={"loss": 1.0}, generations=generations)
+    page.write_text(build_page([run], {run.name: [evaluation]}), encoding="utf-8")
+    browser.open(page)
+    browser.script("document.querySelectorAll('summary')[1].click(); document.getElementById('smooth').focus(); Report.keepPlace()")
+    browser.open(page)
+    assert browser.script("return [...document.querySelectorAll('details')].map((d) => d.open)") == [False, True]
+    assert browser.script("return document.activeElement.id") == "smooth"
+
+
+def test_keys_move_the_cursor_of_all_charts(browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_page(tmp_path))
+    plot = f"document.querySelector('{LOSS} .plot')"
+    browser.script(f"{plot}.focus()")
+    for key, code in (("Home", 36), ("ArrowRight", 39), ("ArrowRight", 39), ("ArrowLeft", 37)):
+        browser.devtools("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code)
+    browser.frames()
+    assert tip(browser, LOSS).startswith("step 10 ")
+    assert float(browser.script("return document.querySelector('[data-metric=\"lr\"] .now').innerText")) == pytest.approx(3e-5)
+    label, value = browser.script(f"return ['aria-label', 'aria-valuetext'].map((name) => {plot}.getAttribute(name))")
+    assert label == "Loss" and value.startswith("step 10: Loss ")
+    browser.script(f"{plot}.blur()")
+    browser.frames()
+    assert browser.script(f"return document.querySelector('{LOSS} .tip').style.display") == "none"
+    assert "step 1,000" in browser.script(f"return {plot}.getAttribute('aria-valuetext')")
+    buttons = browser.script("return [...document.querySelectorAll('button.log')].map((b) => b.getAttribute('aria-label'))")
+    assert len(set(buttons)) == len(buttons) and "logarithmic axis of Loss" in buttons
+
+
+def test_what_paper_says_in_place_of_the_toolbar(browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_page(tmp_path))
+    browser.script("document.querySelector(\"[data-value='tokens']\").click()")
+    assert "From left to right: tokens. Curves are smoothed" in browser.script(
+        "return document.querySelector('.caption').innerText"
+    )
 
 
 def test_heat_map_names_layer_expert_step_and_value(browser: Browser, tmp_path: Path) -> None:
@@ -132,6 +273,11 @@ def test_heat_map_names_layer_expert_step_and_value(browser: Browser, tmp_path: 
     browser.hover(".heat canvas", 0.5, 0.01)
     text = browser.script("return document.querySelector('.heat .tip').innerText")
     assert "layer 0, expert 0" in text and "1.8 × its fair share" in text
+    browser.script("document.querySelector('.heat canvas').focus()")
+    for key, code in (("ArrowLeft", 37), ("ArrowLeft", 37), ("ArrowDown", 40)):
+        browser.devtools("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code)
+    label = browser.script("return document.querySelector('.heat canvas').getAttribute('aria-label')")
+    assert label.startswith("Load of every expert over its fair share, first: layer 0, expert 1, step 900") and "0.2 ×" in label
 
 
 def test_marks_are_told_where_they_happened(browser: Browser, tmp_path: Path) -> None:

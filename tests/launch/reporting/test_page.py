@@ -11,7 +11,7 @@ import pytest
 from made_up_runs import CONFIG, healthy_rows, write_run
 
 from launch.reporting.evaluations import Evaluation, Generation
-from launch.reporting.page import MOST_BYTES, as_script_json, build_page
+from launch.reporting.page import ASSETS, MOST_BYTES, as_script_json, build_page
 from launch.reporting.read import Run, read_run
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&quot;'\"\u2028"
@@ -55,7 +55,7 @@ def test_nothing_is_fetched(run: Run) -> None:
     assert not [tag for tag, attributes in outline.tags if {"src", "href", "srcset", "action"} & set(attributes)]
     policies = [a.get("content") or "" for tag, a in outline.tags if tag == "meta" and "http-equiv" in a]
     assert any(policy.startswith("default-src 'none'") and "http" not in policy for policy in policies)
-    assert len(outline.scripts) == 6
+    assert len(outline.scripts) == 7
 
 
 def test_names_that_would_end_a_script(run: Run, tmp_path: Path) -> None:
@@ -103,6 +103,45 @@ def test_settings_that_differ_and_no_others(run: Run, tmp_path: Path) -> None:
     table = re.search(r'id="differences">(.*?)</div></div>', page, re.DOTALL)
     assert table is not None
     assert re.findall(r"<code>(.*?)</code>", table[1]) == ["deepspeed.optimizer.params.lr", "0.0003", "0.001", "seed", "1234", "7"]
+
+
+def test_runs_without_settings_are_left_out_of_the_differences(run: Run, tmp_path: Path) -> None:
+    """One of them lacked every setting of the others, and each became a row."""
+    others = [read_run(write_run(tmp_path / name, seed=seed)) for name, seed in (("second", 7), ("third", 8))]
+    (tmp_path / "second" / "config.json").unlink()
+    page = build_page([run, read_run(tmp_path / "second"), others[1]], {})
+    table = re.search(r'id="differences">(.*?)</div></div>', page, re.DOTALL)
+    assert table is not None and re.findall(r"<code>(.*?)</code>", table[1]) == ["seed", "1234", "8"]
+    assert re.findall(r'data-run="(\d)"', table[1]) == ["0", "2"] and "left out: second." in page
+
+
+def test_a_configuration_of_somebody_elses_program(tmp_path: Path) -> None:
+    page = build_page([read_run(write_run(tmp_path / "run", git_commit=5))], {})
+    assert "<dt>Commit</dt><dd>5</dd>" in page
+    (tmp_path / "run" / "config.json").unlink()
+    assert "Balance" not in build_page([read_run(tmp_path / "run")], {})
+
+
+def test_saves_have_their_chart(run: Run) -> None:
+    assert "save_seconds" in {chart["key"] for chart in Outline(build_page([run], {})).data["charts"]}
+
+
+def luminance(color: str) -> float:
+    """Relative, as WCAG 2 has it."""
+    linear = [
+        (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    ]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("theme", [":root", ':root[data-theme="dark"]'])
+def test_small_text_has_the_contrast_that_wcag_asks_for(theme: str) -> None:
+    css = (ASSETS / "report.css").read_text()
+    colors = dict(re.findall(r"--(\w+): (#\w{6})", css[css.index(theme + " {") :].partition("}")[0]))
+    for text in ("faint", "muted"):
+        for ground in ("card", "bg"):
+            high, low = sorted((luminance(colors[text]), luminance(colors[ground])), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
 
 
 def test_a_single_run_shows_its_settings_and_state(run: Run) -> None:
