@@ -306,6 +306,18 @@ def test_dark_phone_and_paper(browser: Browser, tmp_path: Path) -> None:
     assert max(widths) <= 390 and min(widths) > 200
 
 
+def test_no_tile_is_cut(browser: Browser, tmp_path: Path) -> None:
+    """`118 minutes`, and what stands below it, in the narrowest row of eight tiles."""
+    arguments = {**CONFIG["arguments"], "max_steps": 6150}
+    page = tmp_path / "page.html"
+    page.write_text(build_page([read_run(write_run(tmp_path / "run", arguments=arguments))], {}), encoding="utf-8")
+    browser.size(1180, 900)
+    browser.open(page)
+    assert "118 minutes" in browser.script("return document.body.innerText")
+    cut = "return [...document.querySelectorAll('.tile div')].filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.innerText)"
+    assert browser.script(cut) == []
+
+
 def test_a_run_without_a_step_opens(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(build_page([read_run(write_run(tmp_path / "run", []))], {}), encoding="utf-8")
