@@ -163,6 +163,8 @@ def cases(dtype: torch.dtype, case: Callable[..., None]) -> None:
     n, m = odd.num_attention_heads, odd.num_key_value_heads
     q, k, weights = random(1, tokens, n, 24), random(1, tokens, m, 24), (random(24), random(24))
     case("q and k, head_dim 24", partial(turned, odd), q, k, *weights, *tables(tokens, 24))
+    six = MoEGPTConfig.preset("tiny", hidden_size=96, num_attention_heads=6, num_key_value_heads=3, head_dim=16)  # nor these
+    case("q and k, 6 and 3 heads", partial(turned, six), random(2, 8, 6, 16), random(2, 8, 3, 16), random(16), random(16), *tables(8, 16))
     case("sinks, head_dim 24", sinks, random(70, 3, 24), random(3, 70), random(3), random(70, 3, 24))
     case("sinks", sinks, random(2, 70, 3, 16), random(2, 3, 70), random(3), random(2, 70, 3, 16))
     case("sinks, packed", sinks, random(70, 3, 16), random(3, 70), random(3), random(70, 3, 16))
@@ -201,7 +203,8 @@ def loop_cases(case: Callable[..., None]) -> None:
     config = MoEGPTConfig.preset("tiny")
     n, m, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     case("q and k", partial(turned, config), random(2, 5, n, d), random(2, 5, m, d), *(random(d) for _ in range(2)), *tables(5, d))
-    case("swiglu", lambda a, b: [swiglu(a, b)], random(3, hidden), random(3, hidden))
+    weighed = lambda a, b, weights: [swiglu(a, b, tally_R=tally(weights, torch.arange(70)))]  # noqa: E731
+    case("swiglu", weighed, random(70, hidden), random(70, hidden), 0.1 + torch.rand(70, 1))  # more weights than a block
     routing = MoEGPTConfig.preset("tiny", n_routed_experts=8, hidden_size=hidden, n_group=2, topk_group=1)
     case("router", partial(routed, routing, False), *apart(tokens, 8, hidden))
     targets = torch.randint(0, 50, (3,))
@@ -302,6 +305,13 @@ def rounded_once() -> Results:
     spread = operators.spread(x, places, 2, weights)[places].view(tokens, 2, hidden)
     whole, copies = stream.double(), rows.double()[places].view(tokens, 2, hidden)
     beside, shares = shared.double() + residual.double(), weights.double().unsqueeze(2)
+    q, k, dq, dk = (torch.randn(tokens, heads, 16).bfloat16() for heads in (4, 2, 4, 2))
+    qk_weights, turns = [torch.randn(16).bfloat16() for _ in range(2)], [torch.randn(tokens, 16) for _ in range(2)]
+    forth = operators.norm_rope(q, k, qk_weights, *turns, 1e-5)
+    back = operators.norm_rope_backward(dq, dk, q, k, qk_weights, *turns, 1e-5)
+    exact = [x.double().requires_grad_() for x in (q, k)]
+    exactly_turned = [turned_exactly(x, weight.double(), *turns) for x, weight in zip(exact, qk_weights, strict=True)]
+    exactly_back = torch.autograd.grad(exactly_turned, exact, (dq.double(), dk.double()))
     found = {
         "norm, its stream": (stream, x.double() + added.double()),
         "norm": (normed, whole * torch.rsqrt(whole.square().mean(1, keepdim=True) + 1e-5) * norm_weight.double()),
@@ -309,8 +319,17 @@ def rounded_once() -> Results:
         "spread": (spread, x.double().unsqueeze(1) * shares),
         "collect": (operators.collect(rows, places, 2, shared, residual), copies.sum(1) + beside),
         "combine": (operators.combine(rows, places, weights, shared, residual), (copies * shares).sum(1) + beside),
+        "q and k, q": (forth[0], exactly_turned[0]),
+        "q and k, k": (forth[1], exactly_turned[1]),
+        "q and k, dq": (back[0], exactly_back[0]),
+        "q and k, dk": (back[1], exactly_back[1]),
     }
     return {name: float((got == rounded(want)).double().mean()) for name, (got, want) in found.items()}
+
+
+def turned_exactly(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+    return normed * cos.double().unsqueeze(1) + normed.roll(x.shape[-1] // 2, -1) * sin.double().unsqueeze(1)
 
 
 def rounded(x: Tensor) -> Tensor:

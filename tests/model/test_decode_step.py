@@ -112,6 +112,7 @@ CHANGES: dict[str, Callable[[MoEGPTForCausalLM], object]] = {
     "eager": lambda model: model.set_attn_implementation("eager"),
     "hidden states": lambda model: setattr(model.config, "output_hidden_states", True),
     "hook": lambda model: watch(model.model.layers[0].mlp.gate),
+    "pre-hook": lambda model: model.model.layers[0].mlp.gate.register_forward_pre_hook(lambda *given: None),
     "own forward": lambda model: setattr(model.model.norm, "forward", model.model.norm.forward),
     "adapter": replace_query,
     "sharded": shard,

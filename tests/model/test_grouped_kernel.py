@@ -97,6 +97,10 @@ def test_which_products_the_kernel_takes(before_hopper: None, shapes: list[Any],
     assert grouped.has_kernel(tensor(R, H, dtype=dtype), [tensor(*shape, dtype=dtype) for shape in shapes]) is takes
 
 
+def test_rows_and_weights_of_two_dtypes_are_not_for_the_kernel(before_hopper: None) -> None:
+    assert not grouped.has_kernel(tensor(R, H), [tensor(E, I, H, dtype=torch.float32)])
+
+
 def test_hopper_and_the_switch_keep_their_ways(before_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights = tensor(R, H), [tensor(E, I, H)]
     assert grouped.has_kernel(x, weights)

@@ -40,6 +40,14 @@ def test_a_query_that_may_see_nothing_sees_itself() -> None:
     assert torch.equal(given.allowed_B1SL[0, 0], torch.eye(4, dtype=torch.bool))
 
 
+def test_padding_of_a_static_cache_is_read_from_its_beginning() -> None:
+    """Columns beyond the keys are free slots."""
+    keep = torch.ones(1, 8)
+    keep[0, 0] = 0
+    padding_BL = causal_mask((1, 3), 2, CPU, attention_mask=keep).padding_BL
+    assert padding_BL is not None and padding_BL.tolist() == [[False, True, True, True, True]]
+
+
 def test_a_mask_of_four_dimensions_is_the_callers_word() -> None:
     """As bools or as what transformers adds to the scores; a static cache's free slots are cut off."""
     allowed = torch.rand(2, 1, 3, 9, generator=torch.Generator().manual_seed(0)) < 0.6

@@ -83,6 +83,15 @@ def test_the_histogram_finds_the_exact_quantile(experts: int, k: int, groups: in
     assert ((found - exact).abs() <= bin_width).all(), (found - exact, bin_width)
 
 
+def test_tokens_lie_evenly_within_their_bin() -> None:
+    counts = torch.zeros(1, BINS, dtype=torch.int64)
+    counts[0, -1] = 4
+    lower = (1 - 2 / BINS) ** 3
+    for share in (0.25, 0.5, 1.0):
+        found = histogram_quantile(counts, torch.zeros(1, dtype=torch.float64), share)
+        assert float(found) == pytest.approx(lower + share * (1 - lower), abs=1e-12)
+
+
 @pytest.mark.parametrize("what", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_number_does_not_end_the_run(what: float) -> None:
     """It is the loss's to say so, and the trainer's to skip the step."""
@@ -195,13 +204,13 @@ def test_a_skewed_load_is_even_after_a_few_steps() -> None:
 def test_the_rate_can_decay(rule: str, apart: float) -> None:
     config = MoEGPTConfig.preset("tiny", hidden_size=32, router_balance=rule, router_bias_rate=0.01, router_bias_decay=0.75)
     steps = []
-    for progress in (0.0, 0.5, 1.0):
+    for progress in (0.0, 0.5, 1.0, 1.5):  # the last one past the run's end
         gate = Gate(config)
         torch.nn.init.normal_(gate.weight)
         gate.load_E.copy_(torch.tensor([7, 0, 0, 0, 1, 1, 1, 1]))
         LoadBalancer.of(config, [gate]).step(progress=progress)
         steps.append(float(gate.e_score_correction_bias[1] - gate.e_score_correction_bias[0]))
-    assert steps == pytest.approx([apart, apart * 0.625, apart * 0.25])
+    assert steps == pytest.approx([apart, apart * 0.625, apart * 0.25, apart * 0.25])
 
 
 def test_a_score_of_one_beside_a_score_of_zero_is_its_own_experts() -> None:

@@ -1,5 +1,7 @@
 """A recomputed block sends its tokens where its first forward sent them."""
 
+import threading
+
 import pytest
 import torch
 
@@ -24,6 +26,24 @@ def test_replay_replays_and_does_not_count_again() -> None:
         fresh = moe(x)
     assert not torch.equal(first, fresh)
     assert RouterReplay.current() is None
+
+
+def test_a_replay_is_one_threads_own() -> None:
+    """Autograd recomputes CUDA blocks on its own threads."""
+    seen: list[RouterReplay | None] = []
+    with RouterReplay():
+        other = threading.Thread(target=lambda: seen.append(RouterReplay.current()))
+        other.start()
+        other.join()
+    assert seen == [None]
+
+
+def test_a_replay_within_a_replay_gives_way_again() -> None:
+    outer, inner = RouterReplay(), RouterReplay()
+    with outer:
+        with inner:
+            assert RouterReplay.current() is inner
+        assert RouterReplay.current() is outer
 
 
 def test_replay_is_ready_again_after_an_early_stop() -> None:

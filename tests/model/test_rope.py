@@ -119,8 +119,15 @@ def test_given_positions_and_counted_ones_agree() -> None:
     assert torch.equal(counted[0], given[0]) and torch.equal(counted[1], given[1])
     assert table(None, 0, 256, device)[0].shape[1] == 256
     assert table(None, 0, 257, device)[0].shape[1] == 257  # one more than it had
+    assert RotaryTable(config(1.0))(torch.tensor([[256]]), 0, 1, device)[0].shape == (1, 1, 64)
     beyond = table(None, 5000, 3, device)  # grows on demand
     assert beyond[0].shape == (1, 3, 64)
+
+
+def test_a_moved_model_makes_its_table_anew() -> None:
+    table = RotaryTable(config(1.0))
+    for device in map(torch.device, ("cpu", "meta", "cpu")):
+        assert {x.device for x in table(None, 0, 4, device)} == {device}
 
 
 def test_a_table_that_inference_made_is_one_to_train_with() -> None:
