@@ -139,9 +139,10 @@ def loops_that_matter() -> dict[str, float]:
 
 
 def chosen() -> dict[str, list[int]]:
-    """Rows and columns of the tile for gate and up of `800m`, by the rows of each of its experts."""
-    tiles = {rows: kernels.choose(8, rows, 1024, torch.bfloat16) for rows in (1, 30, 50, 512, 4096)}
-    return {str(rows): [tile.rows, tile.columns] for rows, tile in tiles.items()}
+    """Rows and columns of the tile for gate and up of `800m`, by the rows of each of its experts; and where each has just so many."""
+    tiles = {str(rows): kernels.choose(8, rows, 1024, torch.bfloat16) for rows in (1, 30, 50, 384, 512, 4096)}
+    tiles["384, none ragged"] = kernels.choose(8, 384, 1024, torch.bfloat16, ragged=False)
+    return {name: [tile.rows, tile.columns] for name, tile in tiles.items()}
 
 
 def on_gpu() -> bool:

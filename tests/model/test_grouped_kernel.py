@@ -40,7 +40,8 @@ def test_no_loop_can_stop_early(interpreted: dict[str, Any]) -> None:
 
 
 def test_a_tile_is_chosen_by_an_experts_rows(interpreted: dict[str, Any]) -> None:
-    assert interpreted["chosen"] == {"1": [16, 128], "30": [32, 128], "50": [64, 128], "512": [128, 128], "4096": [128, 256]}
+    of_rows = {"1": [16, 128], "30": [32, 128], "50": [64, 128], "384": [64, 128], "512": [128, 128], "4096": [128, 256]}
+    assert interpreted["chosen"] == {**of_rows, "384, none ragged": [128, 256]}
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """Experts, dispatch and combine against their formula, forward and gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from model.dispatch import (
     swiglu,
     tally,
 )
+from model.grouped import OURS, Products
 from model.moe import MoE
 from tests import reference
 from tests.model.small_moe import config, initialised
@@ -118,6 +121,14 @@ def test_the_products_of_rows_are_fp32() -> None:
     scale, exact = torch.rand(600), a.double()
     exact *= scale.double().unsqueeze(1)
     assert float((scale_rows(a, scale) != exact.bfloat16()).double().mean()) < 0.001
+
+
+def test_a_rows_tally_is_fp32_whatever_its_rows() -> None:
+    gate, up, dout = (torch.randn(600, 64).bfloat16().requires_grad_() for _ in range(3))
+    weights = torch.ones(600, 1, requires_grad=True)
+    out = swiglu(gate, up, tally_R=tally(weights, torch.arange(600)))
+    dup, dweights = torch.autograd.grad(out, [up, weights], dout)
+    torch.testing.assert_close(dweights[:, 0].double(), (up.double() * dup.double()).sum(dim=1), rtol=1e-5, atol=1e-5)
 
 
 def rows_way(hidden_size: int, width: int, weights: Tensor, given: list[Tensor], order: Tensor, place: Tensor) -> Tensor:
@@ -230,6 +241,23 @@ def test_joined_or_apart_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     (apart, *first), (whole, *second) = results
     assert (apart, whole) == (2, 1)
     torch.testing.assert_close(first, second)
+
+
+def test_somebody_elses_products_are_taken_in_every_direction() -> None:
+    """Of which the numbers say nothing: they are the same."""
+    calls: list[str] = []
+
+    def watched(name: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *given: calls.append(name) or call(*given)  # type: ignore[func-returns-value]
+
+    by = Products(watched("product", OURS.product), watched("outer", OURS.outer))
+    x, ends = torch.randn(6, 16, requires_grad=True), torch.tensor([2, 6], dtype=torch.int32)
+    weights = [torch.randn(2, 8, 16, requires_grad=True) for _ in range(2)]
+    torch.cat(grouped_linears(x, ends, *weights, by=by), dim=1).square().sum().backward()
+    assert calls == ["product"] * 4 + ["outer"] * 2
+    with torch.no_grad():
+        grouped_linears(x, ends, *weights, by=by)
+    assert calls[6:] == ["product"] * 2
 
 
 def test_expert_dropout_only_in_training() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -49,3 +50,17 @@ def test_nobody_is_told_afterwards() -> None:
     with torch.no_grad():
         model(torch.zeros(1, 8, dtype=torch.long))
     assert len(found) == 1
+
+
+def test_who_watched_before_is_told_again() -> None:
+    """Also after a pass within that failed."""
+    config = MoEGPTConfig.preset("tiny", num_hidden_layers=1, vocab_size=64)
+    config._attn_implementation = "flash"
+    model, ids = MoEGPTForCausalLM(config), torch.zeros(1, 8, dtype=torch.long)
+    outer, inner = list[torch.Tensor](), list[torch.Tensor]()
+    with torch.no_grad(), watching_sink_mass(outer.append):
+        with pytest.raises(RuntimeError, match="stop"), watching_sink_mass(inner.append):
+            model(ids)
+            raise RuntimeError("stop")
+        model(ids)
+    assert len(inner) == len(outer) == 1

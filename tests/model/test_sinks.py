@@ -24,6 +24,17 @@ def test_the_rule_is_softmax_with_one_more_column() -> None:
     torch.testing.assert_close(sink_gradient(dout, out.detach(), lse.detach(), sinks_N.detach()), dsinks, rtol=1e-10, atol=1e-12)
 
 
+def test_bf16_is_rounded_once_and_summed_in_fp32() -> None:
+    plain, dout, lse = torch.randn(2, 50, 3, 16).bfloat16(), torch.randn(2, 50, 3, 16).bfloat16(), torch.randn(2, 3, 50)
+    sinks_N = torch.tensor([-1.3, 0.1, 1.7])
+    out, lse_with = add_sink(plain, lse, sinks_N)
+    exact, exact_lse = add_sink(plain.double(), lse.double(), sinks_N.double())
+    assert float((out == exact.bfloat16()).double().mean()) > 0.99
+    found, expected = sink_gradient(dout, out, lse_with, sinks_N), sink_gradient(dout.double(), out.double(), exact_lse, sinks_N.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_rescaling_in_autograd_would_be_wrong() -> None:
     """The trap this module avoids: the same output, wrong dq and dk. Shows that test_attention.py can see it."""
     kernel, mask = load_kernel("cpu"), causal_mask((1, 64), 0, torch.device("cpu"))
