@@ -2,8 +2,8 @@
 product in float64, outputs and gradients.
 
 Prints one JSON object: `errors`, the relative error by case; `loops`, under the interpreter, that of each loop when it stops too
-early; `chosen`, tiles by the rows of an expert. `--gpu` takes bf16 too, whose products the interpreter makes of the numbers'
-bits, and the sizes of `800m` and `4b`.
+early; `chosen`, tiles by the rows of an expert; `asked`, by what the products choose theirs. `--gpu` takes bf16 too, whose products
+the interpreter makes of the numbers' bits, and the sizes of `800m` and `4b`.
 """
 
 import json
@@ -142,7 +142,15 @@ def chosen() -> dict[str, list[int]]:
     """Rows and columns of the tile for gate and up of `800m`, by the rows of each of its experts; and where each has just so many."""
     tiles = {str(rows): kernels.choose(8, rows, 1024, torch.bfloat16) for rows in (1, 30, 50, 384, 512, 4096)}
     tiles["384, none ragged"] = kernels.choose(8, 384, 1024, torch.bfloat16, ragged=False)
+    tiles["512, float32"] = kernels.choose(8, 512, 1024, torch.float32)
     return {name: [tile.rows, tile.columns] for name, tile in tiles.items()}
+
+
+def asked() -> list[list[int | bool]]:
+    """By what a product's tile, its input gradient's and its weights' are chosen: runs, their length, columns, whether ragged."""
+    with mock.patch.object(kernels, "choose", return_value=SMALL) as choose:
+        compare([32, 64], 80, 48, 2, torch.float32)
+    return [[*call.args[:3], call.kwargs.get("ragged", True)] for call in choose.call_args_list]
 
 
 def on_gpu() -> bool:
@@ -165,7 +173,7 @@ def main() -> None:
         cases |= by_tiles(dtype) | (real_cases(dtype) if on_gpu() else {})
         found |= {f"{dtype}: {name}".removeprefix("torch."): value for name, value in cases.items()}
     assert all(call.call_count >= len(RUNS) for call in calls)
-    json.dump({"errors": found, "loops": loops, "chosen": chosen()}, sys.stdout)
+    json.dump({"errors": found, "loops": loops, "chosen": chosen(), "asked": asked()}, sys.stdout)
 
 
 if __name__ == "__main__":

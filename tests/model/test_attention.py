@@ -136,10 +136,11 @@ def test_document_two_never_sees_document_one(name: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("queries", [1, 5])
-def test_queries_after_a_cache(name: str, queries: int) -> None:
+@pytest.mark.parametrize("with_sinks", [True, False])
+def test_queries_after_a_cache(name: str, with_sinks: bool, queries: int) -> None:
     """The last queries of a longer sequence give what they give in the whole of it."""
     q, k, v = inputs(2, 40, 4, 2, 16, torch.float64)
-    sinks = torch.randn(4, dtype=torch.float64)
+    sinks = torch.randn(4, dtype=torch.float64) if with_sinks else None
     allowed = torch.ones(2, 40, 40, dtype=torch.bool).tril()
     expected = reference.attention_with_sinks(q, k, v, sinks, allowed)[:, -queries:]
     out = ALL[name](q[:, -queries:], k, v, sinks, causal_mask((2, queries), 40 - queries, CPU))

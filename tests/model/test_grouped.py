@@ -45,6 +45,8 @@ def test_where_a_gpu_leaves_idle_experts_they_are_zeroed(monkeypatch: pytest.Mon
 def test_which_gpus_leave_idle_experts(major: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
     assert leaves_idle(torch.device("cuda", 0)) is expected and not leaves_idle(torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # AMD's numbers mean other GPUs
+    assert not leaves_idle(torch.device("cuda", 0))
 
 
 def test_lengths_that_recur() -> None:

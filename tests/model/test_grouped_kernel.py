@@ -41,7 +41,9 @@ def test_no_loop_can_stop_early(interpreted: dict[str, Any]) -> None:
 
 def test_a_tile_is_chosen_by_an_experts_rows(interpreted: dict[str, Any]) -> None:
     of_rows = {"1": [16, 128], "30": [32, 128], "50": [64, 128], "384": [64, 128], "512": [128, 128], "4096": [128, 256]}
-    assert interpreted["chosen"] == {**of_rows, "384, none ragged": [128, 256]}
+    assert interpreted["chosen"] == {**of_rows, "384, none ragged": [128, 256], "512, float32": [64, 64]}
+    # Of 2 experts with 48 rows of 80 columns each, and two weights 48 high.
+    assert interpreted["asked"] == [[2, 48, 96, True], [2, 48, 80, True], [4, 48, 80, False]]
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.config import MoEGPTConfig
 from model.dispatch import (
+    chunks,
     combine,
     expert_order,
     gather_rows,
@@ -121,6 +122,14 @@ def test_the_products_of_rows_are_fp32() -> None:
     scale, exact = torch.rand(600), a.double()
     exact *= scale.double().unsqueeze(1)
     assert float((scale_rows(a, scale) != exact.bfloat16()).double().mean()) < 0.001
+
+
+def test_a_cpu_passes_over_rows_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose fp32 copies stay in its cache; a GPU has a kernel for each, and a graph all of them."""
+    assert chunks(700, torch.empty(0)) == [slice(0, 256), slice(256, 512), slice(512, 768)]
+    assert chunks(700, torch.empty(0, device="meta")) == [slice(0, 700)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chunks(700, torch.empty(0)) == [slice(0, 700)]
 
 
 def test_a_rows_tally_is_fp32_whatever_its_rows() -> None:
