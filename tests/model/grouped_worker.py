@@ -139,7 +139,7 @@ def loops_that_matter() -> dict[str, float]:
 
 
 def chosen() -> dict[str, list[int]]:
-    """Rows and columns of the tile for gate and up of `800m`, by the rows of each of its experts; and where each has just so many."""
+    """Rows and columns of the tile for gate and up of `800m`, by an expert's rows; and where each has just so many."""
     tiles = {str(rows): kernels.choose(8, rows, 1024, torch.bfloat16) for rows in (1, 30, 50, 384, 512, 4096)}
     tiles["384, none ragged"] = kernels.choose(8, 384, 1024, torch.bfloat16, ragged=False)
     tiles["512, float32"] = kernels.choose(8, 512, 1024, torch.float32)

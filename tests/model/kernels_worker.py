@@ -164,7 +164,8 @@ def cases(dtype: torch.dtype, case: Callable[..., None]) -> None:
     q, k, weights = random(1, tokens, n, 24), random(1, tokens, m, 24), (random(24), random(24))
     case("q and k, head_dim 24", partial(turned, odd), q, k, *weights, *tables(tokens, 24))
     six = MoEGPTConfig.preset("tiny", hidden_size=96, num_attention_heads=6, num_key_value_heads=3, head_dim=16)  # nor these
-    case("q and k, 6 and 3 heads", partial(turned, six), random(2, 8, 6, 16), random(2, 8, 3, 16), random(16), random(16), *tables(8, 16))
+    q, k, weights = random(2, 8, 6, 16), random(2, 8, 3, 16), (random(16), random(16))
+    case("q and k, 6 and 3 heads", partial(turned, six), q, k, *weights, *tables(8, 16))
     case("sinks, head_dim 24", sinks, random(70, 3, 24), random(3, 70), random(3), random(70, 3, 24))
     case("sinks", sinks, random(2, 70, 3, 16), random(2, 3, 70), random(3), random(2, 70, 3, 16))
     case("sinks, packed", sinks, random(70, 3, 16), random(3, 70), random(3), random(70, 3, 16))
@@ -305,30 +306,60 @@ def rounded_once() -> Results:
     spread = operators.spread(x, places, 2, weights)[places].view(tokens, 2, hidden)
     whole, copies = stream.double(), rows.double()[places].view(tokens, 2, hidden)
     beside, shares = shared.double() + residual.double(), weights.double().unsqueeze(2)
-    q, k, dq, dk = (torch.randn(tokens, heads, 16).bfloat16() for heads in (4, 2, 4, 2))
-    qk_weights, turns = [torch.randn(16).bfloat16() for _ in range(2)], [torch.randn(tokens, 16) for _ in range(2)]
-    forth = operators.norm_rope(q, k, qk_weights, *turns, 1e-5)
-    back = operators.norm_rope_backward(dq, dk, q, k, qk_weights, *turns, 1e-5)
-    exact = [x.double().requires_grad_() for x in (q, k)]
-    exactly_turned = [turned_exactly(x, weight.double(), *turns) for x, weight in zip(exact, qk_weights, strict=True)]
-    exactly_back = torch.autograd.grad(exactly_turned, exact, (dq.double(), dk.double()))
+    out, lse, sink = torch.randn(2, 5, 3, 16).bfloat16(), torch.randn(2, 3, 5), torch.randn(3)
     found = {
         "norm, its stream": (stream, x.double() + added.double()),
-        "norm": (normed, whole * torch.rsqrt(whole.square().mean(1, keepdim=True) + 1e-5) * norm_weight.double()),
+        "norm": (normed, normed_exactly(whole, norm_weight)),
         "swiglu": (operators.swiglu([gate, up]), nn.functional.silu(gate.double()) * up.double()),
         "spread": (spread, x.double().unsqueeze(1) * shares),
         "collect": (operators.collect(rows, places, 2, shared, residual), copies.sum(1) + beside),
         "combine": (operators.combine(rows, places, weights, shared, residual), (copies * shares).sum(1) + beside),
-        "q and k, q": (forth[0], exactly_turned[0]),
-        "q and k, k": (forth[1], exactly_turned[1]),
-        "q and k, dq": (back[0], exactly_back[0]),
-        "q and k, dk": (back[1], exactly_back[1]),
-    }
+        "add_sink": (operators.add_sink(out, lse, sink)[0], add_sink(out.double(), lse.double(), sink.double())[0]),
+    } | gradients_and_exact_ones()
     return {name: float((got == rounded(want)).double().mean()) for name, (got, want) in found.items()}
 
 
+def gradients_and_exact_ones() -> dict[str, tuple[Tensor, Tensor]]:
+    """What the backward operators and `norm_rope` make of bf16, beside the same in float64."""
+    tokens, hidden = 20, 96
+    x, dout, beside, gate, up = torch.randn(5, tokens, hidden).bfloat16().unbind()
+    weight, router = torch.randn(hidden).bfloat16(), 0.2 * torch.randn(8, hidden).bfloat16()
+    exact, exact_gate, exact_up = (tensor.double().requires_grad_() for tensor in (x, gate, up))
+    (dx,) = torch.autograd.grad(normed_exactly(exact, weight), exact, dout.double())
+    dgate_up = torch.autograd.grad(nn.functional.silu(exact_gate) * exact_up, [exact_gate, exact_up], dout.double())
+    dweights, rule = torch.randn(tokens, 2), (True, True, 1.5)
+    _, indices, _, kept = operators.route(x, router, torch.zeros(8), None, 2, 1, 1, *rule)
+    scores = (exact @ router.double().T).sigmoid().gather(1, indices)
+    (routed,) = torch.autograd.grad(1.5 * scores / scores.sum(1, keepdim=True), exact, dweights.double())
+    logits, targets = torch.randn(tokens, 50).bfloat16(), torch.randint(0, 50, (tokens,))
+    exact_logits = logits.double().requires_grad_()
+    (0.3 * nn.functional.cross_entropy(exact_logits, targets, reduction="sum")).backward()
+    operators.cross_entropy_(logits, targets, torch.tensor(0.3), 0.0, True, -100)  # into their place
+    turns, weights = torch.randn(2, tokens, 16), torch.randn(2, 16).bfloat16().unbind()
+    (q, k), (dq, dk) = ([torch.randn(tokens, heads, 16).bfloat16() for heads in (4, 2)] for _ in range(2))
+    exact_qk = [tensor.double().requires_grad_() for tensor in (q, k)]
+    turned = [turned_exactly(tensor, weight, *turns) for tensor, weight in zip(exact_qk, weights, strict=True)]
+    turned_back = torch.autograd.grad(turned, exact_qk, [dq.double(), dk.double()])
+    ours_qk = (
+        *operators.norm_rope(q, k, weights, *turns, 1e-5),
+        *operators.norm_rope_backward(dq, dk, q, k, weights, *turns, 1e-5)[:2],
+    )
+    ours_dgate_up = operators.swiglu_backward(dout, [gate, up], False)[:2]
+    return {
+        "norm_backward": (operators.norm_backward(dout, beside, x, weight, 1e-5)[0], dx + beside),
+        "route_backward": (operators.route_backward(dweights, beside, x, router, kept, indices, *rule)[0], routed + beside),
+        "cross_entropy_": (logits, exact_logits.grad),
+        **{f"swiglu_backward {i}": pair for i, pair in enumerate(zip(ours_dgate_up, dgate_up, strict=True))},
+        **{f"norm_rope {i}": pair for i, pair in enumerate(zip(ours_qk, (*turned, *turned_back), strict=True))},
+    }
+
+
+def normed_exactly(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+
+
 def turned_exactly(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+    normed = normed_exactly(x, weight)
     return normed * cos.double().unsqueeze(1) + normed.roll(x.shape[-1] // 2, -1) * sin.double().unsqueeze(1)
 
 

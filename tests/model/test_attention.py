@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_eager
 
-from model.attention import _sdpa, eager_attention, flash_attention, sdpa_attention
+from model.attention import _sdpa, eager_attention, flash_attention, prepare, sdpa_attention
 from model.mask import causal_mask
 from tests import reference
 
@@ -177,3 +177,31 @@ def test_no_scores_are_held_on_a_gpu(dtype: torch.dtype, masked: bool, heads: in
         allowed = torch.empty(2, 1, 16, 16, dtype=torch.bool) if masked else None
         assert _sdpa(q, k, k, allowed, not masked, 0.1).shape == q.shape
     assert seen == [(heads, heads, heads == 2)]
+
+
+def test_a_kernel_by_its_name_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("model.attention.load_kernel", asked.append)
+    q, k, v = inputs(1, 8, 2, 2, 16, torch.float32)
+    mask = causal_mask((1, 8), 0, CPU)
+    assert torch.equal(flash_attention(q, k, v, None, mask, "FlashAttention-9"), sdpa_attention(q, k, v, None, mask))
+    assert asked == ["FlashAttention-9"]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "kernel", "packed", "made"),
+    [
+        ("eager", None, False, True),
+        ("sdpa", None, False, False),
+        ("sdpa", None, True, True),
+        ("flash", "one", True, False),
+        ("flash", None, True, True),
+    ],
+)
+def test_the_masks_tensor_is_made_before_the_layers_that_read_it(
+    implementation: str, kernel: str | None, packed: bool, made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.attention.pick_kernel", lambda *_: kernel)
+    mask = causal_mask((1, 4), 0, CPU, position_ids=torch.tensor([[0, 1, 0, 1]]) if packed else None)
+    prepare(implementation, torch.empty(1), 16, mask)
+    assert ("allowed_B1SL" in vars(mask)) is made

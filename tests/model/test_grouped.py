@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import grouped
@@ -70,6 +71,14 @@ def test_products_at_recurring_lengths(counts: list[int]) -> None:
     for number, found in enumerate(gradient):
         mine = expert == number
         torch.testing.assert_close(found.double(), dout[mine].double().T @ x[mine].double(), rtol=1e-2, atol=1e-2)
+
+
+def test_fake_rows_have_products_too() -> None:
+    """As who counts or exports has them: how long their runs are nobody can say."""
+    with FakeTensorMode():
+        x, dout, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((8, 16), (8, 24), (2, 16, 24)))
+        ends = torch.empty(2, dtype=torch.int32)
+        assert product(x, weight, ends).shape == (8, 24) and outer(dout, x, ends).shape == (2, 24, 16)
 
 
 def test_rows_are_no_other_experts() -> None:

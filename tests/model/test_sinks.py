@@ -30,7 +30,10 @@ def test_bf16_is_rounded_once_and_summed_in_fp32() -> None:
     out, lse_with = add_sink(plain, lse, sinks_N)
     exact, exact_lse = add_sink(plain.double(), lse.double(), sinks_N.double())
     assert float((out == exact.bfloat16()).double().mean()) > 0.99
-    found, expected = sink_gradient(dout, out, lse_with, sinks_N), sink_gradient(dout.double(), out.double(), exact_lse, sinks_N.double())
+    found, expected = (
+        sink_gradient(dout, out, lse_with, sinks_N),
+        sink_gradient(dout.double(), out.double(), exact_lse, sinks_N.double()),
+    )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
