@@ -114,11 +114,21 @@ def test_a_second_backward_is_right_too() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_no_gradient_work_without_gradients() -> None:
+def test_a_head_alone_can_be_trained() -> None:
     x, head, targets = case(20, 4, 9, torch.float64)
+    both, alone = (torch.autograd.grad(token_loss(given, head, targets), head) for given in (x, x.detach()))
+    assert torch.equal(*both, *alone)
+
+
+def test_no_gradient_work_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, head, targets = case(20, 4, 9, torch.float64)
+    calls: list[bool] = []
+    chunk_loss = loss_module.chunk_loss
+    monkeypatch.setattr(loss_module, "chunk_loss", lambda *given: calls.append(given[-1]) or chunk_loss(*given))  # type: ignore[func-returns-value]
     with torch.no_grad():
         evaluated = token_loss(x, head, targets)
-    assert not evaluated.requires_grad
+    token_loss(x.detach(), head.detach(), targets)
+    assert not evaluated.requires_grad and calls and not any(calls)
     torch.testing.assert_close(evaluated, token_loss(x, head, targets).detach())
 
 
