@@ -382,6 +382,9 @@ def edges() -> dict[str, bool]:
     out, lse, sink = torch.ones(1, 1, 1, 16), torch.full((1, 1, 1), -60.0), torch.full((1,), 60.0)
     found["a sink far above all scores"] = operators.add_sink(out, lse, sink)[1].item() == 60
 
+    high = torch.full((1,), 100.0)  # past exp's fp32, where a position past the end would count
+    found["the gradient of a sink of 100"] = operators.sink_gradient(out, out, high.view(1, 1, 1), high).item() == -16
+
     x, gate, bias = torch.ones(2, 32), torch.full((8, 32), -10.0), torch.zeros(8)  # sigmoid(-320) is 0 in fp32
     rule = (2, 1, 1, True, True, 1.0)
     weights, indices, _, kept = operators.route(x, gate, bias, None, *rule)

@@ -93,7 +93,7 @@ def test_sums_are_in_fp32_and_rounded_once(found: Found) -> None:
 
 
 def test_values_that_random_numbers_never_have(found: Found) -> None:
-    assert len(found.edges) == 7 and all(found.edges.values()), found.edges
+    assert len(found.edges) == 8 and all(found.edges.values()), found.edges
 
 
 def test_equal_scores_choose_the_lower_index(found: Found) -> None:
