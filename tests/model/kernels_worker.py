@@ -171,6 +171,8 @@ def cases(dtype: torch.dtype, case: Callable[..., None]) -> None:
     case("sinks, packed", sinks, random(70, 3, 16), random(3, 70), random(3), random(70, 3, 16))
     indices = torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)])
     case("gather and combine", mixture, x[0], torch.rand(tokens, 2), random(tokens, hidden), random(tokens, hidden), indices)
+    unrouted = lambda x: [y.sin() for y in gather_beside(x, *expert_order(indices), 2)[1:]]  # noqa: E731
+    case("gather, rows that nobody wants", unrouted, x[0])
     if dtype == torch.float32:  # whose tests are in grouped_worker.py
         ends = torch.tensor([7, 7, 40], dtype=torch.int32)
         case("products by expert", by_expert, random(40, 48), random(3, 32, 48), random(3, 32, 48), ends)

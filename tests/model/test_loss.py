@@ -36,6 +36,8 @@ def test_against_the_formula_in_float64(
     expected = reference.cross_entropy(x, head, targets, count, z_weight)
     ours = token_loss(x, head, targets, given, z_weight)  # type: ignore[arg-type]
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    of_logits = loss_of_logits(F.linear(x, head), targets, given, z_weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(of_logits, expected, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(ours * 3, [x, head]), torch.autograd.grad(expected * 3, [x, head]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
@@ -66,6 +68,16 @@ def test_fp16_keeps_its_gradients_under_a_loss_scale() -> None:
         assert a.dtype == torch.float16
         error = (a.double() / loss_scale - b).norm() / b.norm()
         assert error < 2e-3, float(error)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dtypes"),
+    [(torch.bfloat16, [torch.bfloat16] * 2), (torch.float16, [torch.float16, torch.float32, torch.float32])],
+)
+def test_what_waits_for_the_backward(dtype: torch.dtype, dtypes: list[torch.dtype]) -> None:
+    """The inputs' gradients, as narrow as they are but for the head's in fp16: a sum over tokens that nothing has scaled yet."""
+    saved = token_loss(*case(20, 4, 9, dtype)).grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert [x.dtype for x in saved if x is not None] == dtypes
 
 
 def test_the_heads_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +124,18 @@ def test_a_second_backward_is_right_too() -> None:
     first = torch.autograd.grad(ours, [x, head], retain_graph=True)
     second = torch.autograd.grad(ours, [x, head])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_has_the_loss_of_narrow_inputs() -> None:
+    """And gradients in the dtypes of the wide ones that it was given."""
+    x, head, targets = case(60, 16, 40, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_loss(x, head, targets)
+    narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in (x, head)]
+    expected = token_loss(*narrow, targets)
+    assert torch.equal(ours, expected) and not torch.equal(ours, token_loss(x, head, targets))
+    for a, b in zip(torch.autograd.grad(ours, [x, head]), torch.autograd.grad(expected, narrow), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b.float())
 
 
 def test_a_head_alone_can_be_trained() -> None:
