@@ -112,6 +112,14 @@ def test_without_any_target_the_loss_is_zero() -> None:
     assert x.grad is not None and float(x.grad.abs().sum()) == 0
 
 
+@pytest.mark.parametrize("target", [-1, 9])
+def test_a_target_outside_of_the_vocabulary_is_refused(target: int) -> None:
+    x, head, targets = case(5, 4, 9, torch.float32)
+    targets[3] = target
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        token_loss(x, head, targets)
+
+
 def test_huge_logits_stay_finite() -> None:
     x, head, targets = case(50, 8, 30, torch.float32)
     ours = token_loss(x * 1e4, head, targets)
@@ -124,6 +132,14 @@ def test_a_second_backward_is_right_too() -> None:
     first = torch.autograd.grad(ours, [x, head], retain_graph=True)
     second = torch.autograd.grad(ours, [x, head])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Ours would be that of a linear loss."""
+    x, head, targets = case(20, 4, 9, torch.float64)
+    (dx,) = torch.autograd.grad(token_loss(x, head, targets).square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_autocast_has_the_loss_of_narrow_inputs() -> None:
