@@ -1,4 +1,4 @@
-"""The pictures in launch/reporting/pictures/, two of each RUN that is named: its top and its experts.
+"""The pictures in launch/reporting/pictures/: the top of the page of each RUN that is named.
 
 Run with `PYTHONPATH=.:tests/launch`, where Debian's chromium and chromium-driver are installed.
 """
@@ -28,9 +28,6 @@ def main(folders: list[Path]) -> None:
             page.write_text(build_page([run], {}), encoding="utf-8")
             browser.open(page)
             browser.picture(PICTURES / f"{run.name}.png")
-            browser.script("document.getElementById('heat').scrollIntoView({block: 'end'})")
-            browser.frames()
-            browser.picture(PICTURES / f"{run.name}_experts.png")
 
 
 if __name__ == "__main__":
