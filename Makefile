@@ -16,6 +16,7 @@ endif
 ifeq ($(origin TORCH),command line)
 ifneq ($(shell sed -n 2p $(VENV)/installed 2>/dev/null),$(TORCH))
 .PHONY: $(VENV)/installed
+UNINSTALL_TORCH := $(BIN)/pip uninstall --quiet --yes torch
 endif
 endif
 RECENT = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -30,6 +31,7 @@ $(VENV)/installed: setup.py constraints.txt
 		$(PYTHON) $(RECENT) || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed; name another: make install PYTHON=python3.12" >&2; exit 2; }; \
 		$(PYTHON) -m venv $$([ ! -e .venv/installed ] || [ "$(VENV)" != .venv ] || echo --clear) $(VENV); }
 	@{ $(USABLE); } || { echo "error: $(VENV) is no environment of Python 3.11 or newer with pip that was made at this place; remove it, or name another: make install VENV=DIR" >&2; exit 2; }
+	$(UNINSTALL_TORCH)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@printf '%s\n' "$(CURDIR)" "$(TORCH)" > $@

@@ -301,11 +301,11 @@ def drain() -> None:
 def say(text: str, out: Voice = stderr) -> None:
     """One line for a person, above the progress bar if there is one, without secrets."""
     text = redact_text(text)
-    tqdm = sys.modules.get("tqdm")
-    if tqdm is None:
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # a signal's thread may speak while that is being imported
+    if bars is None:
         out.write(text + "\n")
     else:
-        tqdm.tqdm.write(text, file=out)
+        bars.write(text, file=out)
 
 
 def write_out(text: str, end: str = "\n") -> None:

@@ -58,7 +58,8 @@ def make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
-        sync_folder(made.parent)
+        with contextlib.suppress(PermissionError):  # a parent that may be written to and not read
+            sync_folder(made.parent)
 
 
 @contextlib.contextmanager

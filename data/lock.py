@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 import weakref
 from pathlib import Path
 from typing import IO, Any
@@ -46,7 +47,7 @@ class FolderLock:
         path = self.folder / self.name
         file = open(path, "r+", encoding="utf-8", errors="replace", opener=_ours)  # noqa: SIM115 - held
         try:
-            locked = try_lock(file)
+            locked = _try_twice(file)
         except BlockingIOError:
             with file:
                 raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
@@ -105,10 +106,18 @@ def take_folder(folder: Path, who: str, *, flag: str = "--output") -> FolderLock
     return lock
 
 
+def _try_twice(file: IO[str]) -> bool:
+    """`try_lock`, again after a moment: whoever asks `is_held` holds it as well."""
+    with contextlib.suppress(BlockingIOError):
+        return try_lock(file)
+    time.sleep(0.05)
+    return try_lock(file)
+
+
 def is_held(folder: Path) -> bool | None:
     """Whether a process holds the folder; None where that cannot be told: no lock that may be read, or one of another host.
 
-    Who asks holds a shared lock for some microseconds, so readers do not see each other; only what starts in just these would."""
+    Who asks holds a shared lock for some microseconds: readers do not see each other, and who takes the folder tries twice."""
     try:
         file = open(folder / FolderLock.NAME, encoding="utf-8", errors="replace", opener=_readers)  # noqa: SIM115 - below
     except OSError:

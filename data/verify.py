@@ -142,23 +142,23 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="threads")
     args = p.parse_args(arguments)
     at_least_one(args, "workers")
-    code: int = Exit.DONE
+    codes: set[int] = set()
     for folder in args.folders:
         started = time.monotonic()
         try:
             faults = verify(folder, args.workers)
         except (UserError, OSError) as error:  # one that is not there says nothing of the others
-            code = max(code, report(error))
+            codes.add(report(error))
             continue
         for fault in faults:
             say(f"error: {one_line(fault)}")
         if faults:
-            code = max(code, Exit.FAULT)
+            codes.add(Exit.FAULT)
             continue
         splits = load_manifest(folder)["splits"]
         shards, tokens = (sum(f(splits[s]) for s in SPLITS) for f in (lambda e: len(e["shards"]), lambda e: e["tokens"]))
         say(f"{folder}: {shards} shards, {tokens:,} tokens, all sound ({time.monotonic() - started:.1f} s)", stdout)
-    return code
+    return Exit.FAULT if Exit.FAULT in codes else max(codes, default=Exit.DONE)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ The model is always this repository's own where it can be, with its kernels; cod
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,6 +30,7 @@ from data.tokens.tokenizer import library_tokenizer
 from launch.model_config import OtherModel, read_model_config
 from launch.toolchain import check_toolchain, unusable_gpu
 from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.operators import has_triton
 
 POINTER_BYTES = 1024  # what git-LFS limits its own to
 INDEX_BYTES = 1 << 28  # of an index: 100 bytes a weight
@@ -45,9 +46,14 @@ def default_device() -> str:
     """A GPU where there is one; where PyTorch cannot use it, the CPU, and a warning that says why."""
     if torch.cuda.is_available():
         return "cuda"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and (said := unusable_gpu()):
-        say(f"warning: {said}; until then this runs on the CPU")
+    _warn_of_unusable_gpu()
     return "cpu"
+
+
+@cache
+def _warn_of_unusable_gpu() -> None:
+    if said := unusable_gpu():
+        say(f"warning: {said}; until then this runs on the CPU")
 
 
 def load_exported(
@@ -58,13 +64,14 @@ def load_exported(
     `rope_factor` extends the context by YaRN. Raises UserError with the folder and what is missing or damaged, or with what a
     GPU lacks.
     """
-    check_toolchain(device)
     disable_progress_bar()  # of the weights, which are read in a moment
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise NotFound(f"--model {folder} has no {name}; name a folder that launch/export.py wrote")
         refuse_pointer(folder / name)
     config = own_config(folder)
+    if config is not None and has_triton():
+        check_toolchain(device)
     if config is None:
         if rope_factor:
             raise UserError(f"--rope_factor extends moe_gpt and glm4_moe folders; {folder} is another model")

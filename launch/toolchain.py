@@ -54,7 +54,8 @@ def check_driver(chosen: str | None) -> None:
 
 def unusable_gpu(devices: Path = Path("/dev"), driver: Path = Path("/proc/driver/nvidia/version")) -> str | None:
     """Why PyTorch cannot use a GPU that this process may open, and what to do: its driver is too old, the build has no CUDA."""
-    if torch.cuda.is_available() or not any(map(_opens, devices.glob("nvidia[0-9]*"))):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")  # by the user; by Slurm, from a job without GPUs
+    if hidden or torch.cuda.is_available() or not any(map(_opens, devices.glob("nvidia[0-9]*"))):
         return None
     try:
         torch.cuda.init()

@@ -25,7 +25,7 @@ from launch.run.terminal import guard_launcher
 
 def main() -> int:
     guard_launcher()  # it forks, so before any thread
-    stop = StopRequest().install()  # before what takes seconds, so that a signal in the meantime is not lost
+    stop = StopRequest().install()  # before what takes seconds: a signal in the meantime ends it, or is kept
     # The tokens of an expert vary from step to step, and with them the sizes of its activations: growing segments do not fragment.
     # Where the user has set either of PyTorch's two names for it, that stays.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:

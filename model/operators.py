@@ -58,7 +58,9 @@ def _fp32(x: Tensor, shape: int | Sequence[int]) -> Tensor:
 @cache
 def has_triton() -> bool:
     """Also no where the environment says `MOE_KERNELS=0`, to compare with the plain way on the same GPU."""
-    return find_spec("triton") is not None and os.environ.get("MOE_KERNELS") != "0"
+    # A copy of this file that transformers makes beside a model has no kernels.
+    here = find_spec("triton") is not None and find_spec(f"{__package__}.kernels") is not None
+    return here and os.environ.get("MOE_KERNELS") != "0"
 
 
 def usable(x: Tensor) -> bool:
@@ -77,7 +79,7 @@ def fills_tile(*sizes: int) -> bool:
 
 
 def _kernels(name: str) -> Any:
-    """A module that imports Triton, which a machine without a GPU need not have."""
+    """A module that imports Triton, which not every machine has. By name: transformers copies what a file imports."""
     return import_module(f".kernels.{name}", __package__)
 
 

@@ -233,6 +233,7 @@ def submit(pool: Executor, function: Callable[..., Any], *arguments: object) -> 
         return pool.submit(function, *arguments)
     except (OSError, ValueError) as error:
         if isinstance(error, BlockingIOError):  # of a fork
+            _kill_workers()
             raise UserError(TOO_MANY) from error
         pool.submit(os.getpid)  # says so where the pool is broken
         raise
@@ -243,9 +244,15 @@ def _dead_workers_named(started: list[Any]) -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        for process in multiprocessing.active_children():
-            process.kill()  # one that was started while the pool ended the others would be waited for, for ever
+        _kill_workers()
         raise UserError(_why_dead(started)) from error
+
+
+def _kill_workers() -> None:
+    """The executor's thread ends them, but it may not be there yet, and one that was started while it ended the others is waited
+    for, for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _why_dead(started: list[Any]) -> str:

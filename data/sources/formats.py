@@ -165,7 +165,7 @@ def check_lines(head: bytes, *, complete: bool) -> None:
         return
     check_named(head)
     lines = [line for line in text.split(b"\n") if line.strip()]
-    if any(map(_is_object, lines)) and not _opens_array(line):
+    if any(map(_is_object, lines)) and not _opens_array(line, lines) and not text[:9].lower().startswith(_PAGES):
         return
     if text.startswith(b"<"):
         remedy = "most likely a server's error page in place of the file: download it again"
@@ -208,10 +208,15 @@ def _json_object(line: bytes) -> bool:
         return False
 
 
-def _opens_array(line: bytes) -> bool:
-    """An array over lines breaks its first one off at `[`, `{` or `,`, and may have its last object alone on a line. What
-    `split -b` or a log leaves of a first line begins with a bracket at times, and breaks off at none of these."""
-    return line.startswith(b"[") and line.rstrip().endswith((b"[", b"{", b","))
+#: How a page begins; a cut line of text may begin with another `<`.
+_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
+
+
+def _opens_array(line: bytes, lines: list[bytes]) -> bool:
+    """An array over lines breaks its first one off at `[`, `{` or `,`, or has lines that are a comma, and may have its last object
+    alone on a line. What `split -b` or a log leaves of a first line begins with a bracket at times, and breaks off at none of
+    these."""
+    return line.startswith(b"[") and (line.rstrip().endswith((b"[", b"{", b",")) or b"," in map(bytes.strip, lines))
 
 
 def _check_array(line: bytes, rest: bytes) -> None:

@@ -16,6 +16,7 @@ from data.files import make_folder, read_json, replace_file, replace_json, small
 from data.redact import redact
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
+from launch.cli import CLONE
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
@@ -112,11 +113,14 @@ def describe_environment() -> dict[str, Any]:
 def git_commit() -> str | None:
     """The commit that runs, with `-dirty` where files were changed; None without git or outside a clone.
 
-    Git reads no clone of another user's (a shared one) unless told that it is safe, lest its configuration runs code; ours runs.
+    Git reads no clone of another user's (a shared one) unless told that it is safe, lest its configuration runs code; this clone's
+    code runs. A repository above an installed copy is another's.
     """
-    command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--abbrev=40"]
+    if not (CLONE / ".git").exists():
+        return None
+    command = ["git", "-c", f"safe.directory={CLONE}", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=CLONE, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return done.stdout.strip() or None

@@ -74,13 +74,17 @@ class StopRequest:
             echoes = number != first or number == signal.SIGTERM
             if number == signal.SIGXCPU or (echoes and now - when < ECHO_SECONDS):
                 return  # the kernel repeats SIGXCPU every second, until the hard limit kills
-            say("second signal: stopping at once")
-            end_at_once(128 + number)
+            try:
+                say("second signal: stopping at once")
+            finally:
+                end_at_once(128 + number)
         self._first = (number, now)
         name = signal.Signals(number).name
         if not self._joined and number in (signal.SIGTERM, signal.SIGINT):
-            _say_once(f"{name}: training has not begun, so there is nothing to save; stopping at once")
-            end_at_once(128 + number)
+            try:
+                _say_once(f"{name}: training has not begun, so there is nothing to save; stopping at once")
+            finally:
+                end_at_once(128 + number)
         later = f" after {ECHO_SECONDS:g} seconds" if number == signal.SIGTERM else ""
         _say_once(f"{name}: saving after this step; once more{later} stops at once")
         self.reason = name

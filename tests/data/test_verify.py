@@ -143,8 +143,9 @@ def test_every_folder_is_looked_at(shards: Path, sound_shards: Path, tmp_path: P
     (shards / BIN).write_bytes((shards / BIN).read_bytes()[:-2])
     (shards / "train" / "odd\nerror: x").touch()
     assert main([str(shards), str(sound_shards)]) == 1
-    assert main([str(tmp_path / "nowhere"), str(shards), str(sound_shards)]) == 2
+    assert main([str(tmp_path / "nowhere"), str(shards), str(sound_shards)]) == 1  # damage before a path that is wrong
+    assert main([str(tmp_path / "nowhere"), str(sound_shards)]) == 2
     drain()
     said = capsys.readouterr()
-    assert said.out.count("all sound") == 2 and said.err.count("odd\\nerror: x is not in the manifest\n") == 2
+    assert said.out.count("all sound") == 3 and said.err.count("odd\\nerror: x is not in the manifest\n") == 2
     assert "no shards at" in said.err and said.err.count("error: ") == said.err.count("\n") + 2

@@ -413,6 +413,8 @@ def lacking(machine: Figures) -> str | None:
 
 
 def main() -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # what a station has started ends with it
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", default="800m", help="a preset (default: 800m)")

@@ -11,6 +11,7 @@ import torch
 
 from data.cli import UserError, drain
 from launch import exported, toolchain
+from model import MoEGPTConfig
 
 
 def make_host(folder: Path, *compilers: str, headers: bool = True) -> tuple[dict[str, str], Path]:
@@ -52,7 +53,13 @@ def test_only_a_gpu_needs_them(device: str, tmp_path: Path, monkeypatch: pytest.
         return
     with pytest.raises(ValueError, match=r"this host lacks a C compiler .*apt-get install gcc python3-dev"):
         toolchain.check_toolchain(device)
+    MoEGPTConfig.preset("tiny").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(exported, "has_triton", lambda: True)
     with pytest.raises(ValueError, match="this host lacks a C compiler"):  # generate and evaluate: before a weight is read
+        exported.load_exported(tmp_path, device=device)
+    monkeypatch.setattr(exported, "has_triton", lambda: False)  # MOE_KERNELS=0 takes plain PyTorch
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         exported.load_exported(tmp_path, device=device)
 
 
@@ -68,6 +75,7 @@ def unusable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "nvidia0").touch()
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n")
@@ -93,14 +101,18 @@ def test_generating_goes_on_on_the_cpu_and_says_why(monkeypatch: pytest.MonkeyPa
     """It was slow without a word."""
     monkeypatch.setattr(exported, "unusable_gpu", lambda: "the driver is too old; update it")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert exported.default_device() == "cpu"
+    exported._warn_of_unusable_gpu.cache_clear()
+    assert exported.default_device() == exported.default_device() == "cpu"
+    exported._warn_of_unusable_gpu.cache_clear()
     drain()
-    assert "warning: the driver is too old; update it; until then this runs on the CPU" in capfd.readouterr().err
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # who hides the GPU wants the CPU
-    assert exported.default_device() == "cpu"
-    drain()
-    assert not capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert said == "warning: the driver is too old; update it; until then this runs on the CPU\n"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_who_hides_the_gpu_wants_the_cpu(hidden: str, unusable: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert toolchain.unusable_gpu(*unusable) is None
 
 
 def test_a_host_or_a_job_without_a_gpu_trains_on_the_cpu(unusable: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,36 @@ if __name__ == "__main__":
 """
 
 
+NO_FORK = """
+import errno, os
+from data.cli import exit_code, leave
+from data.pipeline import pool
+if __name__ == "__main__":
+    def refuse(*_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    left, fork, pool._worker, pool.start_worker = [1, 2], os.fork, object(), lambda options: None
+    os.fork = lambda: fork() if left.pop() == 2 else refuse()
+    def main():
+        assert pool._threads() == 1  # or workers are spawned
+        with pool._processes(3, None) as workers:
+            list(pool.in_order(range(8), workers, 3))
+    leave(exit_code(main))
+"""
+
+
+def test_workers_that_were_forked_before_the_limit_are_not_waited_for() -> None:
+    """Nothing told them to end: the sentence came, and the command stayed."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_FORK],
+        capture_output=True,
+        text=True,
+        env=environment() | {"OPENBLAS_NUM_THREADS": "1"},
+        check=False,
+        timeout=50,
+    )
+    assert done.returncode == 2 and done.stderr == f"error: {pool.TOO_MANY}\n", done.stderr
+
+
 def test_a_limit_of_processes_is_named() -> None:
     """Threads count as processes: a worker that could start none was "killed, most likely for want of memory", after tracebacks."""
     done = subprocess.run(

@@ -154,6 +154,11 @@ NAMED: dict[str, tuple[bytes, str, str]] = {
     "git-LFS": (LFS, "git-LFS pointer", "git lfs pull"),
     "git-annex": (b"/annex/objects/SHA256E-s12--0.jsonl\n", "git-annex pointer", "git annex get"),
     "HTML": (b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>\n", "HTML or XML page", "download it again"),
+    "HTML with JSON-LD": (
+        b'<html>\n<script type="application/ld+json">\n{"a": 1}\n</script>\n</html>\n',
+        "HTML or XML page",
+        "download",
+    ),
     "HTML behind blanks": (b"\n\n  <html>\n" + b"<p>x</p>\n" * 500, "HTML or XML page", "download it again"),
     "an XML error of S3": (
         b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>',

@@ -104,8 +104,11 @@ def test_the_commit_of_a_clone_of_another_user_s_is_known(tmp_path: Path, monkey
     git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "folder.py"))
+    monkeypatch.setattr(run_folder, "CLONE", tmp_path)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch
     refused = subprocess.run([*git, "status"], capture_output=True, text=True, check=False)
     assert "dubious ownership" in refused.stderr
     assert len(run_folder.git_commit() or "") == 40
+    (tmp_path / "site-packages").mkdir()  # an installed copy below somebody's repository, whose hooks git would run
+    monkeypatch.setattr(run_folder, "CLONE", tmp_path / "site-packages")
+    assert run_folder.git_commit() is None
