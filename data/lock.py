@@ -47,7 +47,7 @@ class FolderLock:
         path = self.folder / self.name
         file = open(path, "r+", encoding="utf-8", errors="replace", opener=_ours)  # noqa: SIM115 - held
         try:
-            locked = _try_twice(file)
+            locked = _try_past_a_look(file)
         except BlockingIOError:
             with file:
                 raise LockHeld(self.folder, file.read(200).strip() or "another process") from None
@@ -106,18 +106,19 @@ def take_folder(folder: Path, who: str, *, flag: str = "--output") -> FolderLock
     return lock
 
 
-def _try_twice(file: IO[str]) -> bool:
-    """`try_lock`, again after a moment: whoever asks `is_held` holds it as well."""
-    with contextlib.suppress(BlockingIOError):
-        return try_lock(file)
-    time.sleep(0.05)
+def _try_past_a_look(file: IO[str]) -> bool:
+    """`try_lock`, for a moment: whoever asks `is_held` holds it as well, and lets go at once."""
+    for _ in range(10):
+        with contextlib.suppress(BlockingIOError):
+            return try_lock(file)
+        time.sleep(0.02)
     return try_lock(file)
 
 
 def is_held(folder: Path) -> bool | None:
     """Whether a process holds the folder; None where that cannot be told: no lock that may be read, or one of another host.
 
-    Who asks holds a shared lock for some microseconds: readers do not see each other, and who takes the folder tries twice."""
+    Who asks holds a shared lock for some microseconds: readers do not see each other, and who takes the folder waits for it."""
     try:
         file = open(folder / FolderLock.NAME, encoding="utf-8", errors="replace", opener=_readers)  # noqa: SIM115 - below
     except OSError:

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that launch/train.py wrote (--output)")
     p.add_argument("--output", type=Path, metavar="F.html", help="default: report.html in the first run's folder")
     p.add_argument("--evaluation", type=Path, nargs="+", default=[], metavar="E.json", help="results of launch/evaluate.py to show")
-    p.add_argument("--follow", action="store_true", help="write the page anew while the runs go on; the open page loads itself")
+    p.add_argument("--follow", action="store_true", help="write the page anew until no run goes on; the open page loads itself")
     p.add_argument("--seconds", type=float, default=30.0, metavar="S", help="between two pages of --follow")
     return p
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import IO
 
@@ -37,10 +37,16 @@ class SandboxError(UserError):
 
 def execute(job: Job, *, level: Level, limits: Limits, slot: int) -> Verdict:
     """What `attempt` says, which is tried again where the sandbox fails. Raises SandboxError if that does not help."""
-    for _ in range(TRIES - 1):
-        with suppress(SandboxError):
+    reason = ""
+    for _ in range(TRIES):
+        try:
             return attempt(job, level=level, limits=limits, slot=slot)
-    return attempt(job, level=level, limits=limits, slot=slot)
+        except SandboxError as error:
+            reason = str(error)
+    raise SandboxError(
+        f"{TRIES} times a sandbox ended before its program began ({reason}); look whether this machine lacks memory, processes "
+        "(ulimit -u) or time (fewer --workers), and run the same command again"
+    )
 
 
 def attempt(job: Job, *, level: Level, limits: Limits, slot: int) -> Verdict:
@@ -102,10 +108,7 @@ def read_verdict(judge: Confined, candidate: Confined, seconds: float) -> Verdic
 def failed(said: bytes, result: str) -> Verdict:
     """Raises SandboxError if the judge has said nothing: it and the candidate had not met, and no line of the program has run."""
     if not said:
-        raise SandboxError(
-            f"{TRIES} times a sandbox ended before its program began ({result}); look whether this machine lacks memory, processes "
-            "(ulimit -u) or time (fewer --workers), and run the same command again, it goes on from what is there"
-        )
+        raise SandboxError(result)
     return Verdict(passed=False, result=result)
 
 

@@ -48,7 +48,7 @@ def model_card(model: PreTrainedModel, checkpoint: Path) -> str:
         f"## Intended use\n\n{intended(fim_rate(checkpoint))}",
         f"## Limits\n\n{LIMITS}",
         "## License\n\n" + LICENSE + (CODE_LICENSE if kind == "moe_gpt" else ""),
-        f"## Loading\n\n{loading(kind)}",
+        f"## Loading\n\n{loading(model.config)}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -182,13 +182,13 @@ def intended(rate: float | None) -> str:
     return f"Completing source code{INTENDED}{unseen}"
 
 
-def loading(model_type: str) -> str:
+def loading(config: Any) -> str:
     from transformers import __version__
 
     needs = f"transformers 5 from 5.17 on (this folder was written by {__version__})"
-    if model_type == "moe_gpt":
+    if getattr(config, "attention_sinks", False):
         needs += "; its attention is `eager` alone, since `sdpa` and flash-attention 2 would drop the sinks without a word"
-    trust = ", trust_remote_code=True" if model_type == "moe_gpt" else ""  # AutoTokenizer reads config.json too, and would ask
+    trust = ", trust_remote_code=True" if config.model_type == "moe_gpt" else ""  # AutoTokenizer would ask as well
     return f'''Needs {needs}.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed

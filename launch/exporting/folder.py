@@ -31,6 +31,8 @@ HUB = Path(__file__).parent / "hub"
 
 def check_output(output: Path) -> None:
     """Raises UserError where the output holds anything but an earlier export, or cannot be written under its name."""
+    if not place_of(output).name:
+        raise UserError(f"--output {output} is the root of the file system; name a folder")
     if len(os.fsencode(working_name(place_of(output), "tmp").name)) > NAME_BYTES:
         raise UserError(
             f"--output {output}: the name is too long by the {WORKING_BYTES} bytes of the name it is written under; shorten it"
@@ -39,6 +41,8 @@ def check_output(output: Path) -> None:
         str(place_of(output)).encode()
     except UnicodeEncodeError:
         raise UserError(f"--output {output}: safetensors writes only under names that are UTF-8; name another folder") from None
+    if output.is_symlink() and not output.exists():
+        raise UserError(f"--output {output} is a link to {os.readlink(output)}, which is not there; make that, or remove the link")
     check_writable(place_of(output).parent)
     if not output.exists():
         return

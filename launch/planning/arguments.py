@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python launch/plan.py --gpu GPU [options]",
     )
     what = p.add_argument_group("what is trained")
-    what.add_argument("--model", default="800m", help=f"a preset ({', '.join(PRESETS)}) or a config.json")
+    what.add_argument("--model", default="800m", help=f"a preset ({', '.join(PRESETS)}), a config.json or a folder with one")
     what.add_argument(
         "--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/ (default: by the number of GPUs)"
     )

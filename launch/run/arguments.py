@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_what(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
     p.add_argument("--output", type=Path, required=True, metavar="RUN", help="the run's folder; the same command goes on in it")
-    p.add_argument("--model", default="800m", help=f"a preset ({', '.join(PRESETS)}) or a config.json")
+    p.add_argument("--model", default="800m", help=f"a preset ({', '.join(PRESETS)}), a config.json or a folder with one")
     p.add_argument(
         "--sequence_length", type=int, metavar="N", help=f"tokens of one sample (default: {USUAL_CONTEXT}, or all the model can)"
     )

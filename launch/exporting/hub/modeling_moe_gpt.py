@@ -70,7 +70,7 @@ class MoEGPTAttention(Glm4MoeAttention):
         cache: Any = None,  # its name from transformers 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.config._attn_implementation in WITHOUT_SINKS:  # set past transformers' own check
+        if self.config._attn_implementation.removeprefix("paged|") in WITHOUT_SINKS:  # set past transformers' own check
             raise ValueError(f"{self.config._attn_implementation} would drop this model's attention sinks; use eager")
         if not isinstance(cache, Cache | None):  # the pages of `generate_batch`, which its attention fills itself
             kwargs["cache"], cache = cache, None

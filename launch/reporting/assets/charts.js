@@ -70,6 +70,7 @@ Report.buildChart = (metric) => {
     Report.drawChart(chart, isLog());
   };
   plot.addEventListener("keydown", (event) => Report.moveCursor(event, chart));
+  plot.addEventListener("mousedown", (event) => event.preventDefault()); // a click gives no focus, whose loss moves other cursors
   plot.addEventListener("blur", () => chart.u.setCursor({ left: -10, top: -10 }, true, true));
   Report.charts.push(chart);
   Report.drawers.push(draw);

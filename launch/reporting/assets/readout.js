@@ -89,8 +89,9 @@ Report.readOut = (u, chart) => {
     return value;
   }));
   chart.plot.setAttribute("aria-valuetext", rows.map((row) => `${Report.units[Report.state.x](row.x)}: ${Report.rowTitle(row, chart)} ${Report.format(row.y)}`).join("; "));
-  chart.plot.setAttribute("aria-valuemax", u.data[0].length - 1);
-  chart.plot.setAttribute("aria-valuenow", u.cursor.idx ?? u.data[0].length - 1);
+  const last = Math.max(0, u.data[0].length - 1);
+  chart.plot.setAttribute("aria-valuemax", last);
+  chart.plot.setAttribute("aria-valuenow", u.cursor.idx ?? last);
   const inside = u.cursor.left >= 0 && (u.over.matches(":hover") || chart.plot.matches(":focus-visible"));
   chart.tip.style.display = inside && rows.length ? "block" : "none";
   if (inside && rows.length) Report.fillTip(u, chart, rows);

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from support import ROOT
 
-from launch.exporting.card import fim_rate, model_card, without_folders
+from launch.exporting.card import fim_rate, loading, model_card, without_folders
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import model_config, weights
+from model import MoEGPTConfig
 
 OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 
@@ -42,6 +43,7 @@ def test_card_of_a_real_run(checkpoint: Path) -> None:
     )
     assert "Trained on sequences of 32 tokens; positions up to 64." in card and "\nlicense: unknown\n" in card
     assert "## License\n\nNone was chosen" in card and "Apache License 2.0" in card and "`eager` alone" in card
+    assert "`eager`" not in loading(exported_config(MoEGPTConfig.preset("tiny", attention_sinks=False), "moe_gpt"))
     assert "--max_steps 12" in card and "b258fec79a54" in card and "## Limits" in card and "## Intended use" in card
 
 

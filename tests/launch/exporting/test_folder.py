@@ -212,3 +212,12 @@ def test_no_path_of_this_machine_is_in_an_export(checkpoint: Path, tmp_path: Pat
     assert [path.name for path in files if str(tmp_path) in path.read_text()] == []
     written = json.loads((tmp_path / "hf" / "manifest.json").read_text())
     assert (written["checkpoint"], written["step"]) == ("run/step_6", 6)
+
+
+def test_an_output_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    """Behind the link of a disk that is not mounted its folders were made on the disk that is; `/` was a traceback."""
+    (tmp_path / "hf").symlink_to(tmp_path / "disk" / "hf")
+    with pytest.raises(UserError, match=r"hf is a link to .*disk/hf, which is not there"):
+        folder.check_output(tmp_path / "hf")
+    with pytest.raises(UserError, match="root of the file system"):
+        folder.check_output(Path("/"))

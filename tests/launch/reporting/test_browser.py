@@ -235,6 +235,14 @@ def test_a_page_that_loads_itself_keeps_the_readers_place(browser: Browser, tmp_
     assert browser.script("return document.activeElement.id") == "smooth"
 
 
+def test_a_click_is_no_zoom(browser: Browser, tmp_path: Path) -> None:
+    """A click gave its chart the focus; the next chart's click took it away, which moved the cursor under its own mouse."""
+    browser.open(write_page(tmp_path))
+    for metric in ("loss", "grad_norm", "lr"):
+        browser.drag(f'[data-metric="{metric}"] .u-over', 0.5, 0.5)
+        assert browser.script("return [Report.state.range, document.activeElement.tagName]") == [None, "BODY"], metric
+
+
 def test_keys_move_the_cursor_of_all_charts(browser: Browser, tmp_path: Path) -> None:
     browser.open(write_page(tmp_path))
     plot = f"document.querySelector('{LOSS} .plot')"
