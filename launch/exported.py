@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,12 +22,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from data.cli import NotFound, UserError, say, sentence
+from data.cli import NotFound, UserError, sentence
 from data.files import hash_file, is_inside, pointer, read_json, small_file
 from data.tokens.folder import read_text
 from data.tokens.tokenizer import library_tokenizer
 from launch.model_config import OtherModel, read_model_config
-from launch.toolchain import check_toolchain, unusable_gpu
+from launch.toolchain import check_toolchain
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.operators import has_triton
 
@@ -40,20 +39,6 @@ ARITHMETIC = (
     *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "scoring_func"),
     *("qk_norm", "rms_norm_eps", "attention_sinks"),
 )
-
-
-def default_device() -> str:
-    """A GPU where there is one; where PyTorch cannot use it, the CPU, and a warning that says why."""
-    if torch.cuda.is_available():
-        return "cuda"
-    _warn_of_unusable_gpu()
-    return "cpu"
-
-
-@cache
-def _warn_of_unusable_gpu() -> None:
-    if said := unusable_gpu():
-        say(f"warning: {said}; until then this runs on the CPU")
 
 
 def load_exported(

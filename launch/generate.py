@@ -73,10 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     check(arguments)
     make_quiet()
-    from launch.exported import default_device, load_exported
+    from launch.exported import load_exported
     from launch.generation.prompts import check_filling_in, read_prompts
     from launch.generation.sampler import Sampling
     from launch.generation.stop import unescape
+    from launch.toolchain import default_device
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_return_sequences", "seed")
     stops = tuple(unescape(stop) for stop in arguments.stop or [] if stop)

@@ -11,11 +11,12 @@ import re
 import shutil
 import sysconfig
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from data.cli import UserError, sentence
+from data.cli import UserError, say, sentence
 
 #: In the order in which Triton (3.x, runtime/build.py) looks; the variable CC goes before.
 COMPILERS = ("gcc", "clang", "cc")
@@ -42,6 +43,20 @@ def check_toolchain(device: str) -> None:
             f"on a GPU kernels are compiled, and this host lacks {' and '.join(missing)}; install them, "
             "on Debian and Ubuntu with apt-get install gcc python3-dev"
         )
+
+
+def default_device() -> str:
+    """A GPU where there is one; where PyTorch cannot use it, the CPU, and a warning that says why."""
+    if torch.cuda.is_available():
+        return "cuda"
+    _warn_of_unusable_gpu()
+    return "cpu"
+
+
+@cache
+def _warn_of_unusable_gpu() -> None:
+    if said := unusable_gpu():
+        say(f"warning: {said}; until then this runs on the CPU")
 
 
 def check_driver(chosen: str | None) -> None:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """`{name: {"seconds", "result" or "reason"}}`."""
     from launch.benchmark import BENCHMARKS
-    from launch.exported import default_device
+    from launch.toolchain import default_device
 
     short = not arguments.full and default_device() == "cpu"
     names = [name for name in BENCHMARKS if name != "all" and (arguments.only is None or name in arguments.only)]

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
-from launch.exported import default_device
+from launch.toolchain import default_device
 from model.attention import eager_attention, flash_attention, sdpa_attention
 from model.flash import kernel_preference, load_kernel
 from model.mask import causal_mask

@@ -11,8 +11,8 @@ import torch
 from transformers import Glm4MoeForCausalLM
 
 from launch.benchmarks.measure import print_table, seconds_each
-from launch.exported import default_device
 from launch.generation.decode import fast
+from launch.toolchain import default_device
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.glm4_moe import to_glm4_moe
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
-from launch.exported import default_device
+from launch.toolchain import default_device
 from model.loss import token_loss
 
 

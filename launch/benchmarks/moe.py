@@ -13,7 +13,7 @@ from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
 from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
-from launch.exported import default_device
+from launch.toolchain import default_device
 from model import MoEGPTConfig
 from model.accounting import attention_matrices, forward_flops_per_token
 from model.moe import MoE

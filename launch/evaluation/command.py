@@ -66,8 +66,9 @@ def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Pro
     result would be replaced by it alone.
     """
     from launch.evaluation.generation import check_infilling, generate_samples, short_of_context
-    from launch.exported import default_device, load_exported
+    from launch.exported import load_exported
     from launch.generation.sampler import Sampling
+    from launch.toolchain import default_device
 
     sampling = Sampling(**{name: getattr(arguments, name) for name in DRAWN})
     model, tokenizer = load_exported(

@@ -53,7 +53,8 @@ def preprocess(path: str) -> None:
 
 
 def verify(path: str) -> None:
-    assert data.verify.main(["--", copy("tokens", path)]) == 0
+    assert data.verify.verify(Path(copy("tokens", path)), 1) == []  # whose error `main` says, to look at the next folder
+    assert data.verify.main(["--", path]) == 0
 
 
 def report(path: str) -> None:

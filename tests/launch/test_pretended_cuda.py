@@ -202,7 +202,7 @@ RUN_BY = {
     "launch/engine/hardware.py:identity": GPU,
     "launch/engine/hardware.py:memory": GPU,
     "launch/engine/hardware.py:gpu_name": "tests/launch/engine/test_hardware.py",
-    "launch/exported.py:default_device": GPU,
+    "launch/toolchain.py:default_device": GPU,
     "launch/ranks/join.py:start": HERE,
     "launch/run/assemble.py:say_what_to_expect": GPU,
     "launch/run/batches.py:BatchLoader.__init__": "tests/launch/run/test_batches.py",

@@ -99,11 +99,11 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(
 
 def test_generating_goes_on_on_the_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """It was slow without a word."""
-    monkeypatch.setattr(exported, "unusable_gpu", lambda: "the driver is too old; update it")
+    monkeypatch.setattr(toolchain, "unusable_gpu", lambda: "the driver is too old; update it")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    exported._warn_of_unusable_gpu.cache_clear()
-    assert exported.default_device() == exported.default_device() == "cpu"
-    exported._warn_of_unusable_gpu.cache_clear()
+    toolchain._warn_of_unusable_gpu.cache_clear()
+    assert toolchain.default_device() == toolchain.default_device() == "cpu"
+    toolchain._warn_of_unusable_gpu.cache_clear()
     drain()
     said = capfd.readouterr().err
     assert said == "warning: the driver is too old; update it; until then this runs on the CPU\n"

@@ -221,7 +221,7 @@ def test_help_is_printed_by_rank_0_alone(run_train) -> None:
     [
         ({"data": "nowhere"}, "--data nowhere: no shards at nowhere"),
         ({"data": "nowhere:0.5"}, "--data nowhere:0.5: no shards at nowhere;"),
-        ({"model": "nowhere.json"}, "--model nowhere.json is not a file"),
+        ({"model": "nowhere.json"}, "--model nowhere.json is neither a preset"),
         ({"deepspeed_config": "nowhere.json"}, "--deepspeed_config nowhere.json is not a file"),
     ],
 )

@@ -49,9 +49,9 @@ def test_a_config_file_or_a_preset(tmp_path: Path) -> None:
         UserError, match=r"misspelt\.json: num_hiden_layers is not a field of the model; did you mean num_hidden_layers"
     ):
         build.load_model_config(str(tmp_path / "misspelt.json"))
-    with pytest.raises(FileNotFoundError, match="is not a file"):
+    with pytest.raises(FileNotFoundError, match="is neither a preset"):
         build.load_model_config(str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match="the presets are tiny, 60m, 800m, 4b"):
+    with pytest.raises(ValueError, match=r"--model 7b is neither a preset \(4b, 60m, 800m, tiny\) nor a config.json"):
         build.load_model_config("7b")
 
 
