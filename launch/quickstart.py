@@ -18,7 +18,7 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import UserError
-from data.files import replace_file
+from data.files import replace_json
 from data.flags import Parser
 from launch.cli import run_command
 from launch.ranks.join import free_port
@@ -67,7 +67,7 @@ def precision(folder: Path) -> tuple[str, Path]:
         return "bf16", path
     settings = json.loads((ROOT / path).read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "fp32.json", json.dumps({k: v for k, v in settings.items() if k not in ("bf16", "data_types")}).encode())
+    replace_json(folder / "fp32.json", {k: v for k, v in settings.items() if k not in ("bf16", "data_types")})
     return "fp32", folder / "fp32.json"
 
 
