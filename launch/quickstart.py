@@ -58,12 +58,11 @@ def commands(folder: Path, steps: int) -> list[tuple[str, list[str]]]:
 
 
 def precision(folder: Path) -> tuple[str, Path]:
-    """bf16 and its strategy; fp32 and a copy without bf16 where this CPU has no instructions for products of bf16 (AVX512_BF16):
-    with AVX-512 alone they take 2.7 times as long as in fp32, without it some twenty seconds a step."""
-    import torch
+    """bf16 and its strategy; fp32 and a copy without bf16 where this CPU is slow at bf16."""
+    from launch.toolchain import cpu_multiplies_bf16  # torch, which `--help` does without
 
     path = Path("ds_configs") / "cpu_ep2_zero2.json"
-    if torch.cpu._is_avx512_bf16_supported():
+    if cpu_multiplies_bf16():
         return "bf16", path
     settings = json.loads((ROOT / path).read_bytes())
     folder.mkdir(parents=True, exist_ok=True)

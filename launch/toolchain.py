@@ -1,4 +1,4 @@
-"""What a GPU needs at run time: a driver that PyTorch can use; a compiler, for Triton builds a launcher in C for every kernel.
+"""What the machine brings: a driver that PyTorch can use, a compiler (Triton builds a launcher in C for every kernel), a CPU's bf16.
 
 Our kernels and AutoEP's are Triton's on every GPU, so the first forward would end in a traceback of a compiler that is not there.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shutil
 import sysconfig
@@ -43,6 +44,16 @@ def check_toolchain(device: str) -> None:
             f"on a GPU kernels are compiled, and this host lacks {' and '.join(missing)}; install them, "
             "on Debian and Ubuntu with apt-get install gcc python3-dev"
         )
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16: AVX512_BF16 on x86, else what oneDNN finds.
+
+    Without them bf16 takes 2.7 times as long as fp32 with AVX-512, and some ten times with AVX2 (launch/benchmarks/README.md).
+    """
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def default_device() -> str:

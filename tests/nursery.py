@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import runpy
@@ -140,11 +141,12 @@ class Ranks:
 
 
 def serve() -> None:
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # an engine with ZeRO imports it, and with it the whole of torch.compile
 
     import launch.run.preflight
     import launch.run.session  # noqa: F401
 
+    gc.freeze()  # a rank's collections write into what it shares with the others no more
     parent = os.getpid()
     for line in sys.stdin:
         request = json.loads(line)

@@ -7,6 +7,8 @@ import os
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from launch.toolchain import cpu_multiplies_bf16
+
 
 def identity() -> str | None:
     """What tells this process's GPU from all others; None on a CPU."""
@@ -23,12 +25,12 @@ def memory() -> int:
 
 
 def bf16_hint(dtype: str) -> str | None:
-    """What a user should know who trains in bf16 on a CPU for which oneDNN has no such product."""
-    if dtype != "bfloat16" or get_accelerator().device_name() != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """What a user should know who trains in bf16 on a CPU without instructions for it."""
+    if dtype != "bfloat16" or get_accelerator().device_name() != "cpu" or cpu_multiplies_bf16():
         return None
     return (
-        "warning: PyTorch has no product of bf16 for this CPU (it lacks AVX-512) and multiplies number by number, some ten times "
-        "as slowly as in fp32; leave bf16 out of the JSON here"
+        "warning: this CPU has no instructions for products of bf16 (AVX512_BF16): a step takes some three to ten times as long as "
+        "in fp32; leave bf16 out of the JSON here"
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from support import ROOT, metrics
 
 import launch.quickstart
+import launch.toolchain
 
 
 def quickstart(folder: Path) -> subprocess.CompletedProcess:
@@ -77,9 +78,7 @@ def test_a_second_time_goes_on_from_what_is_there(finished: tuple) -> None:
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_that_has_no_product_of_bf16_trains_in_fp32(fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step took some twenty seconds without AVX-512, and 2.7 times fp32's with AVX-512 but without its bf16."""
-    import torch
-
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(launch.toolchain, "cpu_multiplies_bf16", lambda: fast)
     dtype, path = launch.quickstart.precision(tmp_path / "new")
     settings = json.loads((ROOT / path).read_text())
     assert dtype == ("bf16" if fast else "fp32") and ("bf16" in settings) == fast

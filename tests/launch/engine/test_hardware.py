@@ -17,7 +17,7 @@ def test_the_name_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("has", [True, False])
 def test_a_cpu_without_a_product_of_bf16_is_warned_of(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: has)
     assert (hardware.bf16_hint("bfloat16") is None) == has and hardware.bf16_hint("float32") is None
     monkeypatch.setattr(hardware.get_accelerator(), "device_name", lambda: "cuda")
     assert hardware.bf16_hint("bfloat16") is None
