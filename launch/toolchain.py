@@ -1,4 +1,4 @@
-"""What the machine brings: a driver that PyTorch can use, a compiler (Triton builds a launcher in C for every kernel), a CPU's bf16.
+"""What the machine brings: a driver that PyTorch can use, a compiler (Triton builds a launcher in C for every kernel), bf16.
 
 Our kernels and AutoEP's are Triton's on every GPU, so the first forward would end in a traceback of a compiler that is not there.
 """

@@ -141,7 +141,7 @@ class Ranks:
 
 
 def serve() -> None:
-    import deepspeed.runtime.zero.muon.muon_optimizer  # an engine with ZeRO imports it, and with it the whole of torch.compile
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - an engine with ZeRO does, and with it all of torch.compile
 
     import launch.run.preflight
     import launch.run.session  # noqa: F401

@@ -1,4 +1,4 @@
-"""Started by the `deepspeed` launcher: trains a few steps with each file of ds_configs/ and writes what came out.
+"""Run by each of two ranks: trains a few steps with each file of ds_configs/ and writes what came out.
 
     strategies_worker.py MODEL_CONFIG OUTPUT FILE...
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from killed_at import in_child
 from safetensors import safe_open
+from support import ROOT
 from tokenizers import Tokenizer, models
-from training_process import REPOSITORY, launch_ranks
+from training_process import launch_ranks
 from transformers import PreTrainedTokenizerFast
 
 from data.cli import drain
@@ -63,9 +64,9 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(nursery, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    launch_ranks(2, "exportable", folder=folder, runs=RUNS, ep=2)
+    launch_ranks(nursery, 2, "exportable", folder=folder, runs=RUNS, ep=2)
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0")))
     for name in RUNS:
         words.save_pretrained(folder / name / "tokenizer")
@@ -165,7 +166,7 @@ def test_a_damaged_checkpoint_is_refused(runs, tmp_path, damaged):
 
 def test_the_command_says_its_sentence_and_exits_with_2(runs, tmp_path):
     """As a user starts it: by its path, from anywhere."""
-    command = [sys.executable, REPOSITORY / "launch/export.py", "--checkpoint", runs / "tied", "--output", "hf", "--tag", "step_7"]
+    command = [sys.executable, ROOT / "launch/export.py", "--checkpoint", runs / "tied", "--output", "hf", "--tag", "step_7"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: --checkpoint") and result.stderr.count("\n") == 1
@@ -241,7 +242,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_export_or_none(runs, tmp_path, agai
 
 def test_a_full_disk_leaves_no_half_an_export(runs, tmp_path):
     """By RLIMIT_FSIZE, in a process of its own: the weights do not fit."""
-    command = [sys.executable, REPOSITORY / "launch/export.py", "--checkpoint", runs / "zero2-float32", "--output", tmp_path / "hf"]
+    command = [sys.executable, ROOT / "launch/export.py", "--checkpoint", runs / "zero2-float32", "--output", tmp_path / "hf"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
     result = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
     assert result.returncode == 2 and "File too large" in result.stderr and "Traceback" not in result.stderr, result.stderr

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from support import ROOT, deepspeed_command
+from nursery import Nursery
 
 from launch.engine.strategy import CONFIG_FOLDER
 
@@ -16,11 +15,11 @@ FILES = sorted(CONFIG_FOLDER.glob("*.json"))
 
 
 @pytest.fixture(scope="module")
-def results(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def results(nursery: Nursery, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     output = tmp_path_factory.mktemp("strategies") / "results.json"
-    command = [*deepspeed_command(2), "tests/launch/strategies_worker.py", small_model, output, *FILES]
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    worker = "tests/launch/strategies_worker.py"
+    ranks = nursery.start(2, worker, small_model, output, *FILES, log=output.with_name("log"))
+    assert ranks.wait(500) == [0, 0], ranks.text()[-3000:]
     return json.loads(output.read_text())
 
 

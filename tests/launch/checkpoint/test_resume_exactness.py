@@ -7,8 +7,8 @@ KINDS = [(0, "float32"), (1, "float32"), (2, "float32"), (1, "bfloat16"), (2, "b
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return launch_ranks(2, "same_topology", folder=tmp_path_factory.mktemp("runs"), kinds=KINDS, ep=2)
+def runs(nursery, tmp_path_factory):
+    return launch_ranks(nursery, 2, "same_topology", folder=tmp_path_factory.mktemp("runs"), kinds=KINDS, ep=2)
 
 
 @pytest.fixture(params=[f"zero{stage}-{dtype}" for stage, dtype in KINDS])
@@ -36,8 +36,8 @@ def test_the_folder_holds_what_the_design_says(run):
 
 
 @pytest.fixture(scope="module")
-def background(tmp_path_factory):
-    return launch_ranks(2, "in_the_background", folder=tmp_path_factory.mktemp("runs"), kinds=BACKGROUND)
+def background(nursery, tmp_path_factory):
+    return launch_ranks(nursery, 2, "in_the_background", folder=tmp_path_factory.mktemp("runs"), kinds=BACKGROUND)
 
 
 BACKGROUND = [(2, "bfloat16"), (0, "float32")]

@@ -79,9 +79,9 @@ def test_an_optimizer_of_deepspeed_counts_with_an_int():
     assert optimizer.state[weight]["step"] == 7 and isinstance(optimizer.state[weight]["step"], int)
 
 
-def test_masters_in_another_order_than_is_written_down_are_refused(tmp_path):
+def test_masters_in_another_order_than_is_written_down_are_refused(nursery, tmp_path):
     """By a resume without the key, by a conversion, by an export: without a word each made other weights of them."""
-    said = launch_ranks(2, "out_of_order", folder=tmp_path)
+    said = launch_ranks(nursery, 2, "out_of_order", folder=tmp_path)
     assert "step_2" in said.pop("as it was")
     assert "Load with the setting used to save" in said.pop("aligned")
     assert set(said) == {"without", "masters", "converted"}
@@ -89,9 +89,9 @@ def test_masters_in_another_order_than_is_written_down_are_refused(tmp_path):
         assert "is not the weight that the model computed with" in sentence and "round_robin_gradients" in sentence
 
 
-def test_tied_weights_convert_for_a_run_that_has_saved_nothing_yet(tmp_path):
+def test_tied_weights_convert_for_a_run_that_has_saved_nothing_yet(nursery, tmp_path):
     """The model's file has them by both names, the optimizer by one. The new run's `checkpoints/` is not there before."""
-    for name, (was, is_now) in launch_ranks(1, "tied", folder=tmp_path).items():
+    for name, (was, is_now) in launch_ranks(nursery, 1, "tied", folder=tmp_path).items():
         assert is_now[1] == was[1] and "lm_head.weight" not in was[1], name
         assert is_now[0] == pytest.approx(was[0], rel=1e-6), name
 
@@ -178,13 +178,13 @@ def test_a_master_is_the_weight_but_for_rounding():
     check_master(master, other, Path("step_3"), "w")
 
 
-def convert_all(folder, cases, optimizer="AdamW"):
+def convert_all(nursery, folder, cases, optimizer="AdamW"):
     kinds = sorted({(int(source[4]), source[6:]) for _, source, *_ in cases})
-    sources = launch_ranks(2, "make", folder=folder, kinds=kinds, ep=2, optimizer=optimizer)
+    sources = launch_ranks(nursery, 2, "make", folder=folder, kinds=kinds, ep=2, optimizer=optimizer)
     found = {}
     for ranks in sorted({case[0] for case in cases}):
         mine = [case[1:] for case in cases if case[0] == ranks]
-        taken = launch_ranks(ranks, "take", folder=folder, cases=mine, optimizer=optimizer)
+        taken = launch_ranks(nursery, ranks, "take", folder=folder, cases=mine, optimizer=optimizer)
         found.update({(ranks, name): result for name, result in taken.items()})
     return sources, found
 
@@ -220,16 +220,16 @@ def check_all(sources, found, cases):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return convert_all(tmp_path_factory.mktemp("runs"), QUICK)
+def quick(nursery, tmp_path_factory):
+    return convert_all(nursery, tmp_path_factory.mktemp("runs"), QUICK)
 
 
 def test_conversions_keep_the_state(quick):
     check_all(*quick, QUICK)
 
 
-def test_muons_momentum_converts_too(tmp_path):
-    sources, found = convert_all(tmp_path, MUON, optimizer="Muon")
+def test_muons_momentum_converts_too(nursery, tmp_path):
+    sources, found = convert_all(nursery, tmp_path, MUON, optimizer="Muon")
     check_all(sources, found, MUON)
     for source in sources.values():
         matrices = {name for name, state in source["state"].items() if "momentum" in state}
@@ -238,6 +238,6 @@ def test_muons_momentum_converts_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_other_conversion_keeps_the_state(tmp_path):
-    check_all(*convert_all(tmp_path, SLOW), SLOW)
-    check_all(*convert_all(tmp_path / "muon", MUON_SLOW, optimizer="Muon"), MUON_SLOW)
+def test_every_other_conversion_keeps_the_state(nursery, tmp_path):
+    check_all(*convert_all(nursery, tmp_path, SLOW), SLOW)
+    check_all(*convert_all(nursery, tmp_path / "muon", MUON_SLOW, optimizer="Muon"), MUON_SLOW)
