@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("any machine")
 
 
 #: What tests with ranks of their own ask for: these fill the cores, and wait for each other by the clock.
-RANKS = ("nursery", "run_train", "site: Site", "deepspeed_command")
+RANKS = ("nursery", "run_train", "forked_train", "site: Site", "deepspeed_command")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -90,6 +90,22 @@ def run_train() -> Run:
         return subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}, check=False
         )
+
+    return run
+
+
+@pytest.fixture
+def forked_train(nursery: Nursery, tmp_path: Path) -> Run:
+    """As `run_train`, without the launcher and without imports: for what comes after them."""
+
+    def run(ranks: int, *flags: object) -> subprocess.CompletedProcess:
+        said = {name: tmp_path / f"train.{name}" for name in ("stdout", "stderr")}
+        for path in said.values():
+            path.unlink(missing_ok=True)
+        started = nursery.start(ranks, "launch/train.py", *flags, log=said["stdout"], errors=said["stderr"])
+        codes = started.wait(240)
+        code = next(filter(None, codes), 0)
+        return subprocess.CompletedProcess(flags, code, *(path.read_text() for path in said.values()))
 
     return run
 

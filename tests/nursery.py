@@ -53,8 +53,16 @@ class Nursery:
         assert answer, "the nursery has died"
         return json.loads(answer)
 
-    def start(self, world_size: int, script: str, *arguments: object, log: Path, env: dict[str, str] | None = None) -> Ranks:
-        """`script ARGUMENTS` as `world_size` ranks; their output goes to `log`."""
+    def start(
+        self,
+        world_size: int,
+        script: str,
+        *arguments: object,
+        log: Path,
+        errors: Path | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Ranks:
+        """`script ARGUMENTS` as `world_size` ranks; their output goes to `log`, stderr to `errors` (None: there too)."""
         from launch.ranks.join import free_port
 
         shared = {
@@ -67,7 +75,7 @@ class Nursery:
             {**{k: str(v) for k, v in shared.items()}, "RANK": str(r), "LOCAL_RANK": str(r), **(env or {})}
             for r in range(world_size)
         ]
-        pids = self.ask(do="start", environments=environments, argv=[script, *map(str, arguments)], log=log)
+        pids = self.ask(do="start", environments=environments, argv=[script, *map(str, arguments)], log=log, errors=errors or log)
         return Ranks(nursery=self, pids=pids, log=log)
 
     def close(self) -> None:
@@ -158,24 +166,23 @@ def serve() -> None:
         sys.stdout.flush()
 
 
-def fork_all(environments: list[dict[str, str]], argv: list[str], log: str) -> list[int]:
+def fork_all(environments: list[dict[str, str]], argv: list[str], **output: str) -> list[int]:
     pids = []
     for environment in environments:
         pid = os.fork()
         if not pid:
-            run_rank(environment, argv, log)
+            run_rank(environment, argv, **output)
             return []
         pids.append(pid)
     return pids
 
 
-def run_rank(environment: dict[str, str], argv: list[str], log: str) -> None:
+def run_rank(environment: dict[str, str], argv: list[str], log: str, errors: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for descriptor, path in ((1, log), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     faulthandler.register(signal.SIGQUIT)
     os.environ.update(environment)
     sys.argv = argv

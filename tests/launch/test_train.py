@@ -86,9 +86,9 @@ def test_mistakes_are_one_sentence(mistake: str, flags: list, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("mistake", LATER_MISTAKES)
-def test_mistakes_after_joining(mistake: str, flags: list, run_train) -> None:
+def test_mistakes_after_joining(mistake: str, flags: list, forked_train) -> None:
     changes, sentence = LATER_MISTAKES[mistake]
-    assert sentence in refuse(run_train(1, *changed(flags, **changes)))
+    assert sentence in refuse(forked_train(1, *changed(flags, **changes)))
 
 
 APART: dict[str, dict] = {
@@ -101,16 +101,16 @@ APART: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("sentence", APART)
-def test_settings_that_deepspeed_does_not_combine(sentence: str, flags: list, run_train, tmp_path: Path) -> None:
+def test_settings_that_deepspeed_does_not_combine(sentence: str, flags: list, forked_train, tmp_path: Path) -> None:
     """Each is right in itself; DeepSpeed says it with an assertion or a ValueError while the engine is built."""
     config = json.loads(Path("ds_configs/cpu_ep1_zero2.json").read_text())
     path = tmp_path / "apart.json"
     path.write_text(json.dumps({**config, **APART[sentence]}))
-    said = refuse(run_train(1, *changed(flags, deepspeed_config=path)))
+    said = refuse(forked_train(1, *changed(flags, deepspeed_config=path)))
     assert f"DeepSpeed refuses these settings of --deepspeed_config: {sentence}" in said
 
 
-def test_a_run_and_what_it_leaves(flags: list, run_train, small_shards: Path, tmp_path: Path) -> None:
+def test_a_run_and_what_it_leaves(flags: list, run_train, forked_train, small_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = run_train(1, *flags, "--rope_factor", 3)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -128,12 +128,12 @@ def test_a_run_and_what_it_leaves(flags: list, run_train, small_shards: Path, tm
     assert (run / "tokenizer" / "tokenizer.json").read_bytes() == (small_shards / "tokenizer" / "tokenizer.json").read_bytes()
 
     # The same folder again: nothing left to do, and no harm; other settings: refused with the difference.
-    again = run_train(1, *flags, "--rope_factor", 3)
+    again = forked_train(1, *flags, "--rope_factor", 3)
     assert again.returncode == 0 and "finished at step 3" in again.stderr
     pretend_an_older_transformers(run)
-    upgraded = run_train(1, *flags, "--rope_factor", 3)
+    upgraded = forked_train(1, *flags, "--rope_factor", 3)
     assert upgraded.returncode == 0 and "resuming from" in upgraded.stderr, upgraded.stderr[-2000:]
-    assert "rope_parameters" in refuse(run_train(1, *flags))
+    assert "rope_parameters" in refuse(forked_train(1, *flags))
 
 
 def pretend_an_older_transformers(run: Path) -> None:
@@ -151,14 +151,14 @@ def pretend_an_older_transformers(run: Path) -> None:
     manifest.write_manifest(checkpoint, {**manifest.read_manifest(checkpoint)["files"], "state.json": record})
 
 
-def test_a_folder_that_is_no_run(flags: list, run_train, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run(flags: list, forked_train, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
-    assert "holds 'thesis.tex' but no run" in refuse(run_train(1, *flags))
+    assert "holds 'thesis.tex' but no run" in refuse(forked_train(1, *flags))
     shutil.rmtree(tmp_path / "run")
 
 
-def test_patience_stops_early(flags: list, run_train, small_model: Path, tmp_path: Path) -> None:
+def test_patience_stops_early(flags: list, forked_train, small_model: Path, tmp_path: Path) -> None:
     """With a learning rate and a balancing rate of 0 no evaluation after the first is a new best."""
     model = tmp_path / "unbalanced.json"
     model.write_text(json.dumps({**json.loads(small_model.read_text()), "router_bias_rate": 0.0}))
@@ -167,7 +167,7 @@ def test_patience_stops_early(flags: list, run_train, small_model: Path, tmp_pat
     path = tmp_path / "still.json"
     path.write_text(json.dumps(config))
     settings = {"max_steps": 50, "eval_interval": 1, "patience": 2, "deepspeed_config": path, "model": model}
-    done = run_train(1, *changed(flags, **settings))
+    done = forked_train(1, *changed(flags, **settings))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "stopped early" in done.stderr
     assert max(row["step"] for row in metrics(tmp_path / "run")) == 2
@@ -184,7 +184,7 @@ def test_two_ranks_without_a_compiler(flags: list, run_train, tmp_path: Path) ->
     assert len(losses) == 3 and all(map(math.isfinite, losses))  # which way they go depends on the texts, Python's own library
 
 
-def test_verify_refuses_a_flipped_bit(flags: list, run_train, small_shards: Path, tmp_path: Path) -> None:
+def test_verify_refuses_a_flipped_bit(flags: list, forked_train, small_shards: Path, tmp_path: Path) -> None:
     """Only `--verify` reads the sums; without it structure and sizes are checked, and a flipped bit passes."""
     damaged = tmp_path / "damaged"
     shutil.copytree(small_shards, damaged)
@@ -192,12 +192,12 @@ def test_verify_refuses_a_flipped_bit(flags: list, run_train, small_shards: Path
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
-    sentence = refuse(run_train(1, *changed(flags, data=damaged), "--verify"))
+    sentence = refuse(forked_train(1, *changed(flags, data=damaged), "--verify"))
     assert path.name in sentence and "sha256" in sentence
 
 
-def test_document_mask_trains(flags: list, run_train, tmp_path: Path) -> None:
-    done = run_train(1, *changed(flags, max_steps=2), "--document_mask")
+def test_document_mask_trains(flags: list, forked_train, tmp_path: Path) -> None:
+    done = forked_train(1, *changed(flags, max_steps=2), "--document_mask")
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == [1, 2]
 

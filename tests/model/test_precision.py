@@ -1,26 +1,19 @@
 """What stays fp32 in a bf16 engine, seen inside a real one (`engine_probe`): each row of the README's precision table."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import Nursery
 
 pytest.importorskip("deepspeed")
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
-    script = Path(__file__).with_name("engine_probe.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.strip().splitlines()[-1])
+def seen(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    ranks = nursery.start(1, "tests/model/engine_probe.py", log=tmp_path_factory.mktemp("engine") / "log")
+    assert ranks.wait(300) == [0], ranks.text()[-3000:]
+    return json.loads(ranks.text().strip().splitlines()[-1])
 
 
 def test_weights_and_residual_stream_are_bf16(seen: dict[str, Any]) -> None:

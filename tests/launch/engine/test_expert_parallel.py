@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
-from support import ROOT, deepspeed_command
+from nursery import Nursery
 
 TOKENS, TOP_K, LAYERS, STEPS = 2 * 64, 2, 2, 3
 
 
 @pytest.fixture(scope="module")
-def ranks(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def ranks(nursery: Nursery, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     output = tmp_path_factory.mktemp("expert_parallel") / "results.json"
-    command = [*deepspeed_command(2), "tests/launch/engine/expert_parallel_worker.py", str(small_model), str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    worker = "tests/launch/engine/expert_parallel_worker.py"
+    ranks = nursery.start(2, worker, small_model, output, log=output.with_name("log"))
+    assert ranks.wait(300) == [0, 0], ranks.text()[-3000:]
     return json.loads(output.read_text())
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, deepspeed_command
+from nursery import Nursery
 
 from launch.engine import strategy
 from launch.planning.activations import kept_activations
@@ -64,22 +63,21 @@ def planned(one: dict[str, Any]) -> Job:
     return job_from(sizes, resolved, ranks=one["ranks"], ranks_per_node=one["ranks"], sequence_length=one["sequence_length"])
 
 
-def measured(cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def measured(nursery: Nursery, cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [*deepspeed_command(cases[0]["ranks"]), "tests/launch/planning/engine_memory_worker.py"]
-    command += [str(folder / "cases.json"), str(folder / "results.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = folder / "cases.json", folder / "results.json"
+    ranks = nursery.start(cases[0]["ranks"], "tests/launch/planning/engine_memory_worker.py", *files, log=folder / "log")
+    assert not any(ranks.wait(3000)), ranks.text()[-3000:]
     results = json.loads((folder / "results.json").read_text())
     for one, result in zip(cases, results, strict=True):
         assert "error" not in result, (one, result)
     return results
 
 
-def compare(cases: list[dict[str, Any]], folder: Path) -> list[str]:
+def compare(nursery: Nursery, cases: list[dict[str, Any]], folder: Path) -> list[str]:
     """What is off by more than `TOLERANCE`, in words; empty where nothing is."""
     off = []
-    for one, found in zip(cases, measured(cases, folder), strict=True):
+    for one, found in zip(cases, measured(nursery, cases, folder), strict=True):
         for name, (plan, real) in pairs(planned(one), found).items():
             line = f"{describe(one)}: {name} planned {plan / 1e6:.2f} MB, measured {real / 1e6:.2f} MB, {plan / real - 1:+.1%}"
             print(line)
@@ -131,15 +129,15 @@ def describe(one: dict[str, Any]) -> str:
     )
 
 
-def test_one_rank(tmp_path: Path) -> None:
+def test_one_rank(nursery: Nursery, tmp_path: Path) -> None:
     cases = [case("tiny", stage=2, ranks=1, mode=mode) for mode in ("none", "selective", "full")]
     cases.append(case("tiny", stage=3, ranks=1, dtype="fp32", accumulation=2))
     cases += [case("tiny", stage=0, ranks=1, dtype=dtype) for dtype in ("bf16", "fp32")]
-    assert not compare(cases, tmp_path)
+    assert not compare(nursery, cases, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks(nursery: Nursery, tmp_path: Path) -> None:
     cases = [
         case("tiny", stage=1, ranks=2, experts=2, accumulation=2),
         case("tiny", stage=2, ranks=2, experts=2, dtype="fp32", mode="full"),
@@ -147,13 +145,13 @@ def test_two_ranks(tmp_path: Path) -> None:
         case("tiny", stage=0, ranks=2, accumulation=2),
         case("tiny", stage=0, ranks=2, experts=2, dtype="fp32"),
     ]
-    assert not compare(cases, tmp_path)
+    assert not compare(nursery, cases, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("model", list(MODELS))
-def test_every_layout(model: str, ranks: int, tmp_path: Path) -> None:
+def test_every_layout(nursery: Nursery, model: str, ranks: int, tmp_path: Path) -> None:
     """Stages x precisions x recomputation x EP."""
     expert_ranks = [1] if ranks == 1 else [1, 2]
     layouts = itertools.product((1, 2, 3), ("bf16", "fp32"), ("none", "selective", "full"), expert_ranks)
@@ -161,7 +159,7 @@ def test_every_layout(model: str, ranks: int, tmp_path: Path) -> None:
         case(model, stage=stage, ranks=ranks, experts=experts, dtype=dtype, mode=mode, micro_batch=2 if model == "tiny" else 1)
         for stage, dtype, mode, experts in layouts
     ]
-    assert not compare(cases, tmp_path)
+    assert not compare(nursery, cases, tmp_path)
 
 
 @pytest.mark.parametrize(("dtype", "state", "again"), [("bf16", 12, 4), ("fp32", 8, 0)])

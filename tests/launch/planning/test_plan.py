@@ -165,7 +165,7 @@ def test_a_model_that_fits_nowhere(tmp_path: Path) -> None:
     assert done.returncode == 2 and "no layout fits" in done.stderr and not (tmp_path / "none.json").exists()
 
 
-def test_a_written_json_trains(small_shards: Path, small_model: Path, run_train, tmp_path: Path) -> None:
+def test_a_written_json_trains(small_shards: Path, small_model: Path, forked_train, tmp_path: Path) -> None:
     """The fastest layout for two cards, trained on two CPU ranks."""
     written = tmp_path / "planned.json"
     base = tmp_path / "base.json"
@@ -177,7 +177,7 @@ def test_a_written_json_trains(small_shards: Path, small_model: Path, run_train,
     run = tmp_path / "run"
     flags = ["--data", small_shards, "--model", small_model, "--output", run, "--sequence_length", 64, "--max_steps", 3]
     flags += ["--eval_interval", 0, "--log_interval", 1, "--wandb", "disabled", "--deepspeed_config", written]
-    done = run_train(2, *flags)
+    done = forked_train(2, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [row for row in metrics(run) if "loss" in row]
     assert rows[-1]["step"] == 3 and rows[-1]["tokens"] == 3 * 8 * 64
@@ -303,11 +303,11 @@ def wrong_values() -> list[tuple[str, object]]:
     return [*kinds, ("deepspeed", {}), ("arguments", {}), *(("world_size", wrong) for wrong in (0, -1, "2", None, True))]
 
 
-def test_training_says_what_to_expect(small_shards: Path, small_model: Path, run_train, tmp_path: Path) -> None:
+def test_training_says_what_to_expect(small_shards: Path, small_model: Path, forked_train, tmp_path: Path) -> None:
     """The plan's memory beside what the process grew by, and at the end the next command."""
     flags = ["--data", small_shards, "--model", small_model, "--output", tmp_path / "a run", "--sequence_length", 64]
     flags += ["--max_steps", 2, "--eval_interval", 0, "--log_interval", 1, "--wandb", "disabled"]
-    done = run_train(1, *flags)
+    done = forked_train(1, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     said = re.search(r"memory of a rank: ([\d.]+) GB of tensors by the plan, the process grew by (-?[\d.]+) GB", done.stderr)
     assert said, done.stderr  # this model is so small that freed memory can hold it: growth may round to nothing

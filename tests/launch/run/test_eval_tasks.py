@@ -13,12 +13,12 @@ TRAINED = ("step", "samples", "loss", "grad_norm", "lr", "load_max_over_mean", "
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_is_bit_equal_with_and_without(
-    ranks: int, run_train, small_shards: Path, small_model: Path, tmp_path: Path
+    ranks: int, forked_train, small_shards: Path, small_model: Path, tmp_path: Path
 ) -> None:
     rows = {}
     for name, more in (("off", ()), ("on", ("--eval_tasks", f"held_out={small_shards}", f"again={small_shards}"))):
         flags = ("--data", small_shards, "--model", small_model, "--output", tmp_path / name, "--wandb", "disabled", *SHORT)
-        done = run_train(ranks, *flags, *more)
+        done = forked_train(ranks, *flags, *more)
         assert done.returncode == 0, done.stderr[-3000:]
         rows[name] = metrics(tmp_path / name)
     tasks = [row for row in rows["on"] if "eval/held_out_loss" in row]
@@ -33,12 +33,12 @@ def test_training_is_bit_equal_with_and_without(
         assert task["eval/held_out_bits_per_byte"] == row["val_bits_per_byte"]
 
 
-def test_mistakes_are_one_sentence(run_train, small_shards: Path, small_model: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_sentence(forked_train, small_shards: Path, small_model: Path, tmp_path: Path) -> None:
     flags = ("--data", small_shards, "--model", small_model, "--output", tmp_path / "run", *SHORT)
     for given, sentence in (
         ((small_shards,), "give NAME=PATH"),
         ((f"a={small_shards}", f"a={small_shards}"), "each name once"),
         (("a=nowhere",), "no shards at nowhere"),
     ):
-        done = run_train(1, *flags, "--eval_tasks", *given)
+        done = forked_train(1, *flags, "--eval_tasks", *given)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr

@@ -77,10 +77,10 @@ def test_memory_and_waiting_are_of_the_rank_that_has_most(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_logs_them(tmp_path: Path, small_shards: Path, small_model: Path, run_train: Callable, ranks: int) -> None:
+def test_a_run_logs_them(tmp_path: Path, small_shards: Path, small_model: Path, forked_train: Callable, ranks: int) -> None:
     """Two ranks with experts on both: loads are summed over ranks, and each group's ratio is that of all its parts."""
     run = tmp_path / "run"
-    done = run_train(
+    done = forked_train(
         ranks, "--data", small_shards, "--output", run, "--model", small_model, "--sequence_length", 64, "--max_steps", 6,
         "--deepspeed_config", f"ds_configs/cpu_ep{ranks}_zero2.json", "--log_interval", 3, "--eval_interval", 3,
         "--eval_batches", 1, "--health_interval", 3, "--tracker", "none",

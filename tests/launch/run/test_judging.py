@@ -49,12 +49,12 @@ def wait_for(path: Path, seconds: float = 120) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_training_is_bit_equal_with_and_without(
-    ranks: int, run_train, small_shards: Path, small_model: Path, problems: Path, tmp_path: Path
+    ranks: int, forked_train, small_shards: Path, small_model: Path, problems: Path, tmp_path: Path
 ) -> None:
     rows = {}
     for name, more in (("off", ()), ("on", ("--eval_tasks", f"code={problems}", "--allow_code_execution"))):
         flags = ("--data", small_shards, "--model", small_model, "--output", tmp_path / name, "--wandb", "disabled", *SHORT)
-        done = run_train(ranks, *flags, *more, "--save_interval", 2)
+        done = forked_train(ranks, *flags, *more, "--save_interval", 2)
         assert done.returncode == 0, done.stderr[-3000:]
         rows[name] = [
             {key: row.get(key) for key in TRAINED} for row in metrics(tmp_path / name) if "loss" in row or "val_loss" in row
