@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from launch.ranks.join import compile_nothing
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.balance import LoadBalancer
 from model.flash import load_kernel
@@ -185,6 +186,7 @@ def main() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        compile_nothing()
         deepspeed.init_distributed("gloo")
         seen: dict[str, Any] = {}
         ds = engine()
