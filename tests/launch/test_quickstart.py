@@ -69,9 +69,12 @@ def test_output_is_quiet(finished: tuple) -> None:
 def test_a_second_time_goes_on_from_what_is_there(finished: tuple) -> None:
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (folder / "run" / "checkpoints").rglob("*") if path.is_file()}
-    again = quickstart(folder)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "step_8" in again.stderr and "finished at step 8" in again.stderr
+    said = ""
+    for _, command in launch.quickstart.commands(folder, 8)[:3]:  # the others only read what these three find
+        again = subprocess.run(command, cwd=ROOT, env=launch.quickstart.environment(), capture_output=True, text=True, check=False)
+        assert again.returncode == 0, again.stderr[-3000:]
+        said += again.stderr
+    assert "step_8" in said and "finished at step 8" in said
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
