@@ -18,7 +18,7 @@ EXAMPLES = """
 deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first
 deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first --deepspeed_config ds_configs/ep8_zero3.json
 deepspeed --num_gpus 2 launch/train.py --data code/:0.7 text/:0.3 --output runs/mix --model tiny --max_steps 2000
-python launch/train.py --data shards/ --output runs/longer --init_from hf/ --model hf/config.json --rope_factor 4 --sequence_length 8192
+python launch/train.py --data shards --output runs/8k --init_from hf --model hf/config.json --rope_factor 4 --sequence_length 8192
 """
 
 
