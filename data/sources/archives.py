@@ -190,7 +190,7 @@ def tar_blocks(source: Source, here: Position, how: str | None, options: ReadOpt
                 block.note, note = note, ""
                 yield block
     except Damage as error:
-        raise fault or Fault("damaged tar archive", f"{error}; the members before it are kept") from error
+        raise fault or Fault("damaged tar archive", f"{error}; what is before that is kept") from error
     if fault is not None:
         raise fault
 
@@ -256,18 +256,34 @@ def _data_blocks(
         last = Block(name=own, after=Position(source=here.source, offset=index + 1), done_bytes=0)
         try:
             _check_member(member)
-            head = _read(member, min(member.size, HEAD_BYTES))
+            head = _beginning(member)
             stream = Prefixed(head, member)
             if compression(head) or is_tar(head) or head.startswith(b"PAR1"):
                 found = _copied_blocks(stream, member, own, inside, options, read_file)
             else:
                 found = _text_blocks(stream, member, own, inside)
             for block in found:
-                block.after = replace(start, inner=block.after.offset, line=block.after.line)
+                inside = block.after
+                block.after = replace(start, inner=inside.offset, line=inside.line)
                 yield block
+        except Damage as error:
+            kept = f" behind line {inside.line - 1}" if inside.line > 1 else ""
+            raise Damage(f"{error}{kept}") from error
         except Fault as fault:
             last.rejections.append(fault.of(own))
         yield last
+
+
+def _beginning(member: Member) -> bytes:
+    """Its first bytes; fewer where the archive ends among them, which reading on then says. Raises Damage where it has none."""
+    head = b""
+    try:
+        while len(head) < HEAD_BYTES and (more := member.read(HEAD_BYTES - len(head))):
+            head += more
+    except Damage:
+        if not head:
+            raise
+    return head
 
 
 def _text_blocks(stream: Prefixed, member: Member, name: str, here: Position) -> Iterator[Block]:

@@ -68,33 +68,46 @@ def cut_lines(chunks: Iterator[bytes]) -> Iterator[Lines]:
     The buffer is in one of two states. Usually it holds the beginning of the next text and grows by whole chunks until there is
     enough to cut at its last newline. Where it has outgrown MAX_LINE_BYTES without a newline, it is thrown away, and from then
     on bytes are only counted (`dropped`) until the newline that ends the long line.
+
+    Where the stream breaks off (Damage, OSError), the whole lines before come first: how many are kept must not depend on where
+    reading began.
     """
     buffer = bytearray()
     dropped = 0
-    for chunk in chunks:
-        if dropped:
-            end = chunk.find(b"\n") + 1
-            dropped += end or len(chunk)
-            if not end:
+    try:
+        for chunk in chunks:
+            if dropped:
+                end = chunk.find(b"\n") + 1
+                dropped += end or len(chunk)
+                if not end:
+                    continue
+                yield Lines(b"", dropped, 1)
+                dropped, chunk = 0, chunk[end:]
+            known = len(buffer)
+            buffer += chunk
+            if len(buffer) < blocks.BLOCK_BYTES:
                 continue
-            yield Lines(b"", dropped, 1)
-            dropped, chunk = 0, chunk[end:]
-        known = len(buffer)
-        buffer += chunk
-        if len(buffer) < blocks.BLOCK_BYTES:
-            continue
-        # Look in the new chunk first: in what was there before, a newline can only stand if this is the first time we cut.
-        cut = buffer.rfind(b"\n", known) + 1 or buffer.rfind(b"\n", 0, known) + 1
-        if cut:
-            # Through a memoryview, which copies the text once; it must be gone before the buffer may shrink.
-            text = bytes(memoryview(buffer)[:cut])
-            del buffer[:cut]
-            yield Lines(text, cut, text.count(b"\n"))
-        elif len(buffer) > blocks.MAX_LINE_BYTES:
-            dropped = len(buffer)
-            buffer.clear()
+            # Look in the new chunk first: in what was there before, a newline can only stand if this is the first time we cut.
+            cut = buffer.rfind(b"\n", known) + 1 or buffer.rfind(b"\n", 0, known) + 1
+            if cut:
+                yield _taken(buffer, cut)
+            elif len(buffer) > blocks.MAX_LINE_BYTES:
+                dropped = len(buffer)
+                buffer.clear()
+    except (Damage, OSError):
+        if cut := buffer.rfind(b"\n") + 1:
+            yield _taken(buffer, cut)
+        raise
     if dropped:
         yield Lines(b"", dropped, 1)
     elif buffer:
         text = bytes(buffer)
         yield Lines(text, len(text), text.count(b"\n") + (not text.endswith(b"\n")))
+
+
+def _taken(buffer: bytearray, size: int) -> Lines:
+    """The first bytes of the buffer, which end with a newline. They are no longer in it."""
+    # Through a memoryview, which copies the text once; it must be gone before the buffer may shrink.
+    text = bytes(memoryview(buffer)[:size])
+    del buffer[:size]
+    return Lines(text, size, text.count(b"\n"))

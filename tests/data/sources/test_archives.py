@@ -201,6 +201,36 @@ def test_of_a_cut_archive_whole_members_are_kept(where: float, mode: str, kind: 
     assert (found == 0) if mode == "w:gz" else (10 < found < 60)
 
 
+def test_of_a_member_that_breaks_off_the_whole_lines_are_kept_from_any_block_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that went on kept other documents than one that was never stopped."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1500)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 700)
+    data = make_tar({"a.jsonl": json_lines(TEXTS[:2]), "b.jsonl": json_lines(TEXTS[2:])}, format=tarfile.USTAR_FORMAT)
+    last = data.index(b"def f51(")
+    (tmp_path / "x.tar").write_bytes(data[:last])
+    whole = blocks_of(tmp_path / "x.tar")
+    lines = [line for block in whole for line in block.lines.splitlines()]
+    assert lines == json_lines(TEXTS[:51]).splitlines() and len(whole) > 5
+    for number, block in enumerate(whole):
+        rest = blocks_of(tmp_path / "x.tar", block.after)
+        assert [line for b in rest for line in b.lines.splitlines()] == [
+            line for b in whole[number + 1 :] for line in b.lines.splitlines()
+        ]
+        if block is not whole[-1]:
+            assert [r.reason for b in rest for r in b.rejections] == [
+                "damaged tar archive (it ends inside b.jsonl behind line 49; what is before that is kept)"
+            ]
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_member_that_breaks_off_in_its_first_line_is_no_empty_file(size: int, tmp_path: Path) -> None:
+    data = make_tar({"a.jsonl": json_lines(TEXTS[:2])}, format=tarfile.USTAR_FORMAT)
+    found, rejections = rejected(tmp_path / "x.tar", data[: 512 + size])
+    assert found == 0 and [r.detail for r in rejections] == ["it ends inside a.jsonl; what is before that is kept"]
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "py"])
 def test_of_an_archive_in_two_gzip_members_the_sound_one_is_read(ending: str, tmp_path: Path) -> None:
     files = {f"{i}.{ending}": t.encode() if ending == "py" else json_lines([t]) for i, t in enumerate(TEXTS)}

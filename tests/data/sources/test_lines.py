@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from data_helpers import blocks_of, compress, text_of
 
 from data.sources import blocks
 from data.sources.blocks import Position
+from data.sources.compressed import Damage
 from data.sources.lines import Lines, cut_lines
 
 
@@ -74,6 +77,18 @@ def test_a_line_without_end_is_skipped_and_its_neighbours_are_kept(chunk: int) -
     assert lines == [b"first", b"last"]
     assert sum(lines.consumed for lines in found) == len(data) and sum(lines.count for lines in found) == 3
     assert [i for i, lines in enumerate(found) if not lines.text] == ([1] if chunk < 100_000 else [])
+
+
+@pytest.mark.parametrize("error", [Damage("it ends"), OSError(errno.EIO, "a bad sector")])
+def test_whole_lines_before_the_stream_breaks_off_are_kept(error: Exception) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield from (b"one\ntw", b"o\nthr")
+        raise error
+
+    found = cut_lines(chunks())
+    assert next(found) == Lines(b"one\ntwo\n", 8, 2)
+    with pytest.raises(type(error)):
+        next(found)
 
 
 def test_gigabytes_without_a_newline_take_little_memory() -> None:
