@@ -75,8 +75,10 @@ def _once(sources: Iterable[Source]) -> Iterator[Source]:
         return not known
 
     def resolved(path: str) -> str:
-        """By its folder: of a tree's million files there are few of these."""
+        """By its folder, unless it is a link itself: of a tree's million files there are few of these."""
         folder, name = os.path.split(path)
+        if os.path.islink(path):
+            return os.path.realpath(path)
         if folder not in folders:
             folders[folder] = os.path.realpath(folder)
         return os.path.join(folders[folder], name)

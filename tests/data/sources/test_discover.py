@@ -110,6 +110,16 @@ def test_a_file_of_two_trees_is_read_once(inputs: list[str], tmp_path: Path, mon
     assert sum(source.size for source in sources) == sum(os.path.getsize(path) for path in found)
 
 
+def test_a_link_to_a_file_of_the_tree_is_no_second_document(tmp_path: Path) -> None:
+    touch(tmp_path, "src/a.py", "src/pkg/b.py", "other/c.py")
+    for link, target in (("src/again.py", "src/a.py"), ("src/first.py", "other/c.py"), ("src/pkg/0.py", "src/pkg/b.py")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "src" / "gone.py").symlink_to(tmp_path / "nowhere")
+    (found,) = find_sources([str(tmp_path / "src"), str(tmp_path / "other"), str(tmp_path / "src" / "again.py")])
+    assert found.files == ("a.py", "first.py", "gone.py", "pkg/0.py")
+    assert found.size == 3 * (tmp_path / "src" / "a.py").stat().st_size
+
+
 def locked(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """As for somebody who may not look into it; root, as whom tests may run, always may."""
     real = os.scandir
