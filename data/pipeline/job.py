@@ -193,18 +193,22 @@ class Job:
 
     def check_readable(self, rejected: Iterable[Rejection]) -> None:
         """Raises UserError for files that could be read when the job began, so that an outage of their disk does not leave them
-        out for good. A second time they are rejections: of a bad sector nothing more is to be had."""
-        suspects = {r.name: r for r in rejected if r.line is None and r.kind == CANNOT_BE_READ and r.name not in self.unreadable}
+        out for good. One that breaks off a second time is a rejection: of a bad sector nothing more is to be had. One that is gone
+        altogether never is, as a start without it is refused, too (`check_inputs`)."""
+        suspects = {r.name: r for r in rejected if r.line is None and r.kind == CANNOT_BE_READ}
         lost = [f.name for f in self.inputs if f.bytes >= 0 and f.name in suspects] if suspects else []
+        gone = {name for name in lost if InputFile.of(name).bytes < 0}
+        lost = [name for name in lost if name in gone or name not in self.unreadable]
         if not lost:
             return
         self.unreadable += lost
         self.save()
         more = f", nor can {len(lost) - 1} more," if len(lost) > 1 else ""
-        raise UserError(
-            f"{lost[0]} {suspects[lost[0]].reason}{more} and could be when the job began; the same command goes on there, and "
-            "leaves out what still breaks off there"
-        )
+        if gone:
+            advice = "when that is mended the same command goes on there; to do without, name another --output"
+        else:
+            advice = "the same command goes on there, and leaves out what still breaks off there"
+        raise UserError(f"{lost[0]} {suspects[lost[0]].reason}{more} and could be when the job began; {advice}")
 
     def reject(self, rejected: Iterable[Rejection]) -> None:
         for rejection in rejected:

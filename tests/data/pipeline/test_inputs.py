@@ -247,6 +247,28 @@ def test_an_outage_ends_the_job_and_nothing_is_left_out(
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_file_that_is_gone_is_asked_for_and_never_left_out(
+    tree: Path, tmp_path: Path, preprocess: Command, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command was to go on without it, and was refused at every start."""
+    flags = ["--input", f"tree:{tree}", "--tokenizer", tokenizer_file]
+    assert preprocess(*flags, "--output", tmp_path / "whole")[0] == 0
+    path, kept = tree / "m0030.py", tmp_path / "kept.py"
+    shutil.copy2(path, kept)
+    real = job.write_inputs
+    monkeypatch.setattr(job, "write_inputs", lambda *args: (real(*args), path.unlink()))
+    for _ in range(2):  # two outages
+        code, _, err = preprocess(*flags, "--output", tmp_path / "out")
+        assert code == 2 and f"{path} cannot be read (No such file or directory) and could be when the job began" in err
+        assert "when that is mended the same command goes on" in err and err.count("\n") == 1
+        code, _, err = preprocess(*flags, "--output", tmp_path / "out")
+        assert code == 2 and f"{path} is gone; put it back" in err
+        shutil.copy2(kept, path)
+    monkeypatch.setattr(job, "write_inputs", real)
+    assert preprocess(*flags, "--output", tmp_path / "out")[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_what_is_no_file_is_listed_and_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")  # opening it would wait for ever
     assert inputs.InputFile.of(str(tmp_path / "fifo")) == inputs.InputFile(str(tmp_path / "fifo"), -1, 0, "")
