@@ -76,13 +76,24 @@ def test_rows_can_be_taken_up_at_any_block(kind: str, tmp_path: Path, rows: list
         assert rest == [row for b in blocks[i + 1 :] for row in b.rows]
 
 
+WORDS = "x" * 1000
+
+
 @pytest.mark.parametrize(
-    ("value", "most"),
-    [(None, 4096), (7, 4096), ({"a": 7}, 4096), ("x" * 1000, 1400), (["x" * 1000], 1400), ({"a": [{"b": b"x" * 1000}]}, 1400)],
+    ("value", "kind", "most"),
+    [
+        (None, None, 4096),
+        (7, None, 4096),
+        ({"a": 7}, None, 4096),
+        (WORDS, None, 1400),
+        ([WORDS], None, 1400),
+        ({"a": [{"b": WORDS.encode()}]}, None, 1400),
+        ([("a", WORDS)], pa.map_(pa.string(), pa.string()), 1400),
+    ],
 )
-def test_whatever_a_table_holds_a_block_is_small(value: object, most: int, tmp_path: Path) -> None:
+def test_whatever_a_table_holds_a_block_is_small(value: object, kind: pa.DataType | None, most: int, tmp_path: Path) -> None:
     """4,000,000 nulls, a file of 12 kB, were one block, which took 3.4 GB."""
-    pq.write_table(pa.table({"content": [value] * 10_000}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"content": pa.array([value] * 10_000, kind)}), tmp_path / "x.parquet")
     source = Source(kind="file", name=str(tmp_path / "x.parquet"), size=0)
     counts = [len(block.rows) for block in read_blocks([source], ReadOptions())]
     assert sum(counts) == 10_000 and most / 2 < max(counts) <= most
