@@ -101,6 +101,10 @@ def prepare_tokenizer(args: PreprocessArguments, sources: list[Source]) -> tuple
     facts = tokenizers.facts(name, files, tokenizer)
     tokenizers.save(folder, files.text, facts)
     say(f"documents end with {facts.eos_token!r} (id {facts.eos_token_id}{', ' if files.named_by else ''}{files.named_by})", stdout)
+    fim = (facts.fim or {}) if args.fim_rate else {}
+    tokenizers.check_reach(name, files.text, {facts.eos_token: facts.eos_token_id, **{f"<fim_{t}>": i for t, i in fim.items()}})
+    if fim:
+        tokenizers.check_cuts(name, tokenizer)
     if lossy := tokenizers.lossy_example(tokenizer):
         say(f"warning: tokenizer {name} does not keep text: {lossy[0]!r} comes back as {lossy[1]!r}")
     return files.text, facts

@@ -12,9 +12,11 @@ MB of text per CPU second, StarCoder2's tokenizer on 39 MB of Python: tokenizers
 from __future__ import annotations
 
 import re
+import secrets
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -58,30 +60,74 @@ class Encoder(Protocol):
 
 class ReferenceEncoder:
     """The tokenizers library itself. Special tokens spelled in a text stay text, and so do those of the ids `ours`, which are put
-    between texts: a file that does not call its end of text special would have documents end where they speak of it."""
+    between texts: a file that does not call its end of text special would have documents end where they speak of it, and so would
+    a model that has it among its own words."""
 
     def __init__(self, tokenizer_json: str, ours: Sequence[int] = ()) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_str(_with_special(tokenizer_json, ours))
+        self.tokenizer = Tokenizer.from_str(_out_of_reach(tokenizer_json, ours))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Raises UserError where there is no id for a part of a text."""
+        with naming_what_has_no_id("the tokenizer"):
+            encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encoded]
 
     def encode(self, texts: Sequence[str], end_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _join([_followed(ids, token) for ids, token in zip(self.ids(texts), end_ids, strict=True)])
 
 
-def _with_special(tokenizer_json: str, ids: Sequence[int]) -> str:
+@contextmanager
+def naming_what_has_no_id(tokenizer: str) -> Iterator[None]:
+    """A model without an unknown token refuses a text that its vocabulary does not cover."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:  # that is all that the library raises
+            raise
+        advice = "take one with an unknown token, or with ids for all bytes"
+        raise UserError(f"{tokenizer} has no id for a part of a text ({error}); {advice}") from error
+
+
+def _out_of_reach(tokenizer_json: str, ours: Sequence[int]) -> str:
+    """The same tokenizer, with which no text has one of the ids `ours`; a few cannot be changed so (`tokenizer.check_reach`)."""
     content = orjson.loads(tokenizer_json)
-    plain = [token for token in content.get("added_tokens") or [] if token["id"] in ids and not token.get("special")]
+    added = content.get("added_tokens") or []
+    renamed = _rename_words(content["model"], ours)
+    plain = [token for token in added if token["id"] in ours and not token.get("special")]
     for token in plain:
         token["special"] = True
-    return orjson.dumps(content).decode() if plain else tokenizer_json
+    if renamed:  # the library would add them a second time
+        content["added_tokens"] = [token for token in added if token["id"] not in renamed]
+    return orjson.dumps(content).decode() if plain or renamed else tokenizer_json
+
+
+def _rename_words(model: dict[str, Any], ours: Sequence[int]) -> set[int]:
+    """Give the model's own words of the ids `ours` names that are in no text; returns the ids. A word that merges make, a single
+    character and the unknown token keep theirs: without it other texts would have other ids, or none."""
+    words = model["vocab"]
+    if "merges" in model and not model.get("ignore_merges"):  # only merges reach a word
+        return set()
+    unigram = isinstance(words, list)
+    numbered = enumerate(word for word, _ in words) if unigram else ((number, word) for word, number in words.items())
+    found = {number: word for number, word in numbered if number in ours and _is_renamed(model, number, word)}
+    for number, word in found.items():
+        hidden = word + secrets.token_hex(16)
+        if unigram:
+            words[number][0] = hidden
+        else:
+            words[hidden] = words.pop(word)
+    return set(found)
+
+
+def _is_renamed(model: dict[str, Any], number: int, word: str) -> bool:
+    merges = (merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges") or ())
+    merged = any(word in (*merge, "".join(merge)) for merge in merges)
+    return len(word) > 1 and word != model.get("unk_token") and number != model.get("unk_id") and not merged
 
 
 class Piece(NamedTuple):

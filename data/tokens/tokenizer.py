@@ -18,6 +18,7 @@ import orjson
 
 from data.cli import UserError, sentence
 from data.files import replace_file, replace_json
+from data.tokens.encoder import ReferenceEncoder, naming_what_has_no_id
 from data.tokens.folder import CONFIG, TOKENIZER, TokenizerFiles
 
 END_OF_TEXT = "<|endoftext|>"
@@ -116,6 +117,47 @@ def lossy_example(tokenizer: Any) -> tuple[str, str] | None:
         if (back != sample and not byte_level) or (unknown is not None and unknown in encoding.tokens):
             return sample, back
     return None
+
+
+def check_reach(name: str, text: str, ours: Mapping[str, int]) -> None:
+    """Raises UserError where a document that spells one of the tokens `ours`, which are put between texts, would get its id, or
+    where one of SAMPLES gets none."""
+    tokenizer = ReferenceEncoder(text, tuple(ours.values())).tokenizer
+    for token, number in ours.items():
+        for spelled in (token, f"{token} ({token})\n{token}\n x{token}x {''.join(SAMPLES)}"):
+            with naming_what_has_no_id(f"tokenizer {name}"):
+                encoding = tokenizer.encode(spelled, add_special_tokens=False)  # a batch starts threads: nothing may fork then
+            if number not in encoding.ids:
+                continue
+            raise UserError(
+                f"tokenizer {name} can give text the id {number} of {token!r}, which may only stand between texts; it must be a "
+                "token of its own, neither a word that the model makes nor its unknown token"
+            )
+
+
+#: Cut at each place for `check_cuts`.
+CUT_SAMPLE = "return  left\n"
+
+
+def check_cuts(name: str, tokenizer: Any) -> None:
+    """Raises UserError where the parts of a text, encoded one by one, are another text: Llama 2's tokenizer, and BERT's, would have
+    a space at each cut."""
+    whole = _read_back(tokenizer, CUT_SAMPLE)
+    for at in range(1, len(CUT_SAMPLE)):
+        parts = CUT_SAMPLE[:at], CUT_SAMPLE[at:]
+        if (back := _read_back(tokenizer, *parts)) != whole:
+            raise UserError(
+                f"--fim_rate cuts documents, and tokenizer {name} does not keep a text that is cut: {parts[0]!r} and {parts[1]!r} "
+                f"come back as {back!r}; leave --fim_rate out, or take a tokenizer that puts nothing before a text"
+            )
+
+
+def _read_back(tokenizer: Any, *parts: str) -> str:
+    """What `parts` are, encoded one by one; in the tokenizer's own symbols where it has no decoder."""
+    found = [tokenizer.encode(part, add_special_tokens=False) for part in parts]
+    if tokenizer.decoder is None:
+        return "".join(symbol for encoding in found for symbol in encoding.tokens)
+    return str(tokenizer.decode([i for encoding in found for i in encoding.ids], skip_special_tokens=False))
 
 
 def fingerprint(text: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from data_helpers import ROOT, shared_data
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from data.cli import drain
+from data.cli import UserError, drain
 from data.tokens.encoder import (
     NO_TOKEN,
     SAFE_RANGES,
@@ -225,6 +225,46 @@ def test_without_digit_splitting(tokenizer_text: str, texts: list[str]) -> None:
     assert isinstance(fast, FastEncoder)
     samples = [*HARD, *texts]
     assert documents(fast, samples, [0] * len(samples)) == [[*library_ids(tokenizer, t), 0] for t in samples]
+
+
+SPLIT = pre_tokenizers.Split(" ", "isolated")
+LETTERS = {"</s>": 0, "<unk>": 1, "a": 2, "<": 3, "/": 4, "s": 5, ">": 6, " ": 7, "é": 8}
+PIECES = [(word, 0.0 if number < 2 else -2.0) for word, number in LETTERS.items()]
+OWN_WORDS = [
+    models.Unigram(PIECES, unk_id=1),
+    models.WordLevel(LETTERS, unk_token="<unk>"),
+    models.WordPiece(LETTERS, unk_token="<unk>"),
+    models.BPE(vocab=LETTERS, merges=[], ignore_merges=True),
+]
+
+
+def with_own_words(model: object) -> Tokenizer:
+    """A tokenizer whose model has its end of text, id 0, among its own words; id 9 is a token that texts have."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = SPLIT
+    tokenizer.add_special_tokens(["</s>", "<unk>"])
+    tokenizer.add_tokens(["<mine>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("model", OWN_WORDS, ids=lambda model: type(model).__name__)
+def test_a_text_that_spells_the_end_of_text_is_not_cut(model: object) -> None:
+    """Its documents ended where they spelled it: T5's tokenizer has it among the model's words."""
+    tokenizer = with_own_words(model)
+    spelled = tokenizer.to_str()
+    assert library_ids(tokenizer, "a </s> a") == [2, 7, 0, 7, 2], "the trap is real"
+    encoder = make_encoder(spelled, "auto", (0,))
+    ids, lengths = encoder.encode(["a </s> a", "é<mine>s a b"], np.array([0, 0], np.int32))
+    first, second = ids[: lengths[0]].tolist(), ids[lengths[0] :].tolist()
+    assert first[:2] == [2, 7] and first[-3:] == [7, 2, 0] and first.count(0) == 1
+    assert second == [*library_ids(tokenizer, "é<mine>s a b"), 0] and 9 in second
+    assert not isinstance(model, (models.Unigram, models.BPE)) or first[2:-3] == [3, 4, 5, 6]
+
+
+def test_what_has_no_id_is_said_in_one_sentence() -> None:
+    model = models.Unigram([("a", -1.0)], unk_id=None)
+    with pytest.raises(UserError, match=r"has no id for a part of a text .*unk_id"):
+        ReferenceEncoder(Tokenizer(model).to_str()).encode(["a", "b"], np.array([0, 0], np.int32))
 
 
 @pytest.mark.slow

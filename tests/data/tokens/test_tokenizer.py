@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from data_helpers import shared_data
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data.cli import UserError
 from data.pipeline.arguments import MIN_VOCABULARY
@@ -150,3 +150,109 @@ def test_a_word_without_end_trains_in_pieces() -> None:
     assert time.process_time() - started < 10
     ids = Tokenizer.from_str(text).encode("x" * 64 + "ok = 1\n")
     assert len(ids.ids) < 20 and Tokenizer.from_str(text).decode(ids.ids) == "x" * 64 + "ok = 1\n"
+
+
+LETTERS = {character: number for number, character in enumerate(map(chr, [9, 10, *range(32, 127)]))}
+
+
+def merged(words: list[str]) -> models.BPE:
+    """Characters and `words`, which merges make letter by letter."""
+    vocabulary, merges = dict(LETTERS), []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            vocabulary.setdefault(word[:end], len(vocabulary))
+            merges.append((word[: end - 1], word[end - 1]))
+    return models.BPE(vocab=vocabulary, merges=merges)
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_an_end_of_text_that_a_text_can_have_is_refused(ignore_merges: bool) -> None:
+    by_merges = merged(["END"])
+    by_merges.ignore_merges = ignore_merges
+    merged_on = models.BPE(vocab={"END": 0, "x": 1, "ENDx": 2}, merges=[("END", "x")], ignore_merges=True)
+    unknown = models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>")
+    known = {"</s>", *"</s> ()x\n", *"".join(tokenizers.SAMPLES)}  # so that nothing of the check's own is unknown
+    rarely = models.Unigram([(word, float(-len(word))) for word in sorted(known, key=len, reverse=True)], unk_id=0)
+    for model, token in ((by_merges, "END"), (by_merges, "~"), (merged_on, "END"), (unknown, "</s>"), (rarely, "</s>")):
+        tokenizer = Tokenizer(model)
+        number = tokenizer.token_to_id(token)
+        with pytest.raises(UserError, match=rf"tokenizer x can give text the id {number} of '{token}'"):
+            tokenizers.check_reach("x", tokenizer.to_str(), {token: number})
+    tokenizer = Tokenizer(by_merges)
+    tokenizer.add_tokens(["</s>"])  # not even as a special one
+    tokenizers.check_reach("x", tokenizer.to_str(), {"</s>": tokenizer.token_to_id("</s>")})
+
+
+def test_a_fim_token_that_a_text_can_have_is_refused_where_it_is_used(tmp_path: Path, preprocess: Any, corpus: Path) -> None:
+    special = ["</s>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
+    Tokenizer(merged(special[1:2])).save(str(tmp_path / "t.json"))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "t.json"))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(tmp_path / "t.json"))
+    flags = ["--input", corpus, "--tokenizer", tmp_path / "t.json", "--output", tmp_path / "out"]
+    code, _, err = preprocess(*flags, "--fim_rate", 0.5)
+    assert code == 2 and "of '<fim_prefix>', which may only stand between texts" in err, err
+    assert preprocess(*flags)[0] == 0
+
+
+def llama() -> Tokenizer:
+    """As Llama 2's: a space before each text."""
+    tokenizer = Tokenizer(models.BPE(vocab={"▁": 200, **LETTERS}, merges=[]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["</s>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"])
+    return tokenizer
+
+
+def word_pieces() -> Tokenizer:
+    tokenizer = Tokenizer(
+        models.WordPiece({"[UNK]": 200, **LETTERS, **{f"##{c}": i + 300 for c, i in LETTERS.items()}}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def space_before(text: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def test_a_tokenizer_that_puts_a_space_at_each_cut_is_refused(tokenizer_text: str, starcoder2: str) -> None:
+    """With it every document that was rearranged had two spaces more, in the middle of words."""
+    for tokenizer in (llama(), word_pieces(), space_before(tokenizer_text)):
+        with pytest.raises(
+            UserError, match=r"--fim_rate cuts documents, and tokenizer x .*'r' and 'eturn  left.n' come back as ' ?r eturn"
+        ):
+            tokenizers.check_cuts("x", tokenizer)
+    for text in (tokenizer_text, starcoder2):
+        tokenizers.check_cuts("x", Tokenizer.from_str(text))
+        tokenizers.check_cuts("x", Tokenizer.from_str(json.dumps(json.loads(text) | {"decoder": None})))
+    with pytest.raises(UserError, match="come back as 'ĠrĠeturn"):
+        tokenizers.check_cuts(
+            "x", Tokenizer.from_str(json.dumps(json.loads(space_before(tokenizer_text).to_str()) | {"decoder": None}))
+        )
+
+
+def test_fill_in_the_middle_with_a_space_at_each_cut_ends_the_command(tmp_path: Path, preprocess: Any, corpus: Path) -> None:
+    llama().save(str(tmp_path / "t.json"))
+    flags = ["--input", corpus, "--tokenizer", tmp_path / "t.json", "--output", tmp_path / "out"]
+    code, _, err = preprocess(*flags, "--fim_rate", 0.5)
+    assert code == 2 and "--fim_rate cuts documents" in err and "Traceback" not in err
+    assert preprocess(*flags)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([("</s>", 0.0), *((c, -2.0) for c in LETTERS)], unk_id=None),
+        models.WordPiece({"</s>": 0, "a": 1}, unk_token="[UNK]"),
+        models.WordLevel({"</s>": 0, "a": 1}, unk_token="<unk>"),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_tokenizer_without_an_unknown_token_is_one_sentence(model: Any, tmp_path: Path, preprocess: Any, corpus: Path) -> None:
+    Tokenizer(model).save(str(tmp_path / "t.json"))
+    code, _, err = preprocess("--input", corpus, "--tokenizer", tmp_path / "t.json", "--output", tmp_path / "out")
+    assert code == 2 and f"tokenizer {tmp_path / 't.json'} has no id for a part of a text" in err and err.count("\n") == 1, err
