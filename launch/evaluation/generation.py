@@ -18,6 +18,7 @@ from launch.evaluation.problems import Problem
 from launch.evaluation.samples import SampleFile
 from launch.generation.prompts import Prompt, lacking_fim, prompt_ids
 from launch.generation.sampler import Sampling, end_ids, finished, new_tokens
+from launch.generation.stop import NewText
 
 
 def prompt_of(problem: Problem) -> Prompt:
@@ -59,9 +60,9 @@ def complete(
     if room < 1:
         return [""]
     rows = new_tokens(model, tokenizer, prompts, replace(sampling, max_new_tokens=room), [problem.stops for problem in problems])
-    ends = end_ids(model)
+    new_text, ends = NewText(tokenizer), end_ids(model)
     return [
-        finished(tokenizer, row, number, ends, problem.stops).text + problem.ending
+        finished(new_text, row, number, ends, problem.stops, last=prompts[number][-1]).text + problem.ending
         for number, (row, problem) in enumerate(zip(rows, problems, strict=True))
     ]
 

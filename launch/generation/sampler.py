@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,11 @@ from transformers import (
 
 from data.cli import UserError
 from launch.generation.decode import fast
-from launch.generation.stop import StopStrings, Stream, cut, text_of
+from launch.generation.stop import NewText, StopStrings, Stream, cut
 
 #: Logits over less than this can be more than a float holds.
-LEAST_TEMPERATURE = 1e-5
+LEAST_TEMPERATURE = LEAST_PENALTY = 1e-5
+MOST_PENALTY = 1e5  # and those below 0 times more
 SEEDS = "a number of 64 bits"
 TEMPERATURES = f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}"
 
@@ -62,7 +64,10 @@ class Sampling:
             "seed": (may_be_seed(self.seed), SEEDS),
             "top_k": (self.top_k >= 0, "0 or more"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "repetition_penalty": (
+                LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY,
+                f"from {LEAST_PENALTY} to {MOST_PENALTY:,.0f}",
+            ),
         }
         for name, (holds, valid) in limits.items():
             if not holds:
@@ -82,7 +87,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """`finish`: eos (the model ended), stop (a stop string, which is cut off) or length."""
+    """`tokens`: up to the one that ended it. `finish`: eos (the model ended), stop (a stop string, which is cut off) or length."""
 
     prompt: int
     text: str
@@ -119,14 +124,16 @@ def complete(
     check_length(model, longest, sampling.max_new_tokens)
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
+    new_text, ends = NewText(tokenizer), end_ids(model)
     completions: list[Completion] = []
     for part, copies in batches(
         len(prompts), sampling.num_return_sequences, BATCH_POSITIONS // (longest + sampling.max_new_tokens)
     ):
         stops = [sampling.stop] * (len(part) * copies)
         rows = new_tokens(model, tokenizer, [prompts[i] for i in part], sampling, stops, stream)
-        ends = end_ids(model)
-        completions += [finished(tokenizer, row, part[i // copies], ends, sampling.stop) for i, row in enumerate(rows)]
+        for i, row in enumerate(rows):
+            prompt = part[i // copies]
+            completions.append(finished(new_text, row, prompt, ends, sampling.stop, last=prompts[prompt][-1]))
     return completions, time.perf_counter() - started
 
 
@@ -194,9 +201,14 @@ def left_padded(prompts: list[list[int]], longest: int, pad: int) -> tuple[torch
     return ids, mask
 
 
-def finished(tokenizer: PreTrainedTokenizerFast, row: list[int], prompt: int, ends: list[int], stops: Sequence[str]) -> Completion:
-    """A row of new tokens up to its end; what follows in a batch is padding."""
+def finished(new_text: NewText, row: list[int], prompt: int, ends: list[int], stops: Sequence[str], *, last: int) -> Completion:
+    """A row of new tokens behind the prompt's `last` one up to its end; what follows in a batch is padding."""
+
+    def is_stopped(count: int) -> bool:
+        return cut(new_text.of(row[:count], last=last), stops)[1]
+
     end = next((i for i, token in enumerate(row) if token in ends), len(row))
-    text, stopped = cut(text_of(tokenizer, row[:end]), stops)
+    text, stopped = cut(new_text.of(row[:end], last=last), stops)
     reason = "stop" if stopped else "eos" if end < len(row) else "length"
-    return Completion(prompt=prompt, text=text, tokens=min(end + 1, len(row)), finish=reason)
+    tokens = bisect_left(range(end), True, key=is_stopped) if stopped else min(end + 1, len(row))
+    return Completion(prompt=prompt, text=text, tokens=tokens, finish=reason)

@@ -29,9 +29,28 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int] | Tensor) -> str:
-    """New tokens as the text that stop strings are looked for in: nothing of special tokens, each blank as it was written."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+class NewText:
+    """The text of new tokens, in which stop strings are looked for: nothing of special tokens, each blank as it was written.
+
+    Tokenizers of SentencePiece's kind put a blank before a text that they encode, and decoding takes it off. New tokens go on in a
+    text: they are decoded behind a letter, which is cut off. (Behind the prompt's last token they could not be: where bytes are
+    tokens it may be the end of a character.) Behind an added token, such as <fim_middle>, a text begins and has that blank.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.added = frozenset(tokenizer.added_tokens_decoder)
+        self.letter: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+
+    def of(self, ids: list[int], *, last: int) -> str:
+        """last: the prompt's last token."""
+        before = [] if last in self.added else self.letter
+        text = self._decoded(before + ids)
+        known = self._decoded(before)
+        return text[len(known) :] if text.startswith(known) else self._decoded(ids)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def safe_length(text: str, stops: Sequence[str]) -> int:
@@ -44,16 +63,18 @@ class StopStrings(StoppingCriteria):
     """Ends a row of a batch as soon as its new text holds one of its stop strings, `stops[row]`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[Sequence[str]], prompt_length: int) -> None:
-        self.tokenizer, self.stops, self.prompt_length = tokenizer, stops, prompt_length
+        self.text, self.stops, self.prompt_length = NewText(tokenizer), stops, prompt_length
         self.done: Tensor | None = None
+        self.last: list[int] = []  # token of each row's prompt
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         if self.done is None:
             self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            self.last = input_ids[:, self.prompt_length - 1].tolist()
         start = max(self.prompt_length, input_ids.shape[1] - TAIL)
         for row, stops in enumerate(self.stops):
             if stops and not self.done[row]:
-                text = text_of(self.tokenizer, input_ids[row, start:])
+                text = self.text.of(input_ids[row, start:].tolist(), last=self.last[row])
                 self.done[row] = any(stop in text for stop in stops)
         return self.done
 
@@ -62,14 +83,14 @@ class Stream:
     """A transformers streamer for one sequence: shows text as it comes, whole characters, nothing of a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str], show: Callable[[str], None]) -> None:
-        self.tokenizer, self.stops, self.show = tokenizer, stops, show
+        self.new_text, self.stops, self.show = NewText(tokenizer), stops, show
         self.ids: list[int] = []
         self.shown = 0
-        self.prompt_is_next = True
+        self.last_of_prompt: int | None = None  # the prompt comes first
 
     def put(self, value: Tensor) -> None:
-        if self.prompt_is_next:
-            self.prompt_is_next = False
+        if self.last_of_prompt is None:
+            self.last_of_prompt = int(value.flatten()[-1])
             return
         self.ids += value.flatten().tolist()
         text, stopped = self._text()
@@ -82,7 +103,8 @@ class Stream:
         self._advance(self._text()[0])
 
     def _text(self) -> tuple[str, bool]:
-        return cut(text_of(self.tokenizer, self.ids), self.stops)
+        assert self.last_of_prompt is not None
+        return cut(self.new_text.of(self.ids, last=self.last_of_prompt), self.stops)
 
     def _advance(self, text: str) -> None:
         if len(text) > self.shown:

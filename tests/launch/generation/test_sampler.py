@@ -1,5 +1,6 @@
 """Batches give what single prompts give; every setting reaches transformers; limits are refused by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_repetition_penalty_is_not_for_the_padding(
 
 
 def test_a_repetition_penalty_stops_repeating(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:
-    penalised = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=12, temperature=0, repetition_penalty=1e6))[0][0]
+    penalised = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=12, temperature=0, repetition_penalty=1e5))[0][0]
     made = penalised.text.split()
     assert len(set(made)) == len(made) and not set(made) & {f"w{i}" for i in PROMPTS[1]}
 
@@ -125,6 +126,9 @@ def test_reasons_to_end(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast
     third = whole.text.split()[2]
     ((stopped,), _) = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=6, temperature=0, stop=(third,)))
     assert stopped.finish == "stop" and whole.text.startswith(stopped.text) and third not in stopped.text
+    assert stopped.tokens == whole.text.split().index(third) + 1
+    in_a_batch = complete(model, words, PROMPTS, Sampling(max_new_tokens=6, temperature=0, stop=(third,)))[0]
+    assert in_a_batch[1] == replace(stopped, prompt=1) and in_a_batch[0].tokens == 6  # it was padded, which counts for nothing
     model.config.eos_token_id = [int(third[1:]), 96]
     ((ended,), _) = complete(model, words, [PROMPTS[1]], Sampling(max_new_tokens=6, temperature=0))
     model.config.eos_token_id = 5
@@ -155,6 +159,8 @@ def test_padding_stands_on_the_left() -> None:
         {"top_k": -1},
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e6},
         {"num_return_sequences": 0},
         {"seed": 1 << 64},
     ],

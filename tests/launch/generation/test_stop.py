@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from launch.generation.stop import StopStrings, Stream, cut, safe_length, unescape
+from launch.generation.stop import NewText, StopStrings, Stream, cut, safe_length, unescape
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,46 @@ def bytewise() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a blank is put before each text, and taken off where one is decoded; what is in no token is bytes."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abdefnrtu():", "▁▁", "▁▁▁▁", "▁a"]
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "a")]
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    whole = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(whole)
+    made.add_special_tokens(["<fim_middle>"])
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more"),
+    [("def f(a):\n", "    return a\n"), ("def f(a):", " a"), ("# 你", "你\n\n  a"), ("a\n", "\n a"), ("a", "a")],
+)
+def test_each_blank_is_as_it_was_written(sentencepiece: PreTrainedTokenizerFast, prompt: str, more: str) -> None:
+    """One went astray at the beginning, and `    return` was indented by three."""
+    before, whole = (sentencepiece(text).input_ids for text in (prompt, prompt + more))
+    assert whole[: len(before)] == before
+    new = whole[len(before) :]
+    assert NewText(sentencepiece).of(new, last=before[-1]) == more
+    shown: list[str] = []
+    stream = Stream(sentencepiece, (), shown.append)
+    for ids in (before, *([one] for one in new)):
+        stream.put(torch.tensor(ids))
+    stream.end()
+    assert "".join(shown) == more
+    criterion = StopStrings(sentencepiece, [(more,), (more + "a",)], prompt_length=len(before))
+    assert criterion(torch.tensor([whole, whole]), torch.empty(0)).tolist() == [True, False]
+
+
+def test_what_fills_in_begins_a_text(sentencepiece: PreTrainedTokenizerFast) -> None:
+    """Its parts are encoded one by one, each with a blank before it."""
+    middle = sentencepiece.get_vocab()["<fim_middle>"]
+    for text in ("a", "  a", "return a"):
+        assert NewText(sentencepiece).of(sentencepiece(text).input_ids, last=middle) == text
 
 
 def streamed(tokenizer: PreTrainedTokenizerFast, text: str, stops: tuple[str, ...]) -> list[str]:
