@@ -19,15 +19,19 @@ PROMPT_MOST = 1 << 24  # characters, or bytes of a file
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """`suffix` None: continue `text`. Otherwise: write what stands between the two."""
+    """`suffix` None: continue `text`. Otherwise: write what stands between the two.
+
+    `typed`: the special tokens that the text spells are meant. In a file's they are text, as in the documents of training.
+    """
 
     text: str
     suffix: str | None = None
+    typed: bool = False
 
 
 def read_prompts(texts: list[str], files: list[Path], suffix: str | None) -> list[Prompt]:
     """`--prompt`s, then `--prompt_file`s; `-` is standard input. Raises UserError for an empty or unreadable one."""
-    found = [("--prompt", _standard_input() if text == "-" else text) for text in texts]
+    found = [("--prompt -", _standard_input()) if text == "-" else ("--prompt", text) for text in texts]
     for path in files:
         try:
             with path.open("rb") as file:
@@ -40,7 +44,7 @@ def read_prompts(texts: list[str], files: list[Path], suffix: str | None) -> lis
     for name, text in found:
         if not text and suffix is None:
             raise UserError(f"{name} is empty; give the text to continue")
-    return [Prompt(text=text, suffix=suffix) for _, text in found]
+    return [Prompt(text=text, suffix=suffix, typed=name == "--prompt") for name, text in found]
 
 
 def _standard_input() -> str:
@@ -66,7 +70,8 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
     def encode(text: str) -> list[int]:
         check_utf8(text, "the text to continue")
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        as_text = not prompt.typed or prompt.suffix is not None
+        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=as_text).input_ids
         return ids
 
     if prompt.suffix is None:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError
+from data.tokens.encoder import ReferenceEncoder
 from data.tokens.fim import FimOptions, arrange
 from launch.generation.prompts import FIM, Prompt, check_filling_in, prompt_ids, read_prompts
 
@@ -34,7 +35,7 @@ def test_sources_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "a.py").write_text("file")
     monkeypatch.setattr("sys.stdin", io.StringIO("standard input"))
     found = read_prompts(["one", "-"], [tmp_path / "a.py"], None)
-    assert [prompt.text for prompt in found] == ["one", "standard input", "file"]
+    assert [(prompt.text, prompt.typed) for prompt in found] == [("one", True), ("standard input", False), ("file", False)]
 
 
 def test_unreadable_ones_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,7 @@ def test_unreadable_ones_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "empty").write_text("")
     with pytest.raises(UserError, match="empty is empty"):
         read_prompts([], [tmp_path / "empty"], None)
-    assert read_prompts([""], [], suffix="end") == [Prompt(text="", suffix="end")]  # nothing before, something after
+    assert read_prompts([""], [], suffix="end") == [Prompt(text="", suffix="end", typed=True)]  # nothing before, something after
 
 
 def test_filling_in_is_asked_as_it_was_trained() -> None:
@@ -63,6 +64,19 @@ def test_filling_in_is_asked_as_it_was_trained() -> None:
         expected += [*words(text).input_ids, token]
     assert prompt_ids(Prompt(text=before, suffix=after), words) == expected
     assert prompt_ids(Prompt(text="ab"), words) == words("ab").input_ids
+
+
+def test_special_tokens_that_a_text_spells(tmp_path: Path) -> None:
+    """Training's documents hold them as text; who types one means it, but where the text is one of two parts."""
+    words, text = tokenizer("<a>", *FIM), "b<a>c"
+    middle = ReferenceEncoder(words.backend_tokenizer.to_str()).ids([text])[0].tolist()
+    assert len(middle) == len(text)
+    special = [words.get_vocab()[token] for token in FIM]
+    assert prompt_ids(Prompt(text=text), words) == middle
+    both = prompt_ids(Prompt(text=text, suffix=text, typed=True), words)
+    assert both == [special[0], *middle, special[1], *middle, special[2]]
+    assert prompt_ids(Prompt(text=text, typed=True), words) == words.convert_tokens_to_ids(["b", "<a>", "c"])
+    assert prompt_ids(Prompt(text=text), words) == middle  # nothing of the one before stays
 
 
 def test_what_was_never_trained_to_fill_in_is_refused(tmp_path: Path) -> None:
