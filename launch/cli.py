@@ -19,6 +19,7 @@ from typing import NoReturn
 from data.cli import Exit, UserError, drain, encoding_fault, hold_standard_streams, leave, report
 
 CLONE = Path(__file__).resolve().parent.parent
+MOST_POSITIONS = 1 << 24  # float32, in which RoPE counts, tells no more apart
 
 
 class AgreedError(UserError):
@@ -57,6 +58,12 @@ def check_interpreter() -> None:
         raise AgreedError("Python runs without docstrings, and transformers needs them; unset PYTHONOPTIMIZE, or leave out -OO")
     if fault := encoding_fault():
         raise AgreedError(fault)
+
+
+def check_rope_factor(factor: float | None) -> None:
+    """Raises UserError for one that no context can be extended by."""
+    if factor is not None and not 1 <= factor <= MOST_POSITIONS:
+        raise UserError(f"--rope_factor must be from 1 to {MOST_POSITIONS:,}, not {factor}")
 
 
 def speak(error: BaseException, rank: int) -> int:

@@ -26,6 +26,7 @@ from data.cli import NotFound, UserError, sentence
 from data.files import hash_file, is_inside, pointer, read_json, small_file
 from data.tokens.folder import read_text
 from data.tokens.tokenizer import library_tokenizer
+from launch.cli import MOST_POSITIONS
 from launch.model_config import OtherModel, read_model_config
 from launch.toolchain import check_toolchain
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -62,16 +63,27 @@ def load_exported(
             raise UserError(f"--rope_factor extends moe_gpt and glm4_moe folders; {folder} is another model")
         check_weights(folder)
         with _damage_named(folder):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+            other: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+            )
+        _check_complete(folder, other[1])
+        model: PreTrainedModel = other[0]
     else:
         if rope_factor:
-            config = config.with_rope_factor(rope_factor)
+            config = extended(config, rope_factor)
         model = load_model(folder, config, attn_implementation=attn_implementation or "sdpa")
     model.to(device).eval()  # type: ignore[arg-type]
     # The flags say how text is made: beams, a cache or tokens kept out by a folder's settings would change it without a word.
     ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
     return model, load_tokenizer(folder)
+
+
+def extended(config: MoEGPTConfig, factor: float) -> MoEGPTConfig:
+    longer = config.with_rope_factor(factor)
+    if longer.max_position_embeddings > MOST_POSITIONS:
+        raise UserError(f"--rope_factor {factor:g} makes {longer.max_position_embeddings:,} positions; {MOST_POSITIONS:,} are the most")
+    return longer
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import NotFound, UserError, say, write_out
+from data.cli import NotFound, UserError, say, stdout, write_out
 from data.flags import Parser
-from launch.cli import make_quiet, run_command
+from launch.cli import check_rope_factor, make_quiet, run_command
 from model.sizes import ATTENTION_IMPLEMENTATIONS
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("give --prompt or --prompt_file; without either it asks at a terminal, and standard input is none")
     if (arguments.prompt or []).count("-") > 1:
         raise UserError("--prompt - reads standard input, which can be done once")
+    check_rope_factor(arguments.rope_factor)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,11 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     if arguments.suffix is not None and (warning := check_filling_in(arguments.model, tokenizer)):
         say(warning)
-    if prompts:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more: `generate.py ... | head`
+    with contextlib.suppress(BrokenPipeError):  # nobody reads any more: `generate.py ... | head`
+        if prompts:
             answer(model, tokenizer, prompts, sampling, as_json=arguments.json)
-    else:
-        converse(model, tokenizer, sampling, suffix=arguments.suffix, as_json=arguments.json)
+        else:
+            converse(model, tokenizer, sampling, suffix=arguments.suffix, as_json=arguments.json)
     return 0
 
 
@@ -136,7 +137,7 @@ def as_line(one: Completion, prompt: Prompt, sampling: Sampling) -> str:
     said = {"prompt": prompt.text, "completion": one.text, "finish_reason": one.finish, "tokens": one.tokens, "seed": sampling.seed}
     if prompt.suffix is not None:
         said["suffix"] = prompt.suffix
-    return json.dumps(said, ensure_ascii=False)
+    return json.dumps(said, ensure_ascii=not stdout.encoding.lower().startswith("utf"))  # its escapes, not Python's
 
 
 def titled(number: int, one: Completion, prompt: Prompt) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from data.cli import UserError
 from data.flags import Parser, at_least_one
+from launch.cli import check_rope_factor
 from launch.evaluation.problems import TASKS
+from launch.evaluation.samples import results_path, settings_path, verdicts_path
 from launch.evaluation.sandbox.levels import LEVELS
 from model.sizes import ATTENTION_IMPLEMENTATIONS
 
@@ -96,9 +98,13 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--{task[0]} runs code that a model wrote; if that is what you want, add --allow_code_execution")
     if task and not arguments.score and not (arguments.output or arguments.samples_file):
         raise UserError(f"--{task[0]} writes samples.jsonl beside --output, which is missing")
-    others = [samples_path(arguments), task[1]] if task else []
+    samples = samples_path(arguments)
+    others = [samples, results_path(samples), settings_path(samples), verdicts_path(samples), task[1]] if task else []
     if arguments.output and any(one and one.resolve() == arguments.output.resolve() for one in others):
-        raise UserError(f"--output {arguments.output} would replace the samples or problems of that name; name another file")
+        raise UserError(
+            f"--output {arguments.output} would replace the problems, the samples or what lies beside them; name another file"
+        )
+    check_rope_factor(arguments.rope_factor)
     at_least_one(arguments, "batch_size", "execution_timeout", "samples")
     if task and not arguments.score and arguments.temperature == 0 and arguments.samples > 1:
         equal = f"--temperature 0 makes {arguments.samples} equal samples of a problem"

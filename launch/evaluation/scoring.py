@@ -14,7 +14,7 @@ from launch.evaluation.execution import execute_all
 from launch.evaluation.job import Job, Verdict
 from launch.evaluation.pass_at_k import summarize
 from launch.evaluation.problems import Problem
-from launch.evaluation.samples import read_samples, write_results
+from launch.evaluation.samples import read_samples, verdicts_path, write_results
 from launch.evaluation.sandbox.levels import Level
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.sandbox.probe import Isolation, find_isolation
@@ -40,7 +40,7 @@ def score(
 ) -> dict[str, Any]:
     """Runs every sample. The result is for the JSON of --output; each sample's is in the results file."""
     samples = read_samples(samples_file, problems)
-    file = VerdictFile(samples_file.with_name(samples_file.name + ".verdicts"), f"{isolation.level} {limits} {program_text()}")
+    file = VerdictFile(verdicts_path(samples_file), f"{isolation.level} {limits} {program_text()}")
     run = partial(run_jobs, file=file, level=isolation.level, limits=limits, workers=workers)
     verdicts = run([problems[task].job(completion) for task, completion in samples])
     rows = [

@@ -161,6 +161,22 @@ def test_a_missing_weight_of_a_stock_folder_is_not_made_up_either(name: str, tmp
         load_model(tmp_path, config)
 
 
+def test_nor_of_one_that_is_no_model_of_ours(tmp_path: Path) -> None:
+    config = MoEGPTConfig.preset("tiny", vocab_size=97, hidden_size=64, num_hidden_layers=2, attention_sinks=False)
+    other = exported_config(config, "glm4_moe")
+    other.attention_bias = True
+    Glm4MoeForCausalLM(other).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    assert isinstance(load_exported(tmp_path, device="cpu")[0], Glm4MoeForCausalLM)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"does not hold its model: model\.layers\.1\.self_attn\.q_proj\.weight is missing"):
+        load_exported(tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize("format", ["moe_gpt", "glm4_moe"])
 def test_training_begins_from_a_folder_to_the_bit(format: str, tmp_path: Path) -> None:
     """Export, begin from it, export again: the same bytes of weights, from a stock folder as well."""

@@ -1,5 +1,6 @@
 """`launch/generate.py` as one uses it: text as it comes, batches, JSON, filling in, mistakes, a pipe that closes."""
 
+import io
 import json
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError, drain
 from launch import generate
-from launch.generation.prompts import FIM
+from launch.generation import interactive
+from launch.generation.prompts import FIM, Prompt
+from launch.generation.sampler import Completion, Sampling
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
 
@@ -61,6 +64,14 @@ def test_json_is_one_object_a_line(run) -> None:  # type: ignore[no-untyped-def]
     assert again == out
 
 
+def test_json_stays_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Completion(prompt=0, text="\U0001f600", tokens=1, finish="eos")
+    for encoding, escaped in (("latin-1", True), ("utf-8", False)):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        line = generate.as_line(one, Prompt(text="a"), Sampling())
+        assert json.loads(line)["completion"] == one.text and line.isascii() == escaped
+
+
 def test_a_batch_as_text_names_its_prompts(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "b.txt").write_text("from a file")
     out, err = run("--prompt", "one", "--prompt_file", tmp_path / "b.txt", "--max_new_tokens", 4)
@@ -92,6 +103,8 @@ def test_filling_in_says_what_it_does_not_know(run) -> None:  # type: ignore[no-
         (("--prompt", "-", "--prompt", "-"), "can be done once"),
         (("--prompt", "def \udcff"), r"the text to continue is no UTF-8: character 4 is half a surrogate pair, '\\udcff'"),
         (("--prompt", "x", "--seed", 1 << 70), "--seed must be a number of 64 bits"),
+        *((("--prompt", "x", "--rope_factor", x), "--rope_factor must be from 1 to 16,777,216") for x in (0, 0.5, -1, "nan", "inf")),
+        (("--prompt", "x", "--rope_factor", 4e4), "--rope_factor 40000 makes 20,480,000 positions; 16,777,216 are the most"),
         ((), "give --prompt or --prompt_file"),
     ],
 )
@@ -109,3 +122,13 @@ def test_it_ends_quietly_when_nobody_reads(exported: Path) -> None:
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait(120) == 0 and b"Traceback" not in said, said[-2000:]
+
+
+def test_a_session_ends_quietly_too(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(interactive, "prompts", lambda _: iter("x"))
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr(generate, "write_out", gone)
+    run("--max_new_tokens", 1)

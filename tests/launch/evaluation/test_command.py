@@ -237,8 +237,8 @@ MISTAKES = [
     (["--score", "nowhere.jsonl", "--humaneval", "FILE", "--allow_code_execution"], "--score nowhere.jsonl: there is no such file"),
     (["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution"], "beside --output, which is missing"),
     (["--model", "EXPORTED", "--humaneval", "FILE", "--mbpp", "FILE"], "not allowed with"),
-    (["--score", "e.json", "--humaneval", "FILE", "--allow_code_execution", "--output", "e.json"], "would replace the samples"),
-    (["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution", "--output", "FILE"], "samples or problems of that"),
+    (["--score", "e.json", "--humaneval", "FILE", "--allow_code_execution", "--output", "e.json"], "would replace the problems, the samples"),
+    (["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution", "--output", "FILE"], "would replace the problems"),
     (
         ["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution", "--output", "samples.jsonl"],
         "--output samples.jsonl would replace",

@@ -236,3 +236,18 @@ def test_samples_that_are_none_are_named(text: str, sentence: str, problem_files
     with pytest.raises(UserError) as error:
         read_samples(path, read_problems("humaneval", problem_files["humaneval"]))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["", "_results.jsonl", ".settings.json", ".verdicts"])
+def test_a_result_replaces_nothing_that_is_written_beside_the_samples(ending: str, tmp_path: Path) -> None:
+    """All rows of results were lost to it."""
+    flags = ["--humaneval", "f", "--allow_code_execution", "--score", str(tmp_path / "s"), "--output", str(tmp_path / f"s{ending}")]
+    with pytest.raises(UserError, match="would replace"):
+        check(build_parser().parse_args(flags))
+    check(build_parser().parse_args([*flags, "--output", str(tmp_path / "e.json")]))
+
+
+@pytest.mark.parametrize("factor", ["0", "-1", "nan", "1e30"])
+def test_a_context_that_cannot_be_is_refused(factor: str) -> None:
+    with pytest.raises(UserError, match="--rope_factor must be from 1"):
+        check(build_parser().parse_args(["--model", "m", "--data", "d", "--rope_factor", factor]))
