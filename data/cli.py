@@ -310,8 +310,9 @@ def say(text: str, out: Voice = stderr) -> None:
 
 def write_out(text: str, end: str = "\n") -> None:
     """What a command was asked for, on standard output: the error names it. Raises BrokenPipeError where nobody reads any more."""
+    shown = text.encode(stdout.encoding, "backslashreplace").decode(stdout.encoding)  # as `say` does
     try:
-        print(text, end=end, flush=True)
+        print(shown, end=end, flush=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard output") from None
 

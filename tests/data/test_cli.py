@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -141,6 +142,14 @@ def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, cwd=ROOT, env={**environment(), "PYTHONIOENCODING": "ascii"}
     )
     assert done.returncode == 0 and done.stdout == b"caf\\xe9 \\udcff\n"
+
+
+def test_so_is_what_a_command_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer with a code point that PYTHONIOENCODING leaves out ended in a traceback."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "latin-1"))
+    cli.write_out("caf\u00e9 \u2192")
+    assert shown.getvalue() == b"caf\xe9 \\u2192\n"
 
 
 @pytest.mark.parametrize("error", [UserError("no model at https:/me:S3CR@h"), RuntimeError("at https://h?token=S3CR")])
