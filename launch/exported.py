@@ -82,7 +82,8 @@ def load_exported(
 def extended(config: MoEGPTConfig, factor: float) -> MoEGPTConfig:
     longer = config.with_rope_factor(factor)
     if longer.max_position_embeddings > MOST_POSITIONS:
-        raise UserError(f"--rope_factor {factor:g} makes {longer.max_position_embeddings:,} positions; {MOST_POSITIONS:,} are the most")
+        made = longer.max_position_embeddings
+        raise UserError(f"--rope_factor {factor:g} makes {made:,} positions; {MOST_POSITIONS:,} are the most")
     return longer
 
 

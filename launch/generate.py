@@ -39,8 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
     p = Parser(prog="python launch/generate.py", description=about, examples=EXAMPLES)
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder of launch/export.py, or a stock Glm4Moe")
     what = p.add_argument_group("what")
-    what.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, special tokens too; - is standard input; repeated: a batch")
-    what.add_argument("--prompt_file", action="append", type=Path, metavar="FILE", help="a file's text to continue; here, in - and with --suffix special tokens are text")
+    text = "text to continue, special tokens too; - is standard input; repeated: a batch"
+    what.add_argument("--prompt", action="append", metavar="TEXT", help=text)
+    text = "a file's text to continue; here, in - and with --suffix special tokens are text"
+    what.add_argument("--prompt_file", action="append", type=Path, metavar="FILE", help=text)
     what.add_argument("--suffix", metavar="TEXT", help="fill in between each prompt and this; for models trained to")
     what.add_argument("--num_return_sequences", type=int, default=1, metavar="N", help="continuations of each prompt")
     what.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="tokens to add at most")
@@ -107,7 +109,9 @@ def converse(
     from launch.generation.prompts import Prompt
 
     with interactive.line_editor(interactive.history_file()):
-        interactive.converse(lambda text: answer(model, tokenizer, [Prompt(text=text, suffix=suffix, typed=True)], sampling, as_json=as_json))
+        interactive.converse(
+            lambda text: answer(model, tokenizer, [Prompt(text=text, suffix=suffix, typed=True)], sampling, as_json=as_json)
+        )
 
 
 def answer(

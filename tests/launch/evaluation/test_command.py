@@ -237,7 +237,7 @@ MISTAKES = [
     (["--score", "nowhere.jsonl", "--humaneval", "FILE", "--allow_code_execution"], "--score nowhere.jsonl: there is no such file"),
     (["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution"], "beside --output, which is missing"),
     (["--model", "EXPORTED", "--humaneval", "FILE", "--mbpp", "FILE"], "not allowed with"),
-    (["--score", "e.json", "--humaneval", "FILE", "--allow_code_execution", "--output", "e.json"], "would replace the problems, the samples"),
+    (["--score", "e.json", "--humaneval", "FILE", "--allow_code_execution", "--output", "e.json"], "would replace"),
     (["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution", "--output", "FILE"], "would replace the problems"),
     (
         ["--model", "EXPORTED", "--humaneval", "FILE", "--allow_code_execution", "--output", "samples.jsonl"],
