@@ -103,7 +103,7 @@ def test_filling_in_says_what_it_does_not_know(run) -> None:  # type: ignore[no-
         (("--prompt", "-", "--prompt", "-"), "can be done once"),
         (("--prompt", "def \udcff"), r"the text to continue is no UTF-8: character 4 is half a surrogate pair, '\\udcff'"),
         (("--prompt", "x", "--seed", 1 << 70), "--seed must be a number of 64 bits"),
-        *((("--prompt", "x", "--rope_factor", x), "--rope_factor must be from 1 to 16,777,216, not") for x in (0, -1, "nan", "inf")),
+        *((("--prompt", "x", "--rope_factor", x), "--rope_factor must be from 1 to 16,777,216") for x in (0, -1, "nan", "inf")),
         (("--prompt", "x", "--rope_factor", 4e4), "--rope_factor 40000 makes 20,480,000 positions; 16,777,216 are the most"),
         ((), "give --prompt or --prompt_file"),
     ],

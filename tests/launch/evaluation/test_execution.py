@@ -135,7 +135,7 @@ def test_messages_are_only_values(isolation: Isolation, name: str) -> None:
 
 def test_pre_sent_right_answers_are_right_answers(isolation: Isolation) -> None:
     """The control of the test above: the channel was hit. Sending the right values is what a right program does."""
-    text = b'{"ready": true}\n{"value": 21}\n{"value": 0}\n'
+    text = b'{"ready": true}\n{"value": true}\n{"value": 21}\n{"value": 0}\n'
     program = f"import os\nfor fd in range(3, 4096):\n    try:\n        os.write(fd, {text!r})\n    except OSError:\n        pass\n"
     assert judged(isolation, program).passed
 
@@ -169,14 +169,14 @@ VALUES = [
     "None, True, 3, -(10**30), 1.5, float('inf'), -0.0, 'text \\ud800 \\x00', b'\\xff', 2j",
     "[1, [2, (3, {4: {'five'}})]], frozenset({1}), range(3), {(1, 2): [3]}, bytearray(b'x'), int, ()",
     "__import__('fractions').Fraction(1, 3), __import__('decimal').Decimal('0.1')",
-    "deque([1, (2,)], 3), Counter('aab'), {2: [], 1: 0}.keys(), {2: 'b', 1: [0]}.items()",
+    "deque([1, (2,)], 3), Counter('aab'), OrderedDict([(2, [1]), (1, 0)]), {2: [], 1: 0}.keys(), {2: 'b', 1: [0]}.items()",
     "datetime(2020, 1, 2, 3, tzinfo=timezone.utc), date(2020, 1, 2), time(1, 2), timedelta(-1, 2, 3)",
 ]
 
 
 @pytest.mark.parametrize("values", VALUES)
 def test_values_cross_as_they_are(isolation: Isolation, values: str) -> None:
-    names = "from collections import Counter, deque\nfrom datetime import date, datetime, time, timedelta, timezone\n"
+    names = "from collections import Counter, OrderedDict, deque\nfrom datetime import date, datetime, time, timedelta, timezone\n"
     test = f"{names}values = [{values}]\nfor one, given in zip(values, same(values)):\n"
     test += "    assert one == given and type(one) is type(given)\n"
     test += f"    assert repr(one) == repr(given)\nassert made() == ({values},)\n"
@@ -313,6 +313,43 @@ def test_operators_decide_nothing(isolation: Isolation) -> None:
     assert judged(isolation, leaves, "assert f() == 1", "f").result == "failed: CandidateError: Leaves: 0"
     stops = "def f(x): raise StopIteration"
     assert not judged(isolation, stops, "for got, want in zip(map(f, [1, 2]), [2, 3]): assert got == want", "f").passed
+
+
+# Each has one test that takes any exception of the candidate's for the right answer to a bad argument.
+UNANSWERED = {
+    "dead": ("import os\ndef f(x): os._exit(0)", "EOFError: the other side has ended"),
+    "endless": ("def f(x):\n    while True: pass", "timed out"),
+    "too long an answer": ("def f(x): return 'a' * (17 << 20)", "Unsendable: a message of 17825806 bytes"),
+    "too many items": ("import itertools\ndef f(x): return itertools.count()", "Unsendable: an iterator of more than 1000000"),
+    "too deep an answer": ("def f(x):\n    for _ in range(5000): x = [x]\n    return x", "Unsendable: a value nested too deep"),
+    "too deep a change": ("def f(x):\n    for _ in range(5000): x[0] = [x[0]]", "Unsendable: a value nested too deep"),
+}
+
+
+@pytest.mark.parametrize("name", UNANSWERED)
+@pytest.mark.parametrize("caught", ["except Exception: assert False", "except: pass\nelse: assert False"])
+def test_what_does_not_answer_raises_nothing_that_a_test_expects(isolation: Isolation, name: str, caught: str) -> None:
+    program, result = UNANSWERED[name]
+    said = judged(isolation, program, f"try: f([0])\n{caught}", "f").result
+    assert said.removeprefix("failed: ").startswith(result)
+
+
+def test_what_the_tests_cannot_hand_over_is_no_error_of_the_candidate_s(isolation: Isolation) -> None:
+    for hand in ("f(object())", "f(x=object())", "f.field = object()", "f(deep)"):
+        test = f"deep = []\nfor _ in range(5000): deep = [deep]\ntry: {hand}\nexcept Exception: pass\n"
+        verdict = judged(isolation, "def f(x): return x", test, "f")
+        assert verdict.result.startswith(("failed: Unsendable: the tests hand", "failed: RecursionError")), hand
+    later = judged(isolation, "def f(x): return x", "try: f(object())\nexcept: pass\ntry: f(1)\nexcept BaseException: pass\n", "f")
+    assert later.result.startswith("failed: Unsendable")
+
+
+def test_a_name_is_there_or_is_not(isolation: Isolation) -> None:
+    """`callable` held for what the program does not define, and Python's own `sum` would have been taken for the program's."""
+    for entry, test in (("f", "assert callable(f)"), ("sum", "assert sum([1, 2]) == 3"), ("f", "class A: g = f\n")):
+        assert judged(isolation, "pass", test, entry).result == f"failed: NameError: name '{entry}' is not defined", test
+    program = "def f():\n    global later\n    def later(): return 1\n"
+    assert judged(isolation, program, "class A: g = f\nA.g()\nassert later() == 1", "f").passed
+    assert not judged(isolation, program, "later()", "f").passed
 
 
 def test_annotations_are_python_s_own(isolation: Isolation) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.evaluation.sandbox.inside.channel import Channel, leave_standard_streams
-from launch.evaluation.sandbox.inside.values import containers, decode, encode, is_python_type
+from launch.evaluation.sandbox.inside.values import Unsendable, containers, decode, encode, is_python_type
 
 OPERATORS: dict[str, Callable[..., Any]] = {"len": len, "bool": bool, "iter": iter}
 OPERATORS |= {name: getattr(operator, name) for name in ("getitem", "setitem", "eq", "lt", "le", "gt", "ge")}
@@ -60,21 +60,40 @@ class Candidate:
         sys.modules["solution"] = self.module  # pickle and dataclasses look their module up
         exec(compile(program, "<solution>", "exec", dont_inherit=True), self.module.__dict__)  # not our own `annotations`
 
+    def encoded(self, value: Any) -> Any:
+        """Raises Unsendable for what is nested too deep, which is no RecursionError of the program's."""
+        try:
+            return encode(value, self.keep)
+        except RecursionError:
+            raise Unsendable("a value nested too deep") from None
+
+    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self.answer(request)
+        except Unsendable as error:
+            return {"unsendable": str(error)}
+        except BaseException as error:
+            return self.raised(error)
+
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The value of one call or operator, or what it raised, and what it did to its arguments; or an attribute, which may be
-        set first."""
+        """The value of one call or operator, or what it raised, and what it did to its arguments; an attribute, which may be set
+        first; or whether there is a name."""
+        if "name" in request:
+            return {"value": request["name"] in self.module.__dict__}
         if "attribute" in request:
             owner, name = self.find(request["of"]), request["attribute"]
             if "set" in request:
                 setattr(owner, name, decode(request["set"], self.find))
-            return {"value": encode(getattr(owner, name), self.keep)}
+            return {"value": self.encoded(getattr(owner, name))}
         function = OPERATORS[request["operator"]] if "operator" in request else self.find(request["call"])
         arguments = decode(request["arguments"], self.find)
         keywords = {name: decode(value, self.find) for name, value in request["keywords"].items()}
         held = list(containers([arguments, keywords]))
         before = [items_of(one) for one in held]
         try:
-            reply = {"value": encode(function(*arguments, **keywords), self.keep)}
+            reply = {"value": self.encoded(function(*arguments, **keywords))}
+        except Unsendable:
+            raise
         except BaseException as error:
             reply = self.raised(error)
         changed = [n for n, (was, one) in enumerate(zip(before, held, strict=True)) if not same(was, items_of(one))]
@@ -91,7 +110,7 @@ class Candidate:
             return tuple(map(named, item)) if type(item) is tuple else item
 
         contents = [held[n].items() if isinstance(held[n], dict) else held[n] for n in changed]
-        return [[n, encode([named(item) for item in now], self.keep)] for n, now in zip(changed, contents, strict=True)]
+        return [[n, self.encoded([named(item) for item in now])] for n, now in zip(changed, contents, strict=True)]
 
     def raised(self, error: BaseException) -> dict[str, Any]:
         """kind: the nearest class of Python's own, which a test can expect."""
@@ -120,7 +139,8 @@ def main(channel: Channel) -> None:
             request = channel.receive()
         except EOFError:
             return
+        reply = candidate.reply(request)
         try:
-            channel.send(candidate.answer(request))
-        except BaseException as error:
-            channel.send(candidate.raised(error))
+            channel.send(reply)
+        except Exception as error:  # too long
+            channel.send({"unsendable": str(error)})

@@ -19,11 +19,15 @@ def leave_standard_streams() -> None:
 
 
 class Channel:
-    """One end. Raises EOFError where the other side is gone, ValueError for what is no message."""
+    """One end. Raises EOFError where the other side is gone, ValueError for what is no message.
+
+    `failure`: why the judge has given up asking.
+    """
 
     def __init__(self, reading: int, writing: int) -> None:
         self.reading, self.writing = reading, writing
         self.rest = b""
+        self.failure: str | None = None
 
     def send(self, message: dict[str, Any]) -> None:
         line = json.dumps(message).encode() + b"\n"

@@ -3,10 +3,16 @@
 The tests' text, this process and its standard output are out of the candidate's reach: it runs in a sandbox of its own, and
 between the two go plain values only.
 
-Right programs fail whose tests hand them a function of their own or a defaultdict (its default does not cross), expect an argument
-itself back (`f(x) is x`) or one list at two places of it, go on with an iterator that they handed over, read a generator without
-end, the fields of a namedtuple or the `errno` of an error that names a file, compare a module's constant, use `in` on what cannot
-be iterated, or expect SystemExit.
+Right programs fail whose tests
+
+- hand them a function or an object of their own, a defaultdict (its default does not cross) or what is nested 900 deep, or go on
+  with an iterator that they handed over;
+- expect back an argument itself (`f(x) is x`), one list at two places, what is nested 900 deep, `type(None)` or SystemExit;
+- name a class of theirs in `isinstance` or `except`; use an object of theirs in `with`, `+`, `str` or, by its own `__eq__`, beside
+  a plain value; await their coroutines;
+- read a generator without end, the fields of a namedtuple or the `errno` of an error that names a file, compare a module's
+  constant, or use `in` on what cannot be iterated;
+- catch what they print, or seed `random` for them.
 """
 
 from __future__ import annotations
@@ -18,13 +24,13 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 from launch.evaluation.sandbox.inside.channel import Channel, leave_standard_streams
-from launch.evaluation.sandbox.inside.values import containers, decode, encode
+from launch.evaluation.sandbox.inside.values import Unsendable, containers, decode, encode
 
 #: Said before a line of the candidate's program runs: what goes wrong until then is the sandbox's fault. White space to JSON.
 MET = b"\n"
@@ -32,6 +38,23 @@ MET = b"\n"
 
 class CandidateError(Exception):
     """The candidate raised what is no exception of Python's own."""
+
+
+class Unanswered(BaseException):
+    """A question that the candidate has not answered: it is dead, or what was to cross cannot. No test that expects an exception
+    may take it for one of the candidate's."""
+
+
+@contextmanager
+def asking(channel: Channel) -> Iterator[None]:
+    """What goes wrong within is no answer: it is raised as Unanswered, at later questions too, and by `run_tests` at the end."""
+    try:
+        if channel.failure is None:
+            yield
+            return
+    except Exception as error:
+        channel.failure = f"{type(error).__name__}: {str(error)[:1000]}".rstrip(": ")
+    raise Unanswered(channel.failure)
 
 
 def comparison(name: str) -> Callable[[Any, object], Any]:
@@ -59,7 +82,9 @@ class Remote:
         return self.ask({"of": self.reference, "attribute": name})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.ask({"of": self.reference, "attribute": name, "set": encode(value, reference_of)})
+        with asking(self.channel):
+            handed = encode(value, reference_of)
+        self.ask({"of": self.reference, "attribute": name, "set": handed})
 
     def ask(self, request: dict[str, Any], given: Sequence[Any] = ()) -> Any:
         """The value that the candidate answers with. Raises what it raised. given: the containers among what it is handed."""
@@ -67,21 +92,28 @@ class Remote:
         def find(reference: str | int) -> Any:
             return given[-1 - reference] if isinstance(reference, int) and reference < 0 else self.sibling(reference)
 
-        self.channel.send(request)
-        reply: dict[str, Any] = self.channel.receive()
-        for number, content in reply.get("changed", ()):
-            change(given[number], decode(content, find))
-        if "raised" in reply:
-            raise exception_of(reply, self.sibling)
-        return decode(reply["value"], find)
+        with asking(self.channel):
+            self.channel.send(request)
+            reply: dict[str, Any] = self.channel.receive()
+            if "unsendable" in reply:
+                raise Unsendable(reply["unsendable"])
+            for number, content in reply.get("changed", ()):
+                change(given[number], decode(content, find))
+            raised = exception_of(reply, self.sibling) if "raised" in reply else None
+            value = None if raised else decode(reply["value"], find)
+        if raised:
+            raise raised
+        return value
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.apply({"call": self.reference}, arguments, keywords)
 
     def apply(self, what: dict[str, Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        given = list(containers([list(arguments), keywords]))
-        handed = {name: encode(value, reference_of) for name, value in keywords.items()}
-        return self.ask({**what, "arguments": [encode(value, reference_of) for value in arguments], "keywords": handed}, given)
+        with asking(self.channel):
+            given = list(containers([list(arguments), keywords]))
+            by_name = {name: encode(value, reference_of) for name, value in keywords.items()}
+            handed = {"arguments": [encode(value, reference_of) for value in arguments], "keywords": by_name}
+        return self.ask({**what, **handed}, given)
 
     def operator(self, name: str, *others: Any) -> Any:
         return self.apply({"operator": name}, (self, *others), {})
@@ -110,10 +142,28 @@ class Remote:
         return Remote(self.channel, reference)
 
 
+class Names(dict[str, Any]):
+    """Globals of the tests, which find the names that are `wanted` in the candidate's program, as soon as they are there."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(__name__="tests")
+        self.channel = channel
+        self.wanted = set[str]()
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self.wanted:
+            raise KeyError(name)  # Python looks among its own
+        remote = Remote(self.channel, name)
+        if remote.ask({"name": name}) is not True:
+            raise NameError(f"name {name!r} is not defined")
+        self[name] = remote
+        return remote
+
+
 def reference_of(value: Any) -> str | int:
     if isinstance(value, Remote):
         return value.reference
-    raise TypeError(f"the tests hand the candidate a {type(value).__name__}, which cannot be sent")
+    raise Unsendable(f"the tests hand the candidate a value of type {type(value).__name__}")
 
 
 def exception_of(reply: dict[str, Any], find: Callable[[str | int], Any]) -> Exception:
@@ -167,20 +217,25 @@ def unimported_modules(source: str, entry_point: str) -> set[str]:
 
 
 def run_tests(job: dict[str, Any], channel: Channel) -> None:
-    """Returns if they pass, raises if they do not."""
+    """Returns if they pass and each question had an answer, raises if not."""
     first = channel.receive()
     if "raised" in first:
         raise exception_of(first, partial(Remote, channel))
-    namespace: dict[str, Any] = {"__name__": "tests"}
+    namespace = Names(channel)
     missing = unknown_names(job["test"], namespace)
     if job["reference"] and missing - {job["entry_point"]}:
         # Helpers that a prompt defines and its tests use. Never the candidate's: those could lie.
         exec(compile(job["reference"], "<reference>", "exec", dont_inherit=True), namespace)
     for name in unimported_modules(job["test"], job["entry_point"]) - set(namespace):
         namespace[name] = importlib.import_module(name)
-    for name in unknown_names(job["test"], namespace) | {job["entry_point"]}:
-        namespace[name] = Remote(channel, name)
+    namespace.wanted = unknown_names(job["test"], namespace) | {job["entry_point"]}
+    namespace.pop(job["entry_point"], None)  # the reference has one too
+    for name in namespace.wanted:
+        with suppress(NameError):
+            namespace[name]  # now: Python asks no __missing__ from within a class
     exec(compile(job["test"], "<tests>", "exec", dont_inherit=True), namespace)
+    if channel.failure is not None:
+        raise Unanswered(channel.failure)
 
 
 def main(channel: Channel) -> None:
@@ -194,6 +249,8 @@ def main(channel: Channel) -> None:
     try:
         run_tests(job, channel)
         verdict = {"passed": True, "result": "passed"}
+    except Unanswered as error:
+        verdict = {"passed": False, "result": f"failed: {error}"}
     except BaseException as error:
         verdict = {"passed": False, "result": f"failed: {type(error).__name__}: {str(error)[:1000]}".rstrip(": ")}
     os.write(verdict_to, json.dumps(verdict).encode())

@@ -8,7 +8,7 @@ and crosses as a reference, by which it can be handed back.
 from __future__ import annotations
 
 import builtins
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Set, ValuesView
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -20,6 +20,10 @@ LONGEST_ITERATOR = 1_000_000
 
 Keep = Callable[[Any], str | int]
 Find = Callable[[str | int], Any]
+
+
+class Unsendable(Exception):
+    """A value beyond what crosses: no error of who made it, nor of who asked."""
 
 
 def encode(value: Any, keep: Keep) -> Any:
@@ -57,7 +61,7 @@ def first_items(iterator: Iterator[Any]) -> list[Any]:
     for item in iterator:
         items.append(item)
         if len(items) > LONGEST_ITERATOR:
-            raise ValueError(f"an iterator of more than {LONGEST_ITERATOR} items")
+            raise Unsendable(f"an iterator of more than {LONGEST_ITERATOR} items")
     return items
 
 
@@ -68,6 +72,7 @@ TAGGED: list[tuple[type, str, Callable[[Any], Any]]] = [
     (ItemsView, "dict_items", list),
     (ValuesView, "dict_values", list),
     (Counter, "Counter", dict),
+    (OrderedDict, "OrderedDict", lambda value: [[key, item] for key, item in value.items()]),
     (Mapping, "dict", lambda value: [[key, item] for key, item in value.items()]),
     (frozenset, "frozenset", list),
     (Set, "set", list),
@@ -100,6 +105,7 @@ BUILD: dict[str, Callable[[Any], Any]] = {
     "dict_items": lambda value: dict(value).items(),
     "dict_values": lambda value: dict(enumerate(value)).values(),
     "Counter": Counter,
+    "OrderedDict": OrderedDict,
     "dict": dict,
     "frozenset": frozenset,
     "set": set,
