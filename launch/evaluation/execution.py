@@ -93,16 +93,19 @@ def read_verdict(judge: Confined, candidate: Confined, seconds: float) -> Verdic
     assert judge.process.stdout
     said, until = b"", time.monotonic() + seconds
     with judge.process.stdout as output:
-        while (left := until - time.monotonic()) > 0:
-            if not select.select([output], [], [], min(left, LOOK_SECONDS))[0]:
-                if excess := candidate.excess() or judge.excess():
-                    return failed(said, f"failed: more {excess} than the sandbox allows")
-            elif part := os.read(output.fileno(), VERDICT_BYTES):
-                said += part
-            else:
+        while True:
+            left = max(until - time.monotonic(), 0)  # 0: what it has said is still read, for this thread may have waited for others
+            if select.select([output], [], [], min(left, LOOK_SECONDS))[0]:
+                if part := os.read(output.fileno(), VERDICT_BYTES):
+                    said += part
+                    continue
                 verdict = parse_verdict(said)
                 return verdict if verdict.passed else failed(said, "timed out" if ran_out(candidate) else verdict.result)
-    return failed(said, "timed out")
+            if not left:
+                verdict = parse_verdict(said)
+                return verdict if verdict.passed else failed(said, "timed out")
+            if excess := candidate.excess() or judge.excess():
+                return failed(said, f"failed: more {excess} than the sandbox allows")
 
 
 def failed(said: bytes, result: str) -> Verdict:

@@ -22,6 +22,7 @@ from launch.evaluation.sandbox.program import python_command
 
 END_SECONDS = 10.0  # that a warden may take to end its program
 PAGE = os.sysconf("SC_PAGE_SIZE")
+KERNEL_LIST = "/proc/thread-self/children"  # where there is one (CONFIG_PROC_CHILDREN, which distributions set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +157,22 @@ def kernel_release() -> tuple[int, int]:
 
 def descendants(process: int) -> list[int]:
     """Of this process, itself first; children come after their parents."""
-    family = parents()
     found = [process]
     for one in found:  # which grows while it is read
-        found += [child for child, parent in family.items() if parent == one]
+        found += children(one)
+    return found
+
+
+def children(process: int) -> list[int]:
+    """By the kernel's own list, or else by all of /proc, which takes 4 ms for a hundred processes: of 128 workers that looked into
+    it ten times a second, on a host with 3,000, a quarter called right programs timed out."""
+    if not os.path.exists(KERNEL_LIST):
+        return [child for child, parent in parents().items() if parent == process]
+    found: list[int] = []
+    with suppress(OSError):  # it has ended
+        for task in os.listdir(f"/proc/{process}/task"):
+            with suppress(OSError), open(f"/proc/{process}/task/{task}/children", "rb") as file:
+                found += map(int, file.read().split())
     return found
 
 

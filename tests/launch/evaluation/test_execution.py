@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from support import process_stat
 
 from data.cli import UserError
 from launch.evaluation import execution
-from launch.evaluation.execution import SandboxError, execute, execute_all
+from launch.evaluation.execution import SandboxError, execute, execute_all, read_verdict
 from launch.evaluation.job import Job, Verdict
+from launch.evaluation.sandbox import process
+from launch.evaluation.sandbox.inside.warden import parents
 from launch.evaluation.sandbox.levels import LEVELS
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.sandbox.probe import Isolation, find_isolation, probe, targets
@@ -431,6 +434,44 @@ def test_a_sandbox_that_fails_is_no_verdict(isolation: Isolation, monkeypatch: p
 
     monkeypatch.setattr(execution, "start", lost_once)
     assert execute(job, level=isolation.level, limits=LIMITS, slot=os.getpid()).passed and len(calls) == 4
+
+
+def shell(command: str) -> Confined:
+    process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE)
+    return Confined(process=process, limits=LIMITS, leash=None, folder=None)
+
+
+@pytest.mark.parametrize("then", ["", "exec sleep 60"])
+def test_what_was_said_in_time_counts(then: str) -> None:
+    """A worker that waited for others found the time over, and called what had long passed timed out."""
+    judge = shell(f'echo; echo \'{{"passed": true, "result": "passed"}}\'; echo >&2; {then}')
+    assert judge.process.stdout and select.select([judge.process.stdout], [], [], 20)[0]
+    time.sleep(0.2)
+    assert read_verdict(judge, judge, 0.0).passed
+    silent = shell("echo; exec sleep 60")
+    assert silent.process.stdout and select.select([silent.process.stdout], [], [], 20)[0]
+    assert read_verdict(silent, silent, 0.0).result == "timed out"
+    for one in (judge, silent):
+        one.process.kill()
+        one.process.wait()
+
+
+def test_a_look_at_a_program_does_not_read_all_of_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a large host it took so long that right programs timed out."""
+    top = shell("sh -c 'sleep 60 & echo; wait'; true")
+    assert top.process.stdout and top.process.stdout.readline()
+    by_scan = [top.process.pid]
+    for one in by_scan:
+        by_scan += [child for child, parent in parents().items() if parent == one]
+    assert len(by_scan) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "parents", dict)
+        assert descendants(top.process.pid) == by_scan
+    monkeypatch.setattr(process, "KERNEL_LIST", "/proc/nowhere")
+    assert descendants(top.process.pid) == by_scan
+    for one in by_scan:
+        os.kill(one, signal.SIGKILL)
+    top.process.wait()
 
 
 def test_many_at_once_in_order(isolation: Isolation) -> None:
