@@ -3,16 +3,16 @@
 The tests' text, this process and its standard output are out of the candidate's reach: it runs in a sandbox of its own, and
 between the two go plain values only.
 
-Right programs fail whose tests
+A right program fails whose tests
 
-- hand them a function or an object of their own, a defaultdict (its default does not cross) or what is nested 900 deep, or go on
-  with an iterator that they handed over;
+- hand it a function or an object of their own, a defaultdict (its default does not cross) or what is nested 900 deep, or go on with
+  an iterator that they handed over;
 - expect back an argument itself (`f(x) is x`), one list at two places, what is nested 900 deep, `type(None)` or SystemExit;
-- name a class of theirs in `isinstance` or `except`; use an object of theirs in `with`, `+`, `str` or, by its own `__eq__`, beside
-  a plain value; await their coroutines;
+- name a class of the program's in `isinstance` or `except`; use an object of it in `with`, `+`, `str` or, by its own `__eq__`,
+  beside a plain value; await a coroutine of it;
 - read a generator without end, the fields of a namedtuple or the `errno` of an error that names a file, compare a module's
   constant, or use `in` on what cannot be iterated;
-- catch what they print, or seed `random` for them.
+- catch what it prints, or seed `random` for it.
 """
 
 from __future__ import annotations
