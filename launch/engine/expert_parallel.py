@@ -108,7 +108,7 @@ def register_router_weights(module: nn.Module) -> None:
 
 
 def check_swapped(module: nn.Module, config: MoEGPTConfig) -> None:
-    """Every MoE layer was swapped, routes by the model's router, and its correction bias is an fp32 buffer.
+    """Every MoE layer was swapped, routes by the model's router, has its shared experts, and its correction bias is an fp32 buffer.
 
     DeepSpeed 0.19.6 dropped the buffer without a word, and a parameter in its place would be cast to bf16, where a bias step of
     0.001 is lost.
@@ -119,6 +119,8 @@ def check_swapped(module: nn.Module, config: MoEGPTConfig) -> None:
     for number, layer in enumerate(layers):
         if not isinstance(layer.router, Router):
             raise RuntimeError(f"layer {number}: AutoEP built its own router, {type(layer.router).__name__}")
+        if layer.shared_experts is None:
+            raise RuntimeError(f"layer {number}: AutoEP left out the shared experts")
         bias = dict(layer.router.named_buffers()).get("e_score_correction_bias")
         if bias is None or bias.dtype != torch.float32:
             kind = "missing" if bias is None else str(bias.dtype)

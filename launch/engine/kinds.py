@@ -17,8 +17,10 @@ def is_kind(value: Any, kind: str) -> bool:
 def another_kind(value: Any, default: Any) -> str:
     """What the value must be, in words, where it is of another kind than the default; empty where it is not, or none can tell.
 
-    A default of 0 may stand for 0.0: any number is of its kind.
+    A default of 0 may stand for 0.0: any number is of its kind. One of "auto" says nothing of what else is right.
     """
+    if default == "auto":
+        return ""
     if isinstance(default, tuple):
         is_like = isinstance(value, list) and len(value) == len(default) and all(is_kind(each, NUMBER) for each in value)
         return "" if is_like else f"a list of {len(default)} numbers"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.module_inject.auto_ep_config import AutoEPConfig
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import ADAM_W_MODE, TORCH_ADAM_PARAM, DtypeEnum
 from torch.optim.lr_scheduler import LRScheduler
@@ -61,6 +62,19 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "hybrid_engine.enabled": ((False,), "it is for a model that generates while it trains"),
 }
 PRESET = "deepseek_v3"  # of AutoEP: how the model names and computes its experts
+#: Of `expert_parallel`, what the layer reads that stands in the place of AutoEP's, and what that does as well.
+READ = ("enabled", "autoep_size", "preset_model", "use_grouped_mm", "disable_triton_grouped_mm")
+ALIKE = {"score_apply": "post"}
+#: Its settings of routing, by the model's own name, which alone is read.
+OF_THE_MODEL = {
+    "top_k": "num_experts_per_tok",
+    "score_func": "scoring_func",
+    "route_norm": "norm_topk_prob",
+    "route_scale": "routed_scaling_factor",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "num_expert_groups": "n_group",
+    "num_limited_groups": "topk_group",
+}
 
 
 def check_values(config: dict[str, Any], path: Path) -> None:
@@ -68,7 +82,7 @@ def check_values(config: dict[str, Any], path: Path) -> None:
     for key, value in _leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: {key} must be a finite number, not {value}")
-        if value == "auto":
+        if value == "auto" and not key.startswith("expert_parallel."):  # of which several are so by default
             filled = ", ".join(AUTO)
             raise UserError(f'{path}: {key} cannot be "auto": that is filled in for {filled}; give a value, or leave the key out')
     if (clipping := config.get("gradient_clipping", 0.0)) < 0:
@@ -86,10 +100,7 @@ def check_values(config: dict[str, Any], path: Path) -> None:
             f"{path}: zero_optimization.offload_optimizer does not go with Muon: DeepSpeed then moves the momentum before a step "
             "can be refused, and a resume is not the run that was stopped; leave it out, or take AdamW"
         )
-    if (preset := config["expert_parallel"]["preset_model"]) != PRESET:
-        raise UserError(
-            f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {shown(preset)}'
-        )
+    _check_expert_parallel(config["expert_parallel"], path)
     _check_grad_accum(config, path)
     _check_schedule(config.get("scheduler"), path)
 
@@ -101,6 +112,23 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, inner in value.items():
         yield from _leaves(inner, f"{key}.{name}" if key else name)
+
+
+def _check_expert_parallel(section: dict[str, Any], path: Path) -> None:
+    if (preset := section["preset_model"]) != PRESET:
+        raise UserError(
+            f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {shown(preset)}'
+        )
+    defaults = vars(AutoEPConfig())
+    for key, value in section.items():
+        if key in READ or value in (defaults[key], ALIKE.get(key, defaults[key])):
+            continue
+        reason = (
+            f"{OF_THE_MODEL[key]} of the model's config.json is what counts"
+            if key in OF_THE_MODEL
+            else "it is for other models, or for AutoEP's own layer, in whose place this system's stands"
+        )
+        raise UserError(f"{path}: expert_parallel.{key} must be left out, not {shown(value)}: {reason}")
 
 
 def _check_grad_accum(config: dict[str, Any], path: Path) -> None:

@@ -150,7 +150,7 @@ def dropout_and_replay() -> dict[str, Any]:
 def refusal(**expert_parallel: object) -> str:
     try:
         make_layer(8, 2, 1, **expert_parallel)
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
         return str(error)
     return "none"
 
@@ -164,7 +164,7 @@ def main() -> None:
         sizes = [1, 2] if dist.get_world_size() > 1 else [1]
         cases = product([(8, 2), (2, 1)], sizes, ("spread", "one expert", "empty"))
         results["cases"] = [compare(*count, ep, routing) for count, ep, routing in cases]
-        results.update(dropout_and_replay(), refusal=refusal(score_apply="pre"))
+        results.update(dropout_and_replay(), refusal=refusal(score_apply="pre"), without_shared=refusal(has_shared_experts=False))
     except Exception:
         results["error"] = traceback.format_exc()
     everyone: list[Any] = [None] * dist.get_world_size()

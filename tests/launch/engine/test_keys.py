@@ -145,6 +145,23 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("data_types.grad_accum_dtype", "float33", 'must be one of "fp16", "fp32", "int8", "bf16", not "float33"'),
         ("expert_parallel.preset_model", "mixtral", 'expert_parallel.preset_model must be "deepseek_v3"'),
         ("expert_parallel.preset_model", None, 'expert_parallel.preset_model must be "deepseek_v3"'),
+        ("expert_parallel.top_k", 1, "must be left out, not 1: num_experts_per_tok of the model's config.json is what counts"),
+        ("expert_parallel.score_func", "softmax", "scoring_func of the model's"),
+        ("expert_parallel.route_norm", False, "norm_topk_prob of the model's"),
+        ("expert_parallel.route_scale", 2.5, "routed_scaling_factor of the model's"),
+        ("expert_parallel.routed_scaling_factor", 2.5, "routed_scaling_factor of the model's"),
+        ("expert_parallel.num_expert_groups", 2, "n_group of the model's"),
+        ("expert_parallel.num_limited_groups", 1, "topk_group of the model's"),
+        ("expert_parallel.has_shared_experts", False, "must be left out, not false: it is for other models, or for AutoEP's own"),
+        ("expert_parallel.shared_experts_pattern", "shared", "it is for other models"),
+        ("expert_parallel.moe_layer_pattern", "mlp", "it is for other models"),
+        ("expert_parallel.async_split_plan", True, "it is for other models"),
+        ("expert_parallel.combine_impl", "legacy_bmm", "it is for other models"),
+        ("expert_parallel.gate_up_impl", "fused", "it is for other models"),
+        ("expert_parallel.score_apply", "pre", "it is for other models"),
+        ("expert_parallel.load_balance_coeff", 0.001, "load_balance_coeff"),
+        ("expert_parallel.use_grouped_mm", "auto", "use_grouped_mm must be true or false"),
+        ("expert_parallel.disable_triton_grouped_mm", "auto", "disable_triton_grouped_mm must be true or false"),
         ("prescale_gradients", "false", 'prescale_gradients must be true or false, not "false"'),
         ("gradient_predivide_factor", "2", 'gradient_predivide_factor must be a number, not "2"'),
         ("zero_allow_untested_optimizer", {}, "zero_allow_untested_optimizer must be true or false, not {}"),
@@ -162,6 +179,20 @@ def test_a_right_key_with_a_wrong_value_is_refused(key: str, value: Any, wanted:
         check(read_config(path))
     said = str(caught.value)
     assert ".json: " in said and wanted in said and "\n" not in said
+
+
+#: Of what only AutoEP's own layer reads: a JSON that spells them out is no mistake.
+AUTOEP_DEFAULTS = [
+    ("top_k", "auto"),
+    ("score_func", "auto"),
+    ("route_norm", None),
+    ("route_scale", 1.0),
+    ("routed_scaling_factor", "auto"),
+    ("load_balance_coeff", None),
+    ("combine_impl", "auto"),
+    ("comm_backend", "comm"),
+    ("expert_tensor_parallel_size", 1),
+]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +218,9 @@ def test_a_right_key_with_a_wrong_value_is_refused(key: str, value: Any, wanted:
         ("scheduler", {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}),
         ("optimizer.params.fused", None),
         ("communication_data_type", None),
+        ("expert_parallel.disable_triton_grouped_mm", True),
+        ("expert_parallel.score_apply", "post"),
+        *((f"expert_parallel.{name}", value) for name, value in AUTOEP_DEFAULTS),
     ],
 )
 def test_what_deepspeed_reads_is_not_refused(section: str, value: Any) -> None:

@@ -61,3 +61,7 @@ def test_dropout_and_replay(ranks: list[dict], what: str) -> None:
 def test_what_the_layer_does_not_do_is_refused(ranks: list[dict]) -> None:
     """It would weigh the rows after the experts all the same."""
     assert all("score_apply 'post'); got comm_backend 'comm' and score_apply 'pre'" in result["refusal"] for result in ranks)
+
+
+def test_a_layer_without_its_shared_experts_is_refused(ranks: list[dict]) -> None:
+    assert all(result["without_shared"] == "layer 0: AutoEP left out the shared experts" for result in ranks)
