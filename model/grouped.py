@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grouping import fits_kernel, is_loop
-from .operators import usable
+from .operators import ops, usable
 
 
 class Products(NamedTuple):
@@ -44,6 +44,8 @@ def product(x_RA: Tensor, weight_EAB: Tensor, ends_E: Tensor) -> Tensor:
         return _recurring_product(x_RA, weight_EAB, ends_E)
     if weight_EAB.shape[0] == 1:
         return x_RA @ weight_EAB[0]
+    if _is_untraceable(x_RA, weight_EAB.shape[2]):
+        return ops.expert_product(x_RA, weight_EAB, ends_E)  # type: ignore[no-any-return]
     if _fits_grouped_mm(x_RA, weight_EAB.shape[2]):
         return F.grouped_mm(x_RA, weight_EAB, offs=ends_E)
     # The two are bit-equal on a CPU.
@@ -56,10 +58,39 @@ def outer(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor) -> Tensor:
         return _recurring_outer(dout_RB, x_RA, ends_E)
     if ends_E.numel() == 1:
         return (dout_RB.mT @ x_RA).unsqueeze(0)
+    if _is_untraceable(x_RA, dout_RB.shape[1]):
+        return ops.expert_outer(dout_RB, x_RA, ends_E)  # type: ignore[no-any-return]
     if _fits_grouped_mm(x_RA, dout_RB.shape[1]):
         out_EBA = F.grouped_mm(dout_RB.mT, x_RA, offs=ends_E)
         return zero_idle(out_EBA, ends_E) if leaves_idle(x_RA.device) else out_EBA
     return torch.stack([dout_RB[a:b].mT @ x_RA[a:b] for a, b in _runs(ends_E)])
+
+
+def _is_untraceable(x_RA: Tensor, columns: int) -> bool:
+    """While `torch.compile` traces: its fake tensors have a `grouped_mm` in bf16 alone (torch 2.13), and nowhere a run's length."""
+    return torch.compiler.is_compiling() and not (x_RA.dtype == torch.bfloat16 and _fits_grouped_mm(x_RA, columns))
+
+
+@torch.library.custom_op("moe_gpt::expert_product", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _expert_product(x_RA: Tensor, weight_EAB: Tensor, ends_E: Tensor) -> Tensor:
+    """`product` as one node of a graph."""
+    return product(x_RA, weight_EAB, ends_E)
+
+
+@_expert_product.register_fake
+def _(x_RA: Tensor, weight_EAB: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RA.new_empty(x_RA.shape[0], weight_EAB.shape[2])
+
+
+@torch.library.custom_op("moe_gpt::expert_outer", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _expert_outer(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor) -> Tensor:
+    """`outer` as one node of a graph."""
+    return outer(dout_RB, x_RA, ends_E)
+
+
+@_expert_outer.register_fake
+def _(dout_RB: Tensor, x_RA: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RA.new_empty(ends_E.shape[0], dout_RB.shape[1], x_RA.shape[1])
 
 
 def leaves_idle(device: torch.device) -> bool:

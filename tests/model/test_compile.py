@@ -23,17 +23,19 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def build(attention: str = "flash") -> MoEGPTForCausalLM:
-    config = MoEGPTConfig.preset("tiny", num_hidden_layers=1, vocab_size=512, hidden_size=64, moe_intermediate_size=32)
+def build(attention: str = "flash", dtype: torch.dtype = torch.bfloat16, **fields: Any) -> MoEGPTForCausalLM:
+    sizes = {"num_hidden_layers": 1, "vocab_size": 512, "hidden_size": 64, "moe_intermediate_size": 32, **fields}
+    config = MoEGPTConfig.preset("tiny", **sizes)
     config._attn_implementation = attention
     torch.manual_seed(0)
     model = MoEGPTForCausalLM(config).train()
     model.model.layers[0].self_attn.sinks.data.normal_()
-    return model.bfloat16()
+    return model.to(dtype)
 
 
 def outputs_and_gradients(module: nn.Module, region: Callable[..., Any]) -> list[Tensor]:
-    x = torch.randn(*SHAPE, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    dtype = next(module.parameters()).dtype
+    x = torch.randn(*SHAPE, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     module.zero_grad()
     out = region(x)
     outs = out if isinstance(out, tuple) else (out,)
@@ -53,9 +55,15 @@ def attend(attention: str, documents: bool) -> tuple[nn.Module, Callable[[Tensor
     return block, lambda x: block.attend(x, rope, mask, None, False)
 
 
-def mixture() -> tuple[nn.Module, Callable[[Tensor], Any]]:
-    block = build().model.layers[0]
-    return block.mlp, block.mlp
+def mixture(dtype: torch.dtype = torch.bfloat16, autocast: bool = False, **fields: Any) -> tuple[nn.Module, Callable[[Tensor], Any]]:
+    mlp = build(dtype=dtype, **fields).model.layers[0].mlp
+
+    def region(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out: Tensor = mlp(x)
+            return out
+
+    return mlp, region
 
 
 def loss() -> tuple[nn.Module, Callable[[Tensor], Any]]:
@@ -68,12 +76,17 @@ REGIONS: dict[str, Callable[[], tuple[nn.Module, Callable[[Tensor], Any]]]] = {
     **{f"attention, {a}": lambda a=a: attend(a, False) for a in ("flash", "sdpa", "eager")},  # type: ignore[misc]
     **{f"attention, {a}, documents": lambda a=a: attend(a, True) for a in ("flash", "sdpa", "eager")},  # type: ignore[misc]
     "mixture of experts": mixture,
+    # Of these dynamo knows no grouped product.
+    "mixture of experts, fp32": lambda: mixture(torch.float32),
+    "mixture of experts, fp16": lambda: mixture(torch.float16),
+    "mixture of experts, autocast": lambda: mixture(torch.float32, autocast=True),
+    "mixture of experts, odd width": lambda: mixture(moe_intermediate_size=33),
     "loss": loss,
 }
 
 
 #: The others, which do not train by default, are for `make soak`.
-FIRST = ("attention, flash", "mixture of experts", "loss")
+FIRST = ("attention, flash", "mixture of experts", "mixture of experts, fp32", "mixture of experts, autocast", "loss")
 EACH = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in REGIONS]
 
 
