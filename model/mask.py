@@ -18,7 +18,7 @@ class AttentionMask:
     """Causal attention of the last S of L positions, restricted by documents or padding where these are given.
 
     document_BS: number of each token's document within its row (on the positions' device), or None where a row is one document.
-    seqlens: length of every document of the batch, row after row (their sum is B * S); None without documents.
+    seqlens: length of every document of the batch, row after row (their sum is B * S); None without documents or with padding.
     cu_seqlens: int32 `[documents + 1]`, where each document begins in the flattened batch, as varlen kernels want it.
     padding_BL: False where a key is padding, or None where there is none.
     given_B1SL: the caller's own mask, True where a query may look at a key; it replaces causality and padding.
@@ -90,8 +90,9 @@ def causal_mask(
     """For `shape` = (batch, queries) after `past` cached positions: packed documents are read off `position_ids`, padding
     off a Hugging Face `attention_mask`.
 
-    position_ids `[1 or B, S]`: a document begins wherever a position is not its left neighbour's plus one. They may lie on the
-    host, and there they are better: where documents begin is then known without waiting for the device.
+    position_ids `[1 or B, S]`: a document begins wherever a position is not its left neighbour's plus one, and after padding
+    where it is no later than the last before that. They may lie on the host, and there they are better: where documents begin is
+    then known without waiting for the device.
     attention_mask `[B, L]`: 0 marks padding; or `[B or 1, 1, S, L]`, bool or added to the scores (0 or very negative).
     Columns beyond L are a static cache's free slots. Raises ValueError for a mask of another shape or other values.
     """
@@ -103,9 +104,9 @@ def causal_mask(
     if attention_mask is not None:
         padding_BL = _padding(attention_mask, keys)
     document_BS = None
-    if position_ids is not None and past == 0 and padding_BL is None:
-        document_BS = _documents(position_ids, shape)
-    seqlens = None if document_BS is None else _seqlens(document_BS)
+    if position_ids is not None and past == 0:
+        document_BS = _documents(position_ids, shape, padding_BL)
+    seqlens = None if document_BS is None or padding_BL is not None else _seqlens(document_BS)
     cu_seqlens = None if seqlens is None else to_device(torch.tensor([0, *accumulate(seqlens)], dtype=torch.int32), device)
     return AttentionMask(
         queries=queries,
@@ -142,12 +143,23 @@ def _allowed(mask_B1SL: Tensor, queries: int, keys: int) -> Tensor:
     return allowed_B1SL
 
 
-def _documents(position_ids: Tensor, shape: tuple[int, int]) -> Tensor | None:
+def _documents(position_ids: Tensor, shape: tuple[int, int], padding_BL: Tensor | None) -> Tensor | None:
     """Number of each token's document `[B, S]`, or None where no position restarts."""
     restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if padding_BL is not None:
+        restarts = _restarts_beside_padding(restarts, position_ids, padding_BL.to(position_ids.device))
     if not bool(restarts.any()):
         return None
     return torch.nn.functional.pad(restarts.cumsum(1), (1, 0)).expand(shape)
+
+
+def _restarts_beside_padding(restarts: Tensor, position_ids: Tensor, keep_BS: Tensor) -> Tensor:
+    """Those of kept positions: padding may have any, as `generate` gives it. Over a gap they may count the padding or not."""
+    restarts, positions_BS = restarts.expand(len(keep_BS), -1), position_ids.expand(len(keep_BS), -1)
+    last_BS = torch.where(keep_BS, torch.arange(keep_BS.shape[1], device=keep_BS.device), 0).cummax(1).values  # that is kept
+    over_gap = positions_BS[:, 1:] <= positions_BS.gather(1, last_BS)[:, :-1]
+    had_any = keep_BS.cumsum(1)[:, :-1] > 0
+    return keep_BS[:, 1:] & had_any & torch.where(keep_BS[:, :-1], restarts, over_gap)
 
 
 def _seqlens(document_BS: Tensor) -> tuple[int, ...]:

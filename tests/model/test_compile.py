@@ -45,7 +45,10 @@ def outputs_and_gradients(module: nn.Module, region: Callable[..., Any]) -> list
     return [*(o.detach() for o in outs), x.grad, *gradients]
 
 
-def attend(attention: str, documents: bool) -> tuple[nn.Module, Callable[[Tensor], Any]]:
+Region = tuple[nn.Module, Callable[[Tensor], Any]]
+
+
+def attend(attention: str, documents: bool) -> Region:
     model = build(attention)
     positions = torch.cat((torch.arange(12), torch.arange(20))).expand(2, -1) if documents else None
     mask = causal_mask(SHAPE, 0, torch.device("cpu"), positions)
@@ -55,7 +58,7 @@ def attend(attention: str, documents: bool) -> tuple[nn.Module, Callable[[Tensor
     return block, lambda x: block.attend(x, rope, mask, None, False)
 
 
-def mixture(dtype: torch.dtype = torch.bfloat16, autocast: bool = False, **fields: Any) -> tuple[nn.Module, Callable[[Tensor], Any]]:
+def mixture(dtype: torch.dtype = torch.bfloat16, autocast: bool = False, **fields: Any) -> Region:
     mlp = build(dtype=dtype, **fields).model.layers[0].mlp
 
     def region(x: Tensor) -> Tensor:
@@ -66,13 +69,13 @@ def mixture(dtype: torch.dtype = torch.bfloat16, autocast: bool = False, **field
     return mlp, region
 
 
-def loss() -> tuple[nn.Module, Callable[[Tensor], Any]]:
+def loss() -> Region:
     head = build().lm_head
     targets = torch.arange(64).view(SHAPE)
     return head, lambda x: head(x, targets, 64.0, 1e-4)
 
 
-REGIONS: dict[str, Callable[[], tuple[nn.Module, Callable[[Tensor], Any]]]] = {
+REGIONS: dict[str, Callable[[], Region]] = {
     **{f"attention, {a}": lambda a=a: attend(a, False) for a in ("flash", "sdpa", "eager")},  # type: ignore[misc]
     **{f"attention, {a}, documents": lambda a=a: attend(a, True) for a in ("flash", "sdpa", "eager")},  # type: ignore[misc]
     "mixture of experts": mixture,

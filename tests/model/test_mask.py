@@ -27,6 +27,34 @@ def test_documents_are_read_off_the_positions() -> None:
     assert torch.equal(packed.allowed_B1SL[:, 0], reference.allowed_pairs(positions))
 
 
+@pytest.mark.parametrize(
+    ("positions", "keep", "documents"),
+    [
+        ([0, 1, 2, 0, 1, 2, 3, 4], [1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, None, None]),  # a packed row, filled up
+        ([0, 1, 2, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, None, None, None]),
+        ([1, 1, 1, 0, 1, 2, 3, 4], [0, 0, 0, 1, 1, 1, 1, 1], [None] * 3 + [0] * 5),  # what `generate` makes on the left
+        ([0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 1, 1, 1, 1, 1], [None] * 3 + [0] * 5),
+        ([1, 1, 0, 1, 2, 0, 1, 2], [0, 0, 1, 1, 1, 1, 1, 1], [None, None, 0, 0, 0, 1, 1, 1]),
+        ([0, 1, 2, 9, 0, 1, 2, 3], [1, 1, 1, 0, 1, 1, 1, 1], [0, 0, 0, None, 1, 1, 1, 1]),  # each document filled up
+        ([0, 9, 0, 1, 2, 3, 4, 5], [1, 0, 1, 1, 1, 1, 1, 1], [0, None, 1, 1, 1, 1, 1, 1]),
+        ([0, 1, 2, 3, 4, 5, 6, 7], [1, 1, 1, 0, 0, 1, 1, 1], [0, 0, 0, None, None, 0, 0, 0]),  # a gap that is counted
+        ([0, 1, 2, 9, 9, 3, 4, 5], [1, 1, 1, 0, 0, 1, 1, 1], [0, 0, 0, None, None, 0, 0, 0]),  # and one that is not
+    ],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_documents_beside_padding(positions: list[int], keep: list[int], documents: list[int | None], shared: bool) -> None:
+    """In a batch whose other row is whole; `shared`: of one row of positions."""
+    both = torch.tensor([positions] if shared else [positions, list(range(8))])
+    mask = causal_mask((2, 8), 0, CPU, position_ids=both, attention_mask=torch.tensor([keep, [1] * 8]))
+    for query, mine in enumerate(documents):
+        expected = [document == mine and key <= query for key, document in enumerate(documents)]
+        assert mine is None or mask.allowed_B1SL[0, 0, query].tolist() == expected
+    if not shared:
+        assert torch.equal(mask.allowed_B1SL[1, 0], torch.ones(8, 8).bool().tril())
+        assert (mask.document_BS is None) == (1 not in documents)
+    assert not mask.varlen and not mask.plain_causal
+
+
 def test_one_row_of_positions_serves_the_batch() -> None:
     packed = causal_mask((2, 8), 0, CPU, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
     assert packed.seqlens == (3, 5, 3, 5)
@@ -66,6 +94,7 @@ def test_a_mask_of_four_dimensions_is_the_callers_word() -> None:
     [
         {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
         {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])},
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2]]), "attention_mask": torch.tensor([[1, 1, 1, 1, 0]])},
         {"attention_mask": torch.rand(1, 1, 5, 5) < 0.5},
     ],
 )
