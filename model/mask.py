@@ -86,6 +86,8 @@ def causal_mask(
     device: torch.device,
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    *,
+    cached: bool = False,
 ) -> AttentionMask:
     """For `shape` = (batch, queries) after `past` cached positions: packed documents are read off `position_ids`, padding
     off a Hugging Face `attention_mask`.
@@ -94,11 +96,14 @@ def causal_mask(
     where it is no later than the last before that. They may lie on the host, and there they are better: where documents begin is
     then known without waiting for the device.
     attention_mask `[B, L]`: 0 marks padding; or `[B or 1, 1, S, L]`, bool or added to the scores (0 or very negative).
-    Columns beyond L are a static cache's free slots. Raises ValueError for a mask of another shape or other values.
+    Columns beyond L are a static cache's free slots, where the caller has one (`cached`, or there is a past). Raises ValueError
+    for a mask of another shape or other values.
     """
     queries = shape[1]
     keys = past + queries
     padding_BL = None
+    if attention_mask is not None and attention_mask.shape[-1] > keys and not (cached or past):
+        raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns for {keys} keys, and no cache has the others")
     if attention_mask is not None and attention_mask.dim() == 4:
         return AttentionMask(queries=queries, keys=keys, device=device, given_B1SL=_allowed(attention_mask, queries, keys))
     if attention_mask is not None:

@@ -43,6 +43,7 @@ class Block(GradientCheckpointingLayer):
     """
 
     rebuilds = False
+    _checkpoints = False
 
     def __init__(self, config: MoEGPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -50,6 +51,15 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MoE(config)
         self.input_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """As switched, but never without gradients: the base class would only take the cache away, from `generate` too."""
+        return self._checkpoints and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self._checkpoints = on
 
     def forward(
         self,
@@ -147,13 +157,14 @@ class MoEGPTModel(MoEGPTPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        past_key_values = given_cache(past_key_values, kwargs)
+        given = given_cache(past_key_values, kwargs)
         check_keywords(kwargs, position_ids)
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         check_export(x_BSH.dtype)
-        past_key_values = self._cache(past_key_values, use_cache)
+        past_key_values = self._cache(given, use_cache)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        mask = causal_mask((x_BSH.shape[0], x_BSH.shape[1]), past, x_BSH.device, position_ids, attention_mask)
+        shape, cached = (x_BSH.shape[0], x_BSH.shape[1]), given is not None and past_key_values is not None
+        mask = causal_mask(shape, past, x_BSH.device, position_ids, attention_mask, cached=cached)
         rope = self.rotary(position_ids, past, x_BSH.shape[1], x_BSH.device)
         prepare(self.config._attn_implementation, x_BSH, self.config.head_dim, mask)
         with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
@@ -165,10 +176,10 @@ class MoEGPTModel(MoEGPTPreTrainedModel):
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to fill: `use_cache` None means the configuration's answer, but none in training, where it only costs memory.
 
-        A recomputed block would write its keys a second time, so checkpointing drops the cache. Raises ValueError where a
-        filled one would be lost.
+        A recomputed block would write its keys a second time, so checkpointing drops the cache where there are gradients. Raises
+        ValueError where a filled one would be lost.
         """
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if given is not None and int(given.get_seq_length()) > 0:
                 raise ValueError("past_key_values with tokens in it cannot be used while activation checkpointing trains")
             if use_cache or given is not None:

@@ -112,6 +112,8 @@ def test_accelerate_moves_it_with_what_else_a_block_gets(given: dict[str, torch.
 @pytest.mark.parametrize(
     ("mask", "sentence"),
     [
+        (torch.ones(2, 9), "attention_mask has 9 columns for 8 keys, and no cache has the others"),
+        (torch.ones(2, 1, 8, 9, dtype=torch.bool), "attention_mask has 9 columns for 8 keys"),
         (torch.ones(2, 4), "attention_mask must be"),  # fewer keys than positions
         (torch.ones(2, 1, 8), "attention_mask must be"),
         (torch.ones(2, 1, 4, 8), "4-D attention_mask must be"),

@@ -329,6 +329,25 @@ def test_checkpointing_drops_an_empty_cache_and_refuses_a_filled_one() -> None:
         model(ids[:, 4:], past_key_values=filled)
 
 
+def test_generating_between_checkpointed_steps() -> None:
+    """In training mode without gradients nothing is recomputed: the cache stays, and with it what came before."""
+    model, inputs = made(), prompt()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    checkpoint_layers(model.train())
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    with torch.no_grad():
+        assert int(model(**inputs, use_cache=True).past_key_values.get_seq_length()) == inputs["input_ids"].shape[1]
+    assert model(**inputs, use_cache=True).past_key_values is None
+
+
+def test_a_mask_of_more_tokens_than_there_are_is_refused() -> None:
+    """What `generate` would hand over whose cache was lost on the way."""
+    model, inputs = made(), prompt()
+    with pytest.raises(ValueError, match="attention_mask has 11 columns for 1 keys, and no cache has the others"):
+        model(inputs["input_ids"][:, -1:], attention_mask=inputs["attention_mask"])
+
+
 # ------------------------------------------------------------------ vocabulary and head
 
 
