@@ -150,21 +150,23 @@ def _allowed(mask_B1SL: Tensor, queries: int, keys: int) -> Tensor:
 
 def _documents(position_ids: Tensor, shape: tuple[int, int], padding_BL: Tensor | None) -> Tensor | None:
     """Number of each token's document `[B, S]`, or None where no position restarts."""
-    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if padding_BL is not None:
-        restarts = _restarts_beside_padding(restarts, position_ids, padding_BL.to(position_ids.device))
+    if padding_BL is None:
+        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    else:
+        restarts = _restarts_beside_padding(position_ids, padding_BL.to(position_ids.device))
     if not bool(restarts.any()):
         return None
     return torch.nn.functional.pad(restarts.cumsum(1), (1, 0)).expand(shape)
 
 
-def _restarts_beside_padding(restarts: Tensor, position_ids: Tensor, keep_BS: Tensor) -> Tensor:
+def _restarts_beside_padding(position_ids: Tensor, keep_BS: Tensor) -> Tensor:
     """Those of kept positions: padding may have any, as `generate` gives it. Over a gap they may count the padding or not."""
-    restarts, positions_BS = restarts.expand(len(keep_BS), -1), position_ids.expand(len(keep_BS), -1)
-    last_BS = torch.where(keep_BS, torch.arange(keep_BS.shape[1], device=keep_BS.device), 0).cummax(1).values  # that is kept
-    over_gap = positions_BS[:, 1:] <= positions_BS.gather(1, last_BS)[:, :-1]
+    positions_BS, keep_BS = torch.broadcast_tensors(position_ids, keep_BS)
+    last_kept_BS = torch.where(keep_BS, torch.arange(keep_BS.shape[1], device=keep_BS.device), 0).cummax(1).values
+    here, before = positions_BS[:, 1:], positions_BS.gather(1, last_kept_BS)[:, :-1]
+    restarts = torch.where(keep_BS[:, :-1], here != before + 1, here <= before)
     had_any = keep_BS.cumsum(1)[:, :-1] > 0
-    return keep_BS[:, 1:] & had_any & torch.where(keep_BS[:, :-1], restarts, over_gap)
+    return restarts & had_any & keep_BS[:, 1:]
 
 
 def _seqlens(document_BS: Tensor) -> tuple[int, ...]:

@@ -62,9 +62,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "hybrid_engine.enabled": ((False,), "it is for a model that generates while it trains"),
 }
 PRESET = "deepseek_v3"  # of AutoEP: how the model names and computes its experts
-#: Of `expert_parallel`, what the layer reads that stands in the place of AutoEP's, and what that does as well.
+#: Of `expert_parallel`, what the layer reads that stands in the place of AutoEP's; and what is true of it beside AutoEP's defaults.
 READ = ("enabled", "autoep_size", "preset_model", "use_grouped_mm", "disable_triton_grouped_mm")
-ALIKE = {"score_apply": "post"}
+ALIKE = (("score_apply", "post"),)
 #: Its settings of routing, by the model's own name, which alone is read.
 OF_THE_MODEL = {
     "top_k": "num_experts_per_tok",
@@ -121,7 +121,7 @@ def _check_expert_parallel(section: dict[str, Any], path: Path) -> None:
         )
     defaults = vars(AutoEPConfig())
     for key, value in section.items():
-        if key in READ or value in (defaults[key], ALIKE.get(key, defaults[key])):
+        if key in READ or value == defaults.get(key) or (key, value) in ALIKE:
             continue
         reason = (
             f"{OF_THE_MODEL[key]} of the model's config.json is what counts"

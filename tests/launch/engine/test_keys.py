@@ -146,6 +146,7 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("expert_parallel.preset_model", "mixtral", 'expert_parallel.preset_model must be "deepseek_v3"'),
         ("expert_parallel.preset_model", None, 'expert_parallel.preset_model must be "deepseek_v3"'),
         ("expert_parallel.top_k", 1, "must be left out, not 1: num_experts_per_tok of the model's config.json is what counts"),
+        ("expert_parallel.top_k", None, "expert_parallel.top_k must be left out, not null"),
         ("expert_parallel.score_func", "softmax", "scoring_func of the model's"),
         ("expert_parallel.route_norm", False, "norm_topk_prob of the model's"),
         ("expert_parallel.route_scale", 2.5, "routed_scaling_factor of the model's"),
