@@ -60,6 +60,14 @@ def test_one_row_of_positions_serves_the_batch() -> None:
     assert packed.seqlens == (3, 5, 3, 5)
 
 
+def test_one_row_of_padding_serves_the_batch() -> None:
+    positions = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 3]])
+    mask = causal_mask((2, 4), 0, CPU, position_ids=positions, attention_mask=torch.tensor([[1, 1, 1, 1, 0]])[:, 1:])
+    assert mask.document_BS is None  # the last position is padding
+    mask = causal_mask((2, 4), 0, CPU, position_ids=positions, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    assert mask.document_BS is not None and mask.document_BS.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+
+
 def test_a_query_that_may_see_nothing_sees_itself() -> None:
     padding = torch.zeros(1, 4, dtype=torch.bool)
     padded = AttentionMask(queries=4, keys=4, device=CPU, padding_BL=padding)
