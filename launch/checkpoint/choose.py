@@ -152,7 +152,7 @@ class CheckpointChooser:
             return replace(choice, message=choice.message + "".join(f"; passed over {text}" for text in passed_over))
         if passed_over or must_exist:
             raise AgreedError(
-                f"no whole checkpoint in {folder.path}: {'; '.join(passed_over)}; "
+                f"no whole checkpoint in {folder.path}: {'; '.join(passed_over) or 'the branches of all of them were left'}; "
                 "restore one, or name another --output to start over"
             )
         named = self.ranks.run_on_rank0(lambda: folder.pointed(LATEST))

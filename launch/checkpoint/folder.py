@@ -3,6 +3,7 @@
     checkpoints/step_N/          DeepSpeed's files + buffers.pt + rng_R.pt per rank + state.json + manifest.json
     checkpoints/latest, best     text files that name a folder, replaced atomically
     checkpoints/resumed          the path of --resume where an earlier start began, so that the same command goes on
+    checkpoints/left             names of steps of branches that were left: a start takes them only where --resume names them
     checkpoints/step_N.universal a conversion for another number of ranks, EP size, ZeRO stage or dtype; kept until the next save
 
 Only names are looked at here; whether a checkpoint is whole says its manifest.
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.cli import UserError
 from data.files import make_folder, replace_file, small_file
 
-LATEST, BEST, RESUMED = "latest", "best", "resumed"
+LATEST, BEST, RESUMED, LEFT = "latest", "best", "resumed", "left"
 
 
 def step_of(name: str) -> int | None:
@@ -42,7 +44,7 @@ class CheckpointFolder:
         """Nothing lies where a save will want to write, which could be days from now. Raises UserError that names it."""
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise UserError(f"{self.path} is no folder, so no checkpoint can be written there; move it away")
-        for pointer in (self.path / LATEST, self.path / BEST, self.path / RESUMED):
+        for pointer in (self.path / name for name in (LATEST, BEST, RESUMED, LEFT)):
             if pointer.is_dir():
                 raise UserError(f"{pointer} is a folder and must be a file that names one; move it away")
         if self.path.is_dir() and not os.access(self.path, os.W_OK):
@@ -59,6 +61,29 @@ class CheckpointFolder:
         found = {step_of(p.name): p for p in self.path.iterdir() if p.is_dir()}
         return {step: path for step, path in found.items() if step is not None}
 
+    def present(self) -> dict[int, Path]:
+        """Those of the branch that the run is on."""
+        left = self.left()
+        return {step: path for step, path in self.steps().items() if path.name not in left}
+
+    def beyond(self, step: int) -> list[str]:
+        return [path.name for other, path in self.steps().items() if other > step]
+
+    def left(self) -> set[str]:
+        """What `leave` was told."""
+        try:
+            return set(small_file(self.path / LEFT).decode(errors="replace").split())
+        except FileNotFoundError:
+            return set()
+
+    def leave(self, names: Iterable[str], *, but: str) -> None:
+        """Write down that `names` are of a branch that was left, and `but` is not. Once `latest` has passed such a step it would be
+        kept in the place of one that was trained since, and gone on from where that one is damaged."""
+        before, there = self.left(), {path.name for path in self.steps().values()}
+        after = (before.union(names) & there) - {but}
+        if after != before:
+            replace_file(self.path / LEFT, "\n".join(sorted(after)).encode())
+
     def pointed(self, pointer: str) -> str | None:
         """What `latest` or `best` names; None where it is missing, empty or no checkpoint's name at all."""
         try:
@@ -70,6 +95,11 @@ class CheckpointFolder:
     def point(self, pointer: str, name: str) -> None:
         replace_file(self.path / pointer, name.encode())
 
+    def forget_best(self, name: str) -> None:
+        """`name` is about to be replaced by one that is not the best."""
+        if self.pointed(BEST) == name:
+            (self.path / BEST).unlink()
+
     def began_at(self) -> str | None:
         """The path that `begin_at` was told last; None where the last start named none."""
         try:
@@ -80,29 +110,36 @@ class CheckpointFolder:
     def begin_at(self, checkpoint: Path, place: str | None) -> None:
         """`checkpoint` has been loaded, as the one that the path `place` means: what lies beyond it is of a branch that was left.
 
-        `latest` comes first: a start that finds it moved and no `resumed` begins at the same checkpoint once more.
+        `latest` comes first: a start that finds it moved and no `resumed` begins at the same checkpoint once more. Of a branch that
+        is taken up again nobody knows which of the others it came by, so it goes on from that checkpoint alone.
         """
         if place is None:
             (self.path / RESUMED).unlink(missing_ok=True)
             return
         make_folder(self.path)
         if self.holds(checkpoint):
+            others = self.beyond(-1 if checkpoint.name in self.left() else step_of(checkpoint.name) or 0)
             self.point(LATEST, checkpoint.name)
+            self.leave(others, but=checkpoint.name)
         replace_file(self.path / RESUMED, os.fsencode(place))
 
     def newest_first(self) -> list[Path]:
         """The order to try: what `latest` names, then the steps before it, newest first, then those after it."""
-        steps = self.steps()
+        steps = self.present()
         pointed = step_of(self.pointed(LATEST) or "")
         newest = pointed if pointed is not None and pointed in steps else max(steps, default=0)
         return [steps[s] for s in sorted(steps, key=lambda s: (s > newest, -s))]
 
-    def expendable(self, *, keep_last: int, keep_every: int) -> list[Path]:
-        """Checkpoints that are no longer kept, and conversions: `latest` has moved past what they were made from."""
-        steps, latest = self.steps(), self.pointed(LATEST)
+    def expendable(self, *, keep_last: int, keep_every: int, skipped: int = 0) -> list[Path]:
+        """Checkpoints that are no longer kept, and conversions: `latest` has moved past what they were made from.
+
+        `skipped`: so many steps up to `latest` were; the newest from before them is what a rollback goes to.
+        """
+        steps, latest = self.present(), self.pointed(LATEST)
         newest = step_of(latest or "")
-        # A step beyond `latest` is of a branch that was left by resuming from an older one: not counted, not deleted.
+        # What was left, or lies beyond `latest` and will be: not counted, not deleted.
         counted = sorted((s for s in steps if newest is None or s <= newest), reverse=True)
         old = counted[keep_last:] if keep_last else []
-        kept = {latest, self.pointed(BEST)} | {f"step_{s}" for s in old if keep_every and s % keep_every == 0}
+        before = [f"step_{s}" for s in counted if newest is not None and s <= newest - skipped][:1]
+        kept = {latest, self.pointed(BEST), *before} | {f"step_{s}" for s in old if keep_every and s % keep_every == 0}
         return [steps[s] for s in old if f"step_{s}" not in kept] + sorted(self.path.glob("step_*.universal"))

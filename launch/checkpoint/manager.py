@@ -1,9 +1,9 @@
 """The checkpoints of one run: saving them whole, keeping the right ones, and handing over one to go on from.
 
 A save goes to a hidden temporary folder; every file is checksummed and fsynced by the rank that writes it; the manifest comes
-last; then the folder gets its name, then `best` and `latest` their content, and only then old checkpoints go. A crash at any
-moment leaves `latest` naming a complete checkpoint, and `best` none that is worse than that one's best loss. `choose` says what to
-resume from, `restore` loads it.
+last; then the folder gets its name, then `left`, `best` and `latest` their content, and only then old checkpoints go. A crash at
+any moment leaves `latest` naming a complete checkpoint, and `best` none that is worse than that one's best loss. `choose` says what
+to resume from, `restore` loads it.
 
 Checkpoints must lie where every rank sees them.
 """
@@ -66,12 +66,14 @@ class CheckpointManager:
         self.background = background
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # an exit waits for the files
         self._pending: Future[None] | None = None
+        self._loaded: int | None = None  # the step that was loaded, until the first save after it
         self._on_phase, self.before_save = on_phase, before_save
         self._ranks = ControlGroup()
         self._chooser = CheckpointChooser(self.folder, identity, self._ranks)
 
-    def save(self, engine: DeepSpeedEngine, state: TrainingState, *, is_best: bool = False) -> Path:
-        """Write `checkpoints/step_N`, point `latest` (and `best`) at it, then delete what is no longer kept.
+    def save(self, engine: DeepSpeedEngine, state: TrainingState, *, is_best: bool = False, skipped: int = 0) -> Path:
+        """Write `checkpoints/step_N`, point `latest` (and `best`) at it, then delete what is no longer kept. `skipped`: so many
+        steps in a row up to this one were, and what was saved before them is kept for a rollback.
 
         Raises AgreedError, on all ranks alike and with every older checkpoint untouched, where the disk is too full or a
         write fails on any rank. In the background a failed write is an error of the next `save`, `choose`, `load` or `wait`.
@@ -85,7 +87,7 @@ class CheckpointManager:
         self._on_phase("saving: writing")
         self._write(engine, files, state)
         self._on_phase("saving: publishing")
-        finish = partial(self._finish, files, final, is_best)
+        finish = partial(self._finish, files, final, is_best, skipped)
         if self.background:
             self._pending = self._writer.submit(finish)
         else:
@@ -127,6 +129,7 @@ class CheckpointManager:
             self._ranks.run_on_rank0(partial(universal.convert, choice.path, folder, on_phase=self._on_phase))
         self._on_phase("loading a checkpoint")
         self._ranks.run_everywhere(partial(restore, engine, choice, folder, self._ranks))
+        self._loaded = choice.state.step
         return choice.state
 
     def begin(self, choice: ResumeFrom) -> None:
@@ -162,7 +165,7 @@ class CheckpointManager:
         saved = SavedState(training=state, identity=self.identity, optimizer=universal.optimizer_facts(engine))
         files.write(STATE, to_json(saved.to_json()))
 
-    def _finish(self, files: CheckpointFiles, final: Path, is_best: bool) -> None:
+    def _finish(self, files: CheckpointFiles, final: Path, is_best: bool, skipped: int) -> None:
         """Gather the records of all ranks and publish. Uses the control group alone, so that training may go on meanwhile."""
         try:
             shares = self._ranks.run_everywhere(files.flush)
@@ -170,18 +173,24 @@ class CheckpointManager:
             self._ranks.run_on_rank0(lambda: discard(files.folder))
             raise
         records = {name: record for share in shares for name, record in share.items()}
-        self._ranks.run_on_rank0(lambda: self._publish(files.folder, final, records, is_best))
+        self._ranks.run_on_rank0(lambda: self._publish(files.folder, final, records, is_best, skipped))
 
-    def _publish(self, temporary: Path, final: Path, files: dict[str, FileRecord], is_best: bool) -> None:
+    def _publish(self, temporary: Path, final: Path, files: dict[str, FileRecord], is_best: bool, skipped: int) -> None:
         """Complete, name, point, clean up: in this order, each on the disk before the next begins. Rank 0."""
         strays = {p.name for p in temporary.iterdir()} - files.keys()
         assert not strays, f"written past the CheckpointFiles: {sorted(strays)}"
         write_manifest(temporary, files)
+        beyond = [] if self._loaded is None else self.folder.beyond(self._loaded)
+        if not is_best and final.name in self.folder.left().union(beyond):
+            self.folder.forget_best(final.name)
         publish(temporary, final)
+        # Not as soon as it is loaded: until there is something newer, what was damaged may still be restored and gone on from.
+        self.folder.leave(beyond, but=final.name)
+        self._loaded = None
         if is_best:  # before `latest`, which a run goes on from, with its best loss: nothing worse than that is saved as the best
             self.folder.point(BEST, final.name)
         self.folder.point(LATEST, final.name)
-        for old in self.folder.expendable(keep_last=self.keep_last, keep_every=self.keep_every):
+        for old in self.folder.expendable(keep_last=self.keep_last, keep_every=self.keep_every, skipped=skipped):
             remove(old)
 
 

@@ -1,5 +1,6 @@
 """What the next start makes of a run's folder: which checkpoint it takes, and what it refuses."""
 
+import contextlib
 import errno
 import json
 import shutil
@@ -12,6 +13,7 @@ from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps
 
 from data.cli import UserError
 from data.files import hash_file
+from launch.checkpoint import folder as folder_module
 from launch.checkpoint import manifest, universal
 from launch.checkpoint.choose import ResumeFrom, StartFresh
 
@@ -151,6 +153,95 @@ def test_a_branch_that_was_left_does_not_come_back(run):
     branch, _ = begin(run, "step_1")
     assert branch.newest(before=3).path.name == "step_1"
     assert begin(run, "auto")[1].path.name == "step_1" and steps(run) == [1, 2, 3]
+
+
+def test_a_branch_that_was_left_does_not_come_back_where_the_new_one_has_passed_it(run):
+    """It was kept in the place of the new one's own, and gone on from once the newest was damaged."""
+    begin(run, "step_1")[0].save(StubEngine(), state(5))
+    assert manager(run).newest(before=5).path.name == "step_1"
+    branch, _ = begin(run, "auto")
+    branch.keep_last = 2
+    branch.save(StubEngine(), state(6))
+    assert steps(run) == [2, 3, 5, 6]
+    hurt(run / "checkpoints/step_6/state.json", "flip")
+    assert manager(run).choose("auto").path.name == "step_5"
+    assert begin(run, "step_3")[1].path.name == "step_3", "by its name"
+    hurt(run / "checkpoints/step_3/state.json", "flip")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        manager(run).choose("auto")
+
+
+def test_what_was_damaged_is_left_when_there_is_something_newer_to_go_on_from(run):
+    """Until then it may be restored."""
+    state_json = run / "checkpoints/step_3/state.json"
+    held = state_json.read_bytes()
+    hurt(state_json, "flip")
+    assert begin(run, "auto")[1].path.name == "step_2"
+    state_json.write_bytes(held)
+    assert manager(run).choose("auto").path.name == "step_3"
+    hurt(state_json, "flip")
+    branch, _ = begin(run, "auto")
+    branch.save(StubEngine(), state(4))
+    state_json.write_bytes(held)
+    assert manager(run).newest(before=4).path.name == "step_2"
+    branch.save(StubEngine(), state(3))
+    assert manager(run).choose("auto").path.name == "step_3", "saved anew, it is of this branch"
+
+
+def test_a_rollback_leaves_what_was_saved_among_the_skipped_steps(run):
+    rolling = manager(run)
+    rolling.load(StubEngine(), rolling.newest(before=2))
+    rolling.save(StubEngine(), state(1, moved_on=True))
+    rolling.save(StubEngine(), state(5))
+    assert rolling.newest(before=5).state == state(1, moved_on=True)
+    rolling.save(StubEngine(), state(6))
+    assert rolling.newest(before=6).path.name == "step_5", "its own are not left"
+    assert steps(run) == [1, 2, 3, 5, 6]
+
+
+@pytest.mark.parametrize(("resume", "step", "best"), [("step_1", 3, None), ("step_2", 2, "step_3"), ("auto", 3, "step_3")])
+def test_best_names_no_other_weights_than_it_was_given_to(run, resume, step, best):
+    """After a new branch had come by the step of the old one's best, an export of the best was of whatever was there now."""
+    (run / "checkpoints/best").write_text("step_3")
+    branch, _ = begin(run, resume)
+    branch.save(StubEngine(), state(step))
+    assert branch.folder.pointed("best") == best
+    branch.save(StubEngine(), state(3), is_best=True)
+    assert branch.folder.pointed("best") == "step_3"
+
+
+@pytest.mark.parametrize(("resume", "writes"), [("step_1", 4), ("auto", 2)])
+def test_a_kill_at_any_moment_while_a_branch_is_left_does_not_bring_it_back(run, memory, monkeypatch, resume, writes):
+    """Where it begins, and in the first save. What is killed here is a write that is whole or absent, see `test_publish.py`."""
+    held = {step: (run / f"checkpoints/step_{step}/state.json").read_bytes() for step in (2, 3)}
+    for step in held if resume == "auto" else ():
+        hurt(run / f"checkpoints/step_{step}/state.json", "flip")
+    taken, replace = [], folder_module.replace_file
+    for moment in range(writes + 1):
+        folder, left = memory / str(moment), iter(range(moment))
+        shutil.copytree(run, folder)
+
+        def replace_file(path, content, left=left):
+            if next(left, None) is None:
+                raise Killed
+            replace(path, content)
+
+        monkeypatch.setattr(folder_module, "replace_file", replace_file)
+        with contextlib.nullcontext() if moment == writes else pytest.raises(Killed):
+            begin(folder, resume)[0].save(StubEngine(), state(5))
+        monkeypatch.setattr(folder_module, "replace_file", replace)
+        taken.append(begin(folder, "auto")[1].path.name)
+        begin(folder, resume)[0].save(StubEngine(), state(6))
+        for step, content in held.items():
+            (folder / f"checkpoints/step_{step}/state.json").write_bytes(content)
+        for saved in steps(folder)[3:]:
+            hurt(folder / f"checkpoints/step_{saved}/state.json", "flip")
+        assert manager(folder).choose("auto").path.name == "step_1", moment
+    assert taken == {"step_1": ["step_3", *["step_1"] * 3, "step_5"], "auto": ["step_1", "step_5", "step_5"]}[resume]
+
+
+class Killed(BaseException):
+    """Caught by nothing."""
 
 
 @pytest.mark.parametrize(

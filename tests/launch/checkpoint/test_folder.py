@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.cli import UserError
-from launch.checkpoint.folder import BEST, LATEST, RESUMED, CheckpointFolder, step_of
+from launch.checkpoint.folder import BEST, LATEST, LEFT, RESUMED, CheckpointFolder, step_of
 
 
 def folder_with(path: Path, *steps: int, latest: str | None = None) -> CheckpointFolder:
@@ -66,7 +66,38 @@ def test_a_crash_where_a_run_begins_lets_it_begin_there_once_more(tmp_path: Path
     folder, written = folder_with(tmp_path, 1, 2, latest="step_2"), list[str]()
     monkeypatch.setattr("launch.checkpoint.folder.replace_file", lambda path, _: written.append(path.name))
     folder.begin_at(tmp_path / "step_1", "step_1")
-    assert written == [LATEST, RESUMED]
+    assert written == [LATEST, LEFT, RESUMED]
+
+
+def test_a_branch_that_was_left_is_neither_tried_nor_counted_nor_deleted(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 5, 10, 14, 17, latest="step_17")
+    folder.begin_at(tmp_path / "step_10", "step_10")
+    assert folder.left() == {"step_14", "step_17"}
+    folder_with(tmp_path, 18, 20, latest="step_20")
+    assert [path.name for path in folder.newest_first()] == ["step_20", "step_18", "step_10", "step_5"]
+    assert [path.name for path in folder.expendable(keep_last=2, keep_every=0)] == ["step_10", "step_5"]
+    assert sorted(folder.steps()) == [5, 10, 14, 17, 18, 20], "by its name each is still there"
+    folder.begin_at(tmp_path / "step_17", "step_17")
+    assert [path.name for path in folder.newest_first()] == ["step_17"], "nobody knows that it came by step_14, and not by step_18"
+    folder.leave([], but="step_20")
+    assert [path.name for path in folder.newest_first()] == ["step_17", "step_20"], "once it is saved anew"
+    (tmp_path / LEFT).write_bytes(b"step_10 step_99\n\xff")
+    folder.leave(["step_5"], but="step_17")
+    assert (tmp_path / LEFT).read_text().split() == ["step_10", "step_5"]
+
+
+def test_what_a_rollback_will_go_to_is_kept(tmp_path: Path) -> None:
+    """Of a row of skipped steps with a save in it, all that --keep_last 1 left was saved in the row."""
+    folder = folder_with(tmp_path, 3, 4, 7, 8, latest="step_8")
+    kept = {skipped: [path.name for path in folder.expendable(keep_last=1, keep_every=0, skipped=skipped)] for skipped in range(6)}
+    assert kept == {
+        0: ["step_7", "step_4", "step_3"],
+        1: ["step_4", "step_3"],
+        2: ["step_7", "step_3"],
+        3: ["step_7", "step_3"],
+        4: ["step_7", "step_3"],
+        5: ["step_7", "step_4"],
+    }
 
 
 def test_what_may_go(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import random
 import resource
 import shutil
 import signal
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +69,16 @@ def test_going_on_from_an_older_one_neither_counts_nor_deletes_what_lies_beyond(
     assert manager(run).choose("auto").state.step == 2
 
 
+def test_what_was_saved_before_a_row_of_skipped_steps_is_kept_until_one_is_taken(run):
+    checkpoints = manager(run, keep_last=1)
+    for step, skipped in ((4, 1), (5, 2)):
+        checkpoints.save(StubEngine(), state(step), skipped=skipped)
+        assert steps(run) == [3, step]
+    assert manager(run).newest(before=4).path.name == "step_3"
+    checkpoints.save(StubEngine(), state(6))
+    assert steps(run) == [6]
+
+
 def test_saving_a_step_again_replaces_it(run):
     manager(run).save(StubEngine(seed=77), state(3, again=True))
     assert manager(run).choose("auto").state.extra == {"again": True}
@@ -126,17 +135,6 @@ def test_what_a_failed_save_moved_aside_is_put_back_by_the_next(run):
 
 
 # ---------------------------------------------------------------------- SIGKILL at every file operation of a save
-
-
-@pytest.fixture
-def memory(tmp_path):
-    """A folder in memory where there is one: hundreds of fsyncs of a busy disk take minutes, and the order is what counts."""
-    shared = Path("/dev/shm")
-    if not os.access(shared, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=shared) as folder:
-        yield Path(folder)
 
 
 def save_in_child(run: Path, step: int, moment: int, **options) -> int | None:
