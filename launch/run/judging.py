@@ -5,13 +5,14 @@ It has a low priority, no GPU, and random numbers of its own; nothing that is tr
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.cli import sentence
+from data.files import read_json
 from launch.evaluation.problems import ProblemFile
 from launch.ranks.join import environment_of_no_rank
 from launch.run.metrics import Monitor
@@ -36,13 +37,20 @@ class Judging:
         """Judge the checkpoint `name`, unless another is still being judged."""
         if not self.files or not self.monitor.enabled or self._process is not None:
             return
+        try:
+            self._process = self._start(name)
+        except OSError as error:  # a full disk, no process or memory left
+            self.monitor.say(f"warning: {name} cannot be judged ({error.strerror or error}); training goes on")
+        self._name = name
+
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
         self.folder.mkdir(exist_ok=True)
         checkpoint = self.output / "checkpoints" / name
         tasks = [f"{title}={file.task}={file.path.resolve()}" for title, file in self.files.items()]
         command = [sys.executable, "-P", "-m", "launch.evaluation.of_checkpoint"]
         environment = environment_of_no_rank() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with open(self.folder / f"{name}.log", "wb") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [*command, str(checkpoint), str(self.folder), str(self.problems), *tasks],
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -50,7 +58,6 @@ class Judging:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is not for it
             )
-        self._name = name
 
     def take(self, step: int) -> None:
         """Log what has been found since."""
@@ -61,10 +68,14 @@ class Judging:
             self.monitor.say(f"warning: step {step}: {name} could not be judged; see {self.folder / name}.log")
             return
         row: dict[str, Any] = {"step": step}
-        for title in self.files:
-            found = json.loads((self.folder / f"{name}.{title}.json").read_text(encoding="utf-8"))
-            row |= {f"eval/{title}_pass@1": found["pass@1"], f"eval/{title}_of_step": int(name.removeprefix("step_"))}
-            self.monitor.say(f"step {step}  {title} of {name}: pass@1 {found['pass@1']:.4f} of {found['problems']} problems")
+        try:
+            for title in self.files:
+                found = read_json(self.folder / f"{name}.{title}.json")
+                row |= {f"eval/{title}_pass@1": found["pass@1"], f"eval/{title}_of_step": int(name.removeprefix("step_"))}
+                self.monitor.say(f"step {step}  {title} of {name}: pass@1 {found['pass@1']:.4f} of {found['problems']} problems")
+        except (OSError, ValueError, KeyError, TypeError) as error:  # deleted meanwhile, or written by another version
+            self.monitor.say(f"warning: step {step}: what was found of {name} cannot be read ({sentence(error)}); training goes on")
+            return
         self.monitor.log(row)
 
     def leave(self) -> None:

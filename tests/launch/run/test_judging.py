@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support import metrics
@@ -92,6 +95,43 @@ def test_a_result_becomes_a_row(problems: Path, tmp_path: Path, monkeypatch: pyt
     assert [(row["step"], row["eval/code_pass@1"], row["eval/code_of_step"]) for row in rows] == [(3, 0.5, 2), (7, 0.5, 6)]
     assert [line for line in said if "could not be judged" in line and "step_4.log" in line]
     assert "no such checkpoint" in (tmp_path / "evaluations" / "step_4.log").read_text()
+
+
+def test_a_judge_that_cannot_start_is_said(problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on processes ended the training."""
+    said: list[str] = []
+    monitor = Monitor(tmp_path, enabled=True, last_step=9)
+    monkeypatch.setattr(monitor, "say", said.append)
+    judging = Judging(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
+
+    def start(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("launch.run.judging.subprocess.Popen", start)
+    judging.begin("step_2")
+    judging.take(3)
+    judging.leave()
+    (tmp_path / "evaluations" / "step_4.log").mkdir()
+    judging.begin("step_4")
+    assert [line.split("(")[0] for line in said] == [f"warning: {name} cannot be judged " for name in ("step_2", "step_4")]
+
+
+@pytest.mark.parametrize("result", [None, "{", "[]", '{"problems": 2}'])
+def test_a_result_that_is_gone_or_no_result_is_said(
+    result: str | None, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monitor = Monitor(tmp_path, enabled=True, last_step=9)
+    monkeypatch.setattr(monitor, "say", said.append)
+    judging = Judging(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
+    judging.folder.mkdir()
+    if result is not None:
+        (judging.folder / "step_2.code.json").write_text(result)
+    done: Any = SimpleNamespace(poll=lambda: 0, returncode=0)
+    judging._process, judging._name = done, "step_2"
+    judging.take(3)
+    assert [line.split("(")[0] for line in said] == ["warning: step 3: what was found of step_2 cannot be read "]
+    assert judging._process is None and not metrics(tmp_path)
 
 
 def script(folder: Path, python: Path) -> Path:
