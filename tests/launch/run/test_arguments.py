@@ -35,6 +35,17 @@ def test_what_is_off_by_0_is_never_less(flag: str) -> None:
         parse_arguments(["--data", "shards", "--output", "run", flag])
 
 
+@pytest.mark.parametrize(("window", "right"), [("0", True), ("1", False), ("31", False), ("32", True)])
+def test_a_window_in_which_no_step_is_ever_judged_is_refused(window: str, right: bool) -> None:
+    """Spikes were not looked for, without a word."""
+    flags = ["--data", "shards", "--output", "run", "--spike_window", window]
+    if right:
+        assert parse_arguments(flags).spike_window == int(window)
+        return
+    with pytest.raises(UserError, match=rf"^--spike_window must be 0 \(off\) or at least 32, .* not {window}"):
+        parse_arguments(flags)
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
 def test_a_stall_is_after_some_time(value: str) -> None:
     with pytest.raises(UserError, match=r"^--stall_timeout must be seconds above 0, such as 1800, not "):
