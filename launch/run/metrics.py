@@ -80,9 +80,8 @@ class JsonLines:
         if superseded:
             with open(self.path.with_name(SUPERSEDED), "ab") as file:
                 file.writelines(superseded)
-            os.close(self._file)
             replace_file(self.path, b"".join(kept))
-            self._open()
+            self._open_anew_if_gone()
 
     def close(self) -> None:
         os.close(self._file)
@@ -111,7 +110,7 @@ class Monitor:
 
     def begin(self, step: int, samples: int = 0) -> None:
         """Training starts at `step`: from here on there is a bar."""
-        self._begin, self._first = time.monotonic(), step
+        self.count_from(step)
         if not self.enabled:
             return
         with contextlib.suppress(OSError):  # a full disk: the rows stand twice
@@ -119,6 +118,10 @@ class Monitor:
         if stderr.isatty():
             # Wider than any terminal: the line is cut to the width here, and some terminals say that theirs is 0.
             self._bar = tqdm(total=self._last, initial=step, ncols=1000, mininterval=0.5, file=stderr, bar_format="{desc}")
+
+    def count_from(self, step: int) -> None:
+        """What is left is estimated by the steps after this one: after a rollback those before it say nothing of it."""
+        self._begin, self._first = time.monotonic(), step
 
     def start_trackers(self, names: Sequence[str], run: Tracked, *, detailed: bool = False) -> None:
         if self.enabled:

@@ -61,10 +61,10 @@ def compare(ranks: ControlGroup, facts: dict[str, Any]) -> None:
     all_facts = ranks.gather((socket.gethostname(), mine))
     host, first = all_facts[0]
     for rank, (other_host, others) in enumerate(all_facts):
-        for name in first:
-            if others.get(name) != first[name]:
+        for name in first | others:
+            if others.get(name) != first.get(name):
                 raise AgreedError(
-                    f"the ranks differ in {name}: {first[name]} on rank 0 (host {host}), {others.get(name)} on rank {rank} "
+                    f"the ranks differ in {name}: {first.get(name)} on rank 0 (host {host}), {others.get(name)} on rank {rank} "
                     f"(host {other_host}); start all of them with the same command, code and environment"
                 )
 
@@ -161,6 +161,7 @@ def _without_trace(trainer: Trainer) -> Iterator[None]:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     before = random_state(), {name: getattr(engine, name) for name in ENGINE_COUNTERS}
     scaler_before = copy.deepcopy(vars(scaler)) if scaler is not None else {}
+    waited = trainer.health.data_seconds
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -173,4 +174,5 @@ def _without_trace(trainer: Trainer) -> Iterator[None]:
     if scaler is not None:
         vars(scaler).update(scaler_before)
     trainer.balancer.reset()
+    trainer.health.data_seconds = waited
     set_random_state(before[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -138,3 +139,35 @@ def test_a_deleted_file_is_begun_anew(tmp_path: Path) -> None:
     log.write({"step": 2})
     log.write({"step": 3})
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [2, 3]
+
+
+def test_a_disk_too_full_to_move_rows_away_takes_those_that_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log was closed before: its number was that of whatever was opened next, a checkpoint, which got the rows."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "samples": 8}\n{"step": 2, "samples": 16}\n')
+    monitor = Monitor(tmp_path, enabled=True, last_step=8)
+
+    def replace_file(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("launch.run.metrics.replace_file", replace_file)
+    monitor.begin(1, 8)
+    with open(tmp_path / "checkpoint", "wb"):
+        monitor.log({"step": 2, "samples": 16})
+        monitor.close()
+    assert [row["step"] for row in rows(path)] == [1, 2, 2] and not (tmp_path / "checkpoint").read_bytes()
+
+
+def test_what_is_left_after_a_rollback_is_of_the_steps_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds a step, from 100 to 110 and then back to 90; as if ten steps had been none, each took 22 seconds."""
+    now, said = [0.0], list[str]()
+    monkeypatch.setattr("launch.run.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("launch.run.metrics.say", said.append)
+    monitor = Monitor(tmp_path, enabled=True, last_step=120)
+    monitor.begin(100)
+    for step in (110, 91, 95):
+        if step == 91:
+            monitor.count_from(90)
+        now[0] += 2.0 * (step - max(s for s in (90, 91, 100) if s < step))
+        monitor.progress(step, {}, force=True)
+    assert [line.split("ETA ")[1] for line in said] == ["0m20s", "0m58s", "0m50s"]

@@ -66,6 +66,14 @@ def test_ranks_that_differ_are_told_in_what(name: str, tmp_path: Path, monkeypat
         preflight.check(ranks, tmp_path, {"a setting": 1})
 
 
+def test_what_one_rank_alone_has_is_told(tmp_path: Path) -> None:
+    """`--eval_tasks code=PATH`, a file of problems on one host and a folder of shards on another."""
+    for mine, others in (({}, {"shards": 1}), ({"shards": 1}, {})):
+        ranks: Any = SimpleNamespace(gather=lambda value, others=others: [value, ("other host", others)])
+        with pytest.raises(AgreedError, match=r"the ranks differ in shards: (None|1) on rank 0"):
+            preflight.compare(ranks, mine)
+
+
 @pytest.mark.parametrize(("total", "received", "right"), [(3, [0, 2], True), (4, [0, 2], False), (3, [0, 1], False)])
 def test_a_network_that_gives_wrong_numbers_is_told(
     total: int, received: list[int], right: bool, monkeypatch: pytest.MonkeyPatch
@@ -86,11 +94,14 @@ def test_a_rehearsal_leaves_no_count_no_draw_and_no_loss_scale() -> None:
     scaler = SimpleNamespace(cur_scale=2.0**16, cur_iter=5, last_overflow_iter=-1)
     counters = dict.fromkeys(preflight.ENGINE_COUNTERS, 3)
     engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler), **counters)
-    trainer: Any = SimpleNamespace(engine=engine, balancer=SimpleNamespace(reset=lambda: None))
+    health = SimpleNamespace(data_seconds=0.25)
+    trainer: Any = SimpleNamespace(engine=engine, balancer=SimpleNamespace(reset=lambda: None), health=health)
     before, drawn = dict(vars(scaler)), torch.get_rng_state()
     with preflight._without_trace(trainer):
         scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = 2.0**15, 6, 5
         vars(engine).update(dict.fromkeys(preflight.ENGINE_COUNTERS, 4))
         torch.rand(3)
+        health.data_seconds = 30.0
+    assert health.data_seconds == 0.25, "the first row's, of the first steps alone"
     assert vars(scaler) == before and all(getattr(engine, name) == 3 for name in counters)
     assert torch.equal(torch.get_rng_state(), drawn)
