@@ -130,6 +130,11 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
     for warning in filter(None, hints):
         monitor.say(warning)
     monitor.say(choice.message)
+
+
+def begin_records(trainer: Trainer, choice: ResumeChoice, config: dict[str, Any]) -> None:
+    """`metrics.jsonl` and the trackers, from the first step on: rows that will be written again move away."""
+    arguments, monitor = trainer.arguments, trainer.monitor
     monitor.begin(trainer.position.step, trainer.position.samples)
     if isinstance(choice, ResumeFrom):
         monitor.log({"step": trainer.position.step, "resumed": choice.message})

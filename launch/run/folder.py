@@ -60,15 +60,6 @@ def changed_settings(folder: Path, deepspeed: dict[str, Any]) -> list[str]:
     return differences(held, deepspeed)
 
 
-def judged_on_others(folder: Path, validation: dict[str, Any] | None) -> bool:
-    """Whether the run in `folder` was evaluated on other samples than `validation` describes, so that its best is none of these."""
-    try:
-        before = read_json(folder / "config.json")["validation"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return validation is not None and before != validation["fingerprint"]
-
-
 def _has_text(path: Path) -> bool:
     """An empty file is what a power cut leaves of one that was not yet on the disk."""
     return path.exists() and bool(small_file(path).strip())

@@ -44,11 +44,12 @@ class Saving:
         """What was saved, and the settings of the JSON, which may have changed since."""
         state = self.checkpoints.load(self.engine, choice)
         self.settings.apply()
-        self.saved_at, self.failed_at = state.step, -1
+        # What lies in another run's folder is not saved in this one: with no step left it ended with exit code 0 and nothing.
+        self.saved_at, self.failed_at = state.step if choice.is_own else -1, -1
         return state
 
-    def save(self, state: TrainingState, *, is_best: bool = False) -> None:
-        """A checkpoint of now. `is_best` also where the step has one already."""
+    def save(self, state: TrainingState, *, is_best: bool = False, skipped: int = 0) -> None:
+        """A checkpoint of now. `is_best` also where the step has one already. `skipped`: see `CheckpointManager.save`."""
         if self.saved_at == state.step and not is_best:
             return
         if self.failed_at == state.step and not self._finishing:  # as the best, a moment ago: nothing is different now
@@ -57,7 +58,7 @@ class Saving:
         self._started, self._is_best = time.monotonic(), is_best
         self._saved_before, self.saved_at = self.saved_at, state.step
         try:
-            self._pending = self.checkpoints.save(self.engine, state, is_best=is_best).name
+            self._pending = self.checkpoints.save(self.engine, state, is_best=is_best, skipped=skipped).name
         except AgreedError as error:
             self._record_failure(error, state.step)
             return
@@ -79,10 +80,10 @@ class Saving:
         self.monitor.say(f"step {step}  saved {name} in {time.monotonic() - self._started:.1f} s")
         self.on_saved(name)
 
-    def finish(self, state: TrainingState) -> None:
+    def finish(self, state: TrainingState, *, skipped: int = 0) -> None:
         """At the end of a run: nothing may end with exit code 0 unsaved. Raises the failure of the last save."""
         self._finishing = True
-        self.save(state)
+        self.save(state, skipped=skipped)
         self.finish_pending_save(state.step)
         if self.last_failure is not None:
             raise self.last_failure

@@ -30,7 +30,7 @@ from launch.ranks.watchdog import Watchdog
 from launch.run import folder as run_folder
 from launch.run import preflight
 from launch.run.arguments import TrainArguments
-from launch.run.assemble import greet, make_trainer, say_what_to_expect
+from launch.run.assemble import begin_records, greet, make_trainer, say_what_to_expect
 from launch.run.health import memory_bytes
 from launch.run.initial_weights import load_weights
 from launch.run.resolve import ResolvedRun
@@ -70,19 +70,20 @@ class Session:
         identity = identify(self.arguments, self.run)
         self.check(ranks, identity)
         checkpoints, choice = self.choose_checkpoint(identity)
-        changes, judged_on_others = self.compare_settings(choice, ranks)
+        changes = self.compare_settings(choice, ranks)
         engine = self.build(choice, ranks)
         config = self.publish_config(identity, ranks)
         trainer = self.prepare(engine, checkpoints, choice, config)
         self.watch_folder(trainer, checkpoints, config)
         if changes:
             trainer.monitor.say(f"changed since this checkpoint's run, and used from the first step on: {listed(changes, 8)}")
-        if judged_on_others:
-            trainer.position.best_loss, trainer.position.bad_evaluations = None, 0
+        if isinstance(choice, ResumeFrom) and trainer.was_judged_on_others(choice.state):
             trainer.monitor.say("the validation samples are others than this checkpoint's run had: the best is looked for anew")
         self.rehearse(trainer, ranks, config)
+        # No sooner: a start that ends for want of memory has left no branch, and taken no row out of the metrics.
         if isinstance(choice, ResumeFrom):
-            checkpoints.begin(choice)  # no sooner: a start that ends for want of memory has left nothing behind
+            checkpoints.begin(choice)
+        begin_records(trainer, choice, config)
         outcome = trainer.train()
         return self.finish(trainer, outcome)
 
@@ -111,7 +112,11 @@ class Session:
         ranks.run_on_rank0(self.take_folder)
         self.watchdog.phase("preflight")
         same: dict[str, Any] = {"model, data and DeepSpeed JSON": [identity.to_json(), self.run.deepspeed]}
+        judged = {f"--eval_tasks {name}": data for name, data in self.run.task_data.items()}
+        if self.run.validation_data is not None:
+            judged["the validation split"] = self.run.validation_data
         same["the shards' bytes"] = sample_of_bytes(self.run.train_data)
+        same |= {f"the shards of {name}": [data.fingerprint, sample_of_bytes(data)] for name, data in judged.items()}
         same.update({f"--{name}": value for name, value in self.arguments.as_json().items()})
         preflight.check(ranks, self.arguments.output, same)
         if self.arguments.verify:
@@ -135,16 +140,11 @@ class Session:
         )
         return checkpoints, checkpoints.choose(self.arguments.resume)
 
-    def compare_settings(self, choice: ResumeChoice, ranks: ControlGroup) -> tuple[list[str], bool]:
-        """What the JSON says otherwise than when the checkpoint was made, and whether it was judged on other samples. Before
-        `publish_config` writes over it."""
+    def compare_settings(self, choice: ResumeChoice, ranks: ControlGroup) -> list[str]:
+        """What the JSON says otherwise than when the checkpoint was made. Before `publish_config` writes over it."""
         if not isinstance(choice, ResumeFrom):
-            return [], False
-        folder, deepspeed, validation = run_of(choice.path), self.run.deepspeed, self.run.validation_data
-        described = validation.describe() if validation else None
-        return ranks.run_on_rank0(
-            lambda: (run_folder.changed_settings(folder, deepspeed), run_folder.judged_on_others(folder, described))
-        )
+            return []
+        return ranks.run_on_rank0(lambda: run_folder.changed_settings(run_of(choice.path), self.run.deepspeed))
 
     def build(self, choice: ResumeChoice, ranks: ControlGroup) -> DeepSpeedEngine:
         """The weights depend on the seed alone and are the same on all ranks; what is drawn after them (dropout) may differ."""

@@ -45,13 +45,15 @@ ROLLBACKS = 3
 
 @dataclass(kw_only=True)
 class Position:
-    """Where a run is: the fields of `TrainingState`, and two of its `extra`. `bad_evaluations`: in a row, without a new best."""
+    """Where a run is: the fields of `TrainingState`, and three of its `extra`. `bad_evaluations`: in a row, without a new best;
+    `judged_on`: as loaded, what `best_loss` is on (`Validation.judged_on`), for a run without validation to hand on."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     best_loss: float | None = None
     bad_evaluations: int = 0
+    judged_on: dict[str, Any] | None = None
     wandb_id: str = ""
 
 
@@ -127,7 +129,7 @@ class Trainer:
             self.profile.close()
         self.watchdog.at(self.position.step, "saving")
         self.loader.close()
-        self.saving.finish(self.state())
+        self.saving.finish(self.state(), skipped=self.spikes.skipped_in_a_row)
         self.judging.take(self.position.step)
         self.judging.leave()
         return self.outcome or "finished"
@@ -222,12 +224,13 @@ class Trainer:
                 f"{self.spikes.skipped_in_a_row} steps in a row were skipped and {why}; lower the learning rate{or_train_on}"
             )
         self._rolled_back.append(found.state.step)
-        samples, wandb_id, skipped = self.position.samples, self.position.wandb_id, self.spikes.skipped_in_all
+        now, skipped = self.position, self.spikes.skipped_in_all
         self.restore(self.saving.load(found))
-        self.position.samples, self.position.wandb_id = samples, wandb_id
+        self.position.samples, self.position.tokens, self.position.wandb_id = now.samples, now.tokens, now.wandb_id
         self.spikes.begin_after_rollback(skipped)
         self.saving.saved_at = -1
-        self.monitor.say(f"rolled back to step {self.position.step}; going on with sample {samples}")
+        self.monitor.count_from(self.position.step)
+        self.monitor.say(f"rolled back to step {self.position.step}; going on with sample {now.samples}")
         return True
 
     # ------------------------------------------------------------------ evaluation, logs, checkpoints
@@ -304,11 +307,13 @@ class Trainer:
 
     def save(self, *, is_best: bool = False) -> None:
         self.watchdog.at(self.position.step, "saving")
-        self.saving.save(self.state(), is_best=is_best)
+        self.saving.save(self.state(), is_best=is_best, skipped=self.spikes.skipped_in_a_row)
 
     def state(self) -> TrainingState:
         position = asdict(self.position)
-        extra = {name: position.pop(name) for name in ("bad_evaluations", "wandb_id")}
+        extra = {name: position.pop(name) for name in ("bad_evaluations", "judged_on", "wandb_id")}
+        if self.validation is not None:
+            extra["judged_on"] = self.validation.judged_on()
         return TrainingState(**position, extra={**extra, "guard": self.spikes.state()})
 
     def restore(self, state: TrainingState) -> None:
@@ -317,13 +322,20 @@ class Trainer:
             self.spikes.restore(state.extra["guard"])
             position = {name: value for name, value in vars(state).items() if name != "extra"}
             bad, wandb_id = int(state.extra["bad_evaluations"]), _checked_id(state.extra["wandb_id"])
-            self.position = Position(**position, bad_evaluations=bad, wandb_id=wandb_id)
+            judged_on = state.extra.get("judged_on")  # older versions did not save it
+            self.position = Position(**position, bad_evaluations=bad, judged_on=judged_on, wandb_id=wandb_id)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"step_{state.step}/state.json: extra is not what a run of this system saves ({type(error).__name__}: {error}); "
                 "go on from another checkpoint with --resume"
             ) from error
-        self.saving.saved_at = state.step
+        if self.was_judged_on_others(state):
+            self.position.best_loss, self.position.bad_evaluations = None, 0
+
+    def was_judged_on_others(self, state: TrainingState) -> bool:
+        """Is the best loss of `state` one on other samples than this run is judged on? It says nothing about these."""
+        before = state.extra.get("judged_on")
+        return self.validation is not None and before not in (None, self.validation.judged_on())
 
 
 def _checked_id(wandb_id: str) -> str:

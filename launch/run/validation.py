@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,10 @@ class Validation:
     on_phase: Callable[[str], None]  # told of every batch, for the watchdog
     #: Mean share of the attention that goes to the sinks, a layer; of the last evaluation, and empty where the kernel has none.
     sink_mass: list[float] = field(default_factory=list)
+
+    def judged_on(self) -> dict[str, Any]:
+        """What two evaluations must have in common to be compared. JSON-able."""
+        return {"fingerprint": self.data.fingerprint, "samples": self.samples}
 
     def mean_loss(self) -> float:
         """Mean over all targets of all ranks, in nats a token."""

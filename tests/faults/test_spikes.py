@@ -43,20 +43,21 @@ def test_nan_on_one_rank_skips_the_step_on_all(site: Site, whole: Path, tmp_path
 
 
 def test_several_in_a_row_go_back_to_the_last_checkpoint_and_leave_the_batches_out(site: Site, tmp_path: Path) -> None:
+    """Of which step 8 is saved, and all that --keep_last 1 keeps: nothing was left to go back to."""
     run = tmp_path / "run"
-    fault = {"FAULT": "nan", "FAULT_SAMPLES": "40,48,56"}
-    said = site.finish(run, script=FAULTY, env=fault, spike_rollback=3, eval_interval=4, patience=1).text()
-    assert "rolled back to step 4; going on with sample 64" in said
-    assert [(row["step"], row["samples"]) for row in skipped(run)] == [(6, 48), (7, 56), (8, 64)]
-    assert [row["step"] for row in rows(run) if "val_loss" in row] == [0, 4, 8, STEPS], (
+    fault = {"FAULT": "nan", "FAULT_SAMPLES": "40,48,56,64"}
+    said = site.finish(run, script=FAULTY, env=fault, spike_rollback=4, eval_interval=4, patience=1, keep_last=1).text()
+    assert "saved step_8" in said.split("rolled back to step 4; going on with sample 72")[0]
+    assert [(row["step"], row["samples"]) for row in skipped(run)] == [(6, 48), (7, 56), (8, 64), (9, 72)]
+    assert [row["step"] for row in rows(run) if "val_loss" in row] == [0, 4, 8, 8, STEPS], (
         "not step 4 once more, as one without a best"
     )
     state = json.loads((run / "checkpoints" / last_saved(run) / "state.json").read_text())
-    assert state["step"] == STEPS and state["samples"] == 64 + (STEPS - 4) * BATCH
-    assert state["extra"]["guard"]["skipped_in_all"] == 3 and state["extra"]["guard"]["skipped_in_a_row"] == 0
+    assert state["step"] == STEPS and state["samples"] == 72 + (STEPS - 4) * BATCH and state["tokens"] == 32 * state["samples"]
+    assert state["extra"]["guard"]["skipped_in_all"] == 4 and state["extra"]["guard"]["skipped_in_a_row"] == 0
     again = [row for row in rows(run) if "loss" in row][-(STEPS - 4) :]
-    assert [row["step"] for row in again] == list(range(5, STEPS + 1)) and again[0]["samples"] == 64 + BATCH
-    struck("NaN in three steps in a row", lost_bytes(run))
+    assert [row["step"] for row in again] == list(range(5, STEPS + 1)) and again[0]["samples"] == 72 + BATCH
+    struck("NaN in four steps in a row", lost_bytes(run))
 
 
 def test_a_run_that_never_comes_past_a_place_ends(site: Site, tmp_path: Path) -> None:

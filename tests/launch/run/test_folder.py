@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support import ROOT
@@ -16,7 +15,7 @@ from support import ROOT
 from data.lock import take_folder
 from launch.checkpoint.identity import RunIdentity
 from launch.run import folder as run_folder
-from launch.run.folder import FolderWatch, check_same_run, judged_on_others
+from launch.run.folder import FolderWatch, check_same_run
 
 HOLD = """
 import sys, time
@@ -86,17 +85,6 @@ def test_a_folder_that_is_deleted_or_replaced_is_noticed_once(tmp_path: Path, sy
     (tmp_path / "moved").rename(folder)
     assert watch.is_lost(), "another folder of that name"
     assert not watch.is_lost()
-
-
-def test_a_best_on_other_samples_is_known(tmp_path: Path) -> None:
-    """Of several folders the first alone was judged: what was the best there is below all that follows, and ended runs early."""
-    config = {"validation": {"fingerprint": "a"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    asked: list[dict[str, Any] | None] = [{"fingerprint": "b"}, {"fingerprint": "a"}, None]
-    assert [judged_on_others(tmp_path, validation) for validation in asked] == [True, False, False]
-    (tmp_path / "config.json").write_text(json.dumps({"validation": None}))
-    assert not judged_on_others(tmp_path, {"fingerprint": "b"})
-    assert not judged_on_others(tmp_path / "none", {"fingerprint": "b"})
 
 
 def test_the_commit_of_a_clone_of_another_user_s_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

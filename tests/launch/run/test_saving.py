@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launch.checkpoint.choose import ResumeFrom
 from launch.checkpoint.state import TrainingState
 from launch.cli import AgreedError
 from launch.run.saving import Saving
@@ -21,8 +22,9 @@ class Checkpoints:
         self.asked: list[tuple[int, bool]] = []
         self.failed = False
 
-    def save(self, engine: Any, state: TrainingState, *, is_best: bool = False) -> Path:
+    def save(self, engine: Any, state: TrainingState, *, is_best: bool, skipped: int) -> Path:
         self.asked.append((state.step, is_best))
+        self.skipped = skipped
         self.failed, self.failing = self.failing > 0, max(0, self.failing - 1)
         if self.failed and not self.background:
             raise AgreedError(f"writing step_{state.step} failed")
@@ -34,7 +36,7 @@ class Checkpoints:
             raise AgreedError(f"writing step_{self.asked[-1][0]} failed")
 
     def load(self, engine: Any, choice: Any) -> TrainingState:
-        return state(choice)
+        return choice.state
 
 
 class Run:
@@ -65,6 +67,10 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 def state(step: int) -> TrainingState:
     return TrainingState(step=step, samples=8 * step, tokens=99)
+
+
+def choice(step: int, *, is_own: bool = True) -> ResumeFrom:
+    return ResumeFrom(message="", path=Path(f"step_{step}"), state=state(step), is_own=is_own)
 
 
 def test_a_step_is_written_once_and_again_as_the_best(run: Run) -> None:
@@ -138,11 +144,25 @@ def test_a_run_does_not_end_well_on_a_save_that_failed(run: Run) -> None:
 
 
 def test_what_was_loaded_is_saved_already_and_trains_by_the_json(run: Run) -> None:
-    run.saving.load(4)  # type: ignore[arg-type]
+    run.saving.load(choice(4))
     assert run.applied == ["settings"]
     run.saving.save(state(4))
     run.saving.save(state(5))
     assert run.checkpoints.asked == [(5, False)]
+
+
+def test_what_was_loaded_from_another_run_is_not_saved_in_this_one(run: Run) -> None:
+    """With no step left to train it ended with "finished", exit code 0 and an empty folder."""
+    run.saving.load(choice(4, is_own=False))
+    run.saving.finish(state(4))
+    assert run.told == ["step_4"]
+
+
+def test_how_many_steps_were_skipped_is_told(run: Run) -> None:
+    run.saving.save(state(4), skipped=2)
+    assert run.checkpoints.skipped == 2
+    run.saving.finish(state(5), skipped=3)
+    assert run.checkpoints.skipped == 3
 
 
 def test_a_step_that_failed_as_the_best_is_not_tried_again_a_moment_later(run: Run) -> None:
@@ -161,7 +181,7 @@ def test_a_step_that_failed_is_saved_when_it_comes_again_after_a_rollback(run: R
     run.checkpoints.failing = 1
     run.saving.save(state(6))
     run.saving.finish_pending_save(6)
-    run.saving.load(4)  # type: ignore[arg-type]
+    run.saving.load(choice(4))
     run.saving.save(state(6))
     run.saving.finish_pending_save(6)
     assert run.checkpoints.asked == [(6, False)] * 2 and run.told == ["step_6"]

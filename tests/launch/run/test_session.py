@@ -19,7 +19,7 @@ from launch.engine.strategy import Strategy
 from launch.ranks.control_group import ControlGroup
 from launch.run import assemble, session
 from launch.run.arguments import parse_arguments
-from launch.run.assemble import make_trainer, too_short_hint
+from launch.run.assemble import begin_records, greet, make_trainer, too_short_hint
 from launch.run.resolve import resolve_run
 from launch.run.session import Session
 from launch.run.stop import StopRequest
@@ -28,6 +28,7 @@ from model import MoEGPTForCausalLM
 pytestmark = pytest.mark.usefixtures("one_rank")
 OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 CLIP, MICRO_BATCH, ACCUMULATION = 0.25, 2, 3
+CODE = "the shards of --eval_tasks code"
 
 
 def without_zero(folder: Path) -> Path:
@@ -123,20 +124,19 @@ def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
     folder.parent.mkdir()
     folder.symlink_to(disk)
     held, asked = ({"optimizer": {"type": "AdamW", "params": {"lr": rate}}} for rate in (1, 2))
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"deepspeed": held, "validation": {"fingerprint": "a"}}))
-    validation = SimpleNamespace(describe=lambda: {"fingerprint": "b"})
-    now: Any = SimpleNamespace(run=SimpleNamespace(deepspeed=asked, validation_data=validation))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"deepspeed": held}))
+    now: Any = SimpleNamespace(run=SimpleNamespace(deepspeed=asked))
 
-    def compared(path: Path) -> tuple[list[str], bool]:
+    def compared(path: Path) -> list[str]:
         choice = ResumeFrom(message="", path=path, state=TrainingState(step=4, samples=0, tokens=0))
         return Session.compare_settings(now, choice, ControlGroup())
 
-    assert compared(folder / "step_4") == (["optimizer.params.lr: 1 -> 2"], True)
+    assert compared(folder / "step_4") == ["optimizer.params.lr: 1 -> 2"]
     folder.unlink()
     disk.rename(folder)
     monkeypatch.chdir(folder)
     for inside in ("step_4", "../checkpoints/step_4"):
-        assert compared(Path(inside)) == (["optimizer.params.lr: 1 -> 2"], True)
+        assert compared(Path(inside)) == ["optimizer.params.lr: 1 -> 2"]
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -191,23 +191,70 @@ def test_the_engine_is_made_of_the_weights_that_init_from_names(monkeypatch: pyt
 
 @pytest.mark.parametrize("judged_on_others", [True, False])
 def test_a_branch_is_left_once_the_rehearsal_went_well(monkeypatch: pytest.MonkeyPatch, judged_on_others: bool) -> None:
-    """And on other validation samples no loss is the best so far."""
+    """A start that died in it had taken rows out of the metrics of a run that goes on without it. Other samples are told of."""
     done: list[str] = []
-    position = SimpleNamespace(best_loss=1.0, bad_evaluations=2)
-    monitor = SimpleNamespace(say=lambda _: None)
-    trainer = SimpleNamespace(position=position, monitor=monitor, train=lambda: done.append("train"))
+    said: list[str] = []
+    trainer = SimpleNamespace(
+        monitor=SimpleNamespace(say=said.append),
+        was_judged_on_others=lambda state: judged_on_others and state.step == 4,
+        train=lambda: done.append("train"),
+    )
     choice = ResumeFrom(message="", path=Path("step_4"), state=TrainingState(step=4, samples=0, tokens=0))
     checkpoints = SimpleNamespace(begin=lambda choice: done.append("begin"))
     now: Any = SimpleNamespace(
         arguments=None,
         run=None,
         choose_checkpoint=lambda _: (checkpoints, choice),
-        compare_settings=lambda *_: ([], judged_on_others),
+        compare_settings=lambda *_: [],
         prepare=lambda *_: trainer,
         rehearse=lambda *_: done.append("rehearse"),
         **dict.fromkeys(("join", "check", "build", "publish_config", "watch_folder", "finish"), lambda *_: None),
     )
     monkeypatch.setattr(session, "identify", lambda *_: None)
+    monkeypatch.setattr(session, "begin_records", lambda *_: done.append("records"))
     Session.run_to_end(now)
-    assert done == ["rehearse", "begin", "train"]
-    assert (position.best_loss, position.bad_evaluations) == ((None, 0) if judged_on_others else (1.0, 2))
+    assert done == ["rehearse", "begin", "records", "train"]
+    assert any("validation samples are others" in line for line in said) == judged_on_others
+
+
+def test_a_start_takes_no_row_out_of_the_metrics_before_its_records_begin(trainer: Any) -> None:
+    path = trainer.arguments.output / "metrics.jsonl"
+    rows = ['{"step": 4, "samples": 24}\n', '{"step": 5, "samples": 30}\n']
+    path.write_text("".join(rows))
+    trainer.position.step, trainer.position.samples = 4, 24
+    choice = ResumeFrom(message="resuming", path=Path("step_4"), state=TrainingState(step=4, samples=24, tokens=0))
+    run = resolve_run(trainer.arguments, 1)
+    config = {"ep_size": 1, "zero_stage": 0, "dtype": "float32"}
+    greet(trainer, run, choice, config)
+    assert path.read_text() == "".join(rows)
+    begin_records(trainer, choice, config)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in found] == [4, 4] and found[1]["resumed"] == "resuming"
+
+
+def test_all_shards_that_are_read_are_the_same_on_all_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of --eval_tasks nothing was compared: one more sample on one host, and the others waited for its forward pass."""
+
+    def facts(**bytes_of: str) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        data = {name: SimpleNamespace(fingerprint=content[1:], content=content[:1]) for name, content in bytes_of.items()}
+        run: Any = SimpleNamespace(
+            deepspeed={}, train_data=data["train"], validation_data=data.get("validation"), task_data={"code": data["code"]}
+        )
+        arguments = SimpleNamespace(as_json=dict, output=None, verify=False)
+        now: Any = SimpleNamespace(run=run, arguments=arguments, take_folder=lambda: None, watchdog=SimpleNamespace(phase=print))
+        monkeypatch.setattr(session, "sample_of_bytes", lambda data: data.content)
+        monkeypatch.setattr(session.preflight, "check", lambda ranks, output, same: seen.update(same))
+        monkeypatch.setattr(session.run_folder, "check_same_run", lambda *_: None)
+        identity: Any = SimpleNamespace(to_json=dict)
+        Session.check(now, ControlGroup(), identity)
+        return seen
+
+    alike = {"train": "a1", "validation": "b1", "code": "c1"}
+    one, split = facts(**alike), "the shards of the validation split"
+    assert split not in facts(train="a1", code="c1")
+    changes = [("train", "x1", "the shards' bytes")]
+    changes += [(name, to, what) for name, what in (("validation", split), ("code", CODE)) for to in ("x1", alike[name][0] + "2")]
+    for name, changed, what in changes:
+        other = facts(**{**alike, name: changed})
+        assert [fact for fact in one if one[fact] != other[fact]] == [what]

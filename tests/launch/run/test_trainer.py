@@ -29,9 +29,18 @@ from model.router import Gate
 SHORT_DOCUMENTS = Path(__file__).resolve().parents[2] / "fixtures" / "shards_before_rooms" / "finished"
 
 
-def restored(extra: dict[str, Any]) -> Any:
-    trainer = SimpleNamespace(spikes=SpikeDetector(sigma=6, window=50, rollback_after=3), saving=SimpleNamespace(saved_at=-1))
-    Trainer.restore(trainer, TrainingState(step=4, samples=32, tokens=99, extra=extra))  # type: ignore[arg-type]
+def to_restore(**parts: Any) -> Any:
+    """As much of a trainer as goes on from a state."""
+    parts = {"spikes": SpikeDetector(sigma=6, window=50, rollback_after=3), "validation": None, **parts}
+    trainer: Any = SimpleNamespace(**parts)
+    trainer.was_judged_on_others = lambda state: Trainer.was_judged_on_others(trainer, state)
+    trainer.restore = lambda state: Trainer.restore(trainer, state)
+    return trainer
+
+
+def restored(extra: dict[str, Any], best_loss: float | None = None, **parts: Any) -> Any:
+    trainer = to_restore(**parts)
+    trainer.restore(TrainingState(step=4, samples=32, tokens=99, best_loss=best_loss, extra=extra))
     return trainer
 
 
@@ -43,17 +52,43 @@ def test_a_state_comes_back() -> None:
 
 def test_what_is_saved_of_a_run_is_what_it_goes_on_with() -> None:
     """All of the position and of the guard's history, by way of JSON; a run that forgot its best loss would replace the best."""
-    position = Position(step=7, samples=72, tokens=2304, best_loss=1.25, bad_evaluations=3, wandb_id="abc-1")
+    judged_on = {"fingerprint": "a", "samples": 16}
+    position = Position(step=7, samples=72, tokens=2304, best_loss=1.25, bad_evaluations=3, judged_on=judged_on, wandb_id="abc-1")
     guard = SpikeDetector(
         sigma=6, window=50, rollback_after=3, losses=[2.0, 0.1], norms=[0.5], skipped_in_a_row=1, skipped_in_all=4
     )
     defaults, fresh = Position(), SpikeDetector(sigma=6, window=50, rollback_after=3)
     assert all(value != getattr(defaults, name) for name, value in vars(position).items())
-    saved = Trainer.state(SimpleNamespace(position=position, spikes=guard))  # type: ignore[arg-type]
+    saved = Trainer.state(SimpleNamespace(position=position, spikes=guard, validation=None))  # type: ignore[arg-type]
     saved = TrainingState(**json.loads(json.dumps(asdict(saved))))
-    trainer: Any = SimpleNamespace(spikes=fresh, saving=SimpleNamespace(saved_at=-1))
-    Trainer.restore(trainer, saved)
-    assert trainer.position == position and trainer.spikes == guard and trainer.saving.saved_at == 7
+    trainer = to_restore(spikes=fresh)
+    trainer.restore(saved)
+    assert trainer.position == position and trainer.spikes == guard
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "kept"),
+    [
+        (("a", 16), ("a", 16), True),
+        (("a", 16), ("a", 8), False),  # another --eval_batches
+        (("a", 16), ("b", 16), False),  # other shards
+        (None, ("a", 16), True),  # of an older version
+        (("a", 16), None, True),  # --eval_interval 0: the next start may judge on them again
+    ],
+)
+def test_a_best_on_other_samples_is_none(before: tuple[str, int] | None, now: tuple[str, int] | None, kept: bool) -> None:
+    """Of several folders the first alone was judged: what was the best there is below all that follows, and ended runs early."""
+    mine, theirs = (dict(zip(("fingerprint", "samples"), facts, strict=True)) if facts else None for facts in (now, before))
+    validation = SimpleNamespace(judged_on=lambda: mine) if mine else None
+    extra = {"guard": {}, "bad_evaluations": 2, "wandb_id": "", **({"judged_on": theirs} if theirs else {})}
+    trainer = restored(extra, best_loss=1.25, validation=validation)
+    assert (trainer.position.best_loss, trainer.position.bad_evaluations) == ((1.25, 2) if kept else (None, 0))
+    assert Trainer.state(trainer).extra["judged_on"] == (mine or theirs)
+
+
+def test_a_run_says_from_its_first_checkpoint_on_what_it_was_judged_on() -> None:
+    trainer = to_restore(position=Position(), validation=SimpleNamespace(judged_on=lambda: {"samples": 8}))
+    assert Trainer.state(trainer).extra["judged_on"] == {"samples": 8}
 
 
 @pytest.mark.parametrize("finite", [True, False])
@@ -73,17 +108,19 @@ def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place
         load=lambda found: found.state,
         checkpoints=SimpleNamespace(newest=lambda before: asked.append(before) or SimpleNamespace(state=held)),
     )
-    trainer: Any = SimpleNamespace(
-        position=Position(step=8, samples=64, best_loss=1.0, wandb_id="present"),
+    counted_from: list[int] = []
+    trainer = to_restore(
+        position=Position(step=8, samples=64, tokens=512, best_loss=1.0, wandb_id="present"),
         spikes=guard,
         saving=saving,
-        monitor=SimpleNamespace(say=lambda line: None),
+        monitor=SimpleNamespace(say=lambda line: None, count_from=counted_from.append),
         _rolled_back=[],
     )
-    trainer.restore = lambda state: Trainer.restore(trainer, state)
     assert Trainer.roll_back(trainer, finite=finite)
     assert asked == [6], "the state after step 5 is as good as any"
     assert (trainer.position.step, trainer.position.samples, trainer.position.best_loss) == (5, 64, 2.5)
+    assert trainer.position.tokens == 512, "both are what was consumed since the run began"
+    assert counted_from == [5]
     assert trainer.position.wandb_id == "present", "the tracker was opened under it"
     assert (guard.losses, guard.skipped_in_a_row, guard.skipped_in_all) == ([3.0], 0, 9)
     assert saving.saved_at == -1, "step 5 with this place in the data is saved nowhere: a run that stops here must save it"
@@ -387,11 +424,12 @@ def test_a_rollback_comes_after_the_steps_row_and_before_no_evaluation() -> None
         position=position, last_step=8, outcome="", profile=None, _rollback_due=False,
         _timer=StepTimer(), watchdog=SimpleNamespace(at=lambda step, phase: None), loader=SimpleNamespace(close=lambda: None),
         judging=SimpleNamespace(take=lambda step: None, leave=lambda: None),
-        saving=SimpleNamespace(finish=lambda state: None), state=lambda: None,
+        saving=SimpleNamespace(finish=lambda state, skipped: done.append(("finished", skipped))), state=lambda: None,
+        spikes=SimpleNamespace(skipped_in_a_row=3),
         train_step=train_step, roll_back=roll_back, is_logged=lambda step: False, show_progress=lambda metrics: None,
         log=lambda metrics: done.append(("row", position.step)),
         validate=lambda: done.append(("evaluation", position.step)),
         save=lambda: done.append(("saved", position.step)),
     )  # fmt: skip
     assert Trainer.train(trainer) == "finished"
-    assert done == [("row", 6), ("back", 4), ("saved", 4), ("evaluation", 6), ("evaluation", 8), ("saved", 8)]
+    assert done == [("row", 6), ("back", 4), ("saved", 4), ("evaluation", 6), ("evaluation", 8), ("saved", 8), ("finished", 3)]

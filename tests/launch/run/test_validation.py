@@ -102,3 +102,14 @@ def test_the_sinks_share_is_each_layers_own(ranks: int, monkeypatch: pytest.Monk
             layer.self_attn.sinks.fill_(logit)
     for one in on_ranks(monkeypatch, ranks, engine, data, 8):
         assert one.sink_mass == pytest.approx([0, 1], abs=1e-3)
+
+
+def test_losses_are_comparable_on_the_same_samples_of_the_same_shards() -> None:
+    first, second = (
+        PackedDataset([OLD], split="train", sequence_length=length) for length in (16, 32)
+    )  # another length, other samples
+    judged = [
+        Validation(engine=None, data=data, samples=samples, on_phase=print).judged_on()  # type: ignore[arg-type]
+        for data, samples in ((first, 4), (first, 4), (first, 5), (second, 4))
+    ]
+    assert judged[0] == judged[1] and all(judged[0] != other for other in judged[2:])
