@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("any machine")
 
 
 #: What tests with ranks of their own ask for: these fill the cores, and wait for each other by the clock.
-RANKS = ("nursery", "run_train", "forked_train", "site: Site", "deepspeed_command")
+RANKS = ("nursery", "run_train", "forked", "site: Site", "deepspeed_command")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -95,19 +95,23 @@ def run_train() -> Run:
 
 
 @pytest.fixture
-def forked_train(nursery: Nursery, tmp_path: Path) -> Run:
-    """As `run_train`, without the launcher and without imports: for what comes after them."""
+def forked(nursery: Nursery, tmp_path: Path) -> Run:
+    """`forked(script, *flags, ranks=1)`: a command without its imports, and without the launcher, for what comes after them."""
 
-    def run(ranks: int, *flags: object) -> subprocess.CompletedProcess:
-        said = {name: tmp_path / f"train.{name}" for name in ("stdout", "stderr")}
+    def run(script: str, *flags: object, ranks: int = 1) -> subprocess.CompletedProcess:
+        said = {name: tmp_path / f"forked.{name}" for name in ("stdout", "stderr")}
         for path in said.values():
             path.unlink(missing_ok=True)
-        started = nursery.start(ranks, "launch/train.py", *flags, log=said["stdout"], errors=said["stderr"])
-        codes = started.wait(240)
-        code = next(filter(None, codes), 0)
-        return subprocess.CompletedProcess(flags, code, *(path.read_text() for path in said.values()))
+        codes = nursery.start(ranks, script, *flags, log=said["stdout"], errors=said["stderr"]).wait(240)
+        return subprocess.CompletedProcess(flags, next(filter(None, codes), 0), *(path.read_text() for path in said.values()))
 
     return run
+
+
+@pytest.fixture
+def forked_train(forked: Run) -> Run:
+    """As `run_train`."""
+    return lambda ranks, *flags: forked("launch/train.py", *flags, ranks=ranks)
 
 
 @pytest.fixture

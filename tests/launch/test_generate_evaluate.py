@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ def run(script: str, *flags: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_generation_is_greedy_sampled_and_seeded(exported: Path) -> None:
+def test_generation_is_greedy_sampled_and_seeded(exported: Path, forked: Callable) -> None:
     flags = ("--model", exported, "--prompt", "def f(x):", "--max_new_tokens", 12)
-    greedy = [run("generate", *flags, "--temperature", 0).stdout for _ in range(2)]
-    seeded = [run("generate", *flags, "--temperature", 1.0, "--top_p", 1.0, "--seed", seed).stdout for seed in (1, 1, 2)]
+    again = forked("launch/generate.py", *flags, "--temperature", 0)
+    greedy = [run("generate", *flags, "--temperature", 0).stdout, again.stdout]
+    sampled = (*flags, "--temperature", 1.0, "--top_p", 1.0, "--seed")
+    seeded = [forked("launch/generate.py", *sampled, seed).stdout for seed in (1, 1, 2)]
     assert greedy[0] == greedy[1] and greedy[0].startswith("def f(x):") and len(greedy[0]) > len("def f(x):\n")
     assert seeded[0] == seeded[1] != seeded[2]
 
