@@ -40,9 +40,10 @@ def rest_of(arguments: PlanArguments) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--from {arguments.from_run}: config.json does not describe a run: {sentence(error)}") from None
     speed = float(np.median(steps.get("tokens_per_second")[-RECENT:]))
-    total = arguments.tokens or config["arguments"]["max_steps"] * job.tokens_per_step
     done = {"steps": int(steps.steps[-1]), "tokens": int(steps.get("tokens")[-1])}
-    left = max(0.0, total - done["tokens"])
+    # A run ends by its steps: those that a rollback took back are trained again, and their tokens count twice.
+    by_steps = (config["arguments"]["max_steps"] - done["steps"]) * job.tokens_per_step
+    left = max(0.0, arguments.tokens - done["tokens"] if arguments.tokens else by_steps)
     count = count_parameters(job.sizes)
     planned = plan_time(job, device) if device else None
     mfu = steps.get("mfu")[np.isfinite(steps.get("mfu"))].tolist()[-1:]  # of GPUs alone

@@ -11,6 +11,7 @@ from typing import Any
 
 from data.cli import NotFound, UserError
 from data.flags import Parser, at_least_one
+from launch.cli import check_rope_factor
 from launch.engine.strategy import CHECKPOINTING_MODES, read_config
 from launch.run.spikes import LEAST_HISTORY
 from model.sizes import ATTENTION_IMPLEMENTATIONS, PRESETS, USUAL_CONTEXT, find_model, load_sizes
@@ -88,6 +89,7 @@ class TrainArguments:
         ):
             if not 0 <= getattr(self, name) < math.inf:  # NaN is no number of anything
                 raise UserError(f"--{name} must be 0 (off) or a number above it, not {getattr(self, name)}")
+        check_rope_factor(self.rope_factor)
         if 0 < self.spike_window < LEAST_HISTORY:
             judged = f"at least {LEAST_HISTORY}, by which a step is judged"
             raise UserError(f"--spike_window must be 0 (off) or {judged}, not {self.spike_window}")

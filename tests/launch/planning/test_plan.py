@@ -247,6 +247,15 @@ def test_a_run_is_read_as_the_report_reads_it(run_folder: Path) -> None:
     assert found["done"] == {"steps": 60, "tokens": 60 * 256 * 2048} and found["tokens_per_second"] == 200_000
 
 
+def test_after_a_rollback_what_is_left_is_counted_in_steps(run_folder: Path) -> None:
+    """Its tokens go on, and those of 40 steps count twice."""
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        row = {"step": 61, "loss": 3.0, "tokens": 101 * 256 * 2048, "tokens_per_second": 200_000.0}
+        file.write("\n" + json.dumps(row) + "\n")
+    found = answer("--from", run_folder)
+    assert found["done"] == {"steps": 61, "tokens": 101 * 256 * 2048} and found["left"]["steps"] == 939
+
+
 def test_a_run_that_says_its_mfu_is_a_gpus(run_folder: Path) -> None:
     """Its memory is a GPU's, though nobody named the card; a CPU's is less."""
     on_a_cpu = answer("--from", run_folder)["memory_gb"]

@@ -46,6 +46,12 @@ def test_a_window_in_which_no_step_is_ever_judged_is_refused(window: str, right:
         parse_arguments(flags)
 
 
+@pytest.mark.parametrize("value", ["0", "0.5", "nan", "inf"])
+def test_a_context_is_extended_by_a_number_from_1_on(value: str) -> None:
+    with pytest.raises(UserError, match=r"^--rope_factor must be from 1 to 16,777,216, not "):
+        parse_arguments(["--data", "shards", "--output", "run", "--rope_factor", value])
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
 def test_a_stall_is_after_some_time(value: str) -> None:
     with pytest.raises(UserError, match=r"^--stall_timeout must be seconds above 0, such as 1800, not "):
