@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from data.cli import counted
 
 SECONDS_PER_DAY = 86_400
+#: Of the metric system, and as counts of parameters and tokens are read; largest first.
+UNITS = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+BILLIONS = ((" T", 1e12), (" B", 1e9), (" M", 1e6), (" K", 1e3))
 
 
 def duration(seconds: float) -> str:
@@ -19,9 +23,9 @@ def duration(seconds: float) -> str:
     return counted(round(seconds), "second")
 
 
-def short(number: float) -> str:
-    """Three digits and a unit: `316k`, `1.64M`, `8.3T`."""
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+def short(number: float, digits: int = 3, units: Sequence[tuple[str, float]] = UNITS) -> str:
+    """So many digits and a unit: `316k`, `1.64M`, `8.3T`."""
+    for unit, size in units:
+        if abs(number) >= (1 - 0.5 * 10**-digits) * size:  # what rounds to a thousand of a unit is one of the next
+            return f"{number / size:.{digits}g}{unit}"
+    return f"{number:.{digits}g}"

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from data.words import SECONDS_PER_DAY, duration
+from data.words import BILLIONS, SECONDS_PER_DAY, duration, short
 from launch.engine.kinds import shown
 from launch.planning.ladder import in_words
 from launch.planning.time import WAITS
@@ -42,9 +42,9 @@ def show(answer: dict[str, Any], *, with_curve: bool) -> str:
 
 def _head(answer: dict[str, Any]) -> str:
     parameters, batch, layout = answer["parameters"], answer["batch"], answer["layout"]
+    total, active = (short(parameters[name], units=BILLIONS) for name in ("total", "active"))
     lines = [
-        f"{answer['model']}: {_count(parameters['total'])} parameters, {_count(parameters['active'])} active for a token, "
-        f"{answer['flops_per_token'] / 1e9:.3g} GFLOP a token",
+        f"{answer['model']}: {total} parameters, {active} active for a token, {answer['flops_per_token'] / 1e9:.3g} GFLOP a token",
         f"{answer['gpus']} x {answer['gpu']}, {answer['deepspeed_config']}: EP {layout['expert_ranks']}, ZeRO "
         f"{layout['zero_stage']}, recomputation {layout['activation_checkpointing']}",
     ]
@@ -168,7 +168,3 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 def _is_number(text: str) -> bool:
     return text.replace(",", "").replace(".", "").replace("%", "").isdigit()
-
-
-def _count(parameters: float) -> str:
-    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"

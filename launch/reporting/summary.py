@@ -11,7 +11,7 @@ import numpy as np
 
 from data.files import lookup
 from data.lock import is_held
-from data.words import duration
+from data.words import BILLIONS, duration, short
 from launch.reporting.checks import is_finite
 from launch.reporting.columns import Floats
 from launch.reporting.curves import per_layer_columns, training_hours
@@ -32,9 +32,8 @@ def brief(value: float, digits: int = 3) -> str:
     """`2.1 B`, `524 K`, `3.41`, and a dash where there is nothing."""
     if not math.isfinite(value):
         return "–"
-    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " K")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if letter == ' K' else size):.{digits}g}{letter}"
+    if abs(value) >= 1e4:
+        return short(value, digits, BILLIONS)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits + 1}g}"
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from data.words import duration, short
+from data.words import BILLIONS, duration, short
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,9 @@ def test_durations(seconds: float, said: str) -> None:
 )
 def test_short_numbers(number: float, said: str) -> None:
     assert short(number) == said
+
+
+def test_short_numbers_of_other_units_and_digits() -> None:
+    """What rounds to a thousand of a unit is one of the next, whatever the digits."""
+    assert [short(number, units=BILLIONS) for number in (812e6, 999.6e6, 4.38e9)] == ["812 M", "1 B", "4.38 B"]
+    assert short(999_600) == "1M" and short(999_600, 4) == "999.6k" and short(-2e6, 4, BILLIONS) == "-2 M"

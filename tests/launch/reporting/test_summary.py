@@ -11,7 +11,7 @@ from made_up_runs import CONFIG, healthy_rows, write_run
 
 from data.lock import FolderLock
 from launch.reporting.read import Run, read_run
-from launch.reporting.summary import QUIET_SECONDS, figures_of, goes_on, state_of
+from launch.reporting.summary import QUIET_SECONDS, brief, figures_of, goes_on, state_of
 
 HALF_WAY = {"arguments": {**CONFIG["arguments"], "max_steps": 2000}}
 
@@ -47,6 +47,18 @@ def test_where_no_lock_tells_it_is_the_time(tmp_path: Path, quiet: float, runs: 
     run = unfinished(tmp_path / "run", quiet=quiet * QUIET_SECONDS)
     (run.folder / ".lock").write_text("process 4711 on another-host")
     assert goes_on(run) is runs and (state_of(run)[1] == "running") is runs and (time_left(run) == "–") is not runs
+
+
+def test_large_figures_are_in_the_unit_that_they_round_to() -> None:
+    assert [brief(value) for value in (999_600, 524_288, 2.1e9, 999_960, 9_999, 3.41)] == [
+        "1 M",
+        "524 K",
+        "2.1 B",
+        "1 M",
+        "9,999",
+        "3.41",
+    ]
+    assert brief(999_600, 4) == "999.6 K"
 
 
 def test_the_loss_is_that_of_steps_that_were_taken(tmp_path: Path) -> None:
