@@ -20,7 +20,7 @@ from data.files import check_replaceable, replace_file
 from data.flags import Parser
 from data.lock import FolderLock
 from launch.cli import run_command
-from launch.reporting.evaluations import find_evaluations, read_evaluation
+from launch.reporting.evaluations import evaluations_of
 from launch.reporting.page import build_page
 from launch.reporting.read import Run, read_run
 from launch.reporting.summary import goes_on, is_running
@@ -58,12 +58,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
 def write_report(arguments: argparse.Namespace, output: Path) -> list[Run]:
     """The page as it is now, put in place of the old one in one move."""
     runs = read_runs(arguments.runs)
-    evaluations = {run.name: find_evaluations(run.folder) for run in runs}
-    for path in arguments.evaluation:
-        found = read_evaluation(path)
-        if found is None:
-            raise UserError(f"--evaluation {path} is not a result of launch/evaluate.py --output")
-        evaluations[runs[0].name].append(found)
+    evaluations = evaluations_of(runs, arguments.evaluation)
     page = build_page(runs, evaluations, follow=arguments.seconds if arguments.follow else 0.0)
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(output, printable(page).encode())

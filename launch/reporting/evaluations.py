@@ -5,12 +5,15 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.cli import UserError
 from data.files import read_json
 from launch.reporting.columns import Row
+from launch.reporting.read import Run
 
 PASS = re.compile(r"pass@\d+$")
 SHOWN = ("loss", "perplexity", "bits_per_byte")
@@ -35,11 +38,31 @@ class Evaluation:
     generations: list[Generation] = field(default_factory=list)
 
 
+def evaluations_of(runs: Sequence[Run], named: Sequence[Path]) -> dict[str, list[Evaluation]]:
+    """By the name of the run in whose folder each lies. `named` ones (`--evaluation`) that lie in none are those of the only run,
+    or of `""`: which of several runs was exported nobody can tell. Raises `UserError` for a named one that is something else."""
+    found = {run.name: find_evaluations(run.folder) for run in runs}
+    shown = {path.resolve() for run in runs for path in _where_they_lie(run.folder)}
+    for path in named:
+        evaluation, whole = read_evaluation(path), path.resolve()
+        if evaluation is None:
+            raise UserError(f"--evaluation {path} is not a result of launch/evaluate.py --output")
+        owners = [run.name for run in runs if len(runs) == 1 or whole.is_relative_to(run.folder.resolve())]
+        if whole not in shown:
+            found.setdefault(owners[0] if owners else "", []).append(evaluation)
+        shown.add(whole)
+    return found
+
+
 def find_evaluations(folder: Path) -> list[Evaluation]:
     """In a run's folder and its `evaluations/`."""
-    paths = sorted([*folder.glob("*.json"), *folder.glob("evaluations/*.json")])
-    found = [read_evaluation(path) for path in paths if path.name != "config.json"]
+    found = map(read_evaluation, _where_they_lie(folder))
     return [evaluation for evaluation in found if evaluation is not None]
+
+
+def _where_they_lie(folder: Path) -> list[Path]:
+    paths = sorted([*folder.glob("*.json"), *folder.glob("evaluations/*.json")])
+    return [path for path in paths if path.name != "config.json"]
 
 
 def read_evaluation(path: Path) -> Evaluation | None:

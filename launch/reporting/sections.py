@@ -109,7 +109,7 @@ def _evaluations(evaluations: dict[str, list[Evaluation]]) -> str:
     names = list(dict.fromkeys(name for _, evaluation in rows for name in evaluation.figures))
     names.sort(key=lambda name: (name.startswith("pass@"), int(name.split("@")[1]) if "@" in name else 0))
     heads = ["Run", "Evaluation", *(escape(name.replace("_", " ")) for name in names)]
-    cells = [[escape(run), escape(e.name), *(_figure(name, e) for name in names)] for run, e in rows]
+    cells = [[escape(run) or "–", escape(e.name), *(_figure(name, e) for name in names)] for run, e in rows]
     return f'<h2>Evaluations of exported models</h2>\n<div id="evaluations">{_table(heads, cells)}</div>'
 
 

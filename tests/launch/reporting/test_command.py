@@ -40,7 +40,7 @@ def test_several_runs_of_one_name_into_a_file_elsewhere(tmp_path: Path) -> None:
     done = report(*folders, "--output", output, "--evaluation", tmp_path / "e.json")
     assert done.returncode == 0, done.stderr
     page = output.read_text()
-    assert all(str(folder) in page for folder in folders) and "25.0%" in page
+    assert all(str(folder) in page for folder in folders) and "<td>–</td><td>e.json</td><td>25.0%</td>" in page
 
 
 @pytest.mark.parametrize(

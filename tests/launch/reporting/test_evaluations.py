@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.reporting.evaluations import GENERATIONS, find_evaluations, read_evaluation
+from launch.reporting.evaluations import GENERATIONS, evaluations_of, find_evaluations, read_evaluation
+from launch.reporting.read import Collector, Run
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -62,6 +63,24 @@ def test_each_evaluation_of_a_folder_has_its_own_generations(tmp_path: Path) -> 
         write_lines(tmp_path / results, [{"task_id": name, "completion": "x", "passed": True}])
     found = {one.name: [g.title for g in one.generations] for one in find_evaluations(tmp_path)}
     assert found == {"evaluation.json": [], "humaneval.json": ["humaneval.json"], "mbpp [1].json": ["mbpp [1].json"]}
+
+
+def test_each_evaluation_is_its_own_runs_and_stands_once(tmp_path: Path) -> None:
+    """Of several runs one that lies in no folder of theirs is nobody's; of a single run it is that one's."""
+    first, second = (Run(folder=tmp_path / name, name=name, config={}, train=Collector().columns()) for name in ("a", "b"))
+    for run in (first, second):
+        (run.folder / "kept").mkdir(parents=True)
+        (run.folder / "e.json").write_text('{"loss": 1.0}')
+    (second.folder / "kept" / "deep.json").write_text('{"loss": 2.0}')
+    (tmp_path / "else.json").write_text('{"loss": 3.0}')
+    named = [tmp_path / "b" / ".." / "b" / "e.json", second.folder / "kept" / "deep.json", tmp_path / "else.json"]
+
+    def names(runs: list[Run], named: list[Path]) -> dict[str, list[str]]:
+        return {run: [one.name for one in found] for run, found in evaluations_of(runs, named).items()}
+
+    assert names([first, second], named + named) == {"a": ["e.json"], "b": ["e.json", "deep.json"], "": ["else.json"]}
+    assert names([second], named) == {"b": ["e.json", "deep.json", "else.json"]}
+    assert names([first, second], []) == {"a": ["e.json"], "b": ["e.json"]}
 
 
 def test_damaged_samples_are_left_out(tmp_path: Path) -> None:
