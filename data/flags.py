@@ -102,11 +102,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least_one(flags: object, *names: str) -> None:
-    """Raises UserError for the first of these flags that is given and below 1."""
+    """Raises UserError for the first of these flags that is given and below 1, or of whose several values one is."""
     for name in names:
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
+        given = getattr(flags, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
 
 
 def _spelled(action: argparse.Action) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
+from data.cli import UserError
+from data.flags import at_least_one
 from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
 from launch.toolchain import default_device
 from model.attention import eager_attention, flash_attention, sdpa_attention
@@ -33,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """`{"rows": {name: {"ms", "peak_mb", "speedup_over_eager", "worst_error"}}}`; prints the table as well."""
+    at_least_one(args, "batch", "length", "heads", "key_value_heads", "head_dim", "documents", "repeats")
+    if args.heads % args.key_value_heads:
+        raise UserError(f"--heads {args.heads} is no multiple of the {args.key_value_heads} heads of --key_value_heads")
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     shape = (args.batch, args.length)

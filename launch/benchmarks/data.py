@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from data.flags import at_least_one
+
 BATCH, LENGTH = 16, 2048
 SHARDS, SHARD_TOKENS, SHARD_DOCUMENTS = 1000, 100_000_000, 83_000
 
@@ -28,6 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure both sides in this process on one thread, then the opening of a large set in a process of its own."""
     import torch
 
+    at_least_one(args, "batches", "repeats")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         shards = args.shards or make_shards(Path(temporary, "random"), 1, 30_000_000, sparse=False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Glm4MoeForCausalLM
 
+from data.flags import at_least_one
 from launch.benchmarks.measure import print_table, seconds_each
 from launch.generation.decode import fast
 from launch.toolchain import default_device
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """`{"rows": [{"prompt_tokens", "batch_size", names: tokens a second, "ratio"}]}`; prints the table as well."""
+    at_least_one(args, "layers", "prompt_tokens", "batch_size", "new_tokens", "repeats")
     device = torch.device(args.device)
     models = build(args.model, args.layers, device, getattr(torch, args.dtype))
     rows = []

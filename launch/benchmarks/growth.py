@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data.flags import at_least_one
 from launch.benchmarks import counted
 from launch.benchmarks.counting import Ledger
 from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """`{"tokens": {number: row}, "experts": {number: row}}`, rows with `COLUMNS`; prints both tables."""
+    at_least_one(arguments, "layers", "vocabulary", "sequence_length", "tokens", "experts", "repeats")
     counted.join_fake_group(1)
     widths = {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
     config = load_model_config(arguments.model, **widths)

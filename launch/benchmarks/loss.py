@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.flags import at_least_one
 from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
 from launch.toolchain import default_device
 from model.loss import token_loss
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """`{"rows": {name: {"ms", "peak_mb", "time_over_plain", "memory_over_plain", "gradient_difference"}}}`; prints it too."""
+    at_least_one(args, "tokens", "hidden", "vocabulary", "repeats")
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     x = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype).requires_grad_()

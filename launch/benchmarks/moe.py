@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
+from data.flags import at_least_one
 from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
 from launch.toolchain import default_device
 from model import MoEGPTConfig
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """`{"rows": {name: {"ms", "peak_mb", "tflops", "speedup", "difference"}}}`; prints the table too."""
+    at_least_one(args, "tokens", "repeats")
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     config = MoEGPTConfig.preset(args.model)

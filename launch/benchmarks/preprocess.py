@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from data.flags import at_least_one
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 _tokenizer: Any = None
 
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Both sides on the same files; their tokens are compared one by one."""
+    at_least_one(args, "workers")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = sorted(args.input or pack_stdlib(folder / "corpus"))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.flags import at_least_one
 from launch.benchmarks.turns import PHASES, TIMEOUT, Remote, contestants
 from launch.engine.strategy import CHECKPOINTING_MODES
 from model.sizes import ATTENTION_IMPLEMENTATIONS
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from launch.benchmarks.measure import print_table
     from launch.ranks import join
 
+    at_least_one(arguments, "layers", "vocabulary", "sequence_length", "micro_batch", "accumulation", "steps")
     rank, ranks = join.set_environment()
     names = chosen(arguments.contestants, ranks)
     with contestants(names, arguments) as remotes:
