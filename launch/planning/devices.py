@@ -12,6 +12,8 @@ from data.cli import UserError
 from model.grouping import is_loop
 
 DATA = Path(__file__).with_name("devices.json")
+#: Words of a driver's name that tell no card from another of a higher or lower peak.
+UNTOLD = re.compile(r"NVIDIA|GeForce|AMD|Instinct|SXM\d?|OAM|VF|\d+GB?|HBM3e?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,11 @@ def find_device(name: str) -> Device:
 
 
 def device_of(driver_name: str | None) -> Device | None:
-    """The card whose name's words are all in what `torch.cuda.get_device_name()` says, by the name with the most words. None on
-    a CPU, and for a card that is not in the file: better no figure than one over a guessed peak."""
+    """The card whose name's words are all in what `torch.cuda.get_device_name()` says, by the name with the most words, where the
+    rest is maker, socket or memory. None on a CPU, for a card that is not in the file, and for a part or a variant of one (MIG, a
+    laptop's, PCIe, D): better no figure than one over a guessed peak."""
     words = set(re.split(r"[\s_-]+", driver_name or ""))
-    fitting = ((len(name.split()), d) for d in load_devices().values() for name in d.names if words.issuperset(name.split()))
-    return max(fitting, key=lambda pair: pair[0], default=(0, None))[1]
+    told = {word for word in words if not UNTOLD.fullmatch(word)}
+    fitting = ((name.split(), device) for device in load_devices().values() for name in device.names)
+    right = ((len(name), device) for name, device in fitting if told <= set(name) <= words)
+    return max(right, key=lambda pair: pair[0], default=(0, None))[1]

@@ -22,6 +22,7 @@ def test_every_card_that_was_asked_for_with_its_source() -> None:
     assert devices["h100-80gb"].bf16_tflops / devices["a100-80gb"].bf16_tflops == pytest.approx(3.17, abs=0.01)
     assert devices["h200"].memory_gbs > devices["h100-80gb"].memory_gbs > devices["a100-80gb"].memory_gbs
     assert 2 * devices["a100-80gb"].link_gbs == 600 and 2 * devices["h200"].link_gbs == 900
+    assert 2 * devices["a800"].link_gbs == 2 * devices["h800"].link_gbs == 400
 
 
 def test_every_share_and_cost_says_where_it_is_from() -> None:
@@ -42,7 +43,10 @@ def test_every_share_and_cost_says_where_it_is_from() -> None:
         ("NVIDIA A100-SXM4-40GB", "a100-40gb", 312e12),
         ("NVIDIA A100 80GB PCIe", "a100-80gb", 312e12),
         ("NVIDIA A100-SXM-64GB", "a100-40gb", 312e12),  # the peak is right, memory is not overstated
-        ("NVIDIA A800-SXM4-80GB", "a100-80gb", 312e12),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb", 312e12),
+        ("NVIDIA A800-SXM4-80GB", "a800", 312e12),
+        ("NVIDIA A800 80GB PCIe", "a800", 312e12),
+        ("NVIDIA H800", "h800", 989e12),
         ("NVIDIA A40", "a40", 149.7e12),
         ("NVIDIA A10", "a10", 125e12),
         ("NVIDIA A10G", "a10g", 70e12),
@@ -69,8 +73,26 @@ def test_the_drivers_names(driver_name: str, name: str, peak: float) -> None:
     assert find_device(driver_name) == find_device(name.upper().replace("-", "_")) == found
 
 
+@pytest.mark.parametrize(
+    "driver_name",
+    [
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "GRID A100-40C",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H800 PCIe",
+        "NVIDIA A800 40GB Active",
+        "NVIDIA H20-3e",
+    ],
+)
+def test_a_part_or_a_variant_of_a_card_is_not_the_card(driver_name: str) -> None:
+    """Each has another peak than the card whose words its name has."""
+    assert device_of(driver_name) is None
+
+
 def test_an_unknown_card_is_refused_with_the_known_ones() -> None:
     for name in ("NVIDIA GeForce GTX 1080", "Tesla V100-SXM2-32GB", "NVIDIA RTX 9999", None):
         assert device_of(name) is None
-    with pytest.raises(UserError, match="--gpu v100 is not known; known are a100-40gb, a100-80gb, a40"):
+    with pytest.raises(UserError, match="--gpu v100 is not known; known are a100-40gb, a100-80gb, a800, a40"):
         find_device("v100")
