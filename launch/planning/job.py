@@ -10,6 +10,9 @@ from launch.engine.strategy import Strategy
 from model.accounting import count_parameters
 from model.sizes import ModelSizes
 
+#: Numbers that an optimizer keeps beside a master weight; of one that is not here as many as Adam's two.
+MOMENTS = {"lion": 1, "adagrad": 1, "sgd": 0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -30,11 +33,24 @@ class Job:
     weight_bytes: int
     gradient_bytes: int  # of what gradients are summed in
     bucket_elements: int
-    buckets: int
+    overlap_comm: bool
     live_parameters: int  # ZeRO-3: elements that may be gathered at a time
     prefetched: int  # ZeRO-3: elements of one gathering ahead
+    moments: int = 2  # numbers that the optimizer keeps beside a master weight, of Muon those of its AdamW
+    moment_bytes: int = 4
+    master_bytes: int = 4
     attention: str = "flash"
     compiles: bool = False  # each block's attention and norms, which ZeRO-3 does not go with
+
+    @property
+    def buckets(self) -> int:
+        """ZeRO 1 and 2 fill one while another is reduced."""
+        return 2 if self.overlap_comm and self.zero_stage < 3 else 1
+
+    @property
+    def is_muon(self) -> bool:
+        """Then embedding, head and vectors are AdamW's."""
+        return self.optimizer.lower() == "muon"
 
     @property
     def tokens(self) -> int:
@@ -59,6 +75,12 @@ class Job:
         """Every rank holds them (before ZeRO divides anything)."""
         count = count_parameters(self.sizes)
         return count.total - count.routed_experts
+
+    @property
+    def embeddings(self) -> int:
+        """Parameters of the embedding and of the head, which may be one."""
+        sizes = self.sizes
+        return sizes.vocab_size * sizes.hidden_size * (1 if sizes.tie_word_embeddings else 2)
 
     @property
     def expert_parameters(self) -> int:
@@ -113,9 +135,17 @@ def job_from(
         gradient_bytes=4 if strategy.gradient_dtype == "float32" else 2,
         # DeepSpeed's own defaults where the JSON is silent (deepspeed/runtime/zero/config.py, 0.19.8)
         bucket_elements=int(zero.get("reduce_bucket_size", 500_000_000)),
-        buckets=2 if zero.get("overlap_comm", False) and strategy.zero_stage < 3 else 1,
+        overlap_comm=bool(zero.get("overlap_comm", False)),
         live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         prefetched=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
+        moments=_moments(strategy.optimizer.lower(), config),
+        moment_bytes=2 if lookup(config, "bf16.bf16_optimizer_states", False) else 4,
+        master_bytes=2 if any(lookup(config, f"{one}.{one}_master_weights_and_grads", False) for one in ("bf16", "fp16")) else 4,
         attention=attention,
         compiles=strategy.compiles,
     )
+
+
+def _moments(optimizer: str, config: dict[str, Any]) -> int:
+    more = lookup(config, "optimizer.params.momentum" if optimizer == "sgd" else "optimizer.params.amsgrad", False)
+    return MOMENTS.get(optimizer, 2) + bool(more)

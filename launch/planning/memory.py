@@ -12,9 +12,6 @@ from launch.planning.job import Job
 
 GB = 1e9
 FP32 = 4
-#: Of Adam: master weight and two moments. Muon keeps one moment for matrices; all but a few parameters are in matrices.
-STATE_BYTES = {"muon": 8}
-ADAM_BYTES = 12
 #: CUDA context with cuBLAS's and NCCL's buffers, and what the allocator holds beyond the live tensors. Assumption: contexts of
 #: 0.5 and channels of about 1 GB as nvidia-smi shows on an eight-GPU node; fragments as torch reports with expandable segments.
 CONTEXT_BYTES, FRAGMENT_SHARE = 1.5e9, 0.04
@@ -68,7 +65,7 @@ def plan_memory(job: Job, *, on_gpu: bool = True) -> Memory:
         not_at_once=fullest - sum(parts.values()),
         runtime=CONTEXT_BYTES + FRAGMENT_SHARE * fullest if on_gpu else 0.0,
         worst=_fullest(job, loaded) - fullest,
-        host=_optimizer(job) + job.shard * FP32 if job.offload_optimizer else 0.0,
+        host=_optimizer(job) + job.shard * job.master_bytes if job.offload_optimizer else 0.0,
     )
 
 
@@ -98,11 +95,15 @@ def _fullest(job: Job, parts: dict[str, float]) -> float:
     # buffer and copies each out of it; the buffer stays for the blocks' forward, but not for the loss.
     arriving = min(parts["gathered"], job.prefetched * job.weight_bytes)
     forward = max(parts["loss"], arriving) + (buckets if job.zero_stage == 3 else 0.0)
-    begin = parts["gathered"] + _held(job) + held + max(forward, buckets + block)
+    # A head that is the embedding as well has its gradient last: what the loss gave to it lies beside the buckets till then.
+    waiting = head * job.weight_bytes if job.sizes.tie_word_embeddings else 0.0
+    begin = parts["gathered"] + _held(job) + held + max(forward, buckets + block + waiting)
     # ZeRO-2 makes room for all of its shard's gradients when the first bucket is full: after the head's, which may be more than
     # that alone and then lies beside it, and those of as many layers as still go in.
-    gone = min(1.0, max(0, job.bucket_elements - head) / (job.local_parameters - 2 * head))
-    flushing = parts["gradients"] + buckets + held * (1 - gone) + block + _beside(job) if job.zero_stage == 2 else 0.0
+    before = 0 if waiting else head
+    gone = min(1.0, max(0, job.bucket_elements - before) / (job.local_parameters - job.embeddings))
+    flushing = parts["gradients"] + buckets + held * (1 - gone) + block + (waiting or _beside(job))
+    flushing = flushing if job.zero_stage == 2 else 0.0
     # In the last block's backward all gradients are there but the embedding's; then they are copied.
     last = max(block - head * job.weight_bytes, _flattened(job)) if job.zero_stage < 3 else 0.0
     end = parts["gradients"] + buckets + last
@@ -139,10 +140,11 @@ def _gradients(job: Job) -> float:
 
 
 def remaining_gradients(job: Job) -> float:
-    """When the optimizer's step begins."""
+    """When the optimizer's step begins. Where they are not summed apart Muon's updates and its next momentum lie beside them."""
+    muons = 2 * _matrices(job) * job.weight_bytes if job.is_muon and not _summed_apart(job) else 0.0
     if job.zero_stage == 1 and not _summed_apart(job):
-        return job.shard * job.gradient_bytes  # each rank has kept what is its own to step
-    return _gradients(job)
+        return job.shard * job.gradient_bytes + muons  # each rank has kept what is its own to step
+    return _gradients(job) + muons
 
 
 def _held(job: Job) -> float:
@@ -160,9 +162,17 @@ def _summed_apart(job: Job) -> int:
 
 
 def _optimizer(job: Job) -> float:
-    """ZeRO makes masters of fp32 weights as well; without it they are their own."""
-    own = FP32 if job.zero_stage == 0 and job.weight_bytes == FP32 else 0
-    return job.shard * (STATE_BYTES.get(job.optimizer.lower(), ADAM_BYTES) - own)
+    """Masters, which without ZeRO fp32 weights are themselves, and moments. Of Muon's matrices that is one, in their gradients'
+    type: ZeRO-2 steps by the parameters' own. Not counted: it is whole for a matrix of which a rank steps a part."""
+    own = job.master_bytes if job.zero_stage == 0 and job.weight_bytes == FP32 else 0
+    adams = job.shard * (job.master_bytes + job.moments * job.moment_bytes - own)
+    momentum = job.gradient_bytes if job.zero_stage == 1 else job.weight_bytes
+    return adams - (_matrices(job) * (job.moments * job.moment_bytes - momentum) if job.is_muon else 0.0)
+
+
+def _matrices(job: Job) -> float:
+    """Of the shard, what Muon steps: all but embedding and head, and vectors, which are too few to count."""
+    return job.shard - job.embeddings / (job.ranks if job.zero_stage else 1)
 
 
 def _buckets(job: Job) -> float:
@@ -193,8 +203,9 @@ def exchange_bytes(job: Job, kernels: bool) -> float:
 
 
 def _step(job: Job) -> float:
-    """Of one parameter group after the other: its gradients once more, flat and in fp32 (sums of their own are that already),
-    and Adam's root and quotient where it is not one kernel. Without ZeRO the masters have their gradients all at once."""
+    """Of one parameter group after the other: its gradients once more, flat and in the masters' type (sums of their own are that
+    already), and Adam's root and quotient where it is not one kernel, with Muon of embedding and head alone. Without ZeRO the
+    masters have their gradients all at once."""
     if job.offload_optimizer:
         return 0.0
     if job.zero_stage == 0:
@@ -202,4 +213,5 @@ def _step(job: Job) -> float:
         return FP32 * (again + (0 if job.fused_optimizer else 2 * max(job.dense_parameters, job.expert_parameters)))
     group = max(job.dense_parameters, job.expert_parameters * job.expert_ranks) / job.ranks
     flat = 0 if job.zero_stage < 3 and _summed_apart(job) else 1
-    return group * FP32 * (flat + (0 if job.fused_optimizer else 2))
+    adams = job.embeddings / job.ranks if job.is_muon else group
+    return job.master_bytes * max(group * flat, adams * (flat + (0 if job.fused_optimizer else 2)))

@@ -24,7 +24,7 @@ def job(model: str = "800m", **changes: object) -> Job:
         "weight_bytes": 2,
         "gradient_bytes": 4,
         "bucket_elements": 200_000_000,
-        "buckets": 2,
+        "overlap_comm": True,
         "live_parameters": 10**9,
         "prefetched": 50_000_000,
     }
