@@ -43,7 +43,7 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
         **budget(planned, arguments.tokens, arguments.price),
         "expected": expected(arguments, planned.job),
         "to_train": to_train,
-        "to_fit": to_fit(planned),
+        "to_fit": to_fit(planned, config),
         "alternatives": [layout(one) for one in better],
         "curve": [point(one) for one in curve(planned.job, device)],
         "assumptions": assumptions(device),
@@ -151,12 +151,12 @@ def point(one: Point) -> dict[str, Any]:
     return {"gpus": one.gpus, **layout(one.found), "global_batch": one.found.job.global_batch, "breaks": one.breaks}
 
 
-def to_fit(found: Candidate) -> dict[str, list[object]]:
-    """The fewest changes of the JSON that make it fit, `[from, to]` by key; none where it fits or nothing helps."""
+def to_fit(found: Candidate, config: dict[str, Any]) -> dict[str, list[object]]:
+    """The fewest changes of the JSON, `config`, that make it fit, `[from, to]` by key; none where it fits or nothing helps."""
     if found.fits:
         return {}
-    helped = least_change(found.job, found.device)
-    return {key: list(pair) for key, pair in changes(found.job, helped.job).items()} if helped else {}
+    helped = least_change(found.job, found.device, config)
+    return {key: list(pair) for key, pair in changes(found.job, helped.job, config).items()} if helped else {}
 
 
 def budget(found: Candidate, tokens: float | None, price: float | None) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def budget(found: Candidate, tokens: float | None, price: float | None) -> dict[
     seconds = None if tokens is None else tokens / found.tokens_per_second
     return {
         "tokens": tokens,
-        "steps": None if tokens is None else round(tokens / found.job.tokens_per_step),
+        "steps": None if tokens is None else max(1, round(tokens / found.job.tokens_per_step)),
         **expense(found.job.ranks, seconds, found.device, price),
     }
 

@@ -40,11 +40,12 @@ class Point:
 
 def curve(job: Job, device: Device) -> list[Point]:
     """At the same global batch, or the nearest that every GPU gets as many sequences of; the micro-batch shrinks where it must."""
-    return [_point(job, device, gpus) for gpus in COUNTS]
+    # A job on several nodes says how many GPUs one has; one that fits into a node does not say that there are no more.
+    in_node = job.ranks_per_node if job.ranks > job.ranks_per_node else max(device.gpus_per_node, job.ranks_per_node)
+    return [_point(job, device, gpus, min(gpus, in_node)) for gpus in COUNTS]
 
 
-def _point(job: Job, device: Device, gpus: int) -> Point:
-    in_node = min(gpus, device.gpus_per_node)
+def _point(job: Job, device: Device, gpus: int, in_node: int) -> Point:
     share = max(1, round(job.global_batch / gpus))
     micro_batch = max(micro_batches(share, job.micro_batch))
     scaled = dataclasses.replace(

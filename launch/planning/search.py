@@ -76,9 +76,10 @@ def _order(found: Candidate) -> tuple[float, int, int, float]:
 def variants(job: Job) -> Iterator[Job]:
     """Every layout that training takes, at the same sequence length and global batch."""
     # DeepSpeed 0.19.8 refuses Muon with ZeRO 3's reduce-scatter, its default; without it no step of the two was seen to end here.
-    # Its offload is refused by training (`engine/values.py`).
-    muon = job.optimizer.lower() == "muon"
-    stages = [(1, False), (2, False)] + [(2, True)] * (not muon) + [(3, False)] * (not muon and not job.compiles)
+    # Its offload is refused by training (`engine/values.py`), and ZeRO 1 with sums in a type of their own by BF16_Optimizer.
+    muon = job.is_muon
+    first = [(1, False)] * (not muon or job.gradient_bytes == job.weight_bytes)
+    stages = first + [(2, False)] + [(2, True)] * (not muon) + [(3, False)] * (not muon and not job.compiles)
     for expert_ranks in _expert_ranks(job):
         for stage, offload in stages:
             for micro_batch in _micro_batches(job):
@@ -104,8 +105,8 @@ def _micro_batches(job: Job) -> list[int]:
     return micro_batches(job.global_batch // job.ranks, max(1, MOST_TOKENS // job.sequence_length))
 
 
-def changes(job: Job, other: Job) -> dict[str, tuple[object, object]]:
-    """What of the DeepSpeed JSON differs, `(from, to)` by its dotted key, as the file has them."""
+def changes(job: Job, other: Job, base: dict[str, Any]) -> dict[str, tuple[object, object]]:
+    """What of `base`, the job's DeepSpeed JSON, differs, `(from, to)` by its dotted key, as the file has them."""
     keys = {
         "expert_parallel.autoep_size": "expert_ranks",
         "zero_optimization.stage": "zero_stage",
@@ -113,14 +114,17 @@ def changes(job: Job, other: Job) -> dict[str, tuple[object, object]]:
         "train_micro_batch_size_per_gpu": "micro_batch",
         "activation_checkpointing.mode": "recompute",
     }
+    train, accumulation = (base.get(name, "auto") for name in ("train_batch_size", "gradient_accumulation_steps"))
+    if train == "auto" or accumulation != "auto":  # else it follows the micro-batch by itself
+        keys["gradient_accumulation_steps"] = "accumulation"
     pairs = {key: (getattr(job, name), getattr(other, name)) for key, name in keys.items()}
     return {key: (ours, theirs) for key, (ours, theirs) in pairs.items() if ours != theirs}
 
 
-def least_change(job: Job, device: Device) -> Candidate | None:
+def least_change(job: Job, device: Device, base: dict[str, Any]) -> Candidate | None:
     """Of all layouts that fit safely, the one with the fewest changes, and of those the fastest; None where none fits."""
     fitting = (found for found in (candidate(variant, device) for variant in variants(job)) if found.is_safe)
-    return min(fitting, key=lambda found: (len(changes(job, found.job)), -found.tokens_per_second), default=None)
+    return min(fitting, key=lambda found: (len(changes(job, found.job, base)), -found.tokens_per_second), default=None)
 
 
 def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
@@ -137,10 +141,9 @@ def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
         for key in ("reduce_scatter", "allgather_bucket_size"):
             zero.pop(key, None)
     else:
-        zero.setdefault("reduce_scatter", True)
+        zero["reduce_scatter"] = zero["contiguous_gradients"] = True  # AutoEP wants both there
         for key in [key for key in zero if key.startswith("stage3_")]:
             del zero[key]
-    zero.setdefault("contiguous_gradients", True)  # AutoEP under ZeRO 1 and 2 wants both
     if job.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         for key in ("torch_adam", "fused"):

@@ -53,6 +53,11 @@ def test_the_usual_question() -> None:
     assert sum(found["limits"].values()) == pytest.approx(1, abs=0.001)
 
 
+def test_a_budget_below_a_step_is_a_step() -> None:
+    """Training refuses --max_steps 0."""
+    assert answer(*USUAL, "--tokens", "1e5")["steps"] == 1
+
+
 def test_a_written_path_can_be_pasted(tmp_path: Path) -> None:
     assert f"train with --deepspeed_config '{tmp_path / 'to fit.json'}'" in plan(*USUAL, "--write", tmp_path / "to fit.json").stdout
 
@@ -281,6 +286,15 @@ def test_a_change_that_makes_it_fit_can_be_pasted() -> None:
     assert answer(*flags)["to_fit"]["zero_optimization.offload_optimizer"] == [None, {"device": "cpu"}]
     said = " ".join(plan(*flags).stdout.split())
     assert 'zero_optimization.offload_optimizer from null to {"device": "cpu"}' in said
+
+
+def test_a_change_keeps_the_batch(tmp_path: Path) -> None:
+    """Where the file has a number for each of the three, which training holds against each other."""
+    config = json.loads((ROOT / "ds_configs/ep8_zero2.json").read_text())
+    config.update(train_micro_batch_size_per_gpu=32, gradient_accumulation_steps=1, activation_checkpointing={"mode": "full"})
+    (tmp_path / "all.json").write_text(json.dumps(config))
+    to_fit = answer("--model", "4b", "--gpu", "l4", "--deepspeed_config", tmp_path / "all.json")["to_fit"]
+    assert to_fit == {"train_micro_batch_size_per_gpu": [32, 8], "gradient_accumulation_steps": [1, 4]}
 
 
 def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:

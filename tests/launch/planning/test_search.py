@@ -44,13 +44,52 @@ def test_what_does_not_fit_is_helped_by_another_layout() -> None:
 def test_the_least_change_that_helps() -> None:
     """Nothing that fits differs in fewer keys."""
     job, device = planned("4b", "ep8_zero2.json"), find_device("a100-40gb")
-    found = least_change(job, device)
+    base = strategy.read_config(strategy.CONFIG_FOLDER / "ep8_zero2.json")
+    found = least_change(job, device, base)
     assert found is not None and found.is_safe
-    fewest = min(len(changes(job, v)) for v in variants(job) if candidate(v, device).is_safe)
-    assert len(changes(job, found.job)) == fewest == 1
-    offloaded = changes(job, dataclasses.replace(job, offload_optimizer=True))  # what the file takes, not the planner's flag
+    fewest = min(len(changes(job, v, base)) for v in variants(job) if candidate(v, device).is_safe)
+    assert len(changes(job, found.job, base)) == fewest == 1
+    offloaded = changes(job, dataclasses.replace(job, offload_optimizer=True), base)  # what the file takes, not the planner's flag
     assert offloaded == {"zero_optimization.offload_optimizer": (None, {"device": "cpu"})}
-    assert changes(job, job) == {} and least_change(job, find_device("b200")).job == job  # type: ignore[union-attr]
+    assert changes(job, job, base) == {} and least_change(job, find_device("b200"), base).job == job  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": "auto"},
+        {"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4},
+        {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4},
+        {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 32, "gradient_accumulation_steps": "auto"},
+    ],
+)
+def test_whoever_obeys_the_changes_trains_the_batch_that_was_planned(batch: dict[str, object]) -> None:
+    """Also where the accumulation does not follow from the rest of the file."""
+    job = planned("800m", "ep8_zero2.json", **batch)
+    other = dataclasses.replace(job, micro_batch=2, accumulation=16)
+    obeyed = {key: new for key, (_, new) in changes(job, other, batch).items()}
+    assert obeyed["train_micro_batch_size_per_gpu"] == 2
+    follows = batch["train_batch_size"] == 256 and batch["gradient_accumulation_steps"] == "auto"
+    assert obeyed.get("gradient_accumulation_steps") == (None if follows else 16)
+    again = planned("800m", "ep8_zero2.json", **{**batch, **obeyed})
+    assert (again.micro_batch, again.accumulation, again.global_batch) == (2, 16, 256) and job.global_batch == 256
+
+
+def test_a_written_zero_2_has_what_autoep_wants_there() -> None:
+    """Whatever a base of stage 3, which needs neither, says of it."""
+    base = strategy.read_config(strategy.CONFIG_FOLDER / "ep8_zero3.json")
+    base["zero_optimization"].update(reduce_scatter=False, contiguous_gradients=False)
+    for variant in variants(planned("800m", "ep8_zero3.json")):
+        zero = as_deepspeed(candidate(variant, find_device("h200")), base)["zero_optimization"]
+        if variant.zero_stage < 3:
+            assert zero["reduce_scatter"] is zero["contiguous_gradients"] is True
+
+
+def test_buckets_are_those_of_each_variants_own_stage() -> None:
+    """ZeRO 3 has one, whatever `overlap_comm` says; the same file at another stage two."""
+    job = planned("800m", "ep8_zero3.json", zero_optimization={"stage": 3, "overlap_comm": True})
+    assert job.buckets == 1
+    assert {one.zero_stage: one.buckets for one in variants(job)} == {1: 2, 2: 2, 3: 1}
 
 
 @pytest.mark.parametrize(
@@ -61,9 +100,13 @@ def test_what_training_refuses_with_zero_3_is_not_proposed_there(file: str, sect
     device = find_device("h100-pcie")
     assert search(planned("800m", "ep8_zero2.json"), device)[0].job.zero_stage == 3
     job = planned("800m", file, **sections)
-    assert {one.zero_stage for one in variants(job)} == {1, 2}
-    assert {one.job.zero_stage for one in search(job, device)} == {1, 2}
-    assert any(one.offload_optimizer for one in variants(job)) == (job.optimizer.lower() != "muon")
+    muon = job.is_muon
+    stages = {2} if muon else {1, 2}  # ZeRO 1 with sums in fp32 is BF16_Optimizer, which refuses Muon with experts
+    assert {one.zero_stage for one in variants(job)} == {one.job.zero_stage for one in search(job, device)} == stages
+    assert any(one.offload_optimizer for one in variants(job)) is not muon
+    if muon:
+        alike = dataclasses.replace(job, gradient_bytes=job.weight_bytes)
+        assert {one.zero_stage for one in variants(alike)} == {1, 2}
 
 
 def test_nothing_fits_a_model_that_is_too_large() -> None:
@@ -85,7 +128,7 @@ def test_a_written_json_is_read_back_as_the_same_layout(file: str) -> None:
         layout = ("expert_ranks", "zero_stage", "offload_optimizer", "micro_batch", "accumulation", "recompute", "global_batch")
         assert [getattr(again, name) for name in layout] == [getattr(variant, name) for name in layout]
         seen += 1
-    assert seen >= 4 * 2 * 3  # EP sizes x stages, two less with Muon, x recomputation
+    assert seen >= 4 * 1 * 3  # EP sizes x stages, of Muon one, x recomputation
     assert base == strategy.read_config(strategy.CONFIG_FOLDER / file)  # not changed on the way
 
 
@@ -101,6 +144,18 @@ def test_the_curve_keeps_the_batch_and_says_what_breaks() -> None:
     assert points[-1].breaks == "batch: needs 512 sequences, one a GPU"
     tight = curve(planned("4b", "ep8_zero2.json"), find_device("rtx-4090"))
     assert tight[0].breaks.startswith("memory: ")
+
+
+def test_the_curve_has_the_nodes_that_were_asked_for() -> None:
+    """Four GPUs in a node, where the vendor's own has eight; a job of one node does not say that there are no more."""
+    job, device = planned("800m", "ep4_zero2.json", gpus=4, nodes=4, length=1024), find_device("h100-80gb")
+    found = {point.gpus: point.found.job for point in curve(job, device)}
+    assert found[16] == dataclasses.replace(job, ranks=16)
+    assert [found[n].ranks_per_node for n in (1, 2, 4, 8, 512)] == [1, 2, 4, 4, 4]
+    alone = {point.gpus: point.found.job for point in curve(planned("800m", "ep4_zero2.json", gpus=4), device)}
+    assert [alone[n].ranks_per_node for n in (4, 8, 16)] == [4, 8, 8]
+    wider = {point.gpus: point.found.job for point in curve(planned("800m", "ep4_zero2.json", gpus=4), find_device("gh200"))}
+    assert wider[4].ranks_per_node == wider[8].ranks_per_node == 4  # of one GPU by the vendor
 
 
 def test_the_curve_says_where_the_batch_does_not_divide() -> None:
