@@ -89,6 +89,7 @@ def variants(job: Job) -> Iterator[Job]:
                         expert_ranks=expert_ranks,
                         zero_stage=stage,
                         offload_optimizer=offload,
+                        fused_optimizer=not offload and (job.fused_optimizer or job.offload_optimizer),  # as it is written
                         micro_batch=micro_batch,
                         accumulation=job.global_batch // (job.ranks * micro_batch),
                         recompute=recompute,
@@ -135,8 +136,8 @@ def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
     config["gradient_accumulation_steps"] = "auto"
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = job.zero_stage
-    for key in ("offload_optimizer", "offload_param"):
-        zero.pop(key, None)
+    was_offloaded = (zero.pop("offload_optimizer", None) or {}).get("device", "none") != "none"
+    zero.pop("offload_param", None)
     if job.zero_stage == 3:
         for key in ("reduce_scatter", "allgather_bucket_size"):
             zero.pop(key, None)
@@ -148,6 +149,8 @@ def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         for key in ("torch_adam", "fused"):
             config.get("optimizer", {}).get("params", {}).pop(key, None)  # DeepSpeed's CPU Adam takes over
+    elif was_offloaded and config["optimizer"]["type"].lower() in ("adam", "adamw"):
+        config["optimizer"].setdefault("params", {}).update(torch_adam=True, fused=True)  # DeepSpeed's own wants the CUDA toolkit
     config.setdefault("expert_parallel", {"enabled": True, "preset_model": "deepseek_v3"})["autoep_size"] = job.expert_ranks
     config.setdefault("activation_checkpointing", {})["mode"] = job.recompute
     return config
