@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from data.cli import Exit, UserError, drain, encoding_fault, hold_standard_streams, leave, report
+from model.sizes import MOST_POSITIONS
 
 CLONE = Path(__file__).resolve().parent.parent
-MOST_POSITIONS = 1 << 24  # float32, in which RoPE counts, tells no more apart
 
 
 class AgreedError(UserError):

@@ -26,8 +26,7 @@ from data.cli import NotFound, UserError, sentence
 from data.files import hash_file, is_inside, pointer, read_json, small_file
 from data.tokens.folder import read_text
 from data.tokens.tokenizer import library_tokenizer
-from launch.cli import MOST_POSITIONS
-from launch.model_config import OtherModel, read_model_config
+from launch.model_config import OtherModel, extended, read_model_config
 from launch.toolchain import check_toolchain
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.operators import has_triton
@@ -77,14 +76,6 @@ def load_exported(
     ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
     return model, load_tokenizer(folder)
-
-
-def extended(config: MoEGPTConfig, factor: float) -> MoEGPTConfig:
-    longer = config.with_rope_factor(factor)
-    if longer.max_position_embeddings > MOST_POSITIONS:
-        made = longer.max_position_embeddings
-        raise UserError(f"--rope_factor {factor:g} makes {made:,} positions; {MOST_POSITIONS:,} are the most")
-    return longer
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -12,6 +12,7 @@ from data.cli import UserError, sentence
 from data.files import read_json
 from model import MoEGPTConfig
 from model.glm4_moe import from_glm4_moe
+from model.sizes import MOST_POSITIONS
 
 MOST_BYTES = 1 << 24  # of the file; no model's has a hundredth
 MOST_LABELS = 1_000_000
@@ -19,6 +20,15 @@ MOST_LABELS = 1_000_000
 
 class OtherModel(UserError):
     """A model that is not this repository's, and why not. transformers may know it."""
+
+
+def extended(config: MoEGPTConfig, factor: float) -> MoEGPTConfig:
+    """By `--rope_factor`. Raises UserError for more positions than RoPE tells apart."""
+    longer = config.with_rope_factor(factor)
+    if longer.max_position_embeddings > MOST_POSITIONS:
+        made = longer.max_position_embeddings
+        raise UserError(f"--rope_factor {factor:g} makes {made:,} positions; {MOST_POSITIONS:,} are the most")
+    return longer
 
 
 def read_model_config(path: Path, default: str | None = None) -> MoEGPTConfig:

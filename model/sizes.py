@@ -19,6 +19,7 @@ ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
 SCORING_FUNCTIONS = ("sigmoid", "softmax")
 BALANCE_RULES = ("sign", "proportional", "quantile", "none")
 USUAL_CONTEXT = 2048
+MOST_POSITIONS = 1 << 24  # float32, in which RoPE counts, tells no more apart
 #: Names that are taken for ours: of the project's first description, of other MoE configurations, Glm4Moe's own for `qk_norm`.
 ALIASES = {
     "hidden_dim": "hidden_size",

@@ -205,7 +205,7 @@ class Job:
         lost = [name for name in lost if name in gone or name not in self.unreadable]
         if not lost:
             return
-        self.unreadable += lost
+        self.unreadable += [name for name in lost if name not in gone]
         self.save()
         more = f", nor can {len(lost) - 1} more," if len(lost) > 1 else ""
         if gone:

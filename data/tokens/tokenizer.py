@@ -131,7 +131,7 @@ def check_reach(name: str, text: str, ours: Mapping[str, int]) -> None:
                 continue
             raise UserError(
                 f"tokenizer {name} can give text the id {number} of {token!r}, which may only stand between texts; it must be a "
-                "token of its own, neither a word that the model makes nor its unknown token"
+                "token of its own, neither a word that the model makes nor its unknown token; take another, with another --output"
             )
 
 
@@ -148,7 +148,8 @@ def check_cuts(name: str, tokenizer: Any) -> None:
         if (back := _read_back(tokenizer, *parts)) != whole:
             raise UserError(
                 f"--fim_rate cuts documents, and tokenizer {name} does not keep a text that is cut: {parts[0]!r} and {parts[1]!r} "
-                f"come back as {back!r}; leave --fim_rate out, or take a tokenizer that puts nothing before a text"
+                f"come back as {back!r}; leave --fim_rate out, or take a tokenizer that puts nothing before a text, and another "
+                "--output"
             )
 
 

@@ -103,7 +103,7 @@ class CheckpointChooser:
         return self._search(candidates)[0]
 
     def _start_over(self) -> StartFresh:
-        there = self.own.newest_first()
+        there = self.own.newest_first() or list(self.own.steps().values())  # what was left is not to be written over either
         if there:
             raise UserError(
                 f"--resume never, but {self.own.path} holds {there[0].name}; name another --output, or --resume auto to go on"
@@ -150,9 +150,11 @@ class CheckpointChooser:
         choice, passed_over = self._search(self._candidates(folder))
         if choice is not None:
             return replace(choice, message=choice.message + "".join(f"; passed over {text}" for text in passed_over))
-        if passed_over or must_exist:
+        left = self.ranks.run_on_rank0(lambda: ", ".join(sorted(folder.left())))
+        if passed_over or must_exist or left:
+            others = f"; {left} are of branches that were left, for --resume to name" if left else ""
             raise AgreedError(
-                f"no whole checkpoint in {folder.path}: {'; '.join(passed_over) or 'the branches of all of them were left'}; "
+                f"no whole checkpoint in {folder.path}{': ' * bool(passed_over)}{'; '.join(passed_over)}{others}; "
                 "restore one, or name another --output to start over"
             )
         named = self.ranks.run_on_rank0(lambda: folder.pointed(LATEST))

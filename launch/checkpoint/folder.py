@@ -100,6 +100,12 @@ class CheckpointFolder:
         if self.pointed(BEST) == name:
             (self.path / BEST).unlink()
 
+    def set_best(self, name: str | None) -> None:
+        if name is None:
+            (self.path / BEST).unlink(missing_ok=True)
+        elif name != self.pointed(BEST):
+            self.point(BEST, name)
+
     def began_at(self) -> str | None:
         """The path that `begin_at` was told last; None where the last start named none."""
         try:
@@ -110,17 +116,18 @@ class CheckpointFolder:
     def begin_at(self, checkpoint: Path, place: str | None) -> None:
         """`checkpoint` has been loaded, as the one that the path `place` means: what lies beyond it is of a branch that was left.
 
-        `latest` comes first: a start that finds it moved and no `resumed` begins at the same checkpoint once more. Of a branch that
-        is taken up again nobody knows which of the others it came by, so it goes on from that checkpoint alone.
+        `left` comes first: what `latest` names is then passed over for the newest that was not left, which is `checkpoint`; and a
+        start that finds no `resumed` begins there once more. Of a branch that is taken up again nobody knows which of the others it
+        came by, so it goes on from that checkpoint alone.
         """
         if place is None:
             (self.path / RESUMED).unlink(missing_ok=True)
             return
         make_folder(self.path)
-        if self.holds(checkpoint):
+        if os.path.realpath(checkpoint) == place and self.holds(checkpoint):  # not where the same command goes on
             others = self.beyond(-1 if checkpoint.name in self.left() else step_of(checkpoint.name) or 0)
-            self.point(LATEST, checkpoint.name)
             self.leave(others, but=checkpoint.name)
+            self.point(LATEST, checkpoint.name)
         replace_file(self.path / RESUMED, os.fsencode(place))
 
     def newest_first(self) -> list[Path]:

@@ -14,6 +14,8 @@ import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from launch.checkpoint.manifest import FileRecord, to_json, write_manifest
 from launch.checkpoint.publish import discard, leftovers, publish, recover, working_name
 from launch.checkpoint.random_state import random_state
 from launch.checkpoint.restore import random_state_name, restore
-from launch.checkpoint.state import STATE, SavedState, TrainingState
+from launch.checkpoint.state import STATE, SavedState, TrainingState, read_state
 from launch.cli import AgreedError
 from launch.ranks.control_group import ControlGroup
 
@@ -67,6 +69,7 @@ class CheckpointManager:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # an exit waits for the files
         self._pending: Future[None] | None = None
         self._loaded: int | None = None  # the step that was loaded, until the first save after it
+        self._best: str | None = None  # the best checkpoint up to that step
         self._on_phase, self.before_save = on_phase, before_save
         self._ranks = ControlGroup()
         self._chooser = CheckpointChooser(self.folder, identity, self._ranks)
@@ -130,11 +133,30 @@ class CheckpointManager:
         self._on_phase("loading a checkpoint")
         self._ranks.run_everywhere(partial(restore, engine, choice, folder, self._ranks))
         self._loaded = choice.state.step
-        return choice.state
+        self._best = self._ranks.run_on_rank0(partial(self._best_of_branch, choice.state))
+        # Without it nothing in this folder has the loss that the next evaluations would have to be better than.
+        return choice.state if self._best else replace(choice.state, best_loss=None)
 
     def begin(self, choice: ResumeFrom) -> None:
         """A run has loaded what it starts from: what lies beyond that is of a branch that was left."""
-        self._ranks.run_on_rank0(partial(self.folder.begin_at, choice.path, choice.place))
+
+        def on_rank0() -> None:
+            self.folder.begin_at(choice.path, choice.place)
+            self.folder.set_best(self._best)
+
+        self._ranks.run_on_rank0(on_rank0)
+
+    def _best_of_branch(self, loaded: TrainingState) -> str | None:
+        """The best checkpoint up to what was loaded: `best` may name one of a branch that is being left. Rank 0."""
+        there, named = self.folder.present(), self.folder.pointed(BEST)
+        there = {step: path for step, path in there.items() if step <= loaded.step}
+        if named in {path.name for path in there.values()}:
+            return named
+        for step in sorted(there if loaded.best_loss is not None else ()):
+            with suppress(OSError, ValueError):
+                if read_state(there[step]).training.best_loss == loaded.best_loss:
+                    return there[step].name
+        return None
 
     def _prepare(self, final: Path, needed: int) -> Path:
         """Clean up after dead saves, check the free space, make the temporary folder. Rank 0."""
@@ -144,11 +166,12 @@ class CheckpointManager:
         recover(folder)
         for dead in leftovers(folder):
             remove(dead)
-        free = shutil.disk_usage(folder).free
+        free, left = shutil.disk_usage(folder).free, sorted(self.folder.left())
         if needed * SPACE_MARGIN > free:
+            of_left = f" ({', '.join(left)}: of branches that were left)" if left else ""
             raise UserError(
                 f"{final.name} needs {needed * SPACE_MARGIN / 1e9:,.3f} GB and {folder} has {free / 1e9:,.3f} GB free; "
-                "make room or lower --keep_last"
+                f"make room{of_left} or lower --keep_last"
             )
         temporary = working_name(final, "tmp")
         temporary.mkdir()
@@ -186,10 +209,12 @@ class CheckpointManager:
         publish(temporary, final)
         # Not as soon as it is loaded: until there is something newer, what was damaged may still be restored and gone on from.
         self.folder.leave(beyond, but=final.name)
-        self._loaded = None
         if is_best:  # before `latest`, which a run goes on from, with its best loss: nothing worse than that is saved as the best
             self.folder.point(BEST, final.name)
         self.folder.point(LATEST, final.name)
+        if self._loaded is not None and not is_best:
+            self.folder.set_best(self._best)
+        self._loaded = None
         for old in self.folder.expendable(keep_last=self.keep_last, keep_every=self.keep_every, skipped=skipped):
             remove(old)
 

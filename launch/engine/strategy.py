@@ -113,12 +113,9 @@ class Strategy:
 
 
 def default_path(num_gpus: int, world_size: int, num_experts: int) -> Path:
-    """The strategy for a command line without `--deepspeed_config`: as many ranks share the experts as divide both numbers and,
-    where there are several nodes, a node's GPUs, so that no row of an expert's goes over the network."""
+    """The strategy for a command line without `--deepspeed_config`: as many ranks share the experts as divide both numbers."""
     sizes, prefix = ((8, 4, 1), "") if num_gpus else ((2, 1), "cpu_")
-    # One GPU is what a rank sees of a node whose scheduler shares the GPUs out.
-    in_node = num_gpus if 1 < num_gpus < world_size else world_size
-    size = next(n for n in sizes if world_size % n == num_experts % n == in_node % n == 0)
+    size = next(n for n in sizes if world_size % n == num_experts % n == 0)
     return CONFIG_FOLDER / f"{prefix}ep{size}_zero2.json"
 
 

@@ -93,21 +93,24 @@ def validation_lines(run: dict[str, Any], state: dict[str, Any], judged: Judged)
     if (mine := judged.get(step)) is not None:
         bits = mine.get("val_bits_per_byte")
         per_byte = f", {bits:.4f} bits per byte" if _is_number(bits) else ""
-        lines.append(f"validation loss {mine['val_loss']:.4f} nats a token{per_byte}{_judged_on(run)}")
+        lines.append(f"validation loss {mine['val_loss']:.4f} nats a token{per_byte}{_judged_on(run, state)}")
     if _is_number(best) and (mine is None or mine["val_loss"] != best):
         at = next((f" at step {number:,}" for number, row in judged.items() if row["val_loss"] == best), "")
         lines.append(f"best validation loss of the run up to here {best:.4f} nats a token{at}")
     return lines
 
 
-def _judged_on(run: dict[str, Any]) -> str:
-    """As launch/run/assemble.py takes them: the split's first samples, so many global batches of them."""
+def _judged_on(run: dict[str, Any], state: dict[str, Any]) -> str:
+    """The split's first samples: as many as the checkpoint says, or as launch/run/assemble.py takes for an older one's run."""
     about = _object(run, "validation")
     batches, batch = _object(run, "arguments").get("eval_batches"), run.get("global_batch")
     samples, length = about.get("samples"), about.get("sequence_length")
     if not all(isinstance(count, int) for count in (batches, batch, samples, length)):
         return ""
-    return f", on the validation split's first {min(batches * batch, samples):,} samples of {length:,} tokens"  # type: ignore[operator]
+    judged = _object(_object(state, "extra"), "judged_on").get("samples")
+    if not isinstance(judged, int):
+        judged = min(batches * batch, samples)  # type: ignore[operator]
+    return f", on the validation split's first {judged:,} samples of {length:,} tokens"
 
 
 def logged(checkpoint: Path, state: dict[str, Any]) -> tuple[Judged, float | None]:

@@ -40,7 +40,12 @@ class NewText:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.added = frozenset(tokenizer.added_tokens_decoder)
-        self.letter: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+        try:
+            self.letter: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+        except Exception as error:
+            if type(error) is not Exception:  # that is all that the library raises where a vocabulary lacks a text
+                raise
+            self.letter = []
 
     def of(self, ids: list[int], *, last: int) -> str:
         """last: the prompt's last token."""

@@ -52,7 +52,7 @@ def _point(job: Job, device: Device, gpus: int, in_node: int) -> Point:
         job,
         ranks=gpus,
         ranks_per_node=in_node,
-        expert_ranks=math.gcd(job.expert_ranks, in_node),
+        expert_ranks=job.expert_ranks if gpus == job.ranks else math.gcd(job.expert_ranks, in_node),
         micro_batch=micro_batch,
         accumulation=share // micro_batch,
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launch.engine.strategy import CHECKPOINTING_MODES
+from launch.engine.strategy import CHECKPOINTING_MODES, lookup
 from launch.planning.devices import Device
 from launch.planning.job import Job, micro_batches
 from launch.planning.memory import Memory, plan_memory
@@ -149,7 +149,7 @@ def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         for key in ("torch_adam", "fused"):
             config.get("optimizer", {}).get("params", {}).pop(key, None)  # DeepSpeed's CPU Adam takes over
-    elif was_offloaded and config["optimizer"]["type"].lower() in ("adam", "adamw"):
+    elif was_offloaded and str(lookup(config, "optimizer.type", "")).lower() in ("adam", "adamw"):
         config["optimizer"].setdefault("params", {}).update(torch_adam=True, fused=True)  # DeepSpeed's own wants the CUDA toolkit
     config.setdefault("expert_parallel", {"enabled": True, "preset_model": "deepseek_v3"})["autoep_size"] = job.expert_ranks
     config.setdefault("activation_checkpointing", {})["mode"] = job.recompute

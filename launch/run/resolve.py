@@ -18,6 +18,7 @@ from launch.engine.keys import check_keys
 from launch.engine.regions import check_compile
 from launch.engine.strategy import Strategy
 from launch.evaluation.problems import ProblemFile
+from launch.model_config import extended
 from launch.run.arguments import TrainArguments
 from model import MoEGPTConfig
 
@@ -122,7 +123,7 @@ def fit_model(config: MoEGPTConfig, arguments: TrainArguments, train: PackedData
         )
     config.eos_token_id = train.eos_token_id
     if arguments.rope_factor:
-        config = config.with_rope_factor(arguments.rope_factor)
+        config = extended(config, arguments.rope_factor)
     if arguments.sequence_length > config.max_position_embeddings:
         mend = "--rope_factor extends them"
         if arguments.rope_factor:

@@ -61,7 +61,7 @@ def manager(run: Path, *, keep_last: int = 0, keep_every: int = 0, **identity: A
 
 
 def state(step: int, **extra: Any) -> TrainingState:
-    return TrainingState(step=step, samples=16 * step, tokens=256 * step, best_loss=1 / 3, extra=extra)
+    return TrainingState(step=step, samples=16 * step, tokens=256 * step, extra=extra)
 
 
 def replace_file(checkpoint: Path, name: str, content: Any) -> None:

@@ -263,6 +263,7 @@ def test_a_file_that_is_gone_is_asked_for_and_never_left_out(
         assert "when that is mended the same command goes on" in err and err.count("\n") == 1
         code, _, err = preprocess(*flags, "--output", tmp_path / "out")
         assert code == 2 and f"{path} is gone; put it back" in err
+        assert json.loads((tmp_path / "out" / "state.json").read_bytes())["unreadable"] == [], "it has not broken off yet"
         shutil.copy2(kept, path)
     monkeypatch.setattr(job, "write_inputs", real)
     assert preprocess(*flags, "--output", tmp_path / "out")[0] == 0

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,7 +200,7 @@ def test_a_rollback_leaves_what_was_saved_among_the_skipped_steps(run):
     assert steps(run) == [1, 2, 3, 5, 6]
 
 
-@pytest.mark.parametrize(("resume", "step", "best"), [("step_1", 3, None), ("step_2", 2, "step_3"), ("auto", 3, "step_3")])
+@pytest.mark.parametrize(("resume", "step", "best"), [("step_1", 3, None), ("step_2", 2, None), ("auto", 3, "step_3")])
 def test_best_names_no_other_weights_than_it_was_given_to(run, resume, step, best):
     """After a new branch had come by the step of the old one's best, an export of the best was of whatever was there now."""
     (run / "checkpoints/best").write_text("step_3")
@@ -208,6 +209,57 @@ def test_best_names_no_other_weights_than_it_was_given_to(run, resume, step, bes
     assert branch.folder.pointed("best") == best
     branch.save(StubEngine(), state(3), is_best=True)
     assert branch.folder.pointed("best") == "step_3"
+
+
+@pytest.mark.parametrize("how", ["resume", "rollback"])
+def test_the_best_of_a_branch_is_one_of_its_own(tmp_path, how):
+    """It stayed with the branch that was left: what this one had as its best was deleted, and `best` was of other weights."""
+    run = tmp_path / "run"
+    losses = {1: 3.0, 2: 3.0, 3: 2.0}  # 1 is the best up to 2
+    first = manager(run, keep_last=1)
+    for step, loss in losses.items():
+        first.save(StubEngine(seed=step), replace(state(step), best_loss=loss), is_best=step != 2)
+        shutil.copytree(run / f"checkpoints/step_{step}", tmp_path / f"step_{step}")
+    for step in (1, 2):
+        shutil.copytree(tmp_path / f"step_{step}", run / f"checkpoints/step_{step}", dirs_exist_ok=True)
+    branch = manager(run, keep_last=1)
+    choice = branch.choose("step_2") if how == "resume" else branch.newest(before=3)
+    assert branch.load(StubEngine(), choice).best_loss == 3.0
+    if how == "resume":
+        branch.begin(choice)
+        assert branch.folder.pointed("best") == "step_1"
+    branch.save(StubEngine(), replace(state(4), best_loss=3.0))
+    assert branch.folder.pointed("best") == "step_1" and steps(run) == [1, 3, 4]
+
+
+def test_a_best_that_is_gone_is_looked_for_anew(tmp_path):
+    """Also by a run that begins at another run's checkpoint: it had a best loss and no checkpoint with it."""
+    run = tmp_path / "run"
+    for step in (1, 2):
+        manager(run).save(StubEngine(), replace(state(step), best_loss=3.0), is_best=step == 1)
+    other = manager(tmp_path / "other")
+    assert other.load(StubEngine(), other.choose(str(run))).best_loss is None
+    again = manager(run)
+    assert again.load(StubEngine(), again.choose("auto")).best_loss == 3.0
+    shutil.rmtree(run / "checkpoints/step_1")
+    (run / "checkpoints/best").unlink()
+    assert again.load(StubEngine(), again.choose("auto")).best_loss == 3.0, "step_2 is as good"
+    branch, _ = begin(run, "auto")
+    assert branch.folder.pointed("best") == "step_2"
+
+
+def test_a_fresh_start_writes_over_nothing_that_was_left(run):
+    """`--resume never` looked past it, and so did auto, once what a left step had led to was gone."""
+    begin(run, "step_1")
+    begin(run, "step_3")
+    shutil.rmtree(run / "checkpoints/step_3")
+    with pytest.raises(ValueError, match=r"--resume never, but .* holds step_"):
+        manager(run).choose("never")
+    for name in ("latest", "resumed"):
+        (run / "checkpoints" / name).unlink()
+        with pytest.raises(ValueError, match=r"step_1, step_2 are of branches that were left, for --resume to name"):
+            manager(run).choose("auto")
+    assert begin(run, "step_2")[1].path.name == "step_2"
 
 
 @pytest.mark.parametrize(("resume", "writes"), [("step_1", 4), ("auto", 2)])

@@ -46,8 +46,12 @@ def test_where_a_run_began_is_kept_for_the_same_command(tmp_path: Path) -> None:
     assert folder.began_at() is None
     folder.begin_at(tmp_path / "step_1", None)
     assert folder.began_at() is None and folder.pointed(LATEST) == "step_3", "by itself a start leaves no branch"
-    folder.begin_at(tmp_path / "step_2", "a\n\udcff/step_2")
-    assert folder.began_at() == "a\n\udcff/step_2" and folder.pointed(LATEST) == "step_2"
+    folder.begin_at(tmp_path / "step_2", str(tmp_path / "step_2"))
+    assert folder.began_at() == str(tmp_path / "step_2") and folder.pointed(LATEST) == "step_2"
+    folder.begin_at(tmp_path / "step_1", str(tmp_path / "step_2"))
+    assert folder.pointed(LATEST) == "step_2" and folder.left() == {"step_3"}, "the same command, where step_2 is damaged"
+    folder.begin_at(tmp_path / "other" / "step_1", "a\n\udcff/step_2")
+    assert folder.began_at() == "a\n\udcff/step_2"
     folder.begin_at(tmp_path / "other" / "step_1", "other")
     assert folder.began_at() == "other" and folder.pointed(LATEST) == "step_2", "not of this folder"
     folder.begin_at(tmp_path / "step_2", None)
@@ -65,19 +69,19 @@ def test_a_crash_where_a_run_begins_lets_it_begin_there_once_more(tmp_path: Path
     """With `resumed` but the old `latest` the same command would go on beyond the checkpoint that it names."""
     folder, written = folder_with(tmp_path, 1, 2, latest="step_2"), list[str]()
     monkeypatch.setattr("launch.checkpoint.folder.replace_file", lambda path, _: written.append(path.name))
-    folder.begin_at(tmp_path / "step_1", "step_1")
-    assert written == [LATEST, LEFT, RESUMED]
+    folder.begin_at(tmp_path / "step_1", str(tmp_path / "step_1"))
+    assert written == [LEFT, LATEST, RESUMED]
 
 
 def test_a_branch_that_was_left_is_neither_tried_nor_counted_nor_deleted(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, 5, 10, 14, 17, latest="step_17")
-    folder.begin_at(tmp_path / "step_10", "step_10")
+    folder.begin_at(tmp_path / "step_10", str(tmp_path / "step_10"))
     assert folder.left() == {"step_14", "step_17"}
     folder_with(tmp_path, 18, 20, latest="step_20")
     assert [path.name for path in folder.newest_first()] == ["step_20", "step_18", "step_10", "step_5"]
     assert [path.name for path in folder.expendable(keep_last=2, keep_every=0)] == ["step_10", "step_5"]
     assert sorted(folder.steps()) == [5, 10, 14, 17, 18, 20], "by its name each is still there"
-    folder.begin_at(tmp_path / "step_17", "step_17")
+    folder.begin_at(tmp_path / "step_17", str(tmp_path / "step_17"))
     assert [path.name for path in folder.newest_first()] == ["step_17"], "nobody knows that it came by step_14, and not by step_18"
     folder.leave([], but="step_20")
     assert [path.name for path in folder.newest_first()] == ["step_17", "step_20"], "once it is saved anew"

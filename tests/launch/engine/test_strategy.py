@@ -107,10 +107,6 @@ def test_defaults_by_number_of_gpus() -> None:
 def test_a_default_divides_the_models_experts() -> None:
     """60m has four, on eight GPUs."""
     assert default_path(8, 8, 4).name == "ep4_zero2.json" and default_path(8, 8, 6).name == "ep1_zero2.json"
-    # Of nodes with four GPUs no experts are spread over two; where each rank sees one GPU nothing says how many a node has.
-    assert default_path(4, 16, 8).name == "ep4_zero2.json" and default_path(6, 24, 8).name == "ep1_zero2.json"
-    assert default_path(1, 8, 8).name == default_path(8, 16, 8).name == "ep8_zero2.json"
-    assert default_path(6, 4, 8).name == "ep4_zero2.json"  # some of a node's
     assert default_path(0, 2, 3).name == default_path(0, 3, 4).name == "cpu_ep1_zero2.json"
     assert resolve(default_path(8, 8, 4), world_size=8, num_experts=4)["gradient_accumulation_steps"] == 4
 

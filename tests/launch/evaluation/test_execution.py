@@ -500,3 +500,9 @@ def test_levels_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="no isolation called bubblewrap starts on this machine: it is not installed"):
         find_isolation("bubblewrap")
+
+
+def test_tests_find_pythons_own_names_as_fast_as_ever(isolation: Isolation) -> None:
+    """Each went through Python code of ours, and brute-force checks of right programs timed out."""
+    test = TESTS + 'assert globals().get("abs") is abs and "candidate" not in globals()\n'
+    assert judged(isolation, "def successor(x): return x + 1", test).passed

@@ -68,6 +68,8 @@ def test_the_loss_is_this_checkpoints_and_can_be_repeated(checkpoint: Path) -> N
     assert "- best validation loss of the run up to here 4.5000 nats a token at step 3\n" in card and "4.0000" not in card
     edit(run / "config.json", validation={"samples": 11, "sequence_length": 32})
     assert "first 11 samples" in card_of(checkpoint)
+    edit(checkpoint / "state.json", extra={"judged_on": {"samples": 8, "fingerprint": "abc"}})
+    assert "first 8 samples" in card_of(checkpoint), "the run has other --eval_batches since"
     (run / "metrics.jsonl").unlink()
     assert "- best validation loss of the run up to here 4.5000 nats a token\n" in card_of(checkpoint)
 

@@ -52,6 +52,12 @@ def test_each_blank_is_as_it_was_written(sentencepiece: PreTrainedTokenizerFast,
     assert criterion(torch.tensor([whole, whole]), torch.empty(0)).tolist() == [True, False]
 
 
+def test_a_vocabulary_without_the_letter_decodes_as_it_is() -> None:
+    made = Tokenizer(models.WordLevel({"x": 0, "y": 1}, unk_token="<none>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert NewText(PreTrainedTokenizerFast(tokenizer_object=made)).of([0, 1], last=1) == "x y"
+
+
 def test_what_fills_in_begins_a_text(sentencepiece: PreTrainedTokenizerFast) -> None:
     """Its parts are encoded one by one, each with a blank before it."""
     middle = sentencepiece.get_vocab()["<fim_middle>"]

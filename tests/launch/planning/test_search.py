@@ -153,6 +153,8 @@ def test_the_curve_has_the_nodes_that_were_asked_for() -> None:
     found = {point.gpus: point.found.job for point in curve(job, device)}
     assert found[16] == dataclasses.replace(job, ranks=16)
     assert [found[n].ranks_per_node for n in (1, 2, 4, 8, 512)] == [1, 2, 4, 4, 4]
+    over = planned("800m", "ep8_zero2.json", gpus=4, nodes=4, length=1024)
+    assert {point.gpus: point.found.job.expert_ranks for point in curve(over, device)}[16] == 8, "at its own number it is the job"
     alone = {point.gpus: point.found.job for point in curve(planned("800m", "ep4_zero2.json", gpus=4), device)}
     assert [alone[n].ranks_per_node for n in (4, 8, 16)] == [4, 8, 8]
     wider = {point.gpus: point.found.job for point in curve(planned("800m", "ep4_zero2.json", gpus=4), find_device("gh200"))}

@@ -233,6 +233,9 @@ def run_tests(job: dict[str, Any], channel: Channel) -> None:
     for name in namespace.wanted:
         with suppress(NameError):
             namespace[name]  # now: Python asks no __missing__ from within a class
+    for name, value in vars(builtins).items():  # by __missing__ each look at one takes ten times as long
+        if not name.startswith("__") and name not in namespace.wanted:
+            namespace.setdefault(name, value)
     exec(compile(job["test"], "<tests>", "exec", dont_inherit=True), namespace)
     if channel.failure is not None:
         raise Unanswered(channel.failure)
