@@ -71,7 +71,8 @@ BROKEN = [
     ("mbpp", '{"task_id": 1, "text": "t", "test_list": ["assert f(1)", "assert f("]}', "line 1: the tests are no Python"),
     ("infilling", '{"task_id": "a", "prompt": "", "test": "", "entry_point": "f"}', "line 1: no suffix"),
     ("humaneval", f"{ROW}\n{ROW.replace('7', '8')}\n{ROW}", "line 3: the task_id P/7 was there before"),
-    ("humaneval", gzip.compress(ROW.encode())[:10] + b"\xff" * 20, "cannot be read: Error -3 while decompressing"),
+    # With the time in it two workers that begin in two seconds have tests of two names, and none is run.
+    ("humaneval", gzip.compress(ROW.encode(), mtime=0)[:10] + b"\xff" * 20, "cannot be read: Error -3 while decompressing"),
 ]
 
 
