@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria
+
+from data.cli import UserError
+from data.tokens.encoder import naming_what_has_no_id
 
 TAIL = 64  # tokens looked at for a stop string; each new one has at least a byte of it
 
@@ -40,12 +44,9 @@ class NewText:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.added = frozenset(tokenizer.added_tokens_decoder)
-        try:
-            self.letter: list[int] = tokenizer("a", add_special_tokens=False).input_ids
-        except Exception as error:
-            if type(error) is not Exception:  # that is all that the library raises where a vocabulary lacks a text
-                raise
-            self.letter = []
+        self.letter: list[int] = []
+        with suppress(UserError), naming_what_has_no_id("the tokenizer"):
+            self.letter = tokenizer("a", add_special_tokens=False).input_ids
 
     def of(self, ids: list[int], *, last: int) -> str:
         """last: the prompt's last token."""
