@@ -120,10 +120,17 @@ def own_address() -> str:
     return name if ipaddress.ip_address(found.partition("%")[0]).is_loopback else found
 
 
+#: Bound and never listened on: until this process ends the kernel gives their ports to nobody who asks for any.
+_kept: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+    """A port that stays free for whoever listens on it with SO_REUSEADDR, as PyTorch's store does, and be it seconds from now."""
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("", 0))
+    _kept.append(kept)
+    return int(kept.getsockname()[1])
 
 
 def check_restart() -> None:

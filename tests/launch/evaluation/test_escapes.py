@@ -10,21 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import ROOT, readable_copy
 
 from launch.evaluation.sandbox.levels import LEVELS, open_python
 
-SCRIPT = Path(__file__).with_name("escapes.py")
+SCRIPT = "tests/launch/evaluation/escapes.py"
 SECONDS = 120
 NO_SUCH_LEVEL = 3
 ORDINARY = 64000  # the number of a user that nobody has, and one more for each run: the kernel counts processes by user
 WAYS = ("none", *LEVELS)
 
 
-def command_as(user: str, way: str) -> list[str]:
+def command_as(user: str, way: str, copy: Path) -> list[str]:
     if user == "this user":
-        return [sys.executable, str(SCRIPT), way]
+        return [sys.executable, str(ROOT / SCRIPT), way]
     number = str(ORDINARY + WAYS.index(way))
-    return ["setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups", open_python(), str(SCRIPT), way]
+    return ["setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups", open_python(), str(copy / SCRIPT), way]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +33,22 @@ def started() -> Iterator[dict[tuple[str, str], subprocess.Popen[str]]]:
     """All of them at once: they mostly wait."""
     users = ["this user", *(["an ordinary user"] if os.getuid() == 0 else [])]
     found = {}
-    for user in users:
-        for way in WAYS:
-            found[user, way] = subprocess.Popen(
-                command_as(user, way),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "CALLERS_SECRET": "x"},
-            )
-    yield found
-    for process in found.values():
-        process.kill()
-        process.wait()
+    # By PYTHONPATH ours would be found twice.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with readable_copy("data", "launch", SCRIPT) as copy:
+        for user in users:
+            for way in WAYS:
+                found[user, way] = subprocess.Popen(
+                    command_as(user, way, copy),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env={**environment, "CALLERS_SECRET": "x"},
+                )
+        yield found
+        for process in found.values():
+            process.kill()
+            process.wait()
 
 
 def result(started: dict[tuple[str, str], subprocess.Popen[str]], user: str, way: str) -> dict:
