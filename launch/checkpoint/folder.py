@@ -95,11 +95,6 @@ class CheckpointFolder:
     def point(self, pointer: str, name: str) -> None:
         replace_file(self.path / pointer, name.encode())
 
-    def forget_best(self, name: str) -> None:
-        """`name` is about to be replaced by one that is not the best."""
-        if self.pointed(BEST) == name:
-            (self.path / BEST).unlink()
-
     def set_best(self, name: str | None) -> None:
         if name is None:
             (self.path / BEST).unlink(missing_ok=True)

@@ -204,13 +204,13 @@ class CheckpointManager:
         assert not strays, f"written past the CheckpointFiles: {sorted(strays)}"
         write_manifest(temporary, files)
         beyond = [] if self._loaded is None else self.folder.beyond(self._loaded)
-        if not is_best and final.name in self.folder.left().union(beyond):
-            self.folder.forget_best(final.name)
+        if not is_best and final.name in self.folder.left().union(beyond) and final.name == self.folder.pointed(BEST):
+            self.folder.set_best(None)  # it is about to be replaced by one that is not
         publish(temporary, final)
         # Not as soon as it is loaded: until there is something newer, what was damaged may still be restored and gone on from.
         self.folder.leave(beyond, but=final.name)
         if is_best:  # before `latest`, which a run goes on from, with its best loss: nothing worse than that is saved as the best
-            self.folder.point(BEST, final.name)
+            self.folder.set_best(final.name)
         self.folder.point(LATEST, final.name)
         if self._loaded is not None and not is_best:
             self.folder.set_best(self._best)

@@ -134,15 +134,9 @@ def rehearse(trainer: Trainer, ranks: ControlGroup) -> None:
     engine = trainer.engine
     with _without_trace(trainer):
         batches, targets = trainer.next_batches()
-        trainer.watchdog.phase("preflight: one step at full size")  # not "loading data" any more
-        items = targets / (trainer.accumulation * trainer.world_size)
         batches = batches[:2]  # with accumulation, also the memory of gradients that are kept
         engine.micro_steps = trainer.accumulation - len(batches)  # the last of them is then the step's boundary
-        for batch in batches:
-            loss = engine(**batch, num_items_in_batch=items).loss
-            engine.backward(loss)
-            if batch is not batches[-1]:
-                engine.step()
+        trainer.accumulate(batches, targets, "preflight: one step at full size")
         trainer.step_hook.step(lambda _: "a rehearsal")
 
 

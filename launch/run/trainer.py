@@ -27,7 +27,7 @@ from launch.engine.step_hook import StepHook
 from launch.engine.update_ratio import UpdateRatio
 from launch.ranks.watchdog import Watchdog
 from launch.run.arguments import TrainArguments
-from launch.run.batches import BatchLoader, StepBatches
+from launch.run.batches import Batch, BatchLoader, StepBatches
 from launch.run.health import Health, memory_bytes
 from launch.run.judging import Judging
 from launch.run.metrics import Monitor
@@ -139,18 +139,7 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over the global batch; returns its metrics (the same on every rank)."""
         batches, targets = self.next_batches()
-        # Sum of token losses over this number = the micro-batch's share of the mean over all targets of the global batch,
-        # once DeepSpeed has averaged over micro-batches and ranks.
-        items = targets / (self.accumulation * self.world_size)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, batch in enumerate(batches):
-            self.watchdog.at(self.position.step, "forward")
-            loss = self.engine(**batch, num_items_in_batch=items).loss
-            self.watchdog.at(self.position.step, "backward")
-            self.engine.backward(loss)
-            total += loss.detach()
-            if number < self.accumulation - 1:
-                self.engine.step()  # only counts: not a boundary
+        total = self.accumulate(batches, targets)
         loss, rate = self.reduce_loss_and_flags(total), self.engine.get_lr()[0]  # after the step it is the next one's
         self.watchdog.at(self.position.step, "optimizer step")
         ratio = UpdateRatio(self.engine) if self.health.is_detailed(self.position.step + 1) else None
@@ -159,6 +148,25 @@ class Trainer:
         if ratio is not None and reason is None:
             self.monitor.log({"step": self.position.step, **self.health.snapshot(ratio.measure())})
         return metrics
+
+    def accumulate(self, batches: list[Batch], targets: int, phase: str | None = None) -> torch.Tensor:
+        """Forward and backward of micro-batches of a step with `targets` in all; returns this rank's sum of their losses.
+
+        phase: what the watchdog calls it (default: forward or backward).
+        """
+        # Sum of token losses over this number = the micro-batch's share of the mean over all targets of the global batch,
+        # once DeepSpeed has averaged over micro-batches and ranks.
+        items = targets / (self.accumulation * self.world_size)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            self.watchdog.at(self.position.step, phase or "forward")
+            loss = self.engine(**batch, num_items_in_batch=items).loss
+            self.watchdog.at(self.position.step, phase or "backward")
+            self.engine.backward(loss)
+            total += loss.detach()
+            if batch is not batches[-1]:
+                self.engine.step()  # only counts: not a boundary
+        return total
 
     def next_batches(self) -> StepBatches:
         """This rank's micro-batches of the step, and the number of targets in the whole global batch."""
