@@ -68,7 +68,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         #: Which source each slot of a blend's period takes, and how many earlier slots took the same one.
         self.slots = blend_slots(self.weights) if self.weights else None
         self.earlier = earlier_slots(self.slots) if self.slots is not None else None
-        self.judged = interleaved(self.samples) if split == "validation" and len(self.streams) > 1 else None
+        self.validation_order = interleaved(self.samples) if split == "validation" and len(self.streams) > 1 else None
         self._located: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _check_tokenizers(self) -> None:
@@ -133,7 +133,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self.split == "validation":
             if (indices >= total).any():
                 raise IndexError(f"the validation split has {total} samples")
-            where = indices if self.judged is None else self.judged[indices]
+            where = indices if self.validation_order is None else self.validation_order[indices]
         else:
             where = permute_epochs(indices, total, self.seed)
         source = np.searchsorted(self.ends, where, "right")
@@ -214,7 +214,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def fingerprint(self) -> str:
         """Of everything that decides what sample i is, besides seed and split sizes: content, order of folders, weights, length."""
         facts = [s.fingerprint for s in self.streams]
-        order = self.weights if self.judged is None else "interleaved"
+        order = self.weights if self.validation_order is None else "interleaved"
         return hashlib.sha256(repr((facts, order, self.sequence_length)).encode()).hexdigest()
 
     @property

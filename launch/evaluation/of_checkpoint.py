@@ -1,4 +1,4 @@
-"""Export a checkpoint, let it write for problems, run that in the sandbox: what training starts beside itself (`run/judging.py`).
+"""Export a checkpoint, let it write for problems, run that in the sandbox: what training starts (`run/checkpoint_eval.py`).
 
 python -m launch.evaluation.of_checkpoint RUN/checkpoints/step_N RUN/evaluations PROBLEMS NAME=TASK=FILE...
 

@@ -22,8 +22,8 @@ from launch.planning.expectation import duration_line, job_of_run, memory_line
 from launch.profiling.ranges import STEP
 from launch.ranks.watchdog import Watchdog
 from launch.run.arguments import TrainArguments
+from launch.run.checkpoint_eval import CheckpointEvaluator
 from launch.run.health import Health
-from launch.run.judging import Judging
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
 from launch.run.resolve import ResolvedRun
@@ -47,7 +47,9 @@ def make_trainer(
 ) -> Trainer:
     last_step = min(arguments.max_steps, arguments.stop_after or arguments.max_steps)
     monitor = Monitor(arguments.output, enabled=dist.get_rank() == 0, last_step=last_step)
-    judging = Judging(output=arguments.output, files=run.task_files, problems=arguments.eval_problems, monitor=monitor)
+    evaluator = CheckpointEvaluator(
+        output=arguments.output, files=run.task_files, problems=arguments.eval_problems, monitor=monitor
+    )
     held_out = run.validation_data
     clip = run.strategy.gradient_clipping
     device = device_of(gpu_name())
@@ -60,9 +62,9 @@ def make_trainer(
         validation=make_validation(arguments, held_out, engine, watchdog) if held_out is not None else None,
         tasks={name: make_validation(arguments, data, engine, watchdog) for name, data in run.task_data.items()},
         balancer=LoadBalancer.of(run.model, engine.module, dist.all_reduce),
-        judging=judging,
+        evaluator=evaluator,
         saving=Saving(
-            engine=engine, settings=EngineSettings(engine), checkpoints=checkpoints, monitor=monitor, on_saved=judging.begin
+            engine=engine, settings=EngineSettings(engine), checkpoints=checkpoints, monitor=monitor, on_saved=evaluator.begin
         ),
         monitor=monitor,
         spikes=SpikeDetector(sigma=arguments.spike_sigma, window=arguments.spike_window, rollback_after=arguments.spike_rollback),

@@ -28,8 +28,8 @@ from launch.engine.update_ratio import UpdateRatio
 from launch.ranks.watchdog import Watchdog
 from launch.run.arguments import TrainArguments
 from launch.run.batches import Batch, BatchLoader, StepBatches
+from launch.run.checkpoint_eval import CheckpointEvaluator
 from launch.run.health import Health, memory_bytes
-from launch.run.judging import Judging
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
 from launch.run.progress import gigabytes
@@ -67,7 +67,7 @@ class Trainer:
     train_data: PackedDataset
     validation: Validation | None
     tasks: dict[str, Validation]
-    judging: Judging
+    evaluator: CheckpointEvaluator
     balancer: LoadBalancer
     health: Health
     saving: Saving
@@ -116,7 +116,7 @@ class Trainer:
                 self.profile.after_step(seconds)
             if self.is_logged(step) or "skipped" in metrics:
                 self.log(metrics)
-                self.judging.take(step)
+                self.evaluator.take(step)
             self.show_progress(metrics)
             if self._rollback_due and self.roll_back(finite=math.isfinite(metrics["loss"] + metrics["grad_norm"])):
                 self.save()  # the data position: ended before the next one, a run would meet these batches again
@@ -130,8 +130,8 @@ class Trainer:
         self.watchdog.at(self.position.step, "saving")
         self.loader.close()
         self.saving.finish(self.state(), skipped=self.spikes.skipped_in_a_row)
-        self.judging.take(self.position.step)
-        self.judging.leave()
+        self.evaluator.take(self.position.step)
+        self.evaluator.leave()
         return self.outcome or "finished"
 
     # ------------------------------------------------------------------ one step

@@ -423,7 +423,7 @@ def test_a_rollback_comes_after_the_steps_row_and_before_no_evaluation() -> None
         arguments=SimpleNamespace(eval_interval=2, save_interval=4, max_steps=8),
         position=position, last_step=8, outcome="", profile=None, _rollback_due=False,
         _timer=StepTimer(), watchdog=SimpleNamespace(at=lambda step, phase: None), loader=SimpleNamespace(close=lambda: None),
-        judging=SimpleNamespace(take=lambda step: None, leave=lambda: None),
+        evaluator=SimpleNamespace(take=lambda step: None, leave=lambda: None),
         saving=SimpleNamespace(finish=lambda state, skipped: done.append(("finished", skipped))), state=lambda: None,
         spikes=SimpleNamespace(skipped_in_a_row=3),
         train_step=train_step, roll_back=roll_back, is_logged=lambda step: False, show_progress=lambda metrics: None,

@@ -18,7 +18,7 @@ from launch.evaluation import of_checkpoint
 from launch.evaluation.of_checkpoint import HELD, clear_dead
 from launch.evaluation.problems import ProblemFile
 from launch.run.arguments import parse_arguments
-from launch.run.judging import Judging
+from launch.run.checkpoint_eval import CheckpointEvaluator
 from launch.run.metrics import Monitor
 from launch.run.resolve import open_tasks
 
@@ -83,14 +83,14 @@ def test_a_result_becomes_a_row(problems: Path, tmp_path: Path, monkeypatch: pyt
         "if name == 'step_4': sys.exit('no such checkpoint')\n"
         "json.dump({'pass@1': 0.5, 'problems': 2}, open(f'{folder}/{name}.code.json', 'w'))\n"
     )
-    monkeypatch.setattr("launch.run.judging.sys.executable", str(script(tmp_path, judge)))
-    judging = Judging(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
+    monkeypatch.setattr("launch.run.checkpoint_eval.sys.executable", str(script(tmp_path, judge)))
+    evaluator = CheckpointEvaluator(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
     for step in (2, 4, 6):
-        judging.begin(f"step_{step}")
-        judging.begin(f"step_{step + 1}")  # while the other is judged
-        assert judging._process is not None
-        judging._process.wait()
-        judging.take(step + 1)
+        evaluator.begin(f"step_{step}")
+        evaluator.begin(f"step_{step + 1}")  # while the other is judged
+        assert evaluator._process is not None
+        evaluator._process.wait()
+        evaluator.take(step + 1)
     rows = metrics(tmp_path)
     assert [(row["step"], row["eval/code_pass@1"], row["eval/code_of_step"]) for row in rows] == [(3, 0.5, 2), (7, 0.5, 6)]
     assert [line for line in said if "could not be judged" in line and "step_4.log" in line]
@@ -102,17 +102,17 @@ def test_a_judge_that_cannot_start_is_said(problems: Path, tmp_path: Path, monke
     said: list[str] = []
     monitor = Monitor(tmp_path, enabled=True, last_step=9)
     monkeypatch.setattr(monitor, "say", said.append)
-    judging = Judging(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
+    evaluator = CheckpointEvaluator(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
 
     def start(*_: object, **__: object) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("launch.run.judging.subprocess.Popen", start)
-    judging.begin("step_2")
-    judging.take(3)
-    judging.leave()
+    monkeypatch.setattr("launch.run.checkpoint_eval.subprocess.Popen", start)
+    evaluator.begin("step_2")
+    evaluator.take(3)
+    evaluator.leave()
     (tmp_path / "evaluations" / "step_4.log").mkdir()
-    judging.begin("step_4")
+    evaluator.begin("step_4")
     assert [line.split("(")[0] for line in said] == [f"warning: {name} cannot be judged " for name in ("step_2", "step_4")]
 
 
@@ -123,15 +123,15 @@ def test_a_result_that_is_gone_or_no_result_is_said(
     said: list[str] = []
     monitor = Monitor(tmp_path, enabled=True, last_step=9)
     monkeypatch.setattr(monitor, "say", said.append)
-    judging = Judging(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
-    judging.folder.mkdir()
+    evaluator = CheckpointEvaluator(output=tmp_path, files={"code": ProblemFile.of(problems)}, problems=5, monitor=monitor)
+    evaluator.folder.mkdir()
     if result is not None:
-        (judging.folder / "step_2.code.json").write_text(result)
+        (evaluator.folder / "step_2.code.json").write_text(result)
     done: Any = SimpleNamespace(poll=lambda: 0, returncode=0)
-    judging._process, judging._name = done, "step_2"
-    judging.take(3)
+    evaluator._process, evaluator._name = done, "step_2"
+    evaluator.take(3)
     assert [line.split("(")[0] for line in said] == ["warning: step 3: what was found of step_2 cannot be read "]
-    assert judging._process is None and not metrics(tmp_path)
+    assert evaluator._process is None and not metrics(tmp_path)
 
 
 def script(folder: Path, python: Path) -> Path:

@@ -19,7 +19,7 @@ from launch.run.metrics import Monitor
 
 
 @dataclass(kw_only=True)
-class Judging:
+class CheckpointEvaluator:
     """Of rank 0. `begin` for each checkpoint, `take` now and then; one checkpoint is judged at a time, those in between are not."""
 
     output: Path
