@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from data.files import differing
 from model import MoEGPTConfig
 
 #: How the state lies over the ranks: another value means a conversion, not a refusal.
@@ -69,12 +70,9 @@ class RunIdentity:
         return {**{name: value for name, value in values.items() if name not in LAYOUT}, "model": model}
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """What differs between two JSON values, as `path: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
-    return [] if old == new else [f"{name}: {json.dumps(old)} -> {json.dumps(new)}"]
+    return [f"{name}: {json.dumps(before)} -> {json.dumps(after)}" for name, before, after in differing(old, new)]
 
 
 def listed(found: list[str], most: int = 5) -> str:

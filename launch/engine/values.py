@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from deepspeed.runtime.config import ADAM_W_MODE, TORCH_ADAM_PARAM, DtypeEnum
 from torch.optim.lr_scheduler import LRScheduler
 
 from data.cli import UserError, sentence
-from data.files import lookup
+from data.files import leaves, lookup
 from launch.engine.kinds import SWITCH, another_kind, is_kind, shown
 from launch.engine.strategy import AUTO
 
@@ -79,7 +79,7 @@ OF_THE_MODEL = {
 
 def check_values(config: dict[str, Any], path: Path) -> None:
     """Of a resolved JSON whose keys are known. Raises UserError with the file, the key, the value and what would be right."""
-    for key, value in _leaves(config):
+    for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: {key} must be a finite number, not {value}")
         if value == "auto" and not key.startswith("expert_parallel."):  # of which several are so by default
@@ -103,15 +103,6 @@ def check_values(config: dict[str, Any], path: Path) -> None:
     _check_expert_parallel(config["expert_parallel"], path)
     _check_grad_accum(config, path)
     _check_schedule(config.get("scheduler"), path)
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no section."""
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, inner in value.items():
-        yield from _leaves(inner, f"{key}.{name}" if key else name)
 
 
 def _check_expert_parallel(section: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import replace_json
+from data.files import differing, replace_json
 from data.words import SECONDS_PER_DAY
 from launch.engine import strategy
 from launch.planning.arguments import PlanArguments
@@ -15,7 +15,7 @@ from launch.planning.job import Job, job_from, micro_batches
 from launch.planning.ladder import Ladder, active_parameters
 from launch.planning.memory import GB, WORST_LOAD
 from launch.planning.scale import Point, curve
-from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidate, changes, least_change, search
+from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidate, least_change, search
 from launch.planning.time import USUAL_LOAD
 from model.accounting import count_parameters, training_flops_per_token
 from model.sizes import ModelSizes, load_sizes
@@ -152,11 +152,10 @@ def point(one: Point) -> dict[str, Any]:
 
 
 def to_fit(found: Candidate, config: dict[str, Any]) -> dict[str, list[object]]:
-    """The fewest changes of the JSON, `config`, that make it fit, `[from, to]` by key; none where it fits or nothing helps."""
-    if found.fits:
-        return {}
-    helped = least_change(found.job, found.device, config)
-    return {key: list(pair) for key, pair in changes(found.job, helped.job, config).items()} if helped else {}
+    """What to change of the JSON, `config`, to make it fit by the fewest decisions, `[from, to]` by key, null for a key that is not
+    there; none where it fits or nothing helps."""
+    helped = None if found.fits else least_change(found.job, found.device)
+    return {key: [old, new] for key, old, new in differing(config, as_deepspeed(helped, config))} if helped else {}
 
 
 def budget(found: Candidate, tokens: float | None, price: float | None) -> dict[str, Any]:

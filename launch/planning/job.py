@@ -66,11 +66,6 @@ class Job:
         return self.global_batch * self.sequence_length
 
     @property
-    def offload_section(self) -> dict[str, str] | None:
-        """As `zero_optimization.offload_optimizer` says it."""
-        return {"device": "cpu"} if self.offload_optimizer else None
-
-    @property
     def dense_parameters(self) -> int:
         """Every rank holds them (before ZeRO divides anything)."""
         count = count_parameters(self.sizes)

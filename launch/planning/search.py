@@ -107,26 +107,16 @@ def _micro_batches(job: Job) -> list[int]:
     return micro_batches(job.global_batch // job.ranks, max(1, MOST_TOKENS // job.sequence_length))
 
 
-def changes(job: Job, other: Job, base: dict[str, Any]) -> dict[str, tuple[object, object]]:
-    """What of `base`, the job's DeepSpeed JSON, differs, `(from, to)` by its dotted key, as the file has them."""
-    keys = {
-        "expert_parallel.autoep_size": "expert_ranks",
-        "zero_optimization.stage": "zero_stage",
-        "zero_optimization.offload_optimizer": "offload_section",
-        "train_micro_batch_size_per_gpu": "micro_batch",
-        "activation_checkpointing.mode": "recompute",
-    }
-    train, accumulation = (base.get(name, "auto") for name in ("train_batch_size", "gradient_accumulation_steps"))
-    if train == "auto" or accumulation != "auto":  # else it follows the micro-batch by itself
-        keys["gradient_accumulation_steps"] = "accumulation"
-    pairs = {key: (getattr(job, name), getattr(other, name)) for key, name in keys.items()}
-    return {key: (ours, theirs) for key, (ours, theirs) in pairs.items() if ours != theirs}
+def changes(job: Job, other: Job) -> int:
+    """In how many decisions two layouts differ; each may be several keys of the file."""
+    decisions = ("expert_ranks", "zero_stage", "offload_optimizer", "micro_batch", "recompute")
+    return sum(getattr(job, name) != getattr(other, name) for name in decisions)
 
 
-def least_change(job: Job, device: Device, base: dict[str, Any]) -> Candidate | None:
+def least_change(job: Job, device: Device) -> Candidate | None:
     """Of all layouts that fit safely, the one with the fewest changes, and of those the fastest; None where none fits."""
     fitting = (found for found in (candidate(variant, device) for variant in variants(job)) if found.is_safe)
-    return min(fitting, key=lambda found: (len(changes(job, found.job, base)), -found.tokens_per_second), default=None)
+    return min(fitting, key=lambda found: (changes(job, found.job), -found.tokens_per_second), default=None)
 
 
 def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:

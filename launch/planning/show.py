@@ -58,8 +58,9 @@ def _head(answer: dict[str, Any]) -> str:
 
 
 def _changed(pairs: dict[str, Sequence[object]]) -> str:
-    """Keys of the JSON, from what to what, to be pasted."""
-    return ", ".join(f"{key} from {shown(old)} to {shown(new)}" for key, (old, new) in pairs.items())
+    """Keys of the JSON, from what to what, to be pasted; `unset` is a key that is not there."""
+    said = {key: ["unset" if value is None else shown(value) for value in pair] for key, pair in pairs.items()}
+    return ", ".join(f"{key} from {old} to {new}" for key, (old, new) in said.items())
 
 
 def _memory(answer: dict[str, Any]) -> str:

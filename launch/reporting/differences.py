@@ -6,7 +6,7 @@ import json
 from pathlib import PurePath
 from typing import Any
 
-from data.files import lookup
+from data.files import leaves, lookup
 from launch.reporting.read import Run
 
 #: Differ between any two runs and explain nothing.
@@ -14,16 +14,9 @@ NOISE = ("arguments.output", "command", "host", "data.content")
 MISSING = "not set"
 
 
-def flatten(value: Any, name: str = "") -> dict[str, str]:
-    """`a.b.c` -> JSON text, for every leaf of nested objects."""
-    if isinstance(value, dict) and value:
-        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{name}.{key}" if name else str(key)).items()}
-    return {name: json.dumps(value)}
-
-
 def settings_that_differ(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """(setting, its value in each run), for settings that are not the same everywhere. All of `runs` have a configuration."""
-    flat = [flatten(run.config) for run in runs]
+    flat = [{name: json.dumps(value) for name, value in leaves(run.config)} for run in runs]
     names = sorted({name for settings in flat for name in settings if not name.startswith(NOISE)})
     rows = [(name, [settings.get(name, MISSING) for settings in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from data.files import hash_file, is_inside, make_folder, read_json, replace_file, replace_json, replacing, small_file, sync_folder
+from data.files import (
+    differing,
+    hash_file,
+    is_inside,
+    leaves,
+    make_folder,
+    read_json,
+    replace_file,
+    replace_json,
+    replacing,
+    small_file,
+    sync_folder,
+)
 
 
 def test_a_replacement_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +139,17 @@ def test_a_small_file_is_read_only_if_it_is_one(tmp_path: Path) -> None:
         (tmp_path / "b.json").write_bytes(nonsense)
         with pytest.raises(ValueError, match=r"."):
             read_json(tmp_path / "b.json")
+
+
+def test_leaves_of_nested_objects() -> None:
+    nested = {"a": {"b": 1, "c": {"d": [{"e": 2}]}}, "f": {}, "g": None}
+    assert list(leaves(nested)) == [("a.b", 1), ("a.c.d", [{"e": 2}]), ("f", {}), ("g", None)]
+    assert list(leaves({})) == [("", {})] and list(leaves(3)) == [("", 3)]
+
+
+def test_what_differs_is_named_by_its_key() -> None:
+    old, new = {"same": {"x": 1}, "a": {"b": 1}, "c": {"d": 2}, "e": None}, {"same": {"x": 1}, "a": {"b": 2, "z": 0}, "f": {"g": 3}}
+    assert list(differing(old, new)) == [("a.b", 1, 2), ("a.z", None, 0), ("c", {"d": 2}, None), ("f", None, {"g": 3})]
 
 
 def test_json_knows_no_nan(tmp_path: Path) -> None:

@@ -283,9 +283,15 @@ def test_a_preset_with_fewer_experts_than_gpus_has_a_default() -> None:
 
 def test_a_change_that_makes_it_fit_can_be_pasted() -> None:
     flags = ("--model", "4b", "--gpu", "rtx-4090", "--num_gpus", 1, "--deepspeed_config", "ds_configs/ep1_zero2.json")
-    assert answer(*flags)["to_fit"]["zero_optimization.offload_optimizer"] == [None, {"device": "cpu"}]
+    assert answer(*flags)["to_fit"] == {
+        "activation_checkpointing.mode": ["none", "full"],
+        "optimizer.params.fused": [True, None],
+        "optimizer.params.torch_adam": [True, None],
+        "zero_optimization.offload_optimizer": [None, {"device": "cpu", "pin_memory": True}],
+    }
     said = " ".join(plan(*flags).stdout.split())
-    assert 'zero_optimization.offload_optimizer from null to {"device": "cpu"}' in said
+    assert 'zero_optimization.offload_optimizer from unset to {"device": "cpu", "pin_memory": true}' in said
+    assert "optimizer.params.fused from true to unset" in said  # which null in the file would not be
 
 
 def test_a_change_keeps_the_batch(tmp_path: Path) -> None:
@@ -294,7 +300,7 @@ def test_a_change_keeps_the_batch(tmp_path: Path) -> None:
     config.update(train_micro_batch_size_per_gpu=32, gradient_accumulation_steps=1, activation_checkpointing={"mode": "full"})
     (tmp_path / "all.json").write_text(json.dumps(config))
     to_fit = answer("--model", "4b", "--gpu", "l4", "--deepspeed_config", tmp_path / "all.json")["to_fit"]
-    assert to_fit == {"train_micro_batch_size_per_gpu": [32, 8], "gradient_accumulation_steps": [1, 4]}
+    assert to_fit == {"train_micro_batch_size_per_gpu": [32, 8], "gradient_accumulation_steps": [1, "auto"]}
 
 
 def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data.files import differing
 from launch.engine import strategy
 from launch.planning.devices import find_device
 from launch.planning.job import Job, job_from
@@ -42,16 +43,15 @@ def test_what_does_not_fit_is_helped_by_another_layout() -> None:
 
 
 def test_the_least_change_that_helps() -> None:
-    """Nothing that fits differs in fewer keys."""
+    """Nothing that fits differs in fewer decisions."""
     job, device = planned("4b", "ep8_zero2.json"), find_device("a100-40gb")
-    base = strategy.read_config(strategy.CONFIG_FOLDER / "ep8_zero2.json")
-    found = least_change(job, device, base)
+    found = least_change(job, device)
     assert found is not None and found.is_safe
-    fewest = min(len(changes(job, v, base)) for v in variants(job) if candidate(v, device).is_safe)
-    assert len(changes(job, found.job, base)) == fewest == 1
-    offloaded = changes(job, dataclasses.replace(job, offload_optimizer=True), base)  # what the file takes, not the planner's flag
-    assert offloaded == {"zero_optimization.offload_optimizer": (None, {"device": "cpu"})}
-    assert changes(job, job, base) == {} and least_change(job, find_device("b200"), base).job == job  # type: ignore[union-attr]
+    fewest = min(changes(job, v) for v in variants(job) if candidate(v, device).is_safe)
+    assert changes(job, found.job) == fewest == 1
+    # The optimizer's kernel and the accumulation follow from two of them.
+    assert changes(job, dataclasses.replace(job, offload_optimizer=True, fused_optimizer=False, micro_batch=4, accumulation=8)) == 2
+    assert changes(job, job) == 0 and least_change(job, find_device("b200")).job == job  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,30 @@ def test_the_least_change_that_helps() -> None:
 def test_whoever_obeys_the_changes_trains_the_batch_that_was_planned(batch: dict[str, object]) -> None:
     """Also where the accumulation does not follow from the rest of the file."""
     job = planned("800m", "ep8_zero2.json", **batch)
-    other = dataclasses.replace(job, micro_batch=2, accumulation=16)
-    obeyed = {key: new for key, (_, new) in changes(job, other, batch).items()}
-    assert obeyed["train_micro_batch_size_per_gpu"] == 2
-    follows = batch["train_batch_size"] == 256 and batch["gradient_accumulation_steps"] == "auto"
-    assert obeyed.get("gradient_accumulation_steps") == (None if follows else 16)
-    again = planned("800m", "ep8_zero2.json", **{**batch, **obeyed})
+    base = {**strategy.read_config(strategy.CONFIG_FOLDER / "ep8_zero2.json"), **batch}
+    other = candidate(dataclasses.replace(job, micro_batch=2, accumulation=16), find_device("h200"))
+    again = planned("800m", "ep8_zero2.json", **{**batch, **obeyed(base, as_deepspeed(other, base))})
     assert (again.micro_batch, again.accumulation, again.global_batch) == (2, 16, 256) and job.global_batch == 256
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "keys"),
+    [
+        ("ep8_zero2.json", {"offload_optimizer": True}, {"offload_optimizer", "torch_adam", "fused"}),
+        ("ep8_zero2_offload.json", {"offload_optimizer": False}, {"offload_optimizer", "torch_adam", "fused"}),
+        ("ep8_zero3.json", {"zero_stage": 2}, {"stage", "reduce_scatter", "stage3_gather_16bit_weights_on_model_save"}),
+        ("ep8_zero2.json", {}, set()),
+    ],
+)
+def test_the_advice_names_every_key_that_the_written_file_changes(file: str, changed: dict, keys: set[str]) -> None:
+    """Without the optimizer's two, DeepSpeed's own Adam on the card wants a compiler; with them its CPU Adam is not used."""
+    base = strategy.read_config(strategy.CONFIG_FOLDER / file)
+    other = candidate(dataclasses.replace(planned("800m", file), **changed), find_device("h200"))
+    assert {key.rpartition(".")[2] for key in obeyed(base, as_deepspeed(other, base))} == keys
+
+
+def obeyed(base: dict, written: dict) -> dict[str, object]:
+    return {key: new for key, _, new in differing(base, written)}
 
 
 def test_a_written_zero_2_has_what_autoep_wants_there() -> None:
