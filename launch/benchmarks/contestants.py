@@ -136,22 +136,22 @@ class Stage:
         ranks, on_gpu = dist.get_world_size(), get_accelerator().device_name() == "cuda"
         gpus, experts = torch.cuda.device_count() if on_gpu else 0, self.config.n_routed_experts
         path = arguments.deepspeed_config or strategy.default_path(gpus, ranks, experts)
-        settings = strategy.read_config(path)
+        settings = strategy.with_mode(strategy.read_config(path), arguments.activation_checkpointing)
         settings["train_batch_size"] = arguments.micro_batch * arguments.accumulation * ranks
         settings["train_micro_batch_size_per_gpu"] = arguments.micro_batch
         settings["gradient_accumulation_steps"] = arguments.accumulation
         self.settings = strategy.resolve_config(settings, path, world_size=ranks, num_experts=experts, max_steps=1000)
-        self.mode = arguments.activation_checkpointing or Strategy.of(self.settings).activation_checkpointing
+        self.strategy = Strategy.of(self.settings)
         self.path: Path = path
 
     def ours(self, name: str) -> Contestant:
         model = build_model(self._config(), seed=0, attn_implementation=self.arguments.attn_implementation)
-        return self._engine(name, build_engine(model, self.settings, mode=self.mode), is_ours=True)
+        return self._engine(name, build_engine(model, self.settings), is_ours=True)
 
     def stock(self, name: str, **expert_parallel: Any) -> Contestant:
         settings = {**self.settings, "expert_parallel": {**self.settings["expert_parallel"], **expert_parallel}}
         model, chosen = peer_model(self.config), Strategy.of(settings)
-        activation_checkpointing.enable(model, self.mode, settings)
+        activation_checkpointing.enable(model, chosen.activation_checkpointing, settings)
         groups = parameter_groups(model, chosen.weight_decay)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=without_our_keys(settings, chosen))
         return self._engine(name, engine, is_ours=False)
@@ -173,8 +173,8 @@ class Stage:
         return UnderDeepSpeed(name, engine, is_ours=is_ours, accumulation=self.arguments.accumulation)
 
     def _plain(self, name: str, model: Any, *, is_ours: bool) -> Contestant:
-        activation_checkpointing.enable(model, self.mode, self.settings)
-        clip, rate = Strategy.of(self.settings).gradient_clipping, self.settings["optimizer"]["params"]["lr"]
+        activation_checkpointing.enable(model, self.strategy.activation_checkpointing, self.settings)
+        clip, rate = self.strategy.gradient_clipping, self.settings["optimizer"]["params"]["lr"]
         return Plain(name, model, clip=clip, rate=rate, is_ours=is_ours, accumulation=self.arguments.accumulation)
 
 

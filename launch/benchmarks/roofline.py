@@ -83,7 +83,7 @@ def job_of(arguments: argparse.Namespace, config: MoEGPTConfig) -> Job:
     at_least_one(arguments, "ep", "num_gpus", "sequence_length", "micro_batch", "accumulation")
     given = arguments.deepspeed_config
     path = given or strategy.CONFIG_FOLDER / "ep8_zero2.json"
-    settings = strategy.read_config(path)
+    settings = strategy.with_mode(strategy.read_config(path), arguments.activation_checkpointing)
     ep = arguments.ep or (lookup(settings, "expert_parallel.autoep_size", 1) if given else 1)
     ranks = arguments.num_gpus or ep
     if ep < 1 or ranks % ep:
@@ -102,7 +102,6 @@ def job_of(arguments: argparse.Namespace, config: MoEGPTConfig) -> Job:
         ranks=ranks,
         ranks_per_node=ranks,
         sequence_length=arguments.sequence_length,
-        recompute=arguments.activation_checkpointing,
     )
 
 

@@ -54,15 +54,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         join.start(TIMEOUT, backend="gloo")  # to agree on turns; the contestants have groups of their own
         stage = Stage(arguments)
         seconds = take_turns(remotes, arguments.steps)
+    mode = stage.strategy.activation_checkpointing
     result: dict[str, Any] = {
-        "settings": {k: str(v) for k, v in vars(arguments).items()} | {"json": str(stage.path), "recomputation": stage.mode},
+        "settings": {k: str(v) for k, v in vars(arguments).items()} | {"json": str(stage.path), "recomputation": mode},
         "ranks": ranks,
         "contestants": {name: summary(seconds[name], seconds[OURS], stage, arguments) for name in names},
     }
     result["predicted"] = prediction(stage, ranks, arguments, result["contestants"][OURS]["total_ms"] / 1e3)
     if rank == 0:
         rows = [[name, *(result["contestants"][name][column] for column in COLUMNS)] for name in names]
-        print_table(title(arguments, stage.path, stage.mode, ranks), ["", *COLUMNS], rows)
+        print_table(title(arguments, stage.path, mode, ranks), ["", *COLUMNS], rows)
         print("ratio: how many times as long as ours, median over turns; cpu_ratio: in CPU time, which a busy machine changes less")
         if predicted := result["predicted"]:
             ms, mfu = predicted["total_ms"], predicted["mfu"]
@@ -84,7 +85,6 @@ def prediction(stage: Any, ranks: int, arguments: argparse.Namespace, seconds: f
         ranks=ranks,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
         sequence_length=arguments.sequence_length,
-        recompute=stage.mode,
         attention=arguments.attn_implementation,
     )
     return beside_measured(job, gpu_name(), seconds)

@@ -90,13 +90,13 @@ def build_model(config: MoEGPTConfig, *, seed: int, attn_implementation: str) ->
         return MoEGPTForCausalLM(config)
 
 
-def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any], *, mode: str | None = None) -> DeepSpeedEngine:
+def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
     """`deepspeed.initialize` with AutoEP, activation checkpointing and the checks after it. Collective.
 
-    `mode` overrides the JSON's `activation_checkpointing.mode`. Raises UserError for what DeepSpeed does not combine.
+    Raises UserError for what DeepSpeed does not combine.
     """
     strategy = Strategy.of(deepspeed_config)
-    activation_checkpointing.enable(model, mode or strategy.activation_checkpointing, deepspeed_config)
+    activation_checkpointing.enable(model, strategy.activation_checkpointing, deepspeed_config)
     groups = parameter_groups(model, strategy.weight_decay)
     passes.before_engine()
     with expert_parallel.model_parts(model.config), _without_memory_prints():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from data.cli import UserError
+from launch.engine.strategy import Strategy
 from model.flash import pick_kernel
 from model.modeling import Block
 
@@ -49,9 +50,9 @@ def _in_training(block: Block, compiled: Callable[..., Any], eager: Callable[...
     return attend
 
 
-def compile_hint(compiles: bool, mode: str) -> str | None:
+def compile_hint(strategy: Strategy) -> str | None:
     """What a user who compiles under `selective` should know: `model.rebuild` makes nothing again of a region that is traced."""
-    if not compiles or mode != "selective":
+    if not strategy.compiles or strategy.activation_checkpointing != "selective":
         return None
     return (
         "warning: of compiled regions the compiler chooses what is kept, so that of activation checkpointing's `selective` only "

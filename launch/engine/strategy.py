@@ -166,6 +166,11 @@ def check_kinds(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: activation_checkpointing.mode must be one of {CHECKPOINTING_MODES}, not {mode!r}")
 
 
+def with_mode(config: dict[str, Any], mode: str | None) -> dict[str, Any]:
+    """With `--activation_checkpointing` where it is given: the flag is a value of the JSON."""
+    return {**config, "activation_checkpointing": {**config.get("activation_checkpointing", {}), "mode": mode}} if mode else config
+
+
 def resolve_config(config: dict[str, Any], path: Path, *, world_size: int, num_experts: int, max_steps: int) -> dict[str, Any]:
     """A copy with every `"auto"` filled in and the numbers of ranks, experts and samples checked against each other."""
     config = copy.deepcopy(config)

@@ -28,7 +28,7 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
     device, sizes = find_device(arguments.gpu or ""), read_sizes(arguments.model)
     path = arguments.deepspeed_config or strategy.default_path(arguments.num_gpus, arguments.ranks, sizes.n_routed_experts)
     base = strategy.read_config(path)
-    config, to_train = with_batch_for(base, arguments.ranks)
+    config, to_train = with_batch_for(strategy.with_mode(base, arguments.activation_checkpointing), arguments.ranks)
     planned = candidate(read_job(arguments, sizes, config, path), device)
     better = search(planned.job, device)
     found = {
@@ -95,7 +95,6 @@ def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], 
         ranks=arguments.ranks,
         ranks_per_node=arguments.num_gpus,
         sequence_length=length,
-        recompute=arguments.activation_checkpointing,
     )
 
 

@@ -107,10 +107,9 @@ def job_from(
     ranks: int,
     ranks_per_node: int,
     sequence_length: int,
-    recompute: str | None = None,
     attention: str = "flash",
 ) -> Job:
-    """From a resolved DeepSpeed JSON (`strategy.resolve_config`); `recompute` overrides its mode."""
+    """From a resolved DeepSpeed JSON (`strategy.resolve_config`)."""
     strategy, zero = Strategy.of(config), lookup(config, "zero_optimization", {})
     weight_bytes = 4 if strategy.dtype == "float32" else 2
     return Job(
@@ -122,7 +121,7 @@ def job_from(
         accumulation=strategy.accumulation_steps,
         zero_stage=strategy.zero_stage,
         expert_ranks=strategy.ep_size,
-        recompute=recompute or strategy.activation_checkpointing,
+        recompute=strategy.activation_checkpointing,
         offload_optimizer=strategy.offloads_optimizer,
         optimizer=strategy.optimizer,
         fused_optimizer=bool(lookup(config, "optimizer.params.fused", False)),

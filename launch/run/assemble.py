@@ -121,9 +121,8 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict
         f"{arguments.max_steps * trainer.global_batch / samples:,.2f} epochs in {arguments.max_steps:,} steps, "
         f"a checkpoint every {arguments.save_interval:,}"
     )
-    mode = arguments.activation_checkpointing or run.strategy.activation_checkpointing
     hints = (
-        compile_hint(run.strategy.compiles, mode),
+        compile_hint(run.strategy),
         group_hint(run.model),
         bf16_hint(run.strategy.dtype),
         schedule_hint(trainer.engine.lr_scheduler, arguments.max_steps),

@@ -140,9 +140,8 @@ def resolve_settings(
     settings: dict[str, Any], path: Path, arguments: TrainArguments, *, world_size: int, num_experts: int
 ) -> dict[str, Any]:
     """The DeepSpeed JSON of `path` with every `"auto"` filled in. Raises UserError for what cannot be trained."""
-    resolved = strategy.resolve_config(
-        settings, path, world_size=world_size, num_experts=num_experts, max_steps=arguments.max_steps
-    )
+    given = strategy.with_mode(settings, arguments.activation_checkpointing)
+    resolved = strategy.resolve_config(given, path, world_size=world_size, num_experts=num_experts, max_steps=arguments.max_steps)
     if arguments.compile is not None:
         resolved["compile"] = {**resolved.get("compile", {}), "autoep_non_moe": arguments.compile}
     check_compile(resolved, path, documents=arguments.document_mask)

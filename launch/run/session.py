@@ -156,8 +156,7 @@ class Session:
         source = arguments.init_from
         if source is not None and not isinstance(choice, ResumeFrom):
             ranks.run_everywhere(lambda: load_weights(model, source))
-        config = choice.deepspeed_config(self.run.deepspeed)
-        engine = build_engine(model, config, mode=arguments.activation_checkpointing)
+        engine = build_engine(model, choice.deepspeed_config(self.run.deepspeed))
         seed = arguments.seed + 1 + dist.get_rank()
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)

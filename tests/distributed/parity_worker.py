@@ -63,6 +63,7 @@ def deepspeed_config(case: dict[str, Any]) -> dict[str, Any]:
         "zero_optimization": {"stage": case["zero"], "reduce_bucket_size": 5000, "allgather_bucket_size": 5000,
                               "stage3_param_persistence_threshold": 0},  # small buckets: many, and parameters that straddle them
         "expert_parallel": {"enabled": True, "autoep_size": case["ep"], "preset_model": "deepseek_v3", "use_grouped_mm": False},
+        "activation_checkpointing": {"mode": case["checkpointing"]},
     }  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def train(case: dict[str, Any], reference: dict[str, Tensor]) -> dict[str, Any]:
     for held in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):  # DeepSpeed keeps them for a process's life
         getattr(groups, held).clear()
         getattr(groups, f"{held}_RANKS").clear()
-    engine = build_engine(build(case["routing"]), deepspeed_config(case), mode=case["checkpointing"])
+    engine = build_engine(build(case["routing"]), deepspeed_config(case))
     set_bias(moe_layers(engine.module), case["routing"])
     hook = StepHook(engine, clip=CLIP if case["clip"] else 0.0)
     balancer = LoadBalancer(engine.module, BIAS_RATE, dist.all_reduce, rule=engine.module.config.router_balance)

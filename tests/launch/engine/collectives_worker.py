@@ -38,11 +38,11 @@ class Collectives(TorchDispatchMode):
 def count(stage: int) -> list[dict[str, list[int]]]:
     """Of each micro-step of the second optimizer step."""
     config = MoEGPTConfig.preset("tiny", vocab_size=512, hidden_size=64, num_hidden_layers=2, moe_intermediate_size=32)
-    settings = strategy.read_config(PATH)
+    settings = strategy.with_mode(strategy.read_config(PATH), "none")
     settings.update(train_batch_size=2 * ACCUMULATION, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=ACCUMULATION)
     settings["zero_optimization"]["stage"] = stage
     settings = strategy.resolve_config(settings, PATH, world_size=2, num_experts=8, max_steps=3)
-    engine = build_engine(build_model(config, seed=0, attn_implementation="flash"), settings, mode="none")
+    engine = build_engine(build_model(config, seed=0, attn_implementation="flash"), settings)
     ids = torch.randint(0, 512, (1, 33))
     found = []
     for _ in range(2 * ACCUMULATION):

@@ -29,11 +29,11 @@ PATH = strategy.CONFIG_FOLDER / "cpu_ep2_zero2.json"
 
 def make(model_config: str, *, mode: str, dropout: float) -> Any:
     settings = load_model_config(model_config, expert_dropout=dropout)
-    config = strategy.read_config(PATH)
+    config = strategy.with_mode(strategy.read_config(PATH), mode)
     config.update(train_batch_size=2 * ROWS, train_micro_batch_size_per_gpu=ROWS)
     config["scheduler"]["params"]["warmup_num_steps"] = 2
     config = strategy.resolve_config(config, PATH, world_size=2, num_experts=8, max_steps=100)
-    engine = build_engine(build_model(settings, seed=0, attn_implementation="sdpa"), config, mode=mode)
+    engine = build_engine(build_model(settings, seed=0, attn_implementation="sdpa"), config)
     torch.manual_seed(5 + dist.get_rank())
     return engine
 

@@ -49,10 +49,10 @@ join.set_environment()
 join.start(timeout=120)
 ranks = dist.get_world_size()
 path = strategy.CONFIG_FOLDER / f"cpu_ep{ranks}_zero2.json"
-settings = strategy.read_config(path)
+settings = strategy.with_mode(strategy.read_config(path), "none")
 settings.update(train_batch_size=2 * ranks, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=2)
 settings = strategy.resolve_config(settings, path, world_size=ranks, num_experts=8, max_steps=3)
-engine = build_engine(build_model(MoEGPTConfig.preset("tiny"), seed=0, attn_implementation="flash"), settings, mode="none")
+engine = build_engine(build_model(MoEGPTConfig.preset("tiny"), seed=0, attn_implementation="flash"), settings)
 ids = torch.randint(0, 512, (1, 33))
 with Bytes() as count:
     for phase in ("", "", "first", "micro step"):  # of the second optimizer step, when all state is there

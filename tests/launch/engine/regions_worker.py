@@ -23,12 +23,12 @@ PATH = strategy.CONFIG_FOLDER / "cpu_ep2_zero2.json"
 def train(mode: str, *, compiled: bool) -> list[list[float]]:
     """[loss, gradient norm] of each step; the loss of an evaluation, and from how many layers it heard of the sinks."""
     config = MoEGPTConfig.preset("tiny", vocab_size=512, hidden_size=64, num_hidden_layers=2, moe_intermediate_size=32)
-    settings = strategy.read_config(PATH)
+    settings = strategy.with_mode(strategy.read_config(PATH), mode)
     settings.update(train_batch_size=4)
     settings["optimizer"]["params"]["lr"] = 1e-2
     del settings["scheduler"]
     settings = strategy.resolve_config(settings, PATH, world_size=2, num_experts=8, max_steps=3)
-    engine = build_engine(build_model(config, seed=0, attn_implementation="flash"), settings, mode=mode)
+    engine = build_engine(build_model(config, seed=0, attn_implementation="flash"), settings)
     if compiled:
         compile_regions(engine.module, "aot_eager")
     rows = []

@@ -16,7 +16,7 @@ from data.cli import UserError
 from launch.engine import regions
 from launch.engine.keys import check_keys
 from launch.engine.regions import check_compile, compile_hint, compile_regions
-from launch.engine.strategy import CONFIG_FOLDER, Strategy, check_kinds, read_config, resolve_config
+from launch.engine.strategy import CHECKPOINTING_MODES, CONFIG_FOLDER, Strategy, check_kinds, read_config, resolve_config
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.modeling import Block
 
@@ -59,8 +59,12 @@ def test_the_section_is_known_and_read() -> None:
 
 
 def test_selective_of_compiled_regions_is_warned_of() -> None:
-    assert "only the experts' half" in str(compile_hint(True, "selective"))
-    assert [compile_hint(False, "selective"), compile_hint(True, "none"), compile_hint(True, "full")] == [None] * 3
+    said = {
+        (on, mode): compile_hint(Strategy.of(resolved(compile={"autoep_non_moe": on}, activation_checkpointing={"mode": mode})))
+        for on in (True, False)
+        for mode in CHECKPOINTING_MODES
+    }
+    assert "only the experts' half" in str(said.pop((True, "selective"))) and set(said.values()) == {None}
 
 
 @pytest.mark.parametrize("traceable", [True, False])

@@ -15,11 +15,13 @@ from support import ROOT
 from data.cli import UserError
 from launch.engine.strategy import CONFIG_FOLDER, read_config
 from launch.run.arguments import parse_arguments
+from launch.run.folder import changed_settings
 from launch.run.resolve import ResolvedRun, resolve_run, resolve_settings
 from launch.run.session import identify
 
 OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 RANKS = 2
+FLAGGED = ("activation_checkpointing", "compile")
 
 
 def command(tmp_path: Path, *more: object, data: object = OLD / "tokens", config: Path = OLD / "deepspeed.json") -> list[str]:
@@ -69,6 +71,20 @@ def test_the_run_is_what_the_flags_say(tmp_path: Path) -> None:
     assert resolved(command(tmp_path, "--eval_interval", 0))[0].validation_data is None
 
 
+@pytest.mark.parametrize("section", [{}, {"activation_checkpointing": {"mode": "none", "cpu_checkpointing": True}}])
+def test_a_flag_that_has_a_key_in_the_json_is_that_key(section: dict[str, Any], tmp_path: Path) -> None:
+    """Where it lay beside the JSON, a resume in another mode did not say so, and each reader had to ask for both."""
+    given = {key: value for key, value in json.loads((OLD / "deepspeed.json").read_text()).items() if key not in FLAGGED}
+    (tmp_path / "given.json").write_text(json.dumps(given | section))
+    flags = (("--activation_checkpointing", "full"), ("--compile",), ())
+    full, compiled, plain = (resolved(command(tmp_path, *each, config=tmp_path / "given.json"))[0] for each in flags)
+    assert full.deepspeed["activation_checkpointing"] == {**section.get("activation_checkpointing", {}), "mode": "full"}
+    assert (full.strategy.activation_checkpointing, full.strategy.compiles) == ("full", False)
+    assert (compiled.strategy.activation_checkpointing, compiled.strategy.compiles) == ("none", True)
+    (tmp_path / "config.json").write_text(json.dumps({"deepspeed": full.deepspeed}))
+    assert len(changed_settings(tmp_path, plain.deepspeed)) == 1 and not changed_settings(tmp_path, full.deepspeed)
+
+
 def test_the_end_of_a_text_is_the_tokenizers(tmp_path: Path) -> None:
     """The model's file says none: an export of it would not know where to stop."""
     assert json.loads((OLD / "model.json").read_text())["eos_token_id"] is None
@@ -81,7 +97,7 @@ def test_fp16_without_zero_is_refused_at_the_start(stage: int, refused: bool, mo
     """It trained to the end, and its first save ended the run."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     settings = json.loads((ROOT / "tests" / "fixtures" / "fp16.json").read_text()) | {"zero_optimization": {"stage": stage}}
-    flags: Any = SimpleNamespace(max_steps=9, compile=None, document_mask=False)
+    flags: Any = SimpleNamespace(max_steps=9, compile=None, activation_checkpointing=None, document_mask=False)
     said = pytest.raises(UserError, match=r"fp16\.enabled needs zero_optimization\.stage 1, 2 or 3") if refused else nullcontext()
     with said:
         resolve_settings(settings, Path("fp16.json"), flags, world_size=1, num_experts=4)
@@ -90,7 +106,7 @@ def test_fp16_without_zero_is_refused_at_the_start(stage: int, refused: bool, mo
 def test_sums_of_another_dtype_without_zero_are_refused_at_the_start() -> None:
     """`ep8_zero2.json` with its stage set to 0 alone ended in the engine, with a traceback."""
     settings = read_config(CONFIG_FOLDER / "ep8_zero2.json") | {"zero_optimization": {"stage": 0}}
-    flags: Any = SimpleNamespace(max_steps=9, compile=None, document_mask=False)
+    flags: Any = SimpleNamespace(max_steps=9, compile=None, activation_checkpointing=None, document_mask=False)
     with pytest.raises(UserError, match=r"grad_accum_dtype must be left out with zero_optimization\.stage 0, not \"fp32\""):
         resolve_settings(settings, Path("j.json"), flags, world_size=8, num_experts=8)
     del settings["data_types"]
