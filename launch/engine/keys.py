@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from data.cli import UserError, sentence
 from data.files import lookup
 from launch.engine.kinds import another_kind, shown
+from launch.engine.strategy import BATCH
 from launch.engine.values import check_optimizer_values, check_values
 
 #: Held as a whole by DeepSpeed and handed to a class: checked by that class's signature.
@@ -110,7 +111,7 @@ def check_keys(config: dict[str, Any], path: Path) -> None:
     _check_scheduler(config.get("scheduler"), path)
     last_read = ["", ""]
     # DeepSpeed checks their product against the ranks that it knows of, which have not joined yet; ours is checked already.
-    batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1)
+    batch = dict.fromkeys(BATCH, 1)
     recorder = Section({**config, **batch}, "", last_read)
     if isinstance(ours := dict.get(recorder, "activation_checkpointing"), Section):
         ours.asked.add("mode")  # see `without_our_keys`

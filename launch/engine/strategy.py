@@ -19,6 +19,8 @@ from launch.engine.kinds import NUMBER, OBJECT, SWITCH, TEXT, WHOLE, is_kind, sh
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 #: From no recomputation of activations to the most.
 CHECKPOINTING_MODES = ("none", "selective", "full")
+#: Of which any two give the third.
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 #: What a key must be that is read before, or without, DeepSpeed; of the others `keys.py` asks its own models and signatures.
 KINDS = {
     "train_batch_size": WHOLE,
@@ -58,13 +60,7 @@ KINDS = {
 #: Which of them may be null as well.
 NULLABLE = ("data_types.grad_accum_dtype", "zero_optimization.offload_optimizer")
 #: Which may be "auto": `launch/train.py` fills it in.
-AUTO = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "scheduler.params.total_num_steps",
-    "scheduler.params.warmup_num_steps",
-)
+AUTO = (*BATCH, "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
 #: What DeepSpeed calls the types in `data_types` (`DtypeEnum`, which imports torch), beside torch's own names.
 DTYPES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 WARMUP_SHARE = 0.02  # of the run, at most WARMUP_MOST steps: DeepSeek-V3 (arXiv 2412.19437) warms up for 2,000
@@ -155,9 +151,9 @@ def check_kinds(path: Path, config: dict[str, Any]) -> None:
             continue
         more = "" if other is missing else f" or {shown(other)}"
         raise UserError(f"{path}: {dotted} must be {kind}{more}, not {shown(value)}")
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if isinstance(config.get(name), int) and config[name] < 1:
-            raise UserError(f"{path}: {name} must be at least 1, not {config[name]}")
+    for name, given in zip(BATCH, given_batch(config), strict=True):
+        if given is not None and given < 1:
+            raise UserError(f"{path}: {name} must be at least 1, not {given}")
     stage = lookup(config, "zero_optimization.stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage}")
@@ -182,10 +178,15 @@ def resolve_config(config: dict[str, Any], path: Path, *, world_size: int, num_e
     return config
 
 
+def given_batch(config: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """BATCH as the JSON has it; None where the number follows from the others."""
+    train, micro, accumulation = (None if config.get(name) == "auto" else config.get(name) for name in BATCH)
+    return train, micro, accumulation
+
+
 def _resolve_batch(config: dict[str, Any], path: Path, world_size: int) -> None:
     """train = micro x accumulation x ranks: any two give the third; a missing micro-batch size is 1."""
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    train, micro, accumulation = (None if config.get(n, "auto") == "auto" else config[n] for n in names)
+    train, micro, accumulation = given_batch(config)
     if train is None:
         micro, accumulation = micro or 1, accumulation or 1
         train = micro * accumulation * world_size
@@ -199,7 +200,7 @@ def _resolve_batch(config: dict[str, Any], path: Path, world_size: int) -> None:
             f"{path}: train_batch_size {train} is not train_micro_batch_size_per_gpu {micro} x "
             f"gradient_accumulation_steps {accumulation} x {world_size} ranks; change one of them or the number of ranks"
         )
-    config.update(zip(names, (train, micro, accumulation), strict=True))
+    config.update(zip(BATCH, (train, micro, accumulation), strict=True))
 
 
 def _resolve_schedule(config: dict[str, Any], max_steps: int) -> None:

@@ -20,8 +20,6 @@ from launch.planning.time import USUAL_LOAD
 from model.accounting import count_parameters, training_flops_per_token
 from model.sizes import ModelSizes, load_sizes
 
-BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
 
 def answer(arguments: PlanArguments) -> dict[str, Any]:
     """What `arguments` ask for. Raises `UserError`; writes the JSON of `--write`."""
@@ -67,14 +65,14 @@ def with_batch_for(base: dict[str, Any], ranks: int) -> tuple[dict[str, Any], di
     Training refuses a batch that was made for another number of GPUs; a plan shows what it would have to be. The global batch
     stays where every rank gets as many sequences of it, else it becomes the nearest that does.
     """
-    train, micro, accumulation = (None if base.get(name, "auto") == "auto" else base[name] for name in BATCH)
+    train, micro, accumulation = strategy.given_batch(base)
     unit = ranks * (micro or 1) * (accumulation or 1)
     if train is None or train == unit or (train % unit == 0 and None in (micro, accumulation)):
         return base, {}
     share = max(1, round(train / ranks))
     fitting = max(micro_batches(share, micro or share))
     wanted = (share * ranks, micro and fitting, accumulation and share // fitting)
-    pairs = {name: [base[name], new] for name, new in zip(BATCH, wanted, strict=True) if new and base[name] != new}
+    pairs = {name: [base[name], new] for name, new in zip(strategy.BATCH, wanted, strict=True) if new and base[name] != new}
     return {**base, **{name: new for name, (_, new) in pairs.items()}}, pairs
 
 
