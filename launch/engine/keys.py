@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from data.cli import UserError, sentence
 from data.files import lookup
 from launch.engine.kinds import another_kind, shown
-from launch.engine.strategy import BATCH
+from launch.engine.strategy import BATCH, Strategy
 from launch.engine.values import check_optimizer_values, check_values
 
 #: Held as a whole by DeepSpeed and handed to a class: checked by that class's signature.
@@ -208,12 +208,10 @@ def _accepted_by(kind: str, params: dict[str, Any], config: dict[str, Any]) -> t
 
 def _engine(config: dict[str, Any]) -> Any:
     """What `get_optimizer_configuration` asks an engine."""
-    zero = config.get("zero_optimization", {})
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     return SimpleNamespace(
-        zero_use_cpu_optimizer=lambda: offload in ("cpu", "nvme"),
+        zero_use_cpu_optimizer=lambda: Strategy.of(config).offloads_optimizer,
         bf16_optimizer_states=lambda: False,
-        zenflow=bool(zero.get("zenflow")),
+        zenflow=bool(lookup(config, "zero_optimization.zenflow")),
         overlap_step=False,
     )
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from data.cli import UserError
+from data.files import lookup
 from launch.engine.strategy import Strategy
 from model.flash import pick_kernel
 from model.modeling import Block
@@ -61,13 +62,13 @@ def compile_hint(strategy: Strategy) -> str | None:
 
 
 def check_compile(config: dict[str, Any], where: Path, *, documents: bool) -> None:
-    """Of a DeepSpeed JSON. Raises UserError for what cannot be compiled."""
-    section = config.get("compile", {})
-    if section.get("deepcompile"):
+    """Of a resolved DeepSpeed JSON. Raises UserError for what cannot be compiled."""
+    if lookup(config, "compile.deepcompile"):
         raise UserError(f"{where}: compile.deepcompile takes the whole model, and AutoEP's layers cannot be traced; use {SWITCH}")
-    if not section.get("autoep_non_moe"):
+    strategy = Strategy.of(config)
+    if not strategy.compiles:
         return
-    if config.get("zero_optimization", {}).get("stage") == 3:
+    if strategy.zero_stage == 3:
         raise UserError(f"{where}: {SWITCH} needs whole weights, and ZeRO stage 3 gathers them module by module; use stage 1 or 2")
     if documents:
         raise UserError(

@@ -108,6 +108,11 @@ class Strategy:
         )
 
 
+def is_muon(optimizer: str) -> bool:
+    """Then embedding, head and vectors are AdamW's."""
+    return optimizer.lower() == "muon"
+
+
 def default_path(num_gpus: int, world_size: int, num_experts: int) -> Path:
     """The strategy for a command line without `--deepspeed_config`: as many ranks share the experts as divide both numbers."""
     sizes, prefix = ((8, 4, 1), "") if num_gpus else ((2, 1), "cpu_")

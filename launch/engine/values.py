@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from data.cli import UserError, sentence
 from data.files import leaves, lookup
 from launch.engine.kinds import SWITCH, another_kind, is_kind, shown
-from launch.engine.strategy import AUTO
+from launch.engine.strategy import AUTO, Strategy, is_muon
 
 WARMUP_TYPES = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
 #: What DeepSpeed takes out of an Adam's parameters before it makes one.
@@ -94,8 +94,8 @@ def check_values(config: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"
         )
-    offload = lookup(config, "zero_optimization.offload_optimizer.device", "none")
-    if str(lookup(config, "optimizer.type", "")).lower() == "muon" and offload != "none":
+    chosen = Strategy.of(config)
+    if is_muon(chosen.optimizer) and chosen.offloads_optimizer:
         raise UserError(
             f"{path}: zero_optimization.offload_optimizer does not go with Muon: DeepSpeed then moves the momentum before a step "
             "can be refused, and a resume is not the run that was stopped; leave it out, or take AdamW"
@@ -123,7 +123,7 @@ def _check_expert_parallel(section: dict[str, Any], path: Path) -> None:
 
 
 def _check_grad_accum(config: dict[str, Any], path: Path) -> None:
-    wanted = config.get("data_types", {}).get("grad_accum_dtype")
+    wanted = lookup(config, "data_types.grad_accum_dtype")
     if wanted is None:
         return
     try:

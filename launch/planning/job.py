@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.files import lookup
-from launch.engine.strategy import Strategy
+from launch.engine.strategy import Strategy, is_muon
 from model.accounting import count_parameters
 from model.sizes import ModelSizes
 
@@ -49,8 +49,7 @@ class Job:
 
     @property
     def is_muon(self) -> bool:
-        """Then embedding, head and vectors are AdamW's."""
-        return self.optimizer.lower() == "muon"
+        return is_muon(self.optimizer)
 
     @property
     def tokens(self) -> int:

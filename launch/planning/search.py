@@ -127,8 +127,9 @@ def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
     config["gradient_accumulation_steps"] = "auto"
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = job.zero_stage
-    was_offloaded = (zero.pop("offload_optimizer", None) or {}).get("device", "none") != "none"
-    zero.pop("offload_param", None)
+    was_offloaded = lookup(zero, "offload_optimizer.device", "none") != "none"
+    for key in ("offload_optimizer", "offload_param"):
+        zero.pop(key, None)
     if job.zero_stage == 3:
         for key in ("reduce_scatter", "allgather_bucket_size"):
             zero.pop(key, None)
@@ -140,7 +141,7 @@ def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         for key in ("torch_adam", "fused"):
             config.get("optimizer", {}).get("params", {}).pop(key, None)  # DeepSpeed's CPU Adam takes over
-    elif was_offloaded and str(lookup(config, "optimizer.type", "")).lower() in ("adam", "adamw"):
+    elif was_offloaded and job.optimizer.lower() in ("adam", "adamw"):
         config["optimizer"].setdefault("params", {}).update(torch_adam=True, fused=True)  # DeepSpeed's own wants the CUDA toolkit
     config.setdefault("expert_parallel", {"enabled": True, "preset_model": "deepseek_v3"})["autoep_size"] = job.expert_ranks
     config.setdefault("activation_checkpointing", {})["mode"] = job.recompute
