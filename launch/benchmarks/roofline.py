@@ -59,18 +59,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of each contestant the counts of a layer, the predicted time by part, kind and limit, and the MFU."""
     device, config = find_device(arguments.gpu), load_model_config(arguments.model)
     job = job_of(arguments, config)
-    counted.join_fake_group(job.expert_ranks)
-    case = counted.Case(config=config, ep=job.expert_ranks, mode=job.recompute, capability=device.efficiency.compute_capability)
+    counted.join_fake_group(job.ep_size)
+    mode, capability = job.activation_checkpointing, device.efficiency.compute_capability
+    case = counted.Case(config=config, ep=job.ep_size, mode=mode, capability=capability)
     settings = {k: str(v) for k, v in vars(arguments).items()} | {
-        "ep": str(job.expert_ranks),
+        "ep": str(job.ep_size),
         "num_gpus": str(job.ranks),
-        "micro_batch": str(job.micro_batch),
-        "accumulation": str(job.accumulation),
-        "activation_checkpointing": job.recompute,
+        "micro_batch": str(job.micro_batch_size),
+        "accumulation": str(job.accumulation_steps),
+        "activation_checkpointing": mode,
     }
     result: dict[str, Any] = {"prediction": True, "settings": settings}
     for name, make in counted.CONTESTANTS.items():
-        one, two = (count_micro_step(make, case, layers, (job.micro_batch, job.sequence_length)) for layers in (1, 2))
+        one, two = (count_micro_step(make, case, layers, (job.micro_batch_size, job.sequence_length)) for layers in (1, 2))
         result[name] = Prediction(one, two, job_as(name, job), device).summary()
     show(result, device)
     if arguments.chart:
@@ -107,8 +108,8 @@ def job_of(arguments: argparse.Namespace, config: MoEGPTConfig) -> Job:
 
 def job_as(name: str, job: Job) -> Job:
     """What differs in a contestant's own: its recomputation, or that it has all experts on each rank."""
-    changes = {"ours, selective": {"recompute": "selective"}, "ours, full": {"recompute": "full"}}
-    return replace(job, **changes.get(name, {"expert_ranks": 1} if name == "transformers Glm4Moe" else {}))
+    changes = {"ours, selective": {"activation_checkpointing": "selective"}, "ours, full": {"activation_checkpointing": "full"}}
+    return replace(job, **changes.get(name, {"ep_size": 1} if name == "transformers Glm4Moe" else {}))
 
 
 def count_micro_step(make: counted.Contestant, case: counted.Case, layers: int, shape: tuple[int, int]) -> Ledger:
@@ -155,7 +156,7 @@ class Prediction:
         for entry, factor in self.weighed():
             limit, seconds = operation_seconds(entry, self.device)
             times[entry.part, entry.kind, limit] += factor * seconds
-        passes = optimizer_seconds(self.job, self.device) / self.job.accumulation
+        passes = optimizer_seconds(self.job, self.device) / self.job.accumulation_steps
         times["optimizer", "elementwise and sums", "bytes"] = passes
         return times
 
@@ -193,18 +194,18 @@ class Prediction:
 
     def whole_step(self, counted_seconds: float) -> dict[str, float]:
         """A micro-step with what is not counted, by the planner's model of it, in seconds; and its MFU."""
-        job, load = self.job, USUAL_LOAD if self.job.expert_ranks > 1 else 1.0
+        job, load = self.job, USUAL_LOAD if self.job.ep_size > 1 else 1.0
         each = [(entry, factor * operation_seconds(entry, self.device)[1]) for entry, factor in self.weighed()]
         backward = sum(seconds for entry, seconds in each if entry.backward)
         exchanged = sum(seconds for entry, seconds in each if entry.kind == "all-to-all")
         sent = traffic(job, self.device, load)
         more = {
-            "collectives": exposed(sent, job.accumulation * backward) / job.accumulation - exchanged,
+            "collectives": exposed(sent, job.accumulation_steps * backward) / job.accumulation_steps - exchanged,
             "uneven experts": (load - 1) * sum(s for e, s in each if e.part == "experts" and e.kind == "matrix product"),
         }
         kernels = sum(factor * entry.launches for entry, factor in self.weighed())
         everywhere = self.device.everywhere
-        host = everywhere.host_kernel * kernels + everywhere.host_step / job.accumulation
+        host = everywhere.host_kernel * kernels + everywhere.host_step / job.accumulation_steps
         more["host"] = max(0.0, host - counted_seconds - sum(more.values()))
         total = counted_seconds + sum(more.values())
         return {**more, "seconds": total, "mfu": self.mfu(total)}

@@ -37,15 +37,15 @@ class Kept:
 def kept_activations(job: Job, *, kernels: bool = True, load: float = 1.0) -> Kept:
     """For `load` times the even share of routed rows on this rank. `kernels` are those of `model/kernels/`, a GPU's way; without
     them (a CPU) norms, router and loss keep fp32 copies."""
-    c, layers = job.sizes, job.sizes.num_hidden_layers
+    c, layers, mode = job.sizes, job.sizes.num_hidden_layers, job.activation_checkpointing
     kept = {"none": plain_block(job, kernels), "selective": selective_block(job, kernels), "full": boundary(job, kernels)}
     rows = {"none": plain_rows(job), "selective": selective_rows(job), "full": 0.0}
-    block, row = kept[job.recompute], rows[job.recompute] * load
+    block, row = kept[mode], rows[mode] * load
     again = {
         "none": 0.0,
         "selective": selective_again(job) * load,
         "full": kept["none"] + rows["none"] * load - block - row,
-    }[job.recompute]
+    }[mode]
     return Kept(
         layers=job.tokens * (layers * block + norm(job, c.hidden_size, kernels)),  # and the last norm
         experts=job.tokens * layers * row,
@@ -104,14 +104,14 @@ def selective_block(job: Job, kernels: bool) -> float:
 def selective_rows(job: Job) -> float:
     """`plain_rows` without the product of gate and up, and without the rows where they come from no other rank."""
     c, w = job.sizes, job.weight_bytes
-    again = c.moe_intermediate_size + (c.hidden_size if job.expert_ranks == 1 else 0)
+    again = c.moe_intermediate_size + (c.hidden_size if job.ep_size == 1 else 0)
     return plain_rows(job) - c.num_experts_per_tok * again * w
 
 
 def selective_again(job: Job) -> float:
     """Of what is made again, what is there at a block's fullest moment: the rows beside their gradient, or SwiGLU's product."""
     c = job.sizes
-    return c.num_experts_per_tok * (c.hidden_size if job.expert_ranks == 1 else c.moe_intermediate_size) * job.weight_bytes
+    return c.num_experts_per_tok * (c.hidden_size if job.ep_size == 1 else c.moe_intermediate_size) * job.weight_bytes
 
 
 def loss_bytes(job: Job, kernels: bool) -> float:
@@ -135,12 +135,12 @@ def chunk_rows(job: Job, kernels: bool = True) -> int:
 def working_block(job: Job, kernels: bool, load: float) -> float:
     """The widest moment of a block's backward: gradients of the routed rows beside those of the residual stream. Without kernels
     part of them is fp32 whatever the type, and not all are there at once: 0.25 of both sizes fits what was counted."""
-    c, w = job.sizes, job.weight_bytes
+    c, w, mode = job.sizes, job.weight_bytes, job.activation_checkpointing
     if kernels:
         beside = c.hidden_size
-        if job.recompute == "full":  # at the end of its second forward: results, the shared expert's, their sum, and its gradient
+        if mode == "full":  # at the end of its second forward: results, the shared expert's, their sum, and its gradient
             beside *= 3
-        elif job.recompute == "selective" and job.expert_ranks == 1:  # the shared expert's two wait, its gate and up are gone
+        elif mode == "selective" and job.ep_size == 1:  # the shared expert's two wait, its gate and up are gone
             beside += max(0, 2 * (c.hidden_size - c.n_shared_experts * c.moe_intermediate_size))
         return (c.num_experts_per_tok * load * c.hidden_size + beside) * w
     rows = c.num_experts_per_tok * load * (2 * c.hidden_size + 3 * c.moe_intermediate_size)

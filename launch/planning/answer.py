@@ -104,8 +104,8 @@ def describe(found: Candidate) -> dict[str, Any]:
         "parameters": {"total": count.total, "active": count.active, "on_a_rank": job.local_parameters},
         "flops_per_token": training_flops_per_token(job.sizes, job.sequence_length),
         "batch": {
-            "micro_batch": job.micro_batch,
-            "accumulation": job.accumulation,
+            "micro_batch": job.micro_batch_size,
+            "accumulation": job.accumulation_steps,
             "global_batch": job.global_batch,
             "tokens_per_step": job.tokens_per_step,
         },
@@ -130,12 +130,12 @@ def layout(found: Candidate) -> dict[str, Any]:
     """One row of the table of alternatives."""
     job = found.job
     return {
-        "expert_ranks": job.expert_ranks,
+        "expert_ranks": job.ep_size,
         "zero_stage": job.zero_stage,
-        "activation_checkpointing": job.recompute,
-        "micro_batch": job.micro_batch,
-        "accumulation": job.accumulation,
-        "offload_optimizer": job.offload_optimizer,
+        "activation_checkpointing": job.activation_checkpointing,
+        "micro_batch": job.micro_batch_size,
+        "accumulation": job.accumulation_steps,
+        "offload_optimizer": job.offloads_optimizer,
         "memory_gb": round(found.memory.total / GB, 4),
         "fits": found.fits,
         "tokens_per_second": found.tokens_per_second,

@@ -44,12 +44,13 @@ def traffic(job: Job, device: Device, load: float = 1.0) -> list[Traffic]:
     """Everything one rank sends in a step. `load` is the fullest rank's share of routed rows over the even one."""
     everyone, same_experts, experts = groups(job)
     dense, routed = job.dense_parameters * job.weight_bytes, job.expert_parameters * job.weight_bytes
-    rounds = {1: 1, 2: job.accumulation, 3: job.accumulation}.get(job.zero_stage, 1)
+    rounds = {1: 1, 2: job.accumulation_steps, 3: job.accumulation_steps}.get(job.zero_stage, 1)
+    passes = 3 if job.activation_checkpointing == "full" else 2
     found = [_exchange(job, device, experts, load)]
     for name, size, group in (("dense", dense, everyone), ("expert", routed, same_experts)):
         reduces = 1.0 if job.zero_stage == 3 else 2.0
         found.append(_collective(f"{name} gradients", device, group, reduces * size, rounds, job, "backward"))
-        gathers = {0: 0, 1: 1, 2: 1}.get(job.zero_stage, 2 * job.accumulation + (job.recompute == "full") * job.accumulation)
+        gathers = {0: 0, 1: 1, 2: 1}.get(job.zero_stage, passes * job.accumulation_steps)
         found.append(_collective(f"{name} weights", device, group, size, gathers, job, "backward" if job.zero_stage == 3 else ""))
     return [one for one in found if one.bytes]
 
@@ -58,21 +59,21 @@ def groups(job: Job) -> tuple[Group, Group, Group]:
     """All ranks; the ranks that hold the same experts; the ranks that share the experts out. Expert groups are neighbours, and the
     one that reaches over most nodes sets the pace."""
     nodes = -(-job.ranks // job.ranks_per_node)
-    begins = range(0, job.ranks, job.expert_ranks)
-    reached = max((n + job.expert_ranks - 1) // job.ranks_per_node - n // job.ranks_per_node + 1 for n in begins)
-    copies = job.ranks // job.expert_ranks
-    apart = min(nodes, copies) if job.expert_ranks <= job.ranks_per_node else copies
+    begins = range(0, job.ranks, job.ep_size)
+    reached = max((n + job.ep_size - 1) // job.ranks_per_node - n // job.ranks_per_node + 1 for n in begins)
+    copies = job.ranks // job.ep_size
+    apart = min(nodes, copies) if job.ep_size <= job.ranks_per_node else copies
     return (
         Group(size=job.ranks, nodes=nodes),
         Group(size=copies, nodes=max(1, apart)),
-        Group(size=job.expert_ranks, nodes=reached),
+        Group(size=job.ep_size, nodes=reached),
     )
 
 
 def _exchange(job: Job, device: Device, group: Group, load: float) -> Traffic:
     rows = job.tokens * job.sizes.num_experts_per_tok * load
     away = rows * job.sizes.hidden_size * job.weight_bytes * (group.size - 1) / group.size
-    turns = (4 + 2 * (job.recompute == "full")) * job.sizes.num_hidden_layers * job.accumulation
+    turns = (4 + 2 * (job.activation_checkpointing == "full")) * job.sizes.num_hidden_layers * job.accumulation_steps
     # An all-to-all is not a ring: what leaves the node goes over this GPU's own share of the network.
     outside = (group.size - group.members) / max(1, group.size - 1)
     seconds = turns * (away * (1 - outside) / device.link_speed + away * outside / device.network_speed + start(group))

@@ -22,12 +22,12 @@ class Job:
     ranks: int
     ranks_per_node: int
     sequence_length: int
-    micro_batch: int  # sequences a rank takes through the model at once
-    accumulation: int  # micro-batches of an optimizer step
+    micro_batch_size: int  # sequences a rank takes through the model at once
+    accumulation_steps: int  # micro-batches of an optimizer step
     zero_stage: int
-    expert_ranks: int  # ranks that share one copy of the experts
-    recompute: str  # none, selective, full
-    offload_optimizer: bool
+    ep_size: int  # ranks that share one copy of the experts
+    activation_checkpointing: str  # none, selective, full
+    offloads_optimizer: bool
     optimizer: str
     fused_optimizer: bool
     weight_bytes: int
@@ -54,11 +54,11 @@ class Job:
     @property
     def tokens(self) -> int:
         """Of one micro-batch on one rank."""
-        return self.micro_batch * self.sequence_length
+        return self.micro_batch_size * self.sequence_length
 
     @property
     def global_batch(self) -> int:
-        return self.micro_batch * self.accumulation * self.ranks
+        return self.micro_batch_size * self.accumulation_steps * self.ranks
 
     @property
     def tokens_per_step(self) -> int:
@@ -79,7 +79,7 @@ class Job:
     @property
     def expert_parameters(self) -> int:
         """Of the experts that live on this rank."""
-        return count_parameters(self.sizes).routed_experts // self.expert_ranks
+        return count_parameters(self.sizes).routed_experts // self.ep_size
 
     @property
     def local_parameters(self) -> int:
@@ -91,7 +91,7 @@ class Job:
         the ranks that hold the same ones only."""
         if self.zero_stage == 0:
             return self.local_parameters
-        return self.dense_parameters / self.ranks + self.expert_parameters * self.expert_ranks / self.ranks
+        return self.dense_parameters / self.ranks + self.expert_parameters * self.ep_size / self.ranks
 
 
 def micro_batches(share: int, most: int) -> list[int]:
@@ -116,12 +116,12 @@ def job_from(
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         sequence_length=sequence_length,
-        micro_batch=strategy.micro_batch_size,
-        accumulation=strategy.accumulation_steps,
+        micro_batch_size=strategy.micro_batch_size,
+        accumulation_steps=strategy.accumulation_steps,
         zero_stage=strategy.zero_stage,
-        expert_ranks=strategy.ep_size,
-        recompute=strategy.activation_checkpointing,
-        offload_optimizer=strategy.offloads_optimizer,
+        ep_size=strategy.ep_size,
+        activation_checkpointing=strategy.activation_checkpointing,
+        offloads_optimizer=strategy.offloads_optimizer,
         optimizer=strategy.optimizer,
         fused_optimizer=bool(lookup(config, "optimizer.params.fused", False)),
         weight_bytes=weight_bytes,

@@ -59,13 +59,13 @@ def plan_memory(job: Job, *, on_gpu: bool = True) -> Memory:
     parts = _parts(job, on_gpu, load=1.0)
     fullest = _fullest(job, parts)
     # At most all rows of its expert group come to one rank.
-    loaded = _parts(job, on_gpu, load=min(WORST_LOAD, job.expert_ranks))
+    loaded = _parts(job, on_gpu, load=min(WORST_LOAD, job.ep_size))
     return Memory(
         **parts,
         not_at_once=fullest - sum(parts.values()),
         runtime=CONTEXT_BYTES + FRAGMENT_SHARE * fullest if on_gpu else 0.0,
         worst=_fullest(job, loaded) - fullest,
-        host=_optimizer(job) + job.shard * job.master_bytes if job.offload_optimizer else 0.0,
+        host=_optimizer(job) + job.shard * job.master_bytes if job.offloads_optimizer else 0.0,
     )
 
 
@@ -76,7 +76,7 @@ def _parts(job: Job, on_gpu: bool, load: float) -> dict[str, float]:
         "weights": (job.shard if job.zero_stage == 3 else job.local_parameters) * job.weight_bytes,
         "gathered": _gathered(job),
         "gradients": _gradients(job),
-        "optimizer": 0.0 if job.offload_optimizer else _optimizer(job),
+        "optimizer": 0.0 if job.offloads_optimizer else _optimizer(job),
         "buckets": _buckets(job) + _flattened(job),
         "activations": kept.held,
         "loss": kept.loss,
@@ -127,7 +127,7 @@ def _gathered(job: Job) -> float:
     if job.zero_stage < 3:
         return 0.0
     dense = job.dense_parameters if job.ranks > 1 else 0
-    experts = job.expert_parameters if job.ranks > job.expert_ranks else 0
+    experts = job.expert_parameters if job.ranks > job.ep_size else 0
     return min(dense + experts, job.live_parameters) * job.weight_bytes
 
 
@@ -135,7 +135,7 @@ def _gradients(job: Job) -> float:
     """After a backward. ZeRO-1 sums all of them on every rank, beside each parameter's own where the two differ in type
     (DeepSpeed's BF16_Optimizer does it then, without buckets); 2 and 3 keep a shard."""
     if job.zero_stage >= 2:
-        return 0.0 if job.offload_optimizer else job.shard * job.gradient_bytes
+        return 0.0 if job.offloads_optimizer else job.shard * job.gradient_bytes
     return job.local_parameters * (job.weight_bytes + _summed_apart(job))
 
 
@@ -152,8 +152,8 @@ def _held(job: Job) -> float:
     if job.zero_stage == 3:
         return _gradients(job)  # one buffer, made at the start
     if job.zero_stage < 2 and _summed_apart(job):
-        return job.local_parameters * (job.gradient_bytes + (job.weight_bytes if job.accumulation > 1 else 0))
-    return _gradients(job) if job.accumulation > 1 else 0.0
+        return job.local_parameters * (job.gradient_bytes + (job.weight_bytes if job.accumulation_steps > 1 else 0))
+    return _gradients(job) if job.accumulation_steps > 1 else 0.0
 
 
 def _summed_apart(job: Job) -> int:
@@ -197,7 +197,7 @@ def _flattened(job: Job) -> float:
 
 def exchange_bytes(job: Job, kernels: bool) -> float:
     """The all-to-all's landing buffer of one layer at an even load; without kernels there and back."""
-    if job.expert_ranks == 1:
+    if job.ep_size == 1:
         return 0.0
     return (1 if kernels else 2) * job.tokens * job.sizes.num_experts_per_tok * job.sizes.hidden_size * job.weight_bytes
 
@@ -206,12 +206,12 @@ def _step(job: Job) -> float:
     """Of one parameter group after the other: its gradients once more, flat and in the masters' type (sums of their own are that
     already), and Adam's root and quotient where it is not one kernel, with Muon of embedding and head alone. Without ZeRO the
     masters have their gradients all at once."""
-    if job.offload_optimizer:
+    if job.offloads_optimizer:
         return 0.0
     if job.zero_stage == 0:
         again = job.local_parameters if job.weight_bytes < FP32 else 0
         return FP32 * (again + (0 if job.fused_optimizer else 2 * max(job.dense_parameters, job.expert_parameters)))
-    group = max(job.dense_parameters, job.expert_parameters * job.expert_ranks) / job.ranks
+    group = max(job.dense_parameters, job.expert_parameters * job.ep_size) / job.ranks
     flat = 0 if job.zero_stage < 3 and _summed_apart(job) else 1
     adams = job.embeddings / job.ranks if job.is_muon else group
     return job.master_bytes * max(group * flat, adams * (flat + (0 if job.fused_optimizer else 2)))

@@ -47,13 +47,13 @@ def curve(job: Job, device: Device) -> list[Point]:
 
 def _point(job: Job, device: Device, gpus: int, in_node: int) -> Point:
     share = max(1, round(job.global_batch / gpus))
-    micro_batch = max(micro_batches(share, job.micro_batch))
+    micro_batch = max(micro_batches(share, job.micro_batch_size))
     scaled = dataclasses.replace(
         job,
         ranks=gpus,
         ranks_per_node=in_node,
-        expert_ranks=job.expert_ranks if gpus == job.ranks else math.gcd(job.expert_ranks, in_node),
-        micro_batch=micro_batch,
-        accumulation=share // micro_batch,
+        ep_size=job.ep_size if gpus == job.ranks else math.gcd(job.ep_size, in_node),
+        micro_batch_size=micro_batch,
+        accumulation_steps=share // micro_batch,
     )
     return Point(gpus=gpus, found=candidate(scaled, device), batch=job.global_batch)

@@ -61,7 +61,7 @@ def search(job: Job, device: Device, count: int = 5) -> list[Candidate]:
     best: dict[tuple[int, int, bool], Candidate] = {}
     for variant in variants(job):
         found = candidate(variant, device)
-        layout = (variant.expert_ranks, variant.zero_stage, variant.offload_optimizer)
+        layout = (variant.ep_size, variant.zero_stage, variant.offloads_optimizer)
         if found.is_safe and (layout not in best or _order(found) < _order(best[layout])):
             best[layout] = found
     return sorted(best.values(), key=_order)[:count]
@@ -71,7 +71,7 @@ def _order(found: Candidate) -> tuple[float, int, int, float]:
     """Fastest first; where two are as fast within 1 %, the lower ZeRO stage, less recomputation and the smaller one."""
     job = found.job
     speed = -round(math.log(found.tokens_per_second) / 0.01)
-    return speed, job.zero_stage, CHECKPOINTING_MODES.index(job.recompute), found.memory.total
+    return speed, job.zero_stage, CHECKPOINTING_MODES.index(job.activation_checkpointing), found.memory.total
 
 
 def variants(job: Job) -> Iterator[Job]:
@@ -81,23 +81,23 @@ def variants(job: Job) -> Iterator[Job]:
     muon = job.is_muon
     first = [(1, False)] * (not muon or job.gradient_bytes == job.weight_bytes)
     stages = first + [(2, False)] + [(2, True)] * (not muon) + [(3, False)] * (not muon and not job.compiles)
-    for expert_ranks in _expert_ranks(job):
+    for ep_size in _ep_sizes(job):
         for stage, offload in stages:
             for micro_batch in _micro_batches(job):
-                for recompute in CHECKPOINTING_MODES:
+                for mode in CHECKPOINTING_MODES:
                     yield dataclasses.replace(
                         job,
-                        expert_ranks=expert_ranks,
+                        ep_size=ep_size,
                         zero_stage=stage,
-                        offload_optimizer=offload,
-                        fused_optimizer=not offload and (job.fused_optimizer or job.offload_optimizer),  # as it is written
-                        micro_batch=micro_batch,
-                        accumulation=job.global_batch // (job.ranks * micro_batch),
-                        recompute=recompute,
+                        offloads_optimizer=offload,
+                        fused_optimizer=not offload and (job.fused_optimizer or job.offloads_optimizer),  # as it is written
+                        micro_batch_size=micro_batch,
+                        accumulation_steps=job.global_batch // (job.ranks * micro_batch),
+                        activation_checkpointing=mode,
                     )
 
 
-def _expert_ranks(job: Job) -> list[int]:
+def _ep_sizes(job: Job) -> list[int]:
     """Sizes that divide the experts and the ranks and stay inside a node, where the exchange has the fast links."""
     common = math.gcd(job.sizes.n_routed_experts, min(job.ranks, job.ranks_per_node))
     return [n for n in range(1, common + 1) if common % n == 0]
@@ -109,7 +109,7 @@ def _micro_batches(job: Job) -> list[int]:
 
 def changes(job: Job, other: Job) -> int:
     """In how many decisions two layouts differ; each may be several keys of the file."""
-    decisions = ("expert_ranks", "zero_stage", "offload_optimizer", "micro_batch", "recompute")
+    decisions = ("ep_size", "zero_stage", "offloads_optimizer", "micro_batch_size", "activation_checkpointing")
     return sum(getattr(job, name) != getattr(other, name) for name in decisions)
 
 
@@ -123,7 +123,7 @@ def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
     """`base`, an unresolved DeepSpeed JSON, changed to the candidate's layout."""
     config, job = copy.deepcopy(base), found.job
     config["train_batch_size"] = job.global_batch
-    config["train_micro_batch_size_per_gpu"] = job.micro_batch
+    config["train_micro_batch_size_per_gpu"] = job.micro_batch_size
     config["gradient_accumulation_steps"] = "auto"
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = job.zero_stage
@@ -137,12 +137,12 @@ def as_deepspeed(found: Candidate, base: dict[str, Any]) -> dict[str, Any]:
         zero["reduce_scatter"] = zero["contiguous_gradients"] = True  # AutoEP wants both there
         for key in [key for key in zero if key.startswith("stage3_")]:
             del zero[key]
-    if job.offload_optimizer:
+    if job.offloads_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         for key in ("torch_adam", "fused"):
             config.get("optimizer", {}).get("params", {}).pop(key, None)  # DeepSpeed's CPU Adam takes over
     elif was_offloaded and job.optimizer.lower() in ("adam", "adamw"):
         config["optimizer"].setdefault("params", {}).update(torch_adam=True, fused=True)  # DeepSpeed's own wants the CUDA toolkit
-    config.setdefault("expert_parallel", {"enabled": True, "preset_model": "deepseek_v3"})["autoep_size"] = job.expert_ranks
-    config.setdefault("activation_checkpointing", {})["mode"] = job.recompute
+    config.setdefault("expert_parallel", {"enabled": True, "preset_model": "deepseek_v3"})["autoep_size"] = job.ep_size
+    config.setdefault("activation_checkpointing", {})["mode"] = job.activation_checkpointing
     return config

@@ -78,7 +78,7 @@ class StepTime:
 
 def plan_time(job: Job, device: Device) -> StepTime:
     """One optimizer step of `job` on `device`."""
-    tokens = job.tokens * job.accumulation
+    tokens = job.tokens * job.accumulation_steps
     peak = device.peak if job.weight_bytes == 2 else device.peak / 8  # fp32 without TF32: the vector units
     dense, expert, head = _products(job, device, peak)
     attention = tokens * _attention_flops(job) / (peak * device.efficiency.attention)
@@ -86,14 +86,15 @@ def plan_time(job: Job, device: Device) -> StepTime:
     moved, forward = (tokens * each / device.memory_speed for each in (sum(by_token), by_token[0]))
     passes = tokens * job.sizes.num_hidden_layers * moved_again(job) / device.memory_speed
     # A block that is recomputed whole does its forward again, a third of its products; `selective` repeats a few passes.
-    again = {"none": 0.0, "selective": passes, "full": forward + (tokens * (dense + expert) + attention) / 3}[job.recompute]
-    load = USUAL_LOAD if job.expert_ranks > 1 else 1.0
+    whole = forward + (tokens * (dense + expert) + attention) / 3
+    again = {"none": 0.0, "selective": passes, "full": whole}[job.activation_checkpointing]
+    load = USUAL_LOAD if job.ep_size > 1 else 1.0
     sent = traffic(job, device, load)
     backward = (2 / 3) * (tokens * (dense + expert + head) + attention + moved)
     in_the_open = exposed(sent, backward)
     busy = tokens * (dense + expert + head) + attention + moved + again
     each, once = device.everywhere.host_kernel, device.everywhere.host_step
-    host = each * kernels_by_layer(job, device) * job.sizes.num_hidden_layers * job.accumulation + once
+    host = each * kernels_by_layer(job, device) * job.sizes.num_hidden_layers * job.accumulation_steps + once
     return StepTime(
         matrix=tokens * (dense + expert + head),
         attention=attention,
@@ -121,7 +122,7 @@ def _products(job: Job, device: Device, peak: float) -> tuple[float, float, floa
     beside = has_kernel(job, device) or joined(job, device)
     gate_and_up = share((1 + beside) * c.moe_intermediate_size)
     # Several experts on a rank are one grouped product, which reaches less than a plain one at these sizes.
-    grouped = 1.0 if job.expert_ranks == c.n_routed_experts else reached.grouped
+    grouped = 1.0 if job.ep_size == c.n_routed_experts else reached.grouped
     routed_share = grouped / (2 / (3 * gate_and_up) + 1 / (3 * expert_share))
     router = c.n_routed_experts * c.hidden_size
     layer = (attention_matrices(c) - keys + router) / reached.matrix + keys / key_share + expert * c.n_shared_experts / expert_share
@@ -141,10 +142,10 @@ def _attention_flops(job: Job) -> float:
 
 def kernels_by_layer(job: Job, device: Device) -> int:
     """Kernels that the host launches for a layer of one micro-step. A test holds them to the roofline's count."""
-    exchanged = job.expert_ranks > 1
+    exchanged = job.ep_size > 1
     plain = KERNELS + exchanged * (EXCHANGE_KERNELS + GROUPING_KERNELS * (_local_experts(job) > 1))
     plain -= SPARED_KERNELS * has_kernel(job, device)
-    return plain + {"none": 0, "selective": SELECTIVE_KERNELS - exchanged, "full": plain * 9 // 20}[job.recompute]
+    return plain + {"none": 0, "selective": SELECTIVE_KERNELS - exchanged, "full": plain * 9 // 20}[job.activation_checkpointing]
 
 
 def moved_by_layer(job: Job, device: Device) -> tuple[float, float]:
@@ -169,7 +170,7 @@ def moved_by_layer(job: Job, device: Device) -> tuple[float, float]:
         forward, backward = forward + copied, backward + 2 * copied
     elif not has_kernel(job, device):  # each product's input gradient apart, and their sum
         backward += 3 * r
-    if job.expert_ranks > 1 and _local_experts(job) > 1:  # grouped by expert where they arrive, and the results back
+    if job.ep_size > 1 and _local_experts(job) > 1:  # grouped by expert where they arrive, and the results back
         forward, backward = forward + 4 * r, backward + 4 * r
     return forward, backward
 
@@ -187,7 +188,7 @@ def joined(job: Job, device: Device) -> bool:
 
 
 def _local_experts(job: Job) -> int:
-    return job.sizes.n_routed_experts // job.expert_ranks
+    return job.sizes.n_routed_experts // job.ep_size
 
 
 def moved_again(job: Job) -> float:
@@ -196,7 +197,7 @@ def moved_again(job: Job) -> float:
     c, w = job.sizes, job.weight_bytes
     turned = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim if c.qk_norm else 0
     width = (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size
-    rows = (1 + c.num_experts_per_tok) * c.hidden_size if job.expert_ranks == 1 else 0
+    rows = (1 + c.num_experts_per_tok) * c.hidden_size if job.ep_size == 1 else 0
     return float(w * (4 * c.hidden_size + 2 * turned + 3 * width + rows))
 
 
@@ -216,7 +217,7 @@ def exposed(sent: list[Traffic], backward: float) -> float:
 
 def optimizer_seconds(job: Job, device: Device) -> float:
     """Passes over gradients and state, of an optimizer step."""
-    gradients = (HELD_BYTES * job.local_parameters + SHARD_BYTES * job.shard) * job.accumulation / device.memory_speed
-    if not job.offload_optimizer:
+    gradients = (HELD_BYTES * job.local_parameters + SHARD_BYTES * job.shard) * job.accumulation_steps / device.memory_speed
+    if not job.offloads_optimizer:
         return gradients + STEP_BYTES * job.shard / device.memory_speed
     return gradients + job.shard * (4 + 2) / PCIE_SPEED + 28 * job.shard / HOST_MEMORY_SPEED

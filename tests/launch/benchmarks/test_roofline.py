@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,12 @@ def test_the_planner_says_what_is_counted(roofline: dict[str, Any]) -> None:
     the link's time.
     """
     ep, ours, device = roofline["ep"], roofline["ours"], find_device(roofline["gpu"])
-    planned = job(ranks=ep, expert_ranks=ep, accumulation=8)
+    planned = job(ranks=ep, ep_size=ep, accumulation_steps=8)
     rows = planned.sizes.num_experts_per_tok * planned.sizes.hidden_size * planned.weight_bytes
     moved = sum(moved_by_layer(planned, device)) + (8 * rows if ep > 1 else 0)
     assert moved == pytest.approx(ours["bytes_per_token_layer_beside_products"], rel=0.01)
     for mode, name in (("none", "ours"), ("selective", "ours, selective"), ("full", "ours, full")):
-        again = dataclasses.replace(planned, recompute=mode)
+        again = dataclasses.replace(planned, activation_checkpointing=mode)
         assert kernels_by_layer(again, device) == pytest.approx(roofline[name]["launches_per_layer"], abs=2), mode
         whole = roofline[name]["whole_step"]["mfu"]
         assert plan_time(again, device).mfu(again, device) == pytest.approx(whole, rel=0.04)
@@ -85,7 +86,7 @@ def test_the_planner_says_what_is_counted(roofline: dict[str, Any]) -> None:
 
 def test_the_planner_keeps_what_is_counted(roofline: dict[str, Any]) -> None:
     """With kernels: of a layer, beside the layers, and while the loss is computed."""
-    planned, ours = job(ranks=roofline["ep"], expert_ranks=roofline["ep"]), roofline["ours"]
+    planned, ours = job(ranks=roofline["ep"], ep_size=roofline["ep"]), roofline["ours"]
     kept, last_norm = kept_activations(planned), planned.tokens * planned.sizes.hidden_size * planned.weight_bytes
     a_layer = (kept.held - last_norm) / planned.tokens / planned.sizes.num_hidden_layers
     assert a_layer == pytest.approx(ours["saved_bytes_per_token_layer"], rel=0.005)
@@ -96,7 +97,7 @@ def test_the_planner_keeps_what_is_counted(roofline: dict[str, Any]) -> None:
 def test_selective_repeats_passes_and_no_exchange(roofline: dict[str, Any]) -> None:
     """Its bytes and what it keeps are the planner's; a kernel for each of six passes, of five where rows come by exchange."""
     plain, less = roofline["ours"], roofline["ours, selective"]
-    planned = job(ranks=roofline["ep"], expert_ranks=roofline["ep"], recompute="selective")
+    planned = job(ranks=roofline["ep"], ep_size=roofline["ep"], activation_checkpointing="selective")
     more = less["bytes_per_token_layer"] - plain["bytes_per_token_layer"]
     assert more == pytest.approx(moved_again(planned), rel=0.01)
     assert less["launches_per_layer"] - plain["launches_per_layer"] == (5 if roofline["ep"] > 1 else 6)
@@ -153,17 +154,17 @@ def test_what_is_counted_is_the_jsons(tmp_path: Path) -> None:
     path = tmp_path / "j.json"
     settings = json.loads((ROOT / "ds_configs" / "ep8_zero2.json").read_text())
     path.write_text(json.dumps({**settings, "activation_checkpointing": {"mode": "full"}}))
+    layout = attrgetter("activation_checkpointing", "ep_size", "ranks", "micro_batch_size", "accumulation_steps")
     counted = job_by("--deepspeed_config", str(path), "--num_gpus", "16")
-    assert (counted.recompute, counted.expert_ranks, counted.micro_batch, counted.accumulation) == ("full", 8, 8, 2)
+    assert layout(counted) == ("full", 8, 16, 8, 2)
     changed = job_by("--deepspeed_config", str(path), "--activation_checkpointing", "none", "--ep", "4", "--accumulation", "3")
-    assert (changed.recompute, changed.expert_ranks, changed.ranks, changed.accumulation) == ("none", 4, 4, 3)
-    plain = job_by()
-    assert (plain.recompute, plain.expert_ranks, plain.ranks, plain.micro_batch, plain.accumulation) == ("none", 1, 1, 8, 8)
+    assert layout(changed) == ("none", 4, 4, 8, 3)
+    assert layout(job_by()) == ("none", 1, 1, 8, 8)
     wider = job_by("--deepspeed_config", str(path), "--micro_batch", "16")  # 256 samples a step of 8 ranks, accumulation "auto"
-    assert (wider.micro_batch, wider.accumulation) == (16, 2)
+    assert layout(wider)[3:] == (16, 2)
     auto = ("--deepspeed_config", str(ROOT / "ds_configs" / "cpu_ep2_zero2.json"))  # 16 samples, micro-batch "auto", accumulation 1
     narrow, deep = job_by(*auto, "--micro_batch", "4"), job_by(*auto, "--accumulation", "4")
-    assert (narrow.micro_batch, narrow.accumulation) == (4, 1) and (deep.micro_batch, deep.accumulation) == (2, 4)
+    assert layout(narrow)[3:] == (4, 1) and layout(deep)[3:] == (2, 4)
     with pytest.raises(UserError, match="--num_gpus 3 is no multiple of the 2 ranks"):
         job_by("--ep", "2", "--num_gpus", "3")
     for flag, value in itertools.product(("ep", "num_gpus", "sequence_length", "micro_batch", "accumulation"), ("-2", "0")):

@@ -44,9 +44,9 @@ def trace(one: Job, config: MoEGPTConfig, dtype: torch.dtype) -> dict[str, int]:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
             network = MoEGPTForCausalLM(config)
             torch.set_default_dtype(torch.float32)
-            recompute(network, one.recompute)
+            recompute(network, one.activation_checkpointing)
             network.train()
-            ids = torch.randint(0, one.sizes.vocab_size, (one.micro_batch, one.sequence_length))
+            ids = torch.randint(0, one.sizes.vocab_size, (one.micro_batch_size, one.sequence_length))
             tracker = MemTracker()
             tracker.track_external(network)
             with tracker:
@@ -78,10 +78,10 @@ def off(model: str, mode: str, dtype: torch.dtype, length: int, batch: int, **ch
     one = job(
         sizes=dataclasses.replace(load_sizes(model), **changes),
         sequence_length=length,
-        micro_batch=batch,
-        recompute=mode,
+        micro_batch_size=batch,
+        activation_checkpointing=mode,
         ranks=1,
-        expert_ranks=1,
+        ep_size=1,
         weight_bytes=dtype.itemsize,
     )
     kept, found = kept_activations(one, kernels=False), trace(one, MoEGPTConfig.preset(model, **changes), dtype)
@@ -131,15 +131,15 @@ def test_with_kernels(ranks: int) -> None:
         one = job(
             sizes=dataclasses.replace(load_sizes(found["model"]), num_hidden_layers=found["layers"]),
             sequence_length=found["length"],
-            micro_batch=found["batch"],
-            recompute=found["mode"],
+            micro_batch_size=found["batch"],
+            activation_checkpointing=found["mode"],
             ranks=ranks,
-            expert_ranks=ranks,
+            ep_size=ranks,
         )
         kept, exchange = kept_activations(one), exchange_bytes(one, kernels=True)
         head = one.sizes.vocab_size * one.sizes.hidden_size * one.weight_bytes
         # in the backward of a block's experts their gradients, and two of the three weights joined
-        experts = 0 if one.recompute == "full" else 5 / 3 * one.expert_parameters * one.weight_bytes / found["layers"]
+        experts = 0 if found["mode"] == "full" else 5 / 3 * one.expert_parameters * one.weight_bytes / found["layers"]
         most = kept.held + max(kept.loss, kept.recomputed + kept.working + exchange + head + experts)
         for name, value in (("held", kept.held + kept.loss_kept), ("most", most)):
             line = f"{found['model']} {found['mode']}: {name} planned {value / 1e6:.1f} MB, counted {found[name] / 1e6:.1f} MB"
@@ -166,4 +166,4 @@ def test_chunks_of_the_loss_are_those_of_the_model() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss, "chunk_loss", watch)
             loss.token_loss(x, head, torch.zeros(4096, dtype=torch.long, device="meta"), 4096.0)
-        assert seen[0] == chunk_rows(job(model, sequence_length=4096, micro_batch=1), kernels=False)
+        assert seen[0] == chunk_rows(job(model, sequence_length=4096, micro_batch_size=1), kernels=False)

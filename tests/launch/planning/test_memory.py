@@ -116,16 +116,16 @@ def sent(job: Job, counted: dict[str, int]) -> dict[str, tuple[float, float]]:
     """(planned, counted) bytes of the collectives that one rank takes part in."""
     planned = {one.kind: one.bytes for one in traffic(job, find_device("h200"))}
     both = {}
-    if job.expert_ranks > 1:  # what is counted has the rows that stay here
-        leave = (job.expert_ranks - 1) / job.expert_ranks
+    if job.ep_size > 1:  # what is counted has the rows that stay here
+        leave = (job.ep_size - 1) / job.ep_size
         both["expert rows"] = (planned["expert rows"], counted["all_to_all_single"] * leave)
     if job.zero_stage < 3 and job.ranks > 1:  # a ring of N sends 2 (N - 1) / N of what is reduced
         reduced = planned["dense gradients"] / (2 * (job.ranks - 1) / job.ranks)
         if "expert gradients" in planned:
-            copies = job.ranks / job.expert_ranks
+            copies = job.ranks / job.ep_size
             reduced += planned["expert gradients"] / (2 * (copies - 1) / copies)
         else:  # reduced by each rank with itself
-            reduced += job.expert_parameters * job.weight_bytes * (job.accumulation if job.zero_stage == 2 else 1)
+            reduced += job.expert_parameters * job.weight_bytes * (job.accumulation_steps if job.zero_stage == 2 else 1)
         both["gradients reduced"] = (reduced, counted["all_reduce"])
     return both
 
@@ -195,7 +195,7 @@ def test_the_state_of_other_optimizers(stage: int, dtype: str, sections: dict[st
     sections = {**sections, "bf16": {"enabled": dtype != "fp32", **sections.get("bf16", {})}}
     job = planned(case("tiny", stage=stage, ranks=1, dtype=dtype, sections=sections))
     assert plan_memory(job).optimizer == pytest.approx(measured * 1e6, rel=0.001)
-    offloaded = plan_memory(dataclasses.replace(job, offload_optimizer=True))
+    offloaded = plan_memory(dataclasses.replace(job, offloads_optimizer=True))
     assert offloaded.host == pytest.approx(measured * 1e6 + job.local_parameters * job.master_bytes, rel=0.001)
 
 
@@ -239,7 +239,7 @@ def test_without_zero_a_rank_has_the_state_of_all_that_it_holds(dtype: str, stat
 
 
 def held_bytes(job: Job) -> float:
-    return HELD_BYTES * job.local_parameters * job.accumulation
+    return HELD_BYTES * job.local_parameters * job.accumulation_steps
 
 
 def test_expert_parallel_rank_holds_its_share_of_the_experts() -> None:

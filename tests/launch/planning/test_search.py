@@ -32,7 +32,7 @@ def test_what_is_proposed_fits_and_nothing_that_fits_is_faster(gpu: str) -> None
     fastest = max(c.tokens_per_second for c in all_that_fit)
     assert found[0].tokens_per_second == pytest.approx(fastest, rel=0.02)  # as fast within 1 %: the lower ZeRO stage
     assert all(c.memory.total + c.memory.worst <= 0.85 * device.memory for c in found)
-    assert len({(c.job.expert_ranks, c.job.zero_stage, c.job.offload_optimizer) for c in found}) == len(found)
+    assert len({(c.job.ep_size, c.job.zero_stage, c.job.offloads_optimizer) for c in found}) == len(found)
 
 
 def test_what_does_not_fit_is_helped_by_another_layout() -> None:
@@ -50,7 +50,8 @@ def test_the_least_change_that_helps() -> None:
     fewest = min(changes(job, v) for v in variants(job) if candidate(v, device).is_safe)
     assert changes(job, found.job) == fewest == 1
     # The optimizer's kernel and the accumulation follow from two of them.
-    assert changes(job, dataclasses.replace(job, offload_optimizer=True, fused_optimizer=False, micro_batch=4, accumulation=8)) == 2
+    smaller = dataclasses.replace(job, micro_batch_size=4, accumulation_steps=8)
+    assert changes(job, dataclasses.replace(smaller, offloads_optimizer=True, fused_optimizer=False)) == 2
     assert changes(job, job) == 0 and least_change(job, find_device("b200")).job == job  # type: ignore[union-attr]
 
 
@@ -67,16 +68,16 @@ def test_whoever_obeys_the_changes_trains_the_batch_that_was_planned(batch: dict
     """Also where the accumulation does not follow from the rest of the file."""
     job = planned("800m", "ep8_zero2.json", **batch)
     base = {**strategy.read_config(strategy.CONFIG_FOLDER / "ep8_zero2.json"), **batch}
-    other = candidate(dataclasses.replace(job, micro_batch=2, accumulation=16), find_device("h200"))
+    other = candidate(dataclasses.replace(job, micro_batch_size=2, accumulation_steps=16), find_device("h200"))
     again = planned("800m", "ep8_zero2.json", **{**batch, **obeyed(base, as_deepspeed(other, base))})
-    assert (again.micro_batch, again.accumulation, again.global_batch) == (2, 16, 256) and job.global_batch == 256
+    assert (again.micro_batch_size, again.accumulation_steps, again.global_batch) == (2, 16, 256) and job.global_batch == 256
 
 
 @pytest.mark.parametrize(
     ("file", "changed", "keys"),
     [
-        ("ep8_zero2.json", {"offload_optimizer": True}, {"offload_optimizer", "torch_adam", "fused"}),
-        ("ep8_zero2_offload.json", {"offload_optimizer": False}, {"offload_optimizer", "torch_adam", "fused"}),
+        ("ep8_zero2.json", {"offloads_optimizer": True}, {"offload_optimizer", "torch_adam", "fused"}),
+        ("ep8_zero2_offload.json", {"offloads_optimizer": False}, {"offload_optimizer", "torch_adam", "fused"}),
         ("ep8_zero3.json", {"zero_stage": 2}, {"stage", "reduce_scatter", "stage3_gather_16bit_weights_on_model_save"}),
         ("ep8_zero2.json", {}, set()),
     ],
@@ -120,7 +121,7 @@ def test_what_training_refuses_with_zero_3_is_not_proposed_there(file: str, sect
     muon = job.is_muon
     stages = {2} if muon else {1, 2}  # ZeRO 1 with sums in fp32 is BF16_Optimizer, which refuses Muon with experts
     assert {one.zero_stage for one in variants(job)} == {one.job.zero_stage for one in search(job, device)} == stages
-    assert any(one.offload_optimizer for one in variants(job)) is not muon
+    assert any(one.offloads_optimizer for one in variants(job)) is not muon
     if muon:
         alike = dataclasses.replace(job, gradient_bytes=job.weight_bytes)
         assert {one.zero_stage for one in variants(alike)} == {1, 2}
@@ -128,7 +129,7 @@ def test_what_training_refuses_with_zero_3_is_not_proposed_there(file: str, sect
 
 def test_nothing_fits_a_model_that_is_too_large() -> None:
     job = planned("4b", "ep1_zero2.json", gpus=1)
-    assert all(one.job.offload_optimizer for one in search(job, find_device("rtx-4090")))  # 61 GB of state leave the card
+    assert all(one.job.offloads_optimizer for one in search(job, find_device("rtx-4090")))  # 61 GB of state leave the card
     deep = dataclasses.replace(job, sizes=dataclasses.replace(job.sizes, num_hidden_layers=96))
     assert not search(deep, find_device("rtx-4090"))
 
@@ -142,8 +143,8 @@ def test_a_written_json_is_read_back_as_the_same_layout(file: str) -> None:
         config = as_deepspeed(candidate(variant, find_device("h200")), base)
         resolved = strategy.resolve_config(config, Path(file), world_size=8, num_experts=8, max_steps=10)
         again = job_from(job.sizes, resolved, ranks=8, ranks_per_node=8, sequence_length=512)
-        layout = ("expert_ranks", "zero_stage", "offload_optimizer", "fused_optimizer", "micro_batch", "accumulation", "recompute")
-        layout += ("global_batch",)
+        layout = ("ep_size", "zero_stage", "offloads_optimizer", "fused_optimizer", "activation_checkpointing")
+        layout += ("micro_batch_size", "accumulation_steps", "global_batch")
         assert [getattr(again, name) for name in layout] == [getattr(variant, name) for name in layout]
         seen += 1
     assert seen >= 4 * 1 * 3  # EP sizes x stages, of Muon one, x recomputation
@@ -156,7 +157,7 @@ def test_the_curve_keeps_the_batch_and_says_what_breaks() -> None:
     speeds = [point.found.tokens_per_second for point in points]
     assert speeds == sorted(speeds)
     for point in points:
-        assert point.found.job.expert_ranks <= min(8, point.gpus)
+        assert point.found.job.ep_size <= min(8, point.gpus)
         assert point.found.job.global_batch == max(256, point.gpus)
     assert points[-1].breaks.startswith("batch: needs 512 sequences")
     assert points[-1].breaks == "batch: needs 512 sequences, one a GPU"
@@ -171,7 +172,7 @@ def test_the_curve_has_the_nodes_that_were_asked_for() -> None:
     assert found[16] == dataclasses.replace(job, ranks=16)
     assert [found[n].ranks_per_node for n in (1, 2, 4, 8, 512)] == [1, 2, 4, 4, 4]
     over = planned("800m", "ep8_zero2.json", gpus=4, nodes=4, length=1024)
-    assert {point.gpus: point.found.job.expert_ranks for point in curve(over, device)}[16] == 8, "at its own number it is the job"
+    assert {point.gpus: point.found.job.ep_size for point in curve(over, device)}[16] == 8, "at its own number it is the job"
     alone = {point.gpus: point.found.job for point in curve(planned("800m", "ep4_zero2.json", gpus=4), device)}
     assert [alone[n].ranks_per_node for n in (4, 8, 16)] == [4, 8, 8]
     wider = {point.gpus: point.found.job for point in curve(planned("800m", "ep4_zero2.json", gpus=4), find_device("gh200"))}
@@ -183,5 +184,5 @@ def test_the_curve_says_where_the_batch_does_not_divide() -> None:
     job = planned("800m", "ep1_zero2.json", gpus=7, train_batch_size=252, train_micro_batch_size_per_gpu=6)
     found = {point.gpus: point for point in curve(job, find_device("h200"))}
     assert [found[n].found.job.global_batch for n in (1, 2, 4, 8, 16)] == [252, 252, 252, 256, 256]
-    assert (found[8].found.job.micro_batch, found[8].found.job.accumulation) == (4, 8)
+    assert (found[8].found.job.micro_batch_size, found[8].found.job.accumulation_steps) == (4, 8)
     assert found[8].breaks == "batch: needs 256 sequences, not 252" and not found[4].breaks.startswith("batch")

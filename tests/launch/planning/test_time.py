@@ -31,7 +31,7 @@ def ideal(monkeypatch: pytest.MonkeyPatch) -> Device:
 def test_an_ideal_card_reaches_all_of_its_peak(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products and attention are counted here apart from model/accounting.py; together they must be its FLOPs."""
     sizes = load_sizes(model)
-    alone = job(model, ranks=1, expert_ranks=1, sequence_length=sizes.max_position_embeddings)
+    alone = job(model, ranks=1, ep_size=1, sequence_length=sizes.max_position_embeddings)
     device = ideal(monkeypatch)
     assert plan_time(alone, device).mfu(alone, device) == pytest.approx(1.0, abs=1e-4)
 
@@ -39,7 +39,7 @@ def test_an_ideal_card_reaches_all_of_its_peak(model: str, monkeypatch: pytest.M
 def test_recomputing_everything_costs_a_third_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the layers; the head is not recomputed. performance.md: x 1.318 for 4b, with the head's share of 4.8 %."""
     device = ideal(monkeypatch)
-    plain, again = (job("4b", ranks=1, expert_ranks=1, recompute=mode) for mode in ("none", "full"))
+    plain, again = (job("4b", ranks=1, ep_size=1, activation_checkpointing=mode) for mode in ("none", "full"))
     assert plan_time(again, device).total / plan_time(plain, device).total == pytest.approx(1.318, abs=0.002)
 
 
@@ -48,7 +48,7 @@ def test_bytes_of_the_expert_exchange() -> None:
     rows = next(t for t in traffic(job(), find_device("a100-80gb")) if t.kind == "expert rows")
     assert rows.bytes == pytest.approx(8 * 2048 * 2 * 1536 * 2 * 7 / 8 * 4 * 24 * 4)
     assert rows.messages == 4 * 24 * 4 and rows.link == "NVLink 3"
-    assert not any(t.kind == "expert rows" for t in traffic(job(expert_ranks=1), find_device("h200")))
+    assert not any(t.kind == "expert rows" for t in traffic(job(ep_size=1), find_device("h200")))
 
 
 def test_zero_1_reduces_once_a_step_and_zero_2_every_micro_batch() -> None:
@@ -73,7 +73,7 @@ def test_expert_groups_stay_inside_a_node() -> None:
 )
 def test_an_expert_group_that_straddles_nodes_uses_the_network(ranks: int, in_node: int, experts: int, nodes: int) -> None:
     """Of two nodes of six the middle one of three groups of four lies on both."""
-    planned = job(ranks=ranks, ranks_per_node=in_node, expert_ranks=experts)
+    planned = job(ranks=ranks, ranks_per_node=in_node, ep_size=experts)
     assert groups(planned)[2] == Group(size=experts, nodes=nodes)
     rows = next(t for t in traffic(planned, find_device("a100-80gb")) if t.kind == "expert rows")
     assert rows.link == ("network" if nodes > 1 else "NVLink 3")
@@ -92,22 +92,21 @@ def test_gate_and_up_are_copied_where_that_pays_and_no_kernel_takes_them_apart()
     a100, h100 = find_device("a100-80gb"), find_device("h100-80gb")
 
     def more(model: str, **changes: int) -> float:
-        planned = job(model, ranks=1, expert_ranks=1, **changes)
+        planned = job(model, ranks=1, ep_size=1, **changes)
         return (sum(moved_by_layer(planned, h100)) - sum(moved_by_layer(planned, a100))) * planned.tokens
 
     assert more("800m") == 3 * 2 * (8 * 2 * 512 * 1536) * 2
     assert more("4b") == 3 * (2 * 8 * 2048 * 1536) * 2
     assert moved_by_layer(job(), a100) == moved_by_layer(job(), h100)  # one expert is a plain product
     for name, one_kernel in {"b200": True, "h200": True, "mi300x": True, "l40s": False, "rtx-5090": False}.items():
-        assert moved_by_layer(job(expert_ranks=1), find_device(name)) == moved_by_layer(
-            job(expert_ranks=1), h100 if one_kernel else a100
-        )
+        assert moved_by_layer(job(ep_size=1), find_device(name)) == moved_by_layer(job(ep_size=1), h100 if one_kernel else a100)
 
 
 def test_shares_add_up_and_more_work_takes_longer() -> None:
     device = find_device("a100-80gb")
     plain = plan_time(job(), device)
     assert sum(share for _, share in plain.limits) == pytest.approx(1.0)
-    assert plan_time(job(recompute="full"), device).total > plan_time(job(recompute="selective"), device).total > plain.total
-    assert plan_time(job(accumulation=8), device).total > 1.9 * plain.total
+    full, selective = (plan_time(job(activation_checkpointing=mode), device).total for mode in ("full", "selective"))
+    assert full > selective > plain.total
+    assert plan_time(job(accumulation_steps=8), device).total > 1.9 * plain.total
     assert plan_time(job(), find_device("h200")).total < plain.total
