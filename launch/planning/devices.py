@@ -52,7 +52,6 @@ class Device:
 
     name: str
     names: tuple[str, ...]
-    generation: str
     bf16_tflops: float
     memory_gib: float
     memory_gbs: float
@@ -100,7 +99,7 @@ def load_devices() -> dict[str, Device]:
     return {
         name: Device(
             name=name,
-            efficiency=generations[values["generation"]],
+            efficiency=generations[values.pop("generation")],
             everywhere=everywhere,
             **{**values, "names": tuple(values["names"])},
         )

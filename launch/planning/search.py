@@ -21,6 +21,8 @@ MOST_TOKENS = 65_536
 #: Of a card's memory, what a layout that is proposed may take even when routing goes wrong: formulas are off by some percent, and
 #: a desktop or another process wants some.
 SAFE_SHARE = 0.85
+#: Layouts that are proposed.
+PROPOSED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ def candidate(job: Job, device: Device) -> Candidate:
     return Candidate(job=job, device=device, memory=plan_memory(job), time=plan_time(job, device))
 
 
-def search(job: Job, device: Device, count: int = 5) -> list[Candidate]:
+def search(job: Job, device: Device) -> list[Candidate]:
     """The fastest that fit safely, the best of each layout, fastest first; same global batch."""
     best: dict[tuple[int, int, bool], Candidate] = {}
     for variant in variants(job):
@@ -64,7 +66,7 @@ def search(job: Job, device: Device, count: int = 5) -> list[Candidate]:
         layout = (variant.ep_size, variant.zero_stage, variant.offloads_optimizer)
         if found.is_safe and (layout not in best or _order(found) < _order(best[layout])):
             best[layout] = found
-    return sorted(best.values(), key=_order)[:count]
+    return sorted(best.values(), key=_order)[:PROPOSED]
 
 
 def _order(found: Candidate) -> tuple[float, int, int, float]:

@@ -34,7 +34,6 @@ class ResolvedRun:
     task_files: dict[str, ProblemFile]
     deepspeed: dict[str, Any]
     world_size: int
-    gpus: int
 
     @cached_property
     def strategy(self) -> Strategy:
@@ -107,7 +106,6 @@ def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
         task_files=task_files,
         deepspeed=resolve_settings(settings, path, arguments, world_size=world_size, num_experts=config.n_routed_experts),
         world_size=world_size,
-        gpus=gpus,
     )
 
 

@@ -101,8 +101,8 @@ def test_the_default_strategy_is_the_accelerators(accelerator: str, name: str, m
     monkeypatch.setattr(resolve.strategy, "read_config", lambda path: read.append(path) or read_config(path))
     flags = {"data": OLD / "tokens", "model": OLD / "model.json", "output": "unused", "sequence_length": 32, "max_steps": 5}
     arguments = parse_arguments([text for flag, value in flags.items() for text in (f"--{flag}", str(value))])
-    run = resolve.resolve_run(arguments, world_size=1)
-    assert [path.name for path in read] == [name] and run.gpus == (8 if accelerator == "cuda" else 0)
+    resolve.resolve_run(arguments, world_size=1)
+    assert [path.name for path in read] == [name]
 
 
 def test_the_gpus_random_state_is_saved_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
