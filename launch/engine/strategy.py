@@ -172,6 +172,11 @@ def with_mode(config: dict[str, Any], mode: str | None) -> dict[str, Any]:
     return {**config, "activation_checkpointing": {**config.get("activation_checkpointing", {}), "mode": mode}} if mode else config
 
 
+def settings_of_run(config: dict[str, Any]) -> dict[str, Any]:
+    """The resolved JSON of a run, from its config.json; of an old one the flag lay beside it."""
+    return with_mode(config["deepspeed"], lookup(config, "arguments.activation_checkpointing"))
+
+
 def resolve_config(config: dict[str, Any], path: Path, *, world_size: int, num_experts: int, max_steps: int) -> dict[str, Any]:
     """A copy with every `"auto"` filled in and the numbers of ranks, experts and samples checked against each other."""
     config = copy.deepcopy(config)

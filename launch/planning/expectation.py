@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data.words import duration
-from launch.engine.strategy import with_mode
+from launch.engine.strategy import settings_of_run
 from launch.planning.devices import device_of
 from launch.planning.job import Job, job_from
 from launch.planning.memory import GB, plan_memory
@@ -14,10 +14,10 @@ from model.sizes import ModelSizes
 
 
 def job_of_run(config: dict[str, Any], ranks_per_node: int) -> Job:
-    """From what a run's config.json holds. An old run's DeepSpeed JSON is without the flag's mode."""
+    """From what a run's config.json holds."""
     return job_from(
         ModelSizes.of(config["model"]),
-        with_mode(config["deepspeed"], config["arguments"].get("activation_checkpointing")),
+        settings_of_run(config),
         ranks=config["world_size"],
         ranks_per_node=ranks_per_node,
         sequence_length=config["sequence_length"],

@@ -17,6 +17,7 @@ from data.redact import redact
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
 from launch.cli import CLONE
+from launch.engine.strategy import settings_of_run
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
@@ -48,7 +49,7 @@ def changed_settings(folder: Path, deepspeed: dict[str, Any]) -> list[str]:
     Raises UserError for another optimizer: the state of one is not the other's.
     """
     try:
-        held = read_json(folder / "config.json")["deepspeed"]
+        held = settings_of_run(read_json(folder / "config.json"))
         before, now = held["optimizer"]["type"], deepspeed["optimizer"]["type"]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # a checkpoint that was taken out of its run
