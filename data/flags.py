@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar
 
 from data.cli import UserError
 
+T = TypeVar("T")
 WIDTH = 100  # at most, on wide terminals
 
 
@@ -105,9 +108,22 @@ def at_least_one(flags: object, *names: str) -> None:
     """Raises UserError for the first of these flags that is given and below 1, or of whose several values one is."""
     for name in names:
         given = getattr(flags, name)
-        for value in given if isinstance(given, list) else [given]:
+        for value in given if isinstance(given, list | tuple) else [given]:
             if value is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1, not {value}")
+
+
+def not_negative(flags: object, *names: str) -> None:
+    """Raises UserError for the first of these flags that is below 0, or no finite number of anything."""
+    for name in names:
+        if not 0 <= getattr(flags, name) < math.inf:
+            raise UserError(f"--{name} must be 0 or a number above it, not {getattr(flags, name)}")
+
+
+def as_dataclass(arguments: type[T], found: argparse.Namespace) -> T:
+    """What was parsed, as one frozen object: the fields that it has, and lists as tuples."""
+    values = {field.name: getattr(found, field.name) for field in fields(arguments)}  # type: ignore[arg-type]
+    return arguments(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def _spelled(action: argparse.Action) -> str:

@@ -14,12 +14,11 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.cli import make_quiet, run_command
-from launch.evaluation.arguments import build_parser, check
+from launch.evaluation.arguments import parse_arguments
 
 
 def main() -> int:
-    arguments = build_parser().parse_args()
-    check(arguments)
+    arguments = parse_arguments()
     make_quiet()
     from launch.evaluation.command import evaluate
 

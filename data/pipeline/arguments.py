@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.flags import Parser, at_least_one
+from data.flags import Parser, as_dataclass, at_least_one
 
 EXAMPLES = """
 python data/preprocess.py --input 'corpus/*.json.gz' --tokenizer bigcode/starcoder2-15b --output shards/
@@ -83,11 +83,9 @@ class PreprocessArguments:
 
 def parse(arguments: Sequence[str]) -> PreprocessArguments:
     """The command line, checked. Raises UserError."""
-    found = vars(build_parser().parse_args(arguments))
-    values: dict[str, Any] = {f.name: found[f.name] for f in fields(PreprocessArguments)}
-    values.update({name: tuple(value) for name, value in values.items() if isinstance(value, list)})
-    values["suffixes"] = tuple(_suffix(ending) for ending in values["suffixes"])
-    return PreprocessArguments(**values)
+    found = build_parser().parse_args(arguments)
+    found.suffixes = [_suffix(ending) for ending in found.suffixes]
+    return as_dataclass(PreprocessArguments, found)
 
 
 def _folder(text: str) -> Path:

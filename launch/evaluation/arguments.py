@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.cli import UserError
-from data.flags import Parser, at_least_one
+from data.flags import Parser, as_dataclass, at_least_one, not_negative
 from launch.cli import check_rope_factor
 from launch.evaluation.problems import TASKS
 from launch.evaluation.samples import results_path, settings_path, verdicts_path
@@ -20,6 +21,100 @@ EXAMPLES = """
     python launch/evaluate.py --model hf/ --humaneval HumanEval.jsonl.gz --samples 20 --allow_code_execution --output e.json
     python launch/evaluate.py --score samples.jsonl --humaneval HumanEval.jsonl.gz --allow_code_execution --output e.json
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Raises UserError for flags that do not go together, and for one that is out of its range."""
+
+    model: Path | None
+    output: Path | None
+    attn_implementation: str
+    rope_factor: float | None
+    batch_size: int
+    data: tuple[Path, ...]
+    sequence_length: int | None
+    eval_batches: int
+    document_mask: bool
+    humaneval: Path | None
+    mbpp: Path | None
+    infilling: Path | None
+    problems: int
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    samples_file: Path | None
+    score: Path | None
+    allow_code_execution: bool
+    isolation: str
+    require_isolation: bool
+    execution_timeout: int
+    workers: int
+
+    def __post_init__(self) -> None:
+        self._check_what_is_measured()
+        if self.task:
+            self._check_task(self.task)
+        check_rope_factor(self.rope_factor)
+        at_least_one(self, "batch_size", "execution_timeout", "samples")
+        not_negative(self, "eval_batches", "problems", "workers")
+
+    def _check_what_is_measured(self) -> None:
+        if self.score and not self.task:
+            raise UserError("--score needs the problems that the samples are of: --humaneval, --mbpp or --infilling FILE")
+        if not self.task and not self.data:
+            raise UserError("nothing to measure: give --data DIR, or --humaneval, --mbpp or --infilling FILE")
+        if self.needs_model and not self.model:
+            raise UserError("--model is missing: a folder of launch/export.py")
+        if len(set(self.data)) < len(self.data):
+            raise UserError("--data names a folder twice")
+
+    def _check_task(self, task: str) -> None:
+        if not self.allow_code_execution:
+            raise UserError(f"--{task} runs code that a model wrote; if that is what you want, add --allow_code_execution")
+        if self.makes_samples and not (self.output or self.samples_file):
+            raise UserError(f"--{task} writes samples.jsonl beside --output, which is missing")
+        samples = self.samples_path
+        others = [samples, results_path(samples), settings_path(samples), verdicts_path(samples), self.task_file]
+        if self.output and any(one and one.resolve() == self.output.resolve() for one in others):
+            raise UserError(
+                f"--output {self.output} would replace the problems, the samples or what lies beside them; name another file"
+            )
+        if self.makes_samples and self.temperature == 0 and self.samples > 1:
+            equal = f"--temperature 0 makes {self.samples} equal samples of a problem"
+            raise UserError(f"{equal}; ask for one, or a temperature above 0")
+
+    @property
+    def task(self) -> str:
+        """Empty where only the loss is asked for."""
+        return next((task for task in TASKS if getattr(self, task) is not None), "")
+
+    @property
+    def task_file(self) -> Path | None:
+        """None stands for the package's own."""
+        file: Path = getattr(self, self.task)
+        return None if file == PACKAGED else file
+
+    @property
+    def makes_samples(self) -> bool:
+        return bool(self.task) and not self.score
+
+    @property
+    def needs_model(self) -> bool:
+        return bool(self.data) or not self.score
+
+    @property
+    def model_folder(self) -> Path:
+        """Where `needs_model`."""
+        assert self.model is not None
+        return self.model
+
+    @property
+    def samples_path(self) -> Path:
+        """Where the samples of a task are, or will be."""
+        return self.score or self.samples_file or (self.output or Path("e.json")).with_name("samples.jsonl")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,44 +166,6 @@ def add_execution_flags(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--workers", type=int, default=0, help="samples that run at a time; 0: one a core")
 
 
-def task_of(arguments: argparse.Namespace) -> tuple[str, Path | None] | None:
-    """(task, its file or None for the package's), or None if only the loss is asked for."""
-    found = [(task, getattr(arguments, task)) for task in TASKS if getattr(arguments, task) is not None]
-    return (found[0][0], None if found[0][1] == PACKAGED else found[0][1]) if found else None
-
-
-def samples_path(arguments: argparse.Namespace) -> Path:
-    """Where the samples of a task are, or will be."""
-    path: Path = arguments.score or arguments.samples_file or (arguments.output or Path("e.json")).with_name("samples.jsonl")
-    return path
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Raises UserError for flags that do not go together."""
-    task = task_of(arguments)
-    if arguments.score and not task:
-        raise UserError("--score needs the problems that the samples are of: --humaneval, --mbpp or --infilling FILE")
-    if not task and not arguments.data:
-        raise UserError("nothing to measure: give --data DIR, or --humaneval, --mbpp or --infilling FILE")
-    if not arguments.model and (arguments.data or not arguments.score):
-        raise UserError("--model is missing: a folder of launch/export.py")
-    if len(set(arguments.data)) < len(arguments.data):
-        raise UserError("--data names a folder twice")
-    if task and not arguments.allow_code_execution:
-        raise UserError(f"--{task[0]} runs code that a model wrote; if that is what you want, add --allow_code_execution")
-    if task and not arguments.score and not (arguments.output or arguments.samples_file):
-        raise UserError(f"--{task[0]} writes samples.jsonl beside --output, which is missing")
-    samples = samples_path(arguments)
-    others = [samples, results_path(samples), settings_path(samples), verdicts_path(samples), task[1]] if task else []
-    if arguments.output and any(one and one.resolve() == arguments.output.resolve() for one in others):
-        raise UserError(
-            f"--output {arguments.output} would replace the problems, the samples or what lies beside them; name another file"
-        )
-    check_rope_factor(arguments.rope_factor)
-    at_least_one(arguments, "batch_size", "execution_timeout", "samples")
-    if task and not arguments.score and arguments.temperature == 0 and arguments.samples > 1:
-        equal = f"--temperature 0 makes {arguments.samples} equal samples of a problem"
-        raise UserError(f"{equal}; ask for one, or a temperature above 0")
-    for name in ("eval_batches", "problems", "workers"):
-        if getattr(arguments, name) < 0:
-            raise UserError(f"--{name} must be 0 or more, not {getattr(arguments, name)}")
+def parse_arguments(argv: list[str] | None = None) -> EvaluateArguments:
+    """Raises UserError with the flag's name."""
+    return as_dataclass(EvaluateArguments, build_parser().parse_args(argv))

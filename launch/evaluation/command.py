@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from data.cli import UserError, counted, say, stdout, write_out
 from data.files import check_replaceable, replace_json
-from launch.evaluation.arguments import samples_path, task_of
+from launch.evaluation.arguments import EvaluateArguments
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile
 from launch.evaluation.sandbox.limits import Limits
@@ -20,25 +19,19 @@ DRAWN = ("temperature", "top_p", "max_new_tokens", "seed")  # of Sampling
 COUNTS = ("samples", "batch_size")
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     """The result, which is printed as it comes and written to --output. What can be refused is, before a model is loaded."""
     for path in filter(None, (arguments.output, arguments.samples_file)):
         check_replaceable(path)
-    task = task_of(arguments)
-    problems = read_problems(*task, most=arguments.problems) if task else {}
+    task = arguments.task
+    problems = read_problems(task, arguments.task_file, most=arguments.problems) if task else {}
     limits = Limits(seconds=arguments.execution_timeout)
     isolation = prepare_isolation(arguments.isolation, limits, required=arguments.require_isolation) if task else None
-    result: dict[str, Any] = {}
-    samples_file = samples_path(arguments)
-    if arguments.model and (arguments.data or not arguments.score):
-        result |= with_model(arguments, task[0] if task else "", problems, samples_file)
-    if task and isolation:
+    result = with_model(arguments, problems) if arguments.needs_model else {}
+    if isolation:
         workers = arguments.workers or available_cores()
-        result = {
-            **score(samples_file, problems, isolation=isolation, limits=limits, workers=workers),
-            "task": task[0],
-            **result,
-        }
+        scores = score(arguments.samples_path, problems, isolation=isolation, limits=limits, workers=workers)
+        result = {**scores, "task": task, **result}
     write(arguments.output, result)
     if task:
         tell(describe_scores(result), arguments.output)
@@ -59,7 +52,7 @@ def tell(text: str, output: Path | None) -> None:
             write_out(text)
 
 
-def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Problem], samples_file: Path) -> dict[str, Any]:
+def with_model(arguments: EvaluateArguments, problems: dict[str, Problem]) -> dict[str, Any]:
     """The loss where --data is given, and samples.jsonl where a task is and --score is not.
 
     What can be refused is before the loss is measured, which is printed before the samples are made, and written where no earlier
@@ -72,35 +65,34 @@ def with_model(arguments: argparse.Namespace, task: str, problems: dict[str, Pro
 
     sampling = Sampling(**{name: getattr(arguments, name) for name in DRAWN})
     model, tokenizer = load_exported(
-        arguments.model,
+        arguments.model_folder,
         device=default_device(),
         attn_implementation=arguments.attn_implementation,
         rope_factor=arguments.rope_factor,
     )
     result: dict[str, Any] = {"model": str(arguments.model)}
-    samples = task and not arguments.score
-    if samples:
+    if arguments.makes_samples:
         asked = list(problems.values())
         check_infilling(tokenizer, asked)
         short = short_of_context(model, tokenizer, asked, sampling)
         if short:
             many = f"{counted(len(short), 'prompt')} of {len(asked)}"
             say(f"warning: {many} leave less than --max_new_tokens of the model's context, {short[0]} the first of them")
-        file = sample_file(arguments, task, problems, samples_file)
+        file = sample_file(arguments, problems)
         file.begin(arguments.batch_size)
     if arguments.data:
         result |= loss_of(arguments, model)
         if arguments.output and not arguments.output.exists():
             write(arguments.output, result)
         tell(describe_loss(result), arguments.output)
-    if samples:
+    if arguments.makes_samples:
         counts = {name: getattr(arguments, name) for name in COUNTS}
         generate_samples(model, tokenizer, asked, sampling, file, **counts)
         result |= {"sampling": file.settings, "short_of_context": len(short)}
     return result
 
 
-def loss_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+def loss_of(arguments: EvaluateArguments, model: Any) -> dict[str, Any]:
     from data.dataset import PackedDataset
     from launch.evaluation.loss import check_tokenizer, measure
     from model import MoEGPTForCausalLM
@@ -112,26 +104,26 @@ def loss_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     splits = []
     for folder in arguments.data:
         data = PackedDataset([folder], split="validation", sequence_length=length, document_mask=arguments.document_mask)
-        check_tokenizer((arguments.model / "tokenizer.json").read_bytes(), data)
+        check_tokenizer((arguments.model_folder / "tokenizer.json").read_bytes(), data)
         splits.append((str(folder), data))
     return measure(model, splits, batch_size=arguments.batch_size, batches=arguments.eval_batches)
 
 
-def sample_file(arguments: argparse.Namespace, task: str, problems: dict[str, Problem], path: Path) -> SampleFile:
+def sample_file(arguments: EvaluateArguments, problems: dict[str, Problem]) -> SampleFile:
     """Noted with it: all that the samples depend on."""
     from launch.exported import weights_hash
 
     settings = {
-        "task": task,
+        "task": arguments.task,
         "model": str(arguments.model),
-        "weights": weights_hash(arguments.model),
+        "weights": weights_hash(arguments.model_folder),
         "rope_factor": arguments.rope_factor,
         "problems": len(problems),
         "prompts": hashlib.sha256(repr([(p.task_id, p.prompt, p.suffix) for p in problems.values()]).encode()).hexdigest(),
         "total": len(problems) * arguments.samples,
         **{name: getattr(arguments, name) for name in (*DRAWN, *COUNTS)},
     }
-    return SampleFile(path, settings)
+    return SampleFile(arguments.samples_path, settings)
 
 
 def describe_loss(result: dict[str, Any]) -> str:

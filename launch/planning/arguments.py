@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.cli import UserError
-from data.flags import Parser
+from data.flags import Parser, as_dataclass, at_least_one
 from launch.engine.strategy import CHECKPOINTING_MODES
 from model.sizes import PRESETS, USUAL_CONTEXT
 
@@ -45,10 +45,7 @@ class PlanArguments:
     curve: bool
 
     def __post_init__(self) -> None:
-        for name in ("num_gpus", "num_nodes", "sequence_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, not {value}")
+        at_least_one(self, "num_gpus", "num_nodes", "sequence_length")
         if self.tokens is not None and not (math.isfinite(self.tokens) and self.tokens >= 1):
             raise UserError(f"--tokens must be at least 1, such as 131e9, not {self.tokens}")
         if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
@@ -107,9 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: list[str] | None = None) -> PlanArguments:
     """Raises `UserError` with the flag's name."""
     parser = build_parser()
-    values = vars(parser.parse_args(argv))
-    if values["from_run"]:
+    found = parser.parse_args(argv)
+    if found.from_run:
         for name in OF_A_NEW_RUN:
-            if values[name] != parser.get_default(name):
+            if getattr(found, name) != parser.get_default(name):
                 raise UserError(f"--{name} does not go with --from, which plans the rest of a run as its config.json has it")
-    return PlanArguments(**{field.name: values[field.name] for field in fields(PlanArguments)})
+    return as_dataclass(PlanArguments, found)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.cli import NotFound, UserError
-from data.flags import Parser, at_least_one
+from data.flags import Parser, as_dataclass, at_least_one, not_negative
 from launch.cli import check_rope_factor
 from launch.engine.strategy import CHECKPOINTING_MODES, read_config
 from launch.run.spikes import LEAST_HISTORY
@@ -74,21 +74,8 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         at_least_one(self, "max_steps", "sequence_length", "log_interval", "eval_batches", "eval_problems", "save_interval")
-        for name in (
-            "eval_interval",
-            "keep_last",
-            "keep_every",
-            "patience",
-            "spike_window",
-            "spike_rollback",
-            "health_interval",
-            "profile",
-            "stop_after",
-            "max_hours",
-            "spike_sigma",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:  # NaN is no number of anything
-                raise UserError(f"--{name} must be 0 (off) or a number above it, not {getattr(self, name)}")
+        not_negative(self, "eval_interval", "patience", "spike_sigma", "spike_window", "spike_rollback", "stop_after", "max_hours")
+        not_negative(self, "keep_last", "keep_every", "health_interval", "profile")
         check_rope_factor(self.rope_factor)
         if 0 < self.spike_window < LEAST_HISTORY:
             judged = f"at least {LEAST_HISTORY}, by which a step is judged"
@@ -218,13 +205,11 @@ def _add_output(p: argparse._ArgumentGroup) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
     """Parse and validate. Raises UserError with the flag's name."""
-    values = vars(build_parser().parse_args(argv))
-    values["data"], values["eval_tasks"] = tuple(values["data"]), tuple(values["eval_tasks"])
-    if values["sequence_length"] is None:
-        values["sequence_length"] = USUAL_CONTEXT if values["rope_factor"] else _usual_context(values["model"])
-    values["tracker"] = tuple(dict.fromkeys(values["tracker"]))
-    known = {f.name for f in fields(TrainArguments)}
-    return TrainArguments(**{k: v for k, v in values.items() if k in known})
+    found = build_parser().parse_args(argv)
+    if found.sequence_length is None:
+        found.sequence_length = USUAL_CONTEXT if found.rope_factor else _usual_context(found.model)
+    found.tracker = list(dict.fromkeys(found.tracker))
+    return as_dataclass(TrainArguments, found)
 
 
 def _usual_context(model: str) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import pytest
 
 from data.cli import UserError
-from data.flags import Parser
+from data.flags import Parser, as_dataclass, at_least_one, not_negative
 
 HELP = "--help lists the flags"
 
@@ -61,3 +62,29 @@ def test_a_wrong_flag_is_one_sentence(parser: Parser, flags: list[str], said: st
     with pytest.raises(UserError, match="lists the flags") as refused:
         parser.parse_args(flags)
     assert str(refused.value) == said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    many: tuple[int, ...]
+    size: float = 1.0
+
+
+def test_what_was_parsed_becomes_the_fields_that_are_known() -> None:
+    found = argparse.Namespace(many=[3, 4], size=2.0, local_rank=-1)
+    assert as_dataclass(Arguments, found) == Arguments(many=(3, 4), size=2.0)
+    with pytest.raises(AttributeError, match="size"):  # a field without a flag is our mistake
+        as_dataclass(Arguments, argparse.Namespace(many=[]))
+
+
+@pytest.mark.parametrize("many", [[1, 0], (1, 0)])
+def test_each_of_several_values_is_at_least_one(many: list[int] | tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"^--many must be at least 1, not 0$"):
+        at_least_one(argparse.Namespace(many=many), "many")
+
+
+def test_nothing_negative_infinite_or_no_number() -> None:
+    not_negative(Arguments(many=(), size=0), "size")
+    for size in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"^--size must be 0 or a number above it, not {size}$"):
+            not_negative(Arguments(many=(), size=size), "size")

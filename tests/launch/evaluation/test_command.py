@@ -13,8 +13,6 @@ from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from support import ROOT
 
 from data.cli import UserError, drain
 from data.dataset import PackedDataset
-from launch.evaluation.arguments import build_parser
+from launch.evaluation.arguments import parse_arguments
 from launch.evaluation.command import evaluate, loss_of, tell
 from launch.evaluation.loss import check_tokenizer
 from model import MoEGPTForCausalLM
@@ -116,7 +114,7 @@ def test_what_is_refused_is_before_the_loss_is_measured_which_is_kept(
 
     def evaluated(*more: object, task: str = "humaneval") -> None:
         asked = (*flags, f"--{task}", problem_files[task], "--allow_code_execution", *more)
-        evaluate(build_parser().parse_args([str(flag) for flag in asked]))
+        evaluate(parse_arguments([str(flag) for flag in asked]))
 
     def unwanted(*_: object) -> None:
         raise AssertionError
@@ -221,7 +219,7 @@ def test_a_level_that_does_not_hold_is_refused_where_it_must(problem_files: dict
 
 def test_a_stock_model_has_no_loss_here(exported: Path) -> None:
     """It was a traceback: such a model takes no targets by that name."""
-    arguments: Any = SimpleNamespace(data=[Path("shards")], model=exported)
+    arguments = parse_arguments(["--model", str(exported), "--data", "shards"])
     with pytest.raises(UserError, match="is a Linear; leave it out"):
         loss_of(arguments, torch.nn.Linear(1, 1))
 
@@ -244,7 +242,7 @@ MISTAKES = [
         "--output samples.jsonl would replace",
     ),
     (["--model", "EXPORTED", "--data", "SHARDS", "--batch_size", "0"], "must be at least 1"),
-    (["--model", "EXPORTED", "--data", "SHARDS", "--eval_batches", "-1"], "--eval_batches must be 0 or more"),
+    (["--model", "EXPORTED", "--data", "SHARDS", "--eval_batches", "-1"], "--eval_batches must be 0 or a number above it, not -1"),
 ]
 
 

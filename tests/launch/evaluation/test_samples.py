@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from data.cli import UserError
-from launch.evaluation.arguments import build_parser, check
+from launch.evaluation.arguments import parse_arguments
 from launch.evaluation.command import sample_file
 from launch.evaluation.generation import check_infilling, complete, generate_samples, prompt_of, short_of_context
 from launch.evaluation.problems import Problem, read_problems
@@ -147,17 +146,17 @@ def test_interrupted_and_continued_equals_uninterrupted(loaded: tuple, problems:
 )
 def test_samples_of_anything_else_are_not_gone_on_with(changed: str, problems: list[Problem], tmp_path: Path) -> None:
     """Another export under the same name above all: half of the samples would be the old model's."""
-    given = {"samples": 2, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 6, "batch_size": 2, "seed": 5, "rope_factor": None}
+    flags = ["--model", str(tmp_path), "--samples_file", str(tmp_path / "s.jsonl"), "--humaneval", "f", "--allow_code_execution"]
+    arguments = parse_arguments([*flags, "--samples", "2", "--max_new_tokens", "6"])
     (tmp_path / "model.safetensors").write_bytes(b"weights")
 
-    def settings_of(task: str, problems: list[Problem], **changes: Any) -> SampleFile:
-        arguments = argparse.Namespace(model=tmp_path, **{**given, **changes})
-        return sample_file(arguments, task, {one.task_id: one for one in problems}, tmp_path / "s.jsonl")
+    def settings_of(problems: list[Problem], **changes: Any) -> SampleFile:
+        return sample_file(replace(arguments, **changes), {one.task_id: one for one in problems})
 
-    with contextlib.closing(settings_of("humaneval", problems)) as first:
+    with contextlib.closing(settings_of(problems)) as first:
         assert first.begin(2) == 0
         first.append([(problems[0].task_id, "x")] * 2)
-    with contextlib.closing(settings_of("humaneval", problems)) as again:
+    with contextlib.closing(settings_of(problems)) as again:
         assert again.begin(2) == 2
     if changed == "weights":
         (tmp_path / "model.safetensors").write_bytes(b"others")
@@ -165,7 +164,7 @@ def test_samples_of_anything_else_are_not_gone_on_with(changed: str, problems: l
     other = problems[:-1] if changed == "fewer" else other
     values = {"rope_factor": 2.0, "seed": 6, "top_p": 1.0, "max_new_tokens": 7, "batch_size": 1, "samples": 1}
     changes = {changed: values[changed]} if changed in values else {}
-    another = settings_of("mbpp" if changed == "task" else "humaneval", other, **changes)
+    another = settings_of(other, **({"humaneval": None, "mbpp": tmp_path} if changed == "task" else changes))
     with contextlib.closing(another), pytest.raises(UserError, match=r"s\.jsonl has samples with another"):
         another.begin(2)
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2
@@ -217,7 +216,7 @@ def test_sampling_that_makes_no_sense_is_refused(flags: list[str], sentence: str
     """What one completion alone can tell: `test_sampler.py`."""
     task = ["--model", "hf", "--humaneval", "H.jsonl", "--allow_code_execution", "--output", "e.json"]
     with pytest.raises(UserError, match=sentence):
-        check(build_parser().parse_args([*task, *flags]))
+        parse_arguments([*task, *flags])
 
 
 BROKEN = [
@@ -243,11 +242,11 @@ def test_a_result_replaces_nothing_that_is_written_beside_the_samples(ending: st
     """All rows of results were lost to it."""
     flags = ["--humaneval", "f", "--allow_code_execution", "--score", str(tmp_path / "s"), "--output", str(tmp_path / f"s{ending}")]
     with pytest.raises(UserError, match="would replace"):
-        check(build_parser().parse_args(flags))
-    check(build_parser().parse_args([*flags, "--output", str(tmp_path / "e.json")]))
+        parse_arguments(flags)
+    parse_arguments([*flags, "--output", str(tmp_path / "e.json")])
 
 
 @pytest.mark.parametrize("factor", ["0", "-1", "nan", "1e30"])
 def test_a_context_that_cannot_be_is_refused(factor: str) -> None:
     with pytest.raises(UserError, match="--rope_factor must be from 1"):
-        check(build_parser().parse_args(["--model", "m", "--data", "d", "--rope_factor", factor]))
+        parse_arguments(["--model", "m", "--data", "d", "--rope_factor", factor])
