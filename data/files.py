@@ -139,6 +139,15 @@ def read_json(path: Path, most: int = SMALL_BYTES, **options: Any) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The same where it is a JSON object; empty where the file is missing or anything else: for what may be lacking."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def replace_json(path: Path, value: Any) -> None:
     """`value` as a small file of JSON for people and programs, all or nothing; `finite` says what stands for NaN."""
     replace_file(path, (json.dumps(finite(value), indent=2) + "\n").encode())

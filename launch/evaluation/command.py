@@ -111,7 +111,7 @@ def loss_of(arguments: EvaluateArguments, model: Any) -> dict[str, Any]:
 
 def sample_file(arguments: EvaluateArguments, problems: dict[str, Problem]) -> SampleFile:
     """Noted with it: all that the samples depend on."""
-    from launch.exported import weights_hash
+    from launch.exported_files import weights_hash
 
     settings = {
         "task": arguments.task,

@@ -18,13 +18,13 @@ from data.tokens.folder import CONFIG, TOKENIZER
 from launch.checkpoint import manifest
 from launch.checkpoint.folder import run_of
 from launch.checkpoint.publish import discard, leftovers, made_for, publish, working_name
+from launch.exported_files import KIND
 from launch.exporting.card import fim_rate, model_card
 from launch.exporting.formats import CODE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KIND = "export"  # in the manifest of an exported folder: only such a one may be replaced
 NAME_BYTES, WORKING_BYTES = 255, len(".tmp--") + 8  # of a file's name on Linux; of what `working_name` adds
 HUB = Path(__file__).parent / "hub"
 

@@ -11,7 +11,8 @@ from typing import IO, AnyStr
 from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError, check_utf8
-from data.files import read_json
+from data.files import read_object
+from launch.exported_files import MANIFEST
 
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # in the order in which data/preprocess.py writes them (PSM)
 PROMPT_MOST = 1 << 24  # characters, or bytes of a file
@@ -93,10 +94,7 @@ def check_filling_in(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
     """A warning, or "". Raises UserError where the model cannot fill in: no such tokens, or never trained to."""
     if lacking := lacking_fim(tokenizer):
         raise UserError(f"--suffix: the tokenizer of {folder} has no {', '.join(lacking)}, so the model cannot fill in")
-    try:
-        rate = read_json(folder / "manifest.json").get("fim_rate")
-    except (OSError, ValueError, AttributeError):
-        rate = None
+    rate = read_object(folder / MANIFEST).get("fim_rate")
     if rate == 0:
         raise UserError(f"--suffix: {folder} was not trained to fill in; data/preprocess.py --fim_rate makes shards for it")
     return f"warning: {folder} does not say whether it was trained to fill in" if rate is None else ""

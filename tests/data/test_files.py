@@ -18,6 +18,7 @@ from data.files import (
     leaves,
     make_folder,
     read_json,
+    read_object,
     replace_file,
     replace_json,
     replacing,
@@ -150,6 +151,15 @@ def test_leaves_of_nested_objects() -> None:
 def test_what_differs_is_named_by_its_key() -> None:
     old, new = {"same": {"x": 1}, "a": {"b": 1}, "c": {"d": 2}, "e": None}, {"same": {"x": 1}, "a": {"b": 2, "z": 0}, "f": {"g": 3}}
     assert list(differing(old, new)) == [("a.b", 1, 2), ("a.z", None, 0), ("c", {"d": 2}, None), ("f", None, {"g": 3})]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"[" * 100_000, b"\xff", None])
+def test_an_object_that_may_be_lacking_is_empty(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"x": 1}')
+    assert read_object(path) == {"x": 1}
+    path.unlink() if content is None else path.write_bytes(content)
+    assert read_object(path) == {}
 
 
 def test_json_knows_no_nan(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, models
 from transformers import Glm4MoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from data.cli import UserError
-from launch import exported
+from launch import exported_files
 from launch.checkpoint import manifest
-from launch.exported import check_arithmetic, check_weights, load_exported, load_model, load_tokenizer, weights_hash
+from launch.exported import check_arithmetic, load_exported, load_model, load_tokenizer
+from launch.exported_files import check_weights, weights_hash
 from launch.exporting.formats import build, exported_config
 from launch.run.initial_weights import load_weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -122,8 +123,8 @@ def test_what_a_user_may_edit_is_not_checked(tmp_path: Path) -> None:
 def test_weights_are_read_once_for_their_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the manifest, which the loading has compared with the files, or from them: the same, and another for other weights."""
     hashed: list[str] = []
-    hash_file = exported.hash_file
-    monkeypatch.setattr(exported, "hash_file", lambda path, kind: hashed.append(path.name) or hash_file(path, kind))
+    hash_file = exported_files.hash_file
+    monkeypatch.setattr(exported_files, "hash_file", lambda path, kind: hashed.append(path.name) or hash_file(path, kind))
     written(tmp_path / "hf", trained(), "moe_gpt", shard="200KB")
     check_weights(tmp_path / "hf")
     names = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
@@ -131,7 +132,7 @@ def test_weights_are_read_once_for_their_hash(tmp_path: Path, monkeypatch: pytes
     hashed.clear()
     recorded = weights_hash(tmp_path / "hf")
     assert hashed == []
-    (tmp_path / "hf" / exported.MANIFEST).unlink()
+    (tmp_path / "hf" / exported_files.MANIFEST).unlink()
     assert weights_hash(tmp_path / "hf") == recorded and hashed == names
     written(tmp_path / "hf", trained(), "moe_gpt", shard="200KB")
     assert weights_hash(tmp_path / "hf") != recorded
