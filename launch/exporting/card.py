@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import read_json, small_file
+from data.files import read_object, small_file
 from data.redact import redact
 from launch.checkpoint.folder import run_of
 
@@ -34,8 +34,8 @@ holds; run it in a sandbox and review it as a stranger's patch. It knows nothing
 
 def model_card(model: PreTrainedModel, checkpoint: Path) -> str:
     """Markdown with the front matter that the hub reads. `checkpoint`: runs/R/checkpoints/step_N."""
-    run = redact(_read(run_of(checkpoint) / "config.json"))  # a run of an older version may not have
-    state = _read(checkpoint / "state.json")
+    run = redact(read_object(run_of(checkpoint) / "config.json"))  # a run of an older version may not have
+    state = read_object(checkpoint / "state.json")
     kind = model.config.model_type
     front = f"library_name: transformers\npipeline_tag: text-generation\nlicense: unknown\ntags: [code, moe, {kind}]"
     sections = [
@@ -161,7 +161,7 @@ def shard_manifests(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for source in _list(_object(run, "arguments"), "data"):
         for folder in (str(source), str(source).rpartition(":")[0]):  # DIR or DIR:WEIGHT
-            manifest = _read(Path(folder) / "manifest.json") if folder else {}
+            manifest = read_object(Path(folder) / "manifest.json") if folder else {}
             if manifest:
                 found.append((folder, manifest))
                 break
@@ -170,7 +170,7 @@ def shard_manifests(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def fim_rate(checkpoint: Path) -> float | None:
     """The highest share of documents that the run saw cut for filling in; None where its shards are gone."""
-    manifests = shard_manifests(_read(run_of(checkpoint) / "config.json"))
+    manifests = shard_manifests(read_object(run_of(checkpoint) / "config.json"))
     rates = [float(_object(manifest, "arguments").get("fim_rate") or 0.0) for _, manifest in manifests]
     return max(rates) if rates else None
 
@@ -224,12 +224,3 @@ def _number(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is none: a card never stops an export."""
-    try:
-        value = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

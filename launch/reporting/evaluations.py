@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import read_json
+from data.files import read_object
 from launch.reporting.columns import Row
 from launch.reporting.read import Run
 
@@ -67,11 +67,8 @@ def _where_they_lie(folder: Path) -> list[Path]:
 
 def read_evaluation(path: Path) -> Evaluation | None:
     """None where the file is something else."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return None
-    figures = _figures(content) if isinstance(content, dict) else {}
+    content = read_object(path)
+    figures = _figures(content)
     if not figures:
         return None
     intervals = {name: (low, high) for name in figures for low, high in _interval(content.get(f"{name}_interval"))}

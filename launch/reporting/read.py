@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 
 from data.cli import UserError
-from data.files import read_json
+from data.files import read_object
 from launch.reporting.columns import Columns, Row, join, to_columns
 
 MOST_STEPS = 1 << 53  # a browser's whole numbers
@@ -71,7 +71,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         name=folder.resolve().name,
         folder=folder,
-        config=read_config(folder / "config.json"),
+        config=read_object(folder / "config.json"),
         train=collector.columns(),
         evaluations=_last_of_each_step(collector.evaluations),
         marks=sorted(collector.marks, key=lambda mark: mark.step),
@@ -79,15 +79,6 @@ def read_run(folder: Path) -> Run:
         saves=_last_of_each_step(collector.saves),
         damaged=collector.damaged,
     )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Empty where there is none: a page without settings is better than none."""
-    try:
-        config = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _last_of_each_step(rows: list[Row]) -> list[Row]:
