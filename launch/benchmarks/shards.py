@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from data.dataset import PackedDataset
-from launch.run.arguments import TrainArguments
-from launch.run.resolve import parse_source
+from launch.run.arguments import TrainArguments, parse_source
 
 
 class Splits(NamedTuple):

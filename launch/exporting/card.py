@@ -158,14 +158,9 @@ def data_lines(run: dict[str, Any]) -> list[str]:
 
 def shard_manifests(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(folder, manifest) of the run's data, where it still lies where it was trained from."""
-    found = []
-    for source in _list(_object(run, "arguments"), "data"):
-        for folder in (str(source), str(source).rpartition(":")[0]):  # DIR or DIR:WEIGHT
-            manifest = read_object(Path(folder) / "manifest.json") if folder else {}
-            if manifest:
-                found.append((folder, manifest))
-                break
-    return found
+    folders = [str(folder) for folder in _list(_object(run, "sources"), "sources")]
+    read = [(folder, read_object(Path(folder) / "manifest.json")) for folder in folders]
+    return [(folder, manifest) for folder, manifest in read if manifest]
 
 
 def fim_rate(checkpoint: Path) -> float | None:

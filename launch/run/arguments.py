@@ -24,7 +24,6 @@ python launch/train.py --data shards --output runs/8k --init_from hf --model hf/
 """
 
 
-WEIGHT = re.compile(r"[0-9.eE+-]+")
 SEEDS = 1 << 63
 PATTERN = re.compile(r"[\[\]*?]")
 
@@ -220,12 +219,25 @@ def _usual_context(model: str) -> int:
         return USUAL_CONTEXT
 
 
+def parse_source(text: str) -> str | tuple[str, float]:
+    """`DIR` or `DIR:WEIGHT`, where no folder has the whole name. Raises UserError for a weight that is no number."""
+    folder, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text
+    if "://" in text:
+        raise UserError(f"--data {text} is a URL; give a folder of shards on this machine, or a mounted one")
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise UserError(f"--data {text}: the weight after the colon must be a number, not {weight!r}") from None
+
+
 def check_paths(arguments: TrainArguments) -> None:
     """What is plainly not there, before anything is imported that takes seconds. Raises UserError with the flag."""
     for text in arguments.data:
-        folder, colon, weight = text.rpartition(":")
-        named = Path(folder if colon and WEIGHT.fullmatch(weight) else text)
-        if not Path(text).exists() and not named.exists() and (not colon or named != Path(text)):
+        source = parse_source(text)
+        named = Path(source if isinstance(source, str) else source[0])
+        if not named.exists():
             raise NotFound(f"--data {text}: no shards at {named}; make them with data/preprocess.py")
     try:
         find_model(arguments.model)

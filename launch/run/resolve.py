@@ -19,7 +19,7 @@ from launch.engine.regions import check_compile
 from launch.engine.strategy import Strategy
 from launch.evaluation.problems import ProblemFile
 from launch.model_config import extended
-from launch.run.arguments import TrainArguments
+from launch.run.arguments import TrainArguments, parse_source
 from model import MoEGPTConfig
 
 
@@ -74,19 +74,6 @@ def open_tasks(arguments: TrainArguments, train: PackedDataset) -> tuple[dict[st
         if found[name].tokenizer_fingerprint != train.tokenizer_fingerprint:
             raise UserError(f"--eval_tasks {text}: these shards were made with another tokenizer than --data {arguments.data[0]}")
     return found, files
-
-
-def parse_source(text: str) -> str | tuple[str, float]:
-    """`DIR` or `DIR:WEIGHT`."""
-    folder, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text
-    if "://" in text:
-        raise UserError(f"--data {text} is a URL; give a folder of shards on this machine, or a mounted one")
-    try:
-        return folder, float(weight)
-    except ValueError:
-        raise UserError(f"--data {text}: the weight after the colon must be a number, not {weight!r}") from None
 
 
 def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:

@@ -221,6 +221,8 @@ def test_help_is_printed_by_rank_0_alone(run_train) -> None:
     [
         ({"data": "nowhere"}, "--data nowhere: no shards at nowhere"),
         ({"data": "nowhere:0.5"}, "--data nowhere:0.5: no shards at nowhere;"),
+        ({"data": "nowhere:half"}, "--data nowhere:half: the weight after the colon must be a number, not 'half'"),
+        ({"data": "s3://bucket/shards"}, "--data s3://bucket/shards is a URL"),
         ({"model": "nowhere.json"}, "--model nowhere.json is neither a preset"),
         ({"deepspeed_config": "nowhere.json"}, "--deepspeed_config nowhere.json is not a file"),
     ],

@@ -88,7 +88,7 @@ def test_filling_in_is_for_models_that_were_trained_to(checkpoint: Path, rate: f
     if rate is not None:
         (run / "shards").mkdir()
         (run / "shards/manifest.json").write_text(json.dumps({"arguments": {"fim_rate": rate}}))
-        edit(run / "config.json", arguments={"data": [str(run / "shards")]})
+        edit(run / "config.json", sources={"sources": [str(run / "shards")]})
     card = card_of(checkpoint)
     assert ("Completing and filling in source code, for" in card) == said
     assert ("It was not trained to fill in" in card) == (rate == 0.0)
@@ -103,7 +103,6 @@ def test_where_things_lie_on_the_host_stays_there(checkpoint: Path) -> None:
     edit(
         run / "config.json",
         command=command,
-        arguments={"data": [f"{shards}:0.5"]},
         sources={"sources": [str(shards)], "tokens": [7]},
     )
     card = card_of(checkpoint)
@@ -123,14 +122,9 @@ def test_data_and_licenses_where_the_shards_still_lie(checkpoint: Path, monkeypa
     manifest = json.loads((OLD / "tokens/manifest.json").read_text())
     manifest["arguments"] |= {"licenses": ["mit", "apache-2.0"], "fim_rate": 0.5}
     (shards / "manifest.json").write_text(json.dumps(manifest))
-    about = json.loads(run.read_text())
-    for named in (str(shards), f"{shards}:0.3"):
-        about["arguments"]["data"] = [named]
-        run.write_text(json.dumps(about))
-        config = exported_config(model_config(checkpoint), "moe_gpt")
-        card = model_card(build(config, weights(checkpoint), "float32"), checkpoint)
-        assert "4 documents, licenses kept: mit, apache-2.0, fill-in-the-middle rate 0.5" in card
-        assert fim_rate(checkpoint) == 0.5
+    edit(run, sources={"sources": [str(shards)]})
+    assert "4 documents, licenses kept: mit, apache-2.0, fill-in-the-middle rate 0.5" in card_of(checkpoint)
+    assert fim_rate(checkpoint) == 0.5
     monkeypatch.chdir(checkpoint.parent)
     assert fim_rate(Path("step_6")) == 0.5  # `--checkpoint step_6`, given in the folder itself
 
