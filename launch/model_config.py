@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from data.cli import UserError, sentence
+from data.cli import NotFound, UserError, sentence
 from data.files import read_json
 from model import MoEGPTConfig
 from model.glm4_moe import from_glm4_moe
-from model.sizes import MOST_POSITIONS
+from model.sizes import MOST_POSITIONS, PRESETS, check_fields, find_model
 
+T = TypeVar("T")
 MOST_BYTES = 1 << 24  # of the file; no model's has a hundredth
 MOST_LABELS = 1_000_000
 
 
 class OtherModel(UserError):
     """A model that is not this repository's, and why not. transformers may know it."""
+
+
+def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
+    """Of what `--model` names (`model.sizes.find_model`). Raises UserError that names the presets, or the file and its field."""
+    if model in PRESETS:
+        return _valid(model, lambda: MoEGPTConfig.preset(model, **overrides))
+    try:
+        path = find_model(model)
+    except FileNotFoundError as error:
+        raise NotFound(str(error)) from None
+    _valid(model, lambda: check_fields(read_json(path)))
+    config = _valid(model, lambda: read_model_config(path, default=MoEGPTConfig.model_type))
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    return config
+
+
+def _valid(model: str, make: Callable[[], T]) -> T:
+    """The model's own ValueErrors name the field, but not the file, and are not yet a user's mistake."""
+    try:
+        return make()
+    except ValueError as error:
+        said = sentence(error)
+        raise UserError(f"--model {said}" if said.startswith(model) else f"--model {model}: {said}") from error
 
 
 def extended(config: MoEGPTConfig, factor: float) -> MoEGPTConfig:

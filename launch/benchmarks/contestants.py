@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from launch.engine import activation_checkpointing, strategy
-from launch.engine.build import build_engine, build_model, load_model_config, parameter_groups, without_our_keys
+from launch.engine.build import build_engine, build_model, parameter_groups, without_our_keys
 from launch.engine.strategy import Strategy
+from launch.model_config import load_model_config
 from model import MoEGPTConfig
 
 SIZES = (

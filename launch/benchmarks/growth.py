@@ -19,7 +19,7 @@ from launch.benchmarks import counted
 from launch.benchmarks.counting import Ledger
 from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
 from launch.benchmarks.roofline import count_micro_step
-from launch.engine.build import load_model_config
+from launch.model_config import load_model_config
 from launch.toolchain import default_device
 from model import MoEGPTConfig, MoEGPTForCausalLM
 

@@ -27,8 +27,8 @@ from launch.benchmarks.shards import Shards, epochs
 from launch.benchmarks.small_runs import SmallRun, train_in_turns
 from launch.benchmarks.svg import svg_path
 from launch.benchmarks.variants import Variant, built_in, chosen_variants
-from launch.engine.build import load_model_config
 from launch.engine.strategy import read_config
+from launch.model_config import load_model_config
 from model import MoEGPTConfig
 
 Runs = dict[str, list[SmallRun]]  # by variant, one for each seed

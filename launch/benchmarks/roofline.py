@@ -27,7 +27,7 @@ from launch.benchmarks.counting import Count, Entry, Ledger
 from launch.benchmarks.measure import print_table
 from launch.benchmarks.svg import svg_path
 from launch.engine import strategy
-from launch.engine.build import load_model_config
+from launch.model_config import load_model_config
 from launch.planning.communication import traffic
 from launch.planning.devices import Device, find_device
 from launch.planning.job import Job, job_from

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import torch
@@ -14,41 +14,12 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from data.cli import NotFound, UserError, sentence
-from data.files import read_json
+from data.cli import UserError, sentence
 from launch.engine import activation_checkpointing, expert_parallel, hardware, passes
 from launch.engine.regions import compile_regions
 from launch.engine.strategy import Strategy
-from launch.model_config import read_model_config
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.accounting import count_parameters
-from model.sizes import PRESETS, check_fields, find_model
-
-T = TypeVar("T")
-
-
-def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
-    """Of what `--model` names (`model.sizes.find_model`). Raises UserError that names the presets, or the file and its field."""
-    if model in PRESETS:
-        return _valid(model, lambda: MoEGPTConfig.preset(model, **overrides))
-    try:
-        path = find_model(model)
-    except FileNotFoundError as error:
-        raise NotFound(str(error)) from None
-    _valid(model, lambda: check_fields(read_json(path)))
-    config = _valid(model, lambda: read_model_config(path, default=MoEGPTConfig.model_type))
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    return config
-
-
-def _valid(model: str, make: Callable[[], T]) -> T:
-    """The model's own ValueErrors name the field, but not the file, and are not yet a user's mistake."""
-    try:
-        return make()
-    except ValueError as error:
-        said = sentence(error)
-        raise UserError(f"--model {said}" if said.startswith(model) else f"--model {model}: {said}") from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -13,12 +13,11 @@ from deepspeed.accelerator import get_accelerator
 from data.cli import UserError
 from data.dataset import PackedDataset
 from launch.engine import strategy
-from launch.engine.build import load_model_config
 from launch.engine.keys import check_keys
 from launch.engine.regions import check_compile
 from launch.engine.strategy import Strategy
 from launch.evaluation.problems import ProblemFile
-from launch.model_config import extended
+from launch.model_config import extended, load_model_config
 from launch.run.arguments import TrainArguments, parse_source
 from model import MoEGPTConfig
 

@@ -14,7 +14,7 @@ def exported(small_model: Path, small_shards: Path, tmp_path_factory: pytest.Tem
     """A folder like `launch/export.py`'s, with weights of a large scale: not every token is as likely as another."""
     import torch
 
-    from launch.engine.build import load_model_config
+    from launch.model_config import load_model_config
     from model import MoEGPTForCausalLM
 
     folder = tmp_path_factory.mktemp("exported") / "hf"

@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from launch.cli import make_quiet
 from launch.engine import strategy
-from launch.engine.build import build_engine, build_model, load_model_config
+from launch.engine.build import build_engine, build_model
 from launch.engine.expert_parallel import moe_layers
 from launch.engine.step_hook import StepHook
+from launch.model_config import load_model_config
 from launch.ranks import join
 from model.balance import LoadBalancer
 

@@ -317,7 +317,7 @@ def test_a_stock_folders_broken_tokenizer_is_a_sentence(content: bytes, name: st
 
 def test_a_stock_configuration_is_a_model_to_train(tmp_path: Path) -> None:
     """`--model stock/config.json --init_from stock/`; what this model cannot be is refused with the file's name."""
-    from launch.engine.build import load_model_config
+    from launch.model_config import load_model_config
 
     config = MoEGPTConfig.preset("tiny", attention_sinks=False, routed_scaling_factor=2.5)
     stock = exported_config(config, "glm4_moe")

@@ -11,9 +11,10 @@ import pytest
 from transformers import Glm4MoeConfig
 
 from data.cli import UserError
-from launch.engine.build import check_room, load_model_config
+from launch.engine.build import check_room
 from launch.exported import own_config
 from launch.exporting.formats import exported_config
+from launch.model_config import load_model_config
 from model import MoEGPTConfig
 from model.accounting import count_parameters
 from model.sizes import ModelSizes, load_sizes
@@ -34,6 +35,21 @@ CONTENT = [b"[" * 10**6, NESTED, LARGE, b"[1]", b"", b"\xff\xfe\x00{", b"5"]
 def path(tmp_path: Path) -> Path:
     MoEGPTConfig.preset("tiny").save_pretrained(tmp_path)
     return tmp_path / "config.json"
+
+
+def test_a_config_file_or_a_preset(tmp_path: Path) -> None:
+    MoEGPTConfig.preset("tiny", hidden_size=64).save_pretrained(tmp_path)
+    assert load_model_config(str(tmp_path / "config.json")).hidden_size == 64
+    assert load_model_config("800m").hidden_size == 1536
+    (tmp_path / "misspelt.json").write_text('{"num_hiden_layers": 2}')
+    with pytest.raises(
+        UserError, match=r"misspelt\.json: num_hiden_layers is not a field of the model; did you mean num_hidden_layers"
+    ):
+        load_model_config(str(tmp_path / "misspelt.json"))
+    with pytest.raises(FileNotFoundError, match="is neither a preset"):
+        load_model_config(str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match=r"--model 7b is neither a preset \(4b, 60m, 800m, tiny\) nor a config.json"):
+        load_model_config("7b")
 
 
 def refused_by_both(path: Path) -> None:

@@ -1,14 +1,12 @@
-"""What goes into the engine: the model's configuration, its parameter groups."""
+"""What goes into the engine: the model's weights, its parameter groups."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data.cli import UserError
 from launch.engine import build
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
@@ -38,21 +36,6 @@ def test_weights_depend_on_the_seed_alone() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
-
-
-def test_a_config_file_or_a_preset(tmp_path: Path) -> None:
-    small_model(hidden_size=64).config.save_pretrained(tmp_path)
-    assert build.load_model_config(str(tmp_path / "config.json")).hidden_size == 64
-    assert build.load_model_config("800m").hidden_size == 1536
-    (tmp_path / "misspelt.json").write_text('{"num_hiden_layers": 2}')
-    with pytest.raises(
-        UserError, match=r"misspelt\.json: num_hiden_layers is not a field of the model; did you mean num_hidden_layers"
-    ):
-        build.load_model_config(str(tmp_path / "misspelt.json"))
-    with pytest.raises(FileNotFoundError, match="is neither a preset"):
-        build.load_model_config(str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match=r"--model 7b is neither a preset \(4b, 60m, 800m, tiny\) nor a config.json"):
-        build.load_model_config("7b")
 
 
 def test_one_chosen_group_is_warned_of() -> None:
