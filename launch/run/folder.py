@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-import socket
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +11,7 @@ from data.files import make_folder, read_json, replace_file, replace_json, small
 from data.redact import redact
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
-from launch.cli import CLONE
 from launch.engine.strategy import settings_of_run
-
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
 
 def check_same_run(folder: Path, identity: RunIdentity) -> None:
@@ -86,36 +78,6 @@ class FolderWatch:
         make_folder(self.folder)
         lost, self._known = found != self._known, self._identity()
         return lost
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, host and commit, for config.json."""
-    return {
-        "versions": versions(),
-        "host": socket.gethostname(),
-        "git_commit": git_commit(),
-        "command": redact(sys.argv),
-    }
-
-
-def git_commit() -> str | None:
-    """The commit that runs, with `-dirty` where files were changed; None without git or outside a clone.
-
-    Git reads no clone of another user's (a shared one) unless told that it is safe, lest its configuration runs code; this clone's
-    code runs. A repository above an installed copy is another's.
-    """
-    if not (CLONE / ".git").exists():
-        return None
-    command = ["git", "-c", f"safe.directory={CLONE}", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, cwd=CLONE, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer_folder: Path) -> None:

@@ -26,13 +26,12 @@ from launch.checkpoint.random_state import random_state, set_random_state
 from launch.cli import AgreedError
 from launch.engine import hardware
 from launch.ranks.control_group import ControlGroup
-from launch.run.folder import versions
+from launch.run.environment import code_hash, versions
 from launch.toolchain import check_toolchain
 
 if TYPE_CHECKING:
     from launch.run.trainer import Trainer
 
-PACKAGE_FOLDERS = ("data", "launch", "model")
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -44,15 +43,6 @@ def check(ranks: ControlGroup, output: Path, settings: dict[str, Any]) -> None:
     own_devices(ranks, (socket.gethostname(), hardware.identity()))
     exchange(ranks)
     share_folder(ranks, output)
-
-
-def code_hash() -> str:
-    """Of every source file of ours: two hosts with two checkouts train two models."""
-    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
-    for folder in PACKAGE_FOLDERS:
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def compare(ranks: ControlGroup, facts: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from launch.run import folder as run_folder
 from launch.run import preflight
 from launch.run.arguments import TrainArguments
 from launch.run.assemble import begin_records, greet, make_trainer, say_what_to_expect
+from launch.run.environment import describe_environment
 from launch.run.health import memory_bytes
 from launch.run.initial_weights import load_weights
 from launch.run.resolve import ResolvedRun
@@ -171,7 +172,7 @@ class Session:
             "validation": self.run.validation_data.describe() if self.run.validation_data else None,
             "deepspeed": self.run.deepspeed,
             "arguments": self.arguments.as_json(),
-            **run_folder.describe_environment(),
+            **describe_environment(),
         }
         tokenizer = self.run.train_data.tokenizer_folder
         ranks.run_on_rank0(lambda: run_folder.write_config(self.arguments.output, config, tokenizer))

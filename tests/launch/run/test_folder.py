@@ -14,7 +14,6 @@ from support import ROOT
 
 from data.lock import take_folder
 from launch.checkpoint.identity import RunIdentity
-from launch.run import folder as run_folder
 from launch.run.folder import FolderWatch, check_same_run
 
 HOLD = """
@@ -85,18 +84,3 @@ def test_a_folder_that_is_deleted_or_replaced_is_noticed_once(tmp_path: Path, sy
     (tmp_path / "moved").rename(folder)
     assert watch.is_lost(), "another folder of that name"
     assert not watch.is_lost()
-
-
-def test_the_commit_of_a_clone_of_another_user_s_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a shared clone git says "dubious ownership", and the run's config.json had no commit."""
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    monkeypatch.setattr(run_folder, "CLONE", tmp_path)
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch
-    refused = subprocess.run([*git, "status"], capture_output=True, text=True, check=False)
-    assert "dubious ownership" in refused.stderr
-    assert len(run_folder.git_commit() or "") == 40
-    (tmp_path / "site-packages").mkdir()  # an installed copy below somebody's repository, whose hooks git would run
-    monkeypatch.setattr(run_folder, "CLONE", tmp_path / "site-packages")
-    assert run_folder.git_commit() is None
