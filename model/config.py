@@ -3,11 +3,12 @@
 import copy
 import json
 import sys
+from dataclasses import fields
 from typing import Any, NotRequired, TypedDict
 
 from transformers import PreTrainedConfig
 
-from .sizes import ALIASES, BALANCE_RULES, PRESETS, PRESETS_FOLDER, SCORING_FUNCTIONS
+from .sizes import ALIASES, BALANCE_RULES, PRESETS, PRESETS_FOLDER, SCORING_FUNCTIONS, ModelSizes
 
 # transformers' names of kernels: `flash` picks the best one present by itself.
 ATTENTION_ALIASES = {"flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}
@@ -239,19 +240,4 @@ _FINITE_FIELDS = (
     "embedding_initializer_range",
     "router_initializer_range",
 )
-_POSITIVE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "n_shared_experts",
-    "n_group",
-    "topk_group",
-)
+_POSITIVE_FIELDS = (*(field.name for field in fields(ModelSizes) if field.type == "int"), "n_group", "topk_group")
