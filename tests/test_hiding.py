@@ -70,7 +70,7 @@ def test_what_it_starts_is_of_the_same_clone(clone: Path, tmp_path: Path) -> Non
 import sys
 sys.path.insert(0, {str(clone)!r})
 from pathlib import Path
-from launch.benchmarks.leash import run_leashed
+from launch.benchmarks.training_runs.leash import run_leashed
 from launch.cli import run_command
 run_command(lambda: run_leashed(["true"], Path("log")))
 """

@@ -14,23 +14,20 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from data.cli import UserError
 from data.flags import at_least_one
-from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
-from launch.toolchain import default_device
+from launch.benchmarks.measure import add_measuring_flags, peak_bytes, print_table, seconds_each, settings_of
 from model.attention import eager_attention, flash_attention, sdpa_attention
 from model.flash import kernel_preference, load_kernel
 from model.mask import causal_mask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add_measuring_flags(parser, repeats=3, dtypes=("bfloat16", "float16", "float32"))
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--length", type=int, default=2048, help="tokens a row")
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--key_value_heads", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--documents", type=int, default=8, help="packed documents a row in the last rows of the table")
-    parser.add_argument("--repeats", type=int, default=3)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -62,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = measure(calls, inputs, device, args.repeats)
     compare(rows, calls, inputs, sinks)
     report(rows, args)
-    return {"rows": rows, "settings": {k: str(v) for k, v in vars(args).items()}}
+    return {"rows": rows, "settings": settings_of(args)}
 
 
 def make_inputs(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

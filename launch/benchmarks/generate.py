@@ -11,22 +11,19 @@ import torch
 from transformers import Glm4MoeForCausalLM
 
 from data.flags import at_least_one
-from launch.benchmarks.measure import print_table, seconds_each
+from launch.benchmarks.measure import add_measuring_flags, print_table, seconds_each, settings_of
 from launch.generation.decode import fast
-from launch.toolchain import default_device
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.glm4_moe import to_glm4_moe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add_measuring_flags(parser, repeats=5)
     parser.add_argument("--model", default="tiny", help="preset")
     parser.add_argument("--layers", type=int, help="of them (default: all)")
     parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32, 512])
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     columns = list(rows[0])
     title = f"{args.new_tokens} new tokens with {args.model}, {args.device}, {args.dtype}: tokens a second, prompt included; "
     print_table(title + "ratio: ours to the better of transformers'", columns, [[row[c] for c in columns] for row in rows])
-    return {"rows": rows, "settings": {key: str(value) for key, value in vars(args).items()}}
+    return {"rows": rows, "settings": settings_of(args)}
 
 
 def continuing(model: Any, ids: torch.Tensor, count: int) -> Callable[[], object]:

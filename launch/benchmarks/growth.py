@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from data.flags import at_least_one
-from launch.benchmarks import counted
-from launch.benchmarks.counting import Ledger
-from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
+from launch.benchmarks.measure import add_measuring_flags, peak_bytes, print_table, seconds_each, settings_of
+from launch.benchmarks.op_count.cases import Case, join_fake_group, ours
+from launch.benchmarks.op_count.counter import Ledger
 from launch.benchmarks.roofline import count_micro_step
 from launch.model_config import load_model_config
 from launch.toolchain import default_device
@@ -31,27 +31,26 @@ COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     on_cpu = default_device() == "cpu"
-    parser.add_argument("--device", default=default_device())
+    add_measuring_flags(parser, repeats=2, dtypes=())
     parser.add_argument("--model", default="tiny" if on_cpu else "800m", help="a preset or a config.json, whose widths are taken")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--sequence_length", type=int, default=256 if on_cpu else 2048)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384, 32_768], help="of a rank")
     parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--repeats", type=int, default=2)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """`{"tokens": {number: row}, "experts": {number: row}}`, rows with `COLUMNS`; prints both tables."""
     at_least_one(arguments, "layers", "vocabulary", "sequence_length", "tokens", "experts", "repeats")
-    counted.join_fake_group(1)
+    join_fake_group(1)
     widths = {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
     config = load_model_config(arguments.model, **widths)
     batches = [max(1, tokens // arguments.sequence_length) for tokens in arguments.tokens]
     middle = batches[len(batches) // 2]
     by_tokens = {batch * arguments.sequence_length: (config, batch) for batch in batches}
     by_experts = {experts: (with_experts(config, experts), middle) for experts in arguments.experts}
-    result: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(arguments).items()}}
+    result: dict[str, Any] = {"settings": settings_of(arguments)}
     for what, cases in (("tokens", by_tokens), ("experts", by_experts)):
         rows = measure(cases, arguments)
         if what == "tokens":
@@ -92,7 +91,7 @@ def measure(cases: dict[int, tuple[MoEGPTConfig, int]], arguments: argparse.Name
 
 
 def count(config: MoEGPTConfig, shape: tuple[int, int]) -> Ledger:
-    return count_micro_step(counted.ours, counted.Case(config=config), config.num_hidden_layers, shape)
+    return count_micro_step(ours, Case(config=config), config.num_hidden_layers, shape)
 
 
 def counts(ledger: Ledger, tokens: int) -> dict[str, float]:

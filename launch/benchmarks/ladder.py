@@ -22,17 +22,17 @@ import numpy as np
 
 from data.cli import UserError
 from data.words import short
-from launch.benchmarks import small_runs
-from launch.benchmarks.checks import check_runs
-from launch.benchmarks.lines import Curve, draw
-from launch.benchmarks.rungs import check, family_facts, held_out_width, plan_runs, with_seeds
-from launch.benchmarks.same_run import claimed
-from launch.benchmarks.scaling_law import Point, bootstrap, fit
-from launch.benchmarks.shards import Shards, epochs
-from launch.benchmarks.small_runs import SmallRun, train_in_turns
 from launch.benchmarks.svg import svg_path
-from launch.benchmarks.trials import announce, judged, plan_trials
-from launch.benchmarks.trials import in_words as trials_in_words
+from launch.benchmarks.svg_curves import Curve, draw
+from launch.benchmarks.training_runs import small_runs
+from launch.benchmarks.training_runs.checks import check_runs
+from launch.benchmarks.training_runs.rungs import check, family_facts, held_out_width, plan_runs, with_seeds
+from launch.benchmarks.training_runs.same_run import claimed
+from launch.benchmarks.training_runs.scaling_law import Point, bootstrap, fit
+from launch.benchmarks.training_runs.shards import Shards, epochs
+from launch.benchmarks.training_runs.small_runs import SmallRun, train_in_turns
+from launch.benchmarks.training_runs.trials import announce, judged, plan_trials
+from launch.benchmarks.training_runs.trials import in_words as trials_in_words
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
 from model.accounting import training_flops_per_token

@@ -19,14 +19,14 @@ import numpy as np
 
 from data.cli import UserError, counted, say
 from data.words import short
-from launch.benchmarks import small_runs
-from launch.benchmarks.checks import check_runs
-from launch.benchmarks.lines import Curve, draw
-from launch.benchmarks.same_run import claimed
-from launch.benchmarks.shards import Shards, epochs
-from launch.benchmarks.small_runs import SmallRun, train_in_turns
 from launch.benchmarks.svg import svg_path
-from launch.benchmarks.variants import Variant, built_in, chosen_variants
+from launch.benchmarks.svg_curves import Curve, draw
+from launch.benchmarks.training_runs import small_runs
+from launch.benchmarks.training_runs.checks import check_runs
+from launch.benchmarks.training_runs.same_run import claimed
+from launch.benchmarks.training_runs.shards import Shards, epochs
+from launch.benchmarks.training_runs.small_runs import SmallRun, train_in_turns
+from launch.benchmarks.training_runs.variants import Variant, built_in, chosen_variants
 from launch.engine.strategy import read_config
 from launch.model_config import load_model_config
 from model import MoEGPTConfig

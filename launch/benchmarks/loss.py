@@ -13,18 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.flags import at_least_one
-from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
+from launch.benchmarks.measure import add_measuring_flags, peak_bytes, print_table, seconds_each, settings_of
 from launch.toolchain import default_device
 from model.loss import token_loss
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add_measuring_flags(parser, repeats=2)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=512 if default_device() == "cpu" else 1536)
     parser.add_argument("--vocabulary", type=int, default=49_152)
-    parser.add_argument("--repeats", type=int, default=2)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     title = f"loss forward + backward, {args.device}, {args.dtype}, {args.tokens} x {args.hidden} -> {args.vocabulary}"
     columns = ["ms", "peak_mb", "time_over_plain", "memory_over_plain", "gradient_difference"]
     print_table(title, ["", *columns], [[name, *(row[c] for c in columns)] for name, row in rows.items()])
-    return {"rows": rows, "settings": {k: str(v) for k, v in vars(args).items()}}
+    return {"rows": rows, "settings": settings_of(args)}
 
 
 def contenders(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

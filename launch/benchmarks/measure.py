@@ -1,7 +1,8 @@
-"""What the model's benchmarks share: time and peak memory of a call, and a small table."""
+"""What the model's benchmarks share: flags, time and peak memory of a call, and a small table."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import sys
@@ -12,6 +13,21 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from launch.toolchain import default_device
+
+
+def add_measuring_flags(parser: argparse.ArgumentParser, *, repeats: int, dtypes: Sequence[str] = ("bfloat16", "float32")) -> None:
+    """The flags of whatever times calls; of one that computes in one type alone `dtypes` is empty."""
+    parser.add_argument("--device", default=default_device())
+    if dtypes:
+        parser.add_argument("--dtype", default=dtypes[0], choices=dtypes)
+    parser.add_argument("--repeats", type=int, default=repeats, help="the best of so many is taken")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """With what was measured, for the figures' file."""
+    return {name: str(value) for name, value in vars(arguments).items()}
 
 
 class PeakBytes(TorchDispatchMode):

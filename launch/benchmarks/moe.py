@@ -13,7 +13,7 @@ from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
 from data.flags import at_least_one
-from launch.benchmarks.measure import peak_bytes, print_table, seconds_each
+from launch.benchmarks.measure import add_measuring_flags, peak_bytes, print_table, seconds_each, settings_of
 from launch.toolchain import default_device
 from model import MoEGPTConfig
 from model.accounting import attention_matrices, forward_flops_per_token
@@ -21,11 +21,9 @@ from model.moe import MoE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add_measuring_flags(parser, repeats=3)
     parser.add_argument("--model", default="800m", help="preset whose layer is measured")
     parser.add_argument("--tokens", type=int, default=2048 if default_device() == "cpu" else 16_384)
-    parser.add_argument("--repeats", type=int, default=3)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     title = f"MoE layer of {args.model}, forward + backward, {args.device}, {args.dtype}, {args.tokens} tokens"
     columns = ["ms", "peak_mb", "tflops", "speedup", "difference"]
     print_table(title, ["", *columns], [[name, *(row[c] for c in columns)] for name, row in rows.items()])
-    return {"rows": rows, "settings": {k: str(v) for k, v in vars(args).items()}}
+    return {"rows": rows, "settings": settings_of(args)}
 
 
 def training(layer: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], None]:

@@ -21,11 +21,12 @@ import torch
 from data.cli import UserError
 from data.files import lookup
 from data.flags import at_least_one
-from launch.benchmarks import counted
-from launch.benchmarks.bars import draw
-from launch.benchmarks.counting import Count, Entry, Ledger
-from launch.benchmarks.measure import print_table
+from launch.benchmarks.measure import print_table, settings_of
+from launch.benchmarks.op_count import cases
+from launch.benchmarks.op_count.counter import Count, Entry, Ledger
+from launch.benchmarks.op_count.cuda_kernels import as_on_cuda
 from launch.benchmarks.svg import svg_path
+from launch.benchmarks.svg_bars import draw
 from launch.engine import strategy
 from launch.model_config import load_model_config
 from launch.planning.communication import traffic
@@ -59,10 +60,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of each contestant the counts of a layer, the predicted time by part, kind and limit, and the MFU."""
     device, config = find_device(arguments.gpu), load_model_config(arguments.model)
     job = job_of(arguments, config)
-    counted.join_fake_group(job.ep_size)
+    cases.join_fake_group(job.ep_size)
     mode, capability = job.activation_checkpointing, device.efficiency.compute_capability
-    case = counted.Case(config=config, ep=job.ep_size, mode=mode, capability=capability)
-    settings = {k: str(v) for k, v in vars(arguments).items()} | {
+    case = cases.Case(config=config, ep=job.ep_size, mode=mode, capability=capability)
+    settings = settings_of(arguments) | {
         "ep": str(job.ep_size),
         "num_gpus": str(job.ranks),
         "micro_batch": str(job.micro_batch_size),
@@ -70,12 +71,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "activation_checkpointing": mode,
     }
     result: dict[str, Any] = {"prediction": True, "settings": settings}
-    for name, make in counted.CONTESTANTS.items():
+    for name, make in cases.CONTESTANTS.items():
         one, two = (count_micro_step(make, case, layers, (job.micro_batch_size, job.sequence_length)) for layers in (1, 2))
         result[name] = Prediction(one, two, job_as(name, job), device).summary()
     show(result, device)
     if arguments.chart:
-        draw(arguments.chart, {name: result[name]["parts"] for name in counted.CONTESTANTS}, title(settings, device))
+        draw(arguments.chart, {name: result[name]["parts"] for name in cases.CONTESTANTS}, title(settings, device))
     return result
 
 
@@ -112,7 +113,7 @@ def job_as(name: str, job: Job) -> Job:
     return replace(job, **changes.get(name, {"ep_size": 1} if name == "transformers Glm4Moe" else {}))
 
 
-def count_micro_step(make: counted.Contestant, case: counted.Case, layers: int, shape: tuple[int, int]) -> Ledger:
+def count_micro_step(make: cases.Contestant, case: cases.Case, layers: int, shape: tuple[int, int]) -> Ledger:
     """Forward and backward of a model with this many layers."""
     settings = MoEGPTConfig.from_dict({**case.config.to_dict(), "num_hidden_layers": layers})
     settings._attn_implementation = "flash"
@@ -121,7 +122,7 @@ def count_micro_step(make: counted.Contestant, case: counted.Case, layers: int, 
     is_ours = type(model).__name__ == "MoEGPTForCausalLM"
     batch = {"shift_labels": ids, "num_items_in_batch": torch.empty((), device="meta")} if is_ours else {"labels": ids}
     rows = ids.numel() * case.config.num_experts_per_tok
-    with counted.as_on_cuda(rows, case.capability), Count(parts_of(model, "dispatch and combine")) as count:
+    with as_on_cuda(rows, case.capability), Count(parts_of(model, "dispatch and combine")) as count:
         loss = model(input_ids=ids, **batch).loss
         count.end_forward()
         loss.backward()
@@ -244,7 +245,7 @@ def title(settings: dict[str, str], device: Device) -> str:
 
 
 def show(result: dict[str, Any], device: Device) -> None:
-    names = list(counted.CONTESTANTS)
+    names = list(cases.CONTESTANTS)
     rows: list[list[object]] = []
     figures = {
         "KB moved a token and layer": ("bytes_per_token_layer", 1e-3),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.flags import at_least_one
-from launch.benchmarks.turns import PHASES, TIMEOUT, Remote, contestants
+from launch.benchmarks.contestant_processes import PHASES, TIMEOUT, Remote, contestants
 from launch.engine.strategy import CHECKPOINTING_MODES
 from model.sizes import ATTENTION_IMPLEMENTATIONS
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """`{"contestants": {name: {"forward_ms", ..., "total_ms", "tokens_per_second_per_rank", "ratio", ...}}}` on every rank."""
     from launch.benchmarks.contestants import OURS, Stage
-    from launch.benchmarks.measure import print_table
+    from launch.benchmarks.measure import print_table, settings_of
     from launch.ranks import join
 
     at_least_one(arguments, "layers", "vocabulary", "sequence_length", "micro_batch", "accumulation", "steps")
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         seconds = take_turns(remotes, arguments.steps)
     mode = stage.strategy.activation_checkpointing
     result: dict[str, Any] = {
-        "settings": {k: str(v) for k, v in vars(arguments).items()} | {"json": str(stage.path), "recomputation": mode},
+        "settings": settings_of(arguments) | {"json": str(stage.path), "recomputation": mode},
         "ranks": ranks,
         "contestants": {name: summary(seconds[name], seconds[OURS], stage, arguments) for name in names},
     }

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.benchmarks import counted
-from launch.benchmarks.counting import Count
+from launch.benchmarks.op_count.counter import Count
+from launch.benchmarks.op_count.cuda_kernels import as_on_cuda
 from launch.engine.expert_parallel import Experts
 from model import grouped
 from model.dispatch import grouped_linears
@@ -127,6 +127,6 @@ def test_a_gpu_is_asked_for_its_generation(major: int, lacks: bool, monkeypatch:
     ("capability", "counted_here"), [((8, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), True), (None, False)]
 )
 def test_the_roofline_counts_it_where_it_runs(capability: tuple[int, int] | None, counted_here: bool) -> None:
-    with counted.as_on_cuda(R, capability), Count() as count:
+    with as_on_cuda(R, capability), Count() as count:
         grouped_linears(tensor(R, H), tensor(E, dtype=torch.int32), tensor(E, I, H))
     assert [e.name for e in count.ledger.entries] == ["grouped_product" if counted_here else "_grouped_mm"]

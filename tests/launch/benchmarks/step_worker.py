@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from launch.benchmarks import step, turns
+from launch.benchmarks import contestant_processes, step
 from launch.benchmarks.contestants import CONTESTANTS, Stage
 
 
 def measure(model: str, out: str) -> None:
-    turns.START = "fork"  # nothing has been started yet, and five imports are saved
+    contestant_processes.START = "fork"  # nothing has been started yet, and five imports are saved
     parser = argparse.ArgumentParser()
     step.add_arguments(parser)
     sizes = ["--model", model, "--sequence_length", "32", "--micro_batch", "2", "--accumulation", "2", "--steps", "2"]

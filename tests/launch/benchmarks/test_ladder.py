@@ -17,10 +17,11 @@ from support import ROOT
 
 from data.cli import UserError, drain
 from data.dataset import PackedDataset
-from launch.benchmarks import ladder, rungs, trials
-from launch.benchmarks.scaling_law import bootstrap, fit
-from launch.benchmarks.shards import epochs
-from launch.benchmarks.small_runs import SmallRun, TrainingFailed
+from launch.benchmarks import ladder
+from launch.benchmarks.training_runs import rungs, trials
+from launch.benchmarks.training_runs.scaling_law import bootstrap, fit
+from launch.benchmarks.training_runs.shards import epochs
+from launch.benchmarks.training_runs.small_runs import SmallRun, TrainingFailed
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
 from model import MoEGPTConfig
 

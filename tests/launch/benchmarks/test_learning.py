@@ -18,10 +18,11 @@ from transformers import Glm4MoeForCausalLM
 
 from data.cli import UserError, drain
 from data.files import finite
-from launch.benchmarks import learning, small_runs
-from launch.benchmarks.lines import Curve, draw
-from launch.benchmarks.shards import Shards
-from launch.benchmarks.variants import built_in, chosen_variants, merged, read_variants
+from launch.benchmarks import learning
+from launch.benchmarks.svg_curves import Curve, draw
+from launch.benchmarks.training_runs import small_runs
+from launch.benchmarks.training_runs.shards import Shards
+from launch.benchmarks.training_runs.variants import built_in, chosen_variants, merged, read_variants
 from launch.engine.keys import check_keys
 from launch.engine.strategy import read_config, resolve_config
 from launch.reporting.read import read_run

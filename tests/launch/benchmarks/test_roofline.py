@@ -23,7 +23,7 @@ from support import ROOT
 from data.cli import UserError
 from launch.benchmarks import roofline as command
 from launch.benchmarks.contestants import gpu_knobs
-from launch.benchmarks.counting import Entry
+from launch.benchmarks.op_count.counter import Entry
 from launch.benchmarks.roofline import LIMITS, job_of, operation_seconds
 from launch.planning.activations import kept_activations
 from launch.planning.devices import find_device

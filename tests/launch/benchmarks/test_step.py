@@ -15,10 +15,10 @@ import pytest
 from nursery import Nursery
 
 from data.cli import UserError
-from launch.benchmarks import turns
+from launch.benchmarks import contestant_processes
+from launch.benchmarks.contestant_processes import PHASES
 from launch.benchmarks.contestants import ALONE, CONTESTANTS
 from launch.benchmarks.step import COLUMNS, chosen, prediction
-from launch.benchmarks.turns import PHASES
 from launch.engine import strategy
 from model import MoEGPTConfig
 
@@ -82,9 +82,9 @@ def test_a_contestant_that_ends_ends_the_benchmark(
     monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], by: str | None
 ) -> None:
     """With its own exit code where it has said why, else with a sentence."""
-    monkeypatch.setattr(turns, "START", "fork")
-    monkeypatch.setattr(turns, "serve", lambda *_: end())
+    monkeypatch.setattr(contestant_processes, "START", "fork")
+    monkeypatch.setattr(contestant_processes, "serve", lambda *_: end())
     error = pytest.raises(UserError, match=f"ours: its process has ended by {by}") if by else pytest.raises(SystemExit, match="3")
-    with error, turns.contestants(["ours", "stock AutoEP"], Namespace()) as remotes:
+    with error, contestant_processes.contestants(["ours", "stock AutoEP"], Namespace()) as remotes:
         remotes[0].build()
     assert not any(remote.process.is_alive() for remote in remotes)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch.benchmarks.counting import FREE, bytes_of, tensors_of
+from launch.benchmarks.op_count.counter import FREE, bytes_of, tensors_of
 from launch.engine import strategy
 from launch.engine.build import build_engine, build_model
 from launch.ranks import join

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from launch.benchmarks import counted
-from launch.benchmarks.counting import Count
+from launch.benchmarks.op_count import cases
+from launch.benchmarks.op_count.counter import Count
+from launch.benchmarks.op_count.cuda_kernels import as_on_cuda
 from model import MoEGPTConfig
 
 #: Model, sequences, tokens of each, layers.
@@ -25,11 +26,11 @@ def measure(ranks: int, preset: str, batch: int, length: int, layers: int, mode:
     config = MoEGPTConfig.preset(preset, num_hidden_layers=layers)
     config._attn_implementation = "flash"
     # DeepSpeed's own way of `full` would copy its inputs to a device.
-    model: Any = counted.ours(counted.Case(config=config, ep=ranks, mode="none" if mode == "full" else mode))
+    model: Any = cases.ours(cases.Case(config=config, ep=ranks, mode="none" if mode == "full" else mode))
     if mode == "full":
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=True))
     ids = torch.empty((batch, length), dtype=torch.int64, device="meta")
-    with counted.as_on_cuda(ids.numel() * config.num_experts_per_tok), Count() as count:
+    with as_on_cuda(ids.numel() * config.num_experts_per_tok), Count() as count:
         loss = model(input_ids=ids, shift_labels=ids, num_items_in_batch=torch.empty((), device="meta")).loss
         count.end_forward()
         loss.backward()
@@ -42,5 +43,5 @@ def measure(ranks: int, preset: str, batch: int, length: int, layers: int, mode:
 
 if __name__ == "__main__":
     ranks = int(sys.argv[1])
-    counted.join_fake_group(ranks)
+    cases.join_fake_group(ranks)
     print(json.dumps([measure(ranks, *case, mode) for case in CASES for mode in ("none", "selective", "full")]))

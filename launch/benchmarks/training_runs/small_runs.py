@@ -16,7 +16,7 @@ import numpy as np
 from data.cli import UserError, say
 from data.files import replace_json
 from data.flags import at_least_one
-from launch.benchmarks.leash import run_leashed
+from launch.benchmarks.training_runs.leash import run_leashed
 from launch.engine.strategy import CONFIG_FOLDER, resolve_config
 from launch.planning.ladder import active_parameters
 from launch.ranks.join import free_port
@@ -25,7 +25,7 @@ from launch.run.arguments import TrainArguments, parse_arguments
 from model import MoEGPTConfig
 from model.accounting import training_flops_per_token
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 #: Maps of the experts' load over a run, from which the whole run's balance is taken.
 LOAD_MAPS = 40
 SETTLED = 0.1  # of a run: what comes before counts neither for the balance nor for the gradient norms

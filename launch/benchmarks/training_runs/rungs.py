@@ -12,8 +12,8 @@ from typing import Any
 
 from data.cli import UserError
 from data.files import lookup
-from launch.benchmarks.small_runs import SmallRun, check_counts, check_seeds
-from launch.benchmarks.variants import merged
+from launch.benchmarks.training_runs.small_runs import SmallRun, check_counts, check_seeds
+from launch.benchmarks.training_runs.variants import merged
 from launch.engine.strategy import read_config
 from model import MoEGPTConfig
 

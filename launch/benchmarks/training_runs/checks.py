@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from data.cli import UserError
-from launch.benchmarks.shards import Shards
-from launch.benchmarks.small_runs import SmallRun
+from launch.benchmarks.training_runs.shards import Shards
+from launch.benchmarks.training_runs.small_runs import SmallRun
 from launch.run.resolve import fit_model, open_tasks, resolve_settings
 from model import MoEGPTConfig
 

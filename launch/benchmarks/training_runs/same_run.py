@@ -13,8 +13,8 @@ from typing import Any
 from data.cli import UserError, sentence
 from data.files import read_json
 from data.lock import take_folder
-from launch.benchmarks.shards import Shards
-from launch.benchmarks.small_runs import SmallRun
+from launch.benchmarks.training_runs.shards import Shards
+from launch.benchmarks.training_runs.small_runs import SmallRun
 from launch.checkpoint.identity import RunIdentity, differences, listed
 from launch.run.arguments import TrainArguments, build_parser
 from launch.run.resolve import fit_model

@@ -14,8 +14,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor, nn
 
-from launch.benchmarks.counted import as_on_cuda, counted_restore, prefers_triton
-from launch.benchmarks.counting import Count, Ledger, declare
+from launch.benchmarks.op_count.counter import Count, Ledger, declare
+from launch.benchmarks.op_count.cuda_kernels import as_on_cuda, counted_restore, prefers_triton
 from model import operators
 from model.dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
 

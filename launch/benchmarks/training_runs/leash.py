@@ -1,6 +1,6 @@
 """Run a command that does not outlive whoever started it, however that ends, nor do the processes that it starts.
 
-python -m launch.benchmarks.leash COMMAND ...
+python -m launch.benchmarks.training_runs.leash COMMAND ...
 
 Standard input is the leash. A byte asks the command to save and stop, as Ctrl-C does; the end of the pipe says that the other side
 is dead, and ends the command and its descendants at once. (A signal at the parent's death, PR_SET_PDEATHSIG, would reach the
@@ -29,7 +29,7 @@ def run_leashed(command: list[str], log: Path) -> int:
     KeyboardInterrupt or SystemExit; on a second signal it is ended at once."""
     with log.open("ab") as out, raised_by_sigterm():
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "launch.benchmarks.leash", *command],
+            [sys.executable, "-P", "-m", "launch.benchmarks.training_runs.leash", *command],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=out,

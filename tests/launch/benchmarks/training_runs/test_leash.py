@@ -1,4 +1,4 @@
-"""`launch.benchmarks.leash`: what a benchmark started ends with it, however it ends."""
+"""`launch.benchmarks.training_runs.leash`: what a benchmark started ends with it, however it ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, process_stat
 
-from launch.benchmarks.leash import run_leashed
+from launch.benchmarks.training_runs.leash import run_leashed
 
 #: A launcher with a rank that is slow to save: it writes both pids, dies of Ctrl-C at once, and the rank says how it ended.
 COMMAND = """
@@ -34,7 +34,7 @@ time.sleep(600)
 BENCHMARK = """
 import signal, sys
 from pathlib import Path
-from launch.benchmarks.leash import run_leashed
+from launch.benchmarks.training_runs.leash import run_leashed
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
 run_leashed([sys.executable, "-c", *sys.argv[2:]], Path(sys.argv[1]) / "log")
 """

@@ -18,11 +18,12 @@ from support import ROOT
 
 from data.cli import UserError
 from data.lock import FolderLock
-from launch.benchmarks import ladder, learning, small_runs
-from launch.benchmarks.same_run import check_same, claimed, evaluated
-from launch.benchmarks.shards import Shards
-from launch.benchmarks.small_runs import SmallRun
-from launch.benchmarks.variants import merged
+from launch.benchmarks import ladder, learning
+from launch.benchmarks.training_runs import small_runs
+from launch.benchmarks.training_runs.same_run import check_same, claimed, evaluated
+from launch.benchmarks.training_runs.shards import Shards
+from launch.benchmarks.training_runs.small_runs import SmallRun
+from launch.benchmarks.training_runs.variants import merged
 from launch.reporting.read import read_run
 from model import MoEGPTConfig
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from data.cli import counted, say
 from data.files import lookup
-from launch.benchmarks.rungs import RATE, Rungs, longest_of, rate_of
-from launch.benchmarks.small_runs import SmallRun
-from launch.benchmarks.variants import merged
+from launch.benchmarks.training_runs.rungs import RATE, Rungs, longest_of, rate_of
+from launch.benchmarks.training_runs.small_runs import SmallRun
+from launch.benchmarks.training_runs.variants import merged
 
 Trials = dict[tuple[int, float, int], SmallRun]  # by width, the rate as the smallest width has it, and samples a step
 
