@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Shards, a run of two ranks (ZeRO 2, EP 2) and its settings, by the code as it was before its modules moved to their rooms.
+OLD = ROOT / "tests" / "fixtures" / "before_the_move"
 
 
 def deepspeed_command(ranks: int) -> list[str]:

@@ -6,6 +6,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_helpers import run, shared_data, write_rows
@@ -19,6 +20,12 @@ def texts() -> list[str]:
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(p for p in folder.glob("*.py") if 100 < p.stat().st_size < 20_000)
     return [p.read_text(encoding="utf-8") for p in files[:60]]
+
+
+@pytest.fixture
+def rows(texts: list[str]) -> list[dict[str, Any]]:
+    """Of a table, a text each."""
+    return [{"content": t, "license": "mit" if i % 3 else "gpl", "size": i} for i, t in enumerate(texts)]
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow
 import pytest
 import xxhash
+from support import ROOT
 from tokenizers import Tokenizer
 
 from data.sources.blocks import Block, Position, ReadOptions, Rejection
@@ -26,7 +27,6 @@ from data.sources.discover import Source
 from data.sources.documents import read_documents as read_documents_of
 from data.sources.read import read_blocks
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 
 

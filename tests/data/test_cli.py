@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from data_helpers import ROOT, environment
+from data_helpers import environment
+from support import ROOT
 
 from data import cli
 from data.cli import NotFound, Progress, UserError, as_user_error, exit_code, sentence

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import ROOT, environment, read_documents
+from data_helpers import environment, read_documents
+from support import ROOT
 
 from data.cli import UserError
 from data.dataset import LOCATED_AT_ONCE, PackedDataset

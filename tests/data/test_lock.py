@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import ROOT, environment
+from data_helpers import environment
+from support import ROOT
 
 from data import lock
 from data.cli import UserError, as_user_error

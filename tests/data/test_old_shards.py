@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import ROOT, contents
+from data_helpers import contents
+from support import ROOT
 
 from data.dataset import PackedDataset
 from data.verify import verify

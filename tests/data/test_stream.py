@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import ROOT, environment
+from data_helpers import environment
+from support import ROOT
 
 from data import stream
 from data.pipeline.writer import SplitWriter

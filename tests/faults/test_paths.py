@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from runs import Site, last_saved, struck
+from support import OLD
 
 import data.preprocess
 import data.verify
@@ -21,7 +22,6 @@ import launch.report
 from data.cli import UserError, as_user_error, sentence
 from launch.run.arguments import parse_arguments
 
-OLD = Path(__file__).resolve().parents[1] / "fixtures" / "before_the_move"
 ODD = {
     "spaces": " a  b ",
     "quotes": "a'b\"c`d",

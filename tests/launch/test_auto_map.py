@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import OLD, ROOT
 
-OLD_RUN = ROOT / "tests" / "fixtures" / "before_the_move" / "run"
 #: What reads a folder and may run what is in it.
 LOADERS = ("from_pretrained", "from_config", "pipeline", "load_custom_generate", "get_class_from_dynamic_module")
 #: One file for each way in which a folder brings code; each makes a folder of its own name where it is run.
@@ -119,7 +118,7 @@ def run(program: str, *arguments: str, home: Path, said: str = "y\n" * 50) -> su
 
 def test_the_code_strikes_where_it_is_trusted(tmp_path: Path) -> None:
     folder, marks = tmp_path / "hf", tmp_path / "marks"
-    shutil.copytree(OLD_RUN / "tokenizer", folder)
+    shutil.copytree(OLD / "run/tokenizer", folder)
     done = run(CONTROL, str(evil(folder, marks, own_type=False)), home=tmp_path / "home")
     assert {path.name for path in marks.iterdir()} == KINDS, done.stderr[-3000:]
 
@@ -128,8 +127,8 @@ def test_a_yes_on_standard_input_is_no_consent(exported: Path, small_shards: Pat
     marks, home = tmp_path / "marks", tmp_path / "home"
     ours, theirs, run_folder = tmp_path / "ours", tmp_path / "theirs", tmp_path / "run"
     evil(Path(shutil.copytree(exported, ours)), marks, own_type=True)
-    evil(Path(shutil.copytree(OLD_RUN / "tokenizer", theirs)), marks, own_type=False)
-    shutil.copytree(OLD_RUN, run_folder)
+    evil(Path(shutil.copytree(OLD / "run/tokenizer", theirs)), marks, own_type=False)
+    shutil.copytree(OLD / "run", run_folder)
     change(run_folder / "config.json", auto_map={"AutoConfig": "configuration.EvilConfig"})
     evil(run_folder / "tokenizer", marks, own_type=False)
     code = tmp_path / "code.py"

@@ -17,7 +17,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from support import ROOT
+from support import OLD, ROOT
 from torch.library import CustomOpDef
 
 from launch.checkpoint.random_state import random_state, set_random_state
@@ -29,8 +29,6 @@ from launch.run.arguments import parse_arguments
 from model import MoEGPTConfig, operators
 from model.layers import to_device
 from model.operators import on_its_device
-
-OLD = ROOT / "tests" / "fixtures" / "before_the_move"
 
 
 class Cuda:

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_helpers import ROOT, contents, environment, run, write_rows
+from data_helpers import contents, environment, run, write_rows
+from support import ROOT
 
 from data.cli import UserError, drain
 from data.pipeline import mpi

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from data_helpers import ROOT, blocks_of, compress, environment, rejections_of, skippable_frame, text_of, zstd_frame
+from data_helpers import blocks_of, compress, environment, rejections_of, skippable_frame, text_of, zstd_frame
+from support import ROOT
 
 from data.sources.blocks import too_long
 from data.sources.zstd_frames import frame_ends
@@ -120,7 +121,7 @@ def test_a_bomb_is_one_rejected_line_between_two_documents(kind: str, tmp_path: 
     data = pack(b'{"content": "first"}\n') + letters + pack(b'\n{"content": "last"}\n')
     assert len(data) < megabytes << 13
     (tmp_path / "x.jsonl").write_bytes(data)
-    environ = {**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'data'}"}
+    environ = {**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/data'}"}
     line = [sys.executable, "-c", BOMB, str(tmp_path / "x.jsonl")]
     done = subprocess.run(line, capture_output=True, text=True, env=environ, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

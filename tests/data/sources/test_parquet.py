@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import ROOT, environment, read_documents, read_file, write_rows
+from data_helpers import environment, read_documents, read_file, write_rows
+from support import ROOT
 
 from data.sources import blocks, parquet
 from data.sources.blocks import ReadOptions
@@ -23,11 +24,6 @@ from data.sources.read import read_blocks
 TEXTS = [f"def f{i}(é, b):\n    return a * {i} + b\n" * 5 for i in range(30)]
 BAD = [b'x = "\xff"\n' * 5 if i == 7 else text.encode() for i, text in enumerate(TEXTS)]
 GOOD = [text for i, text in enumerate(TEXTS) if i != 7]
-
-
-@pytest.fixture
-def rows(texts: list[str]) -> list[dict[str, Any]]:
-    return [{"content": t, "license": "mit" if i % 3 else "gpl", "size": i} for i, t in enumerate(texts)]
 
 
 def as_kind(values: list[bytes | None], kind: Any) -> pa.Array:
@@ -189,7 +185,7 @@ def test_a_value_of_150_mb_in_2000_rows_is_refused_in_bounded_memory(kind: str, 
         column = pa.ListArray.from_arrays(pa.array([0, 1999, 2000], pa.int32()), column)
     pq.write_table(pa.table({"content": column}), tmp_path / "x.parquet", **layout)
     assert (tmp_path / "x.parquet").stat().st_size < 50_000
-    environ = {**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'data'}"}
+    environ = {**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/data'}"}
     line = [sys.executable, "-c", BOMB, str(tmp_path / "x.parquet")]
     done = subprocess.run(line, capture_output=True, text=True, env=environ, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

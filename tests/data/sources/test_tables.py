@@ -17,11 +17,6 @@ from data.sources.discover import Source
 from data.sources.read import read_blocks
 
 
-@pytest.fixture
-def rows(texts: list[str]) -> list[dict[str, Any]]:
-    return [{"content": t, "license": "mit" if i % 3 else "gpl", "size": i} for i, t in enumerate(texts)]
-
-
 def documents(preprocess: Any, tokenizer_file: Path, output: Path, *inputs: object, flags: tuple = ()) -> list[list[int]]:
     usual = ["--tokenizer", tokenizer_file, "--output", output, "--validation_fraction", 0]
     code, _, err = preprocess("--input", *inputs, *usual, *flags)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import ROOT, shared_data
+from data_helpers import shared_data
+from support import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data.cli import UserError, drain

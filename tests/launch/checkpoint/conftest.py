@@ -1,4 +1,4 @@
-"""A run with three checkpoints of a stub engine."""
+"""A run with three checkpoints of a stub engine, and a real one."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from stub_engine import StubEngine, manager, state
+from support import OLD
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,12 @@ def three(tmp_path_factory):
 def run(three, tmp_path):
     shutil.copytree(three, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture
+def real(tmp_path):
+    """A copy of a checkpoint of two ranks, ZeRO 2, EP 2."""
+    return Path(shutil.copytree(OLD / "run/checkpoints/step_6", tmp_path / "checkpoints/step_6"))
 
 
 @pytest.fixture

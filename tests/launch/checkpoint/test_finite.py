@@ -1,28 +1,19 @@
 """A weight or a moment that is not finite is refused by the name of its parameter, whatever the layout; padding may be anything."""
 
 import math
-import shutil
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from stub_engine import MODEL, StubEngine, manager, replace_file
-from support import ROOT
 
 from launch.checkpoint import universal
 from launch.checkpoint.finite import check_finite, is_finite, named_tensors
 from launch.checkpoint.unpickle import load_file
 from launch.checkpoint.weights import CHUNK
 
-REAL = ROOT / "tests" / "fixtures" / "before_the_move" / "run" / "checkpoints" / "step_6"
 OPTIMIZER = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
-
-
-@pytest.fixture
-def real(tmp_path):
-    shutil.copytree(REAL, tmp_path / "checkpoints" / "step_6")
-    return tmp_path / "checkpoints" / "step_6"
 
 
 def spoil_master(content: dict[str, Any]) -> None:

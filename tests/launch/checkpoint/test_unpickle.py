@@ -4,32 +4,22 @@ import copyreg
 import errno
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from stub_engine import MODEL, Payload, StubEngine, manager, replace_file
-from support import ROOT
 
 from launch.checkpoint import universal
 from launch.checkpoint.converter import run_converter
 from launch.checkpoint.unpickle import FORCE, FORCE_NOT, load_file, no_code_from_files, save_stages_by_value
 
-#: A real checkpoint of two ranks, ZeRO-2, EP 2.
-REAL = ROOT / "tests" / "fixtures" / "before_the_move" / "run" / "checkpoints" / "step_6"
 KINDS = [
     "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
     "mp_rank_00_model_states.pt",
     "layer_0_expert_1_mp_rank_00_model_states.pt",
     "buffers.pt",
 ]
-
-
-@pytest.fixture
-def real(tmp_path):
-    shutil.copytree(REAL, tmp_path / "checkpoints" / "step_6")
-    return tmp_path / "checkpoints" / "step_6"
 
 
 def hide_a_payload(checkpoint: Path, name: str, marker: Path) -> None:

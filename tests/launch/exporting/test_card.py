@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,20 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import OLD, ROOT
 
 from launch.exporting.card import fim_rate, loading, model_card, without_folders
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import model_config, weights
 from model import MoEGPTConfig
-
-OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    shutil.copytree(OLD / "run", tmp_path / "run")
-    return tmp_path / "run/checkpoints/step_6"
 
 
 def test_card_of_a_real_run(checkpoint: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,15 @@ from launch.exporting.formats import build, exported_config
 from launch.exporting.source import model_config, weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
-OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 WEIGHT, BIAS = "model.layers.1.mlp.experts.down_proj", "model.layers.0.mlp.gate.e_score_correction_bias"
 
 
 @pytest.mark.parametrize("name", [None, WEIGHT, BIAS])
 def test_one_number_that_reads_otherwise_leaves_no_export(
-    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str | None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the last bit of one number in the file; without that the same export succeeds."""
-    shutil.copytree(OLD / "run", tmp_path / "run")
-    checkpoint, output = tmp_path / "run/checkpoints/step_6", tmp_path / "out" / "hf"
+    output = tmp_path / "out" / "hf"
     model = build(exported_config(model_config(checkpoint), "moe_gpt"), weights(checkpoint), "bfloat16")
     save = folder._save
 
@@ -71,13 +68,12 @@ def test_a_closed_folder_is_said_before_anything_is_read(tmp_path: Path, monkeyp
             folder.check_output(output)
 
 
-def test_an_older_runs_tokenizer_is_completed(tmp_path: Path) -> None:
+def test_an_older_runs_tokenizer_is_completed(checkpoint: Path, tmp_path: Path) -> None:
     """Its folder names no padding, without which transformers makes no batch of prompts."""
-    shutil.copytree(OLD / "run", tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "tokenizer" / "tokenizer_config.json").read_text())
     assert "pad_token" not in settings
     (tmp_path / "hf").mkdir()
-    folder._copy_tokenizer(tmp_path / "run" / "checkpoints" / "step_6", tmp_path / "hf")
+    folder._copy_tokenizer(checkpoint, tmp_path / "hf")
     found = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert found(["a", "a = b"], padding=True).attention_mask[0][0] == 0
     assert json.loads((tmp_path / "run" / "tokenizer" / "tokenizer_config.json").read_text()) == settings
@@ -88,12 +84,6 @@ def test_a_size_that_is_none_is_said_before_anything_is_read(size: str) -> None:
     with pytest.raises(UserError, match=r"--max_shard_size .* must be a size such as 5GB"):
         folder.check_shard_size(size)
     folder.check_shard_size("500MB")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    shutil.copytree(OLD / "run", tmp_path / "run")
-    return tmp_path / "run/checkpoints/step_6"
 
 
 def export(checkpoint: Path, output: Path, *flags: str) -> None:

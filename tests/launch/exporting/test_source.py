@@ -21,14 +21,7 @@ from launch.exporting.card import model_card
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import find_checkpoint, model_config, verify, weights
 
-OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    shutil.copytree(OLD / "run", tmp_path / "run")
-    return tmp_path / "run/checkpoints/step_6"
 
 
 def change(checkpoint: Path, name: str, how: Callable[[Any], Any]) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import OLD
 
 from data.dataset import PackedDataset
 from launch.run import batches
 from launch.run.batches import Batch, BatchLoader
 
-OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move" / "tokens"
-
 
 @pytest.fixture(params=[False, True], ids=["packed", "documents"])
 def data(request: pytest.FixtureRequest) -> PackedDataset:
-    return PackedDataset([OLD], split="train", sequence_length=64, seed=3, document_mask=request.param)
+    return PackedDataset([OLD / "tokens"], split="train", sequence_length=64, seed=3, document_mask=request.param)
 
 
 def loader(data: Any, rank: int = 0, world_size: int = 2) -> BatchLoader:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from support import ROOT
+from support import OLD, ROOT
 
 from data.cli import UserError
 from launch.engine.strategy import CONFIG_FOLDER, read_config
@@ -19,7 +19,6 @@ from launch.run.folder import changed_settings
 from launch.run.resolve import ResolvedRun, resolve_run, resolve_settings
 from launch.run.session import identify
 
-OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 RANKS = 2
 FLAGGED = ("activation_checkpointing", "compile")
 

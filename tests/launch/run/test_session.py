@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support import OLD
 
 from launch.checkpoint.choose import ResumeFrom, StartFresh
 from launch.checkpoint.state import TrainingState
@@ -26,7 +27,6 @@ from launch.run.stop import StopRequest
 from model import MoEGPTForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-OLD = Path(__file__).resolve().parents[2] / "fixtures" / "before_the_move"
 CLIP, MICRO_BATCH, ACCUMULATION = 0.25, 2, 3
 CODE = "the shards of --eval_tasks code"
 

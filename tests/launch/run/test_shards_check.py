@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import OLD
 
 from data.dataset import PackedDataset
 from launch.run import shards_check
 
-OLD = ROOT / "tests" / "fixtures" / "before_the_move" / "tokens"
+TOKENS = OLD / "tokens"
 
 
 def opened(folder: Path) -> PackedDataset:
@@ -23,7 +23,7 @@ def opened(folder: Path) -> PackedDataset:
 @pytest.fixture
 def swapped(tmp_path: Path) -> Path:
     """A copy whose shard has its halves swapped."""
-    shutil.copytree(OLD, tmp_path / "tokens")
+    shutil.copytree(TOKENS, tmp_path / "tokens")
     [path] = (tmp_path / "tokens" / "train").glob("*.bin")
     content = path.read_bytes()
     path.write_bytes(content[len(content) // 2 :] + content[: len(content) // 2])
@@ -32,8 +32,8 @@ def swapped(tmp_path: Path) -> Path:
 
 
 def test_a_copy_is_the_same_and_another_content_is_not(tmp_path: Path, swapped: Path) -> None:
-    shutil.copytree(OLD, tmp_path / "copy")
-    first, copy, other = opened(OLD), opened(tmp_path / "copy"), opened(swapped)
+    shutil.copytree(TOKENS, tmp_path / "copy")
+    first, copy, other = opened(TOKENS), opened(tmp_path / "copy"), opened(swapped)
     assert first.fingerprint == other.fingerprint, "the manifests say the same"
     assert shards_check.sample_of_bytes(first) == shards_check.sample_of_bytes(copy)
     assert shards_check.sample_of_bytes(first) != shards_check.sample_of_bytes(other)
@@ -62,6 +62,6 @@ def test_each_copy_is_verified_by_one_of_its_ranks(swapped: Path) -> None:
     with pytest.raises(ValueError, match=r"host \S+: .*shard_000000"):
         shards_check.verify_everywhere(here, elsewhere, lambda: verified.append(1))
     assert len(verified) == sum(len(stream.shards) for stream in here.streams) + 1  # with the validation split's
-    other_copy = Ranks(shards_check.place_of(opened(OLD)))  # on this host, but other files: a mount of its own
+    other_copy = Ranks(shards_check.place_of(opened(TOKENS)))  # on this host, but other files: a mount of its own
     with pytest.raises(ValueError, match=r"host \S+: .*shard_000000"):
         shards_check.verify_everywhere(here, other_copy, print)
