@@ -105,11 +105,14 @@ def parser_of(script: str) -> ArgumentParser | None:
 
 @pytest.fixture
 def reader(small_shards: Path, small_model: Path, tmp_path: Path) -> Path:
-    """A folder like a clone's, with what a reader is told to have: a corpus, benchmarks, shards."""
+    """A folder like a clone's, with what a reader is told to have: a corpus, code, benchmarks, shards."""
     for name in ("data", "launch", "model", "ds_configs", "tests", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "corpus").mkdir()
+    (tmp_path / "src").mkdir()
     library = sorted(Path(json.__file__).parent.parent.glob("*.py"))[:40]
+    for path in library:
+        shutil.copy(path, tmp_path / "src")
     for number in range(2):
         rows = [{"content": path.read_text("utf-8", "replace"), "license": "mit"} for path in library[number::2]]
         with gzip.open(tmp_path / f"corpus/{number}.json.gz", "wt") as file:
@@ -142,6 +145,8 @@ def shrunk(command: Command, folder: Path) -> list[str]:
     if command.script == "data/preprocess.py":
         if "--tokenizer" in flags:
             change(flags, "--tokenizer", str(folder / "shards.first/tokenizer"))
+        if "--train_tokenizer" in flags:
+            change(flags, "--train_tokenizer", str(json.loads((folder / "tiny_config.json").read_bytes())["vocab_size"]))
         change(flags, "--workers", "1")
         change(flags, "--validation_fraction", "0.2")
     if command.script == "launch/train.py":
