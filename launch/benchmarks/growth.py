@@ -17,7 +17,7 @@ import torch
 from data.flags import at_least_one
 from launch.benchmarks.measure import add_measuring_flags, peak_bytes, print_table, seconds_each, settings_of
 from launch.benchmarks.op_count.cases import Case, join_fake_group, ours
-from launch.benchmarks.op_count.counter import Ledger
+from launch.benchmarks.op_count.counter import OpCounts
 from launch.benchmarks.roofline import count_micro_step
 from launch.model_config import load_model_config
 from launch.toolchain import default_device
@@ -81,26 +81,26 @@ def measure(cases: dict[int, tuple[MoEGPTConfig, int]], arguments: argparse.Name
     seconds = seconds_each(calls, device, arguments.repeats)
     rows = {}
     for name, (config, batch) in cases.items():
-        ledger, tokens = count(config, (batch, length)), batch * length
+        counts, tokens = count(config, (batch, length)), batch * length
         rows[name] = {
             "us_per_token": 1e6 * seconds[str(name)] / tokens,
-            **counts(ledger, tokens),
+            **figures(counts, tokens),
             "peak_mb": peak_bytes(calls[str(name)], device) / 2**20,
         }
     return rows
 
 
-def count(config: MoEGPTConfig, shape: tuple[int, int]) -> Ledger:
+def count(config: MoEGPTConfig, shape: tuple[int, int]) -> OpCounts:
     return count_micro_step(ours, Case(config=config), config.num_hidden_layers, shape)
 
 
-def counts(ledger: Ledger, tokens: int) -> dict[str, float]:
+def figures(counts: OpCounts, tokens: int) -> dict[str, float]:
     """Of a whole micro-step, layers and loss."""
     return {
-        "kb_moved_per_token": ledger.total("bytes") / tokens / 1024,
-        "flops_per_token": ledger.total("flops") / tokens,
-        "kernels": ledger.total("launches"),
-        "held_kb_per_token": ledger.held / tokens / 1024,
+        "kb_moved_per_token": counts.total("bytes") / tokens / 1024,
+        "flops_per_token": counts.total("flops") / tokens,
+        "kernels": counts.total("launches"),
+        "held_kb_per_token": counts.held / tokens / 1024,
     }
 
 

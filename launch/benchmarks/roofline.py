@@ -23,7 +23,7 @@ from data.files import lookup
 from data.flags import at_least_one
 from launch.benchmarks.measure import print_table, settings_of
 from launch.benchmarks.op_count import cases
-from launch.benchmarks.op_count.counter import Count, Entry, Ledger
+from launch.benchmarks.op_count.counter import Count, Entry, OpCounts
 from launch.benchmarks.op_count.cuda_kernels import as_on_cuda
 from launch.benchmarks.svg import svg_path
 from launch.benchmarks.svg_bars import draw
@@ -113,7 +113,7 @@ def job_as(name: str, job: Job) -> Job:
     return replace(job, **changes.get(name, {"ep_size": 1} if name == "transformers Glm4Moe" else {}))
 
 
-def count_micro_step(make: cases.Contestant, case: cases.Case, layers: int, shape: tuple[int, int]) -> Ledger:
+def count_micro_step(make: cases.Contestant, case: cases.Case, layers: int, shape: tuple[int, int]) -> OpCounts:
     """Forward and backward of a model with this many layers."""
     settings = MoEGPTConfig.from_dict({**case.config.to_dict(), "num_hidden_layers": layers})
     settings._attn_implementation = "flash"
@@ -126,15 +126,15 @@ def count_micro_step(make: cases.Contestant, case: cases.Case, layers: int, shap
         loss = model(input_ids=ids, **batch).loss
         count.end_forward()
         loss.backward()
-    return count.ledger
+    return count.counts
 
 
 @dataclass(frozen=True)
 class Prediction:
     """From the counts of one layer and of two: a layer is their difference, the rest is outside the layers."""
 
-    one: Ledger
-    two: Ledger
+    one: OpCounts
+    two: OpCounts
     job: Job
     device: Device
 
@@ -149,7 +149,7 @@ class Prediction:
         """The operations of the whole model, with how often each is done."""
         layers = self.job.sizes.num_hidden_layers
         pairs = ((self.two, layers - 1), (self.one, 2 - layers))
-        return [(entry, factor) for ledger, factor in pairs for entry in ledger.entries]
+        return [(entry, factor) for counts, factor in pairs for entry in counts.entries]
 
     def seconds(self) -> dict[tuple[str, str, str], float]:
         """By part, kind and limit, of one micro-step of the whole model and its share of the optimizer step."""

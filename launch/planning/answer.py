@@ -14,7 +14,7 @@ from launch.planning.devices import Device, find_device
 from launch.planning.job import Job, job_from, micro_batches
 from launch.planning.ladder import Ladder, active_parameters
 from launch.planning.memory import GB, WORST_LOAD
-from launch.planning.scale import Point, curve
+from launch.planning.scale import ScalingPoint, curve
 from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidate, least_change, search
 from launch.planning.time import USUAL_LOAD
 from model.accounting import count_parameters, training_flops_per_token
@@ -143,7 +143,7 @@ def layout(found: Candidate) -> dict[str, Any]:
     }
 
 
-def point(one: Point) -> dict[str, Any]:
+def point(one: ScalingPoint) -> dict[str, Any]:
     """One row of the curve."""
     return {"gpus": one.gpus, **layout(one.found), "global_batch": one.found.job.global_batch, "breaks": one.breaks}
 

@@ -16,7 +16,7 @@ TOO_MUCH = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class ScalingPoint:
     """One number of GPUs. `breaks` is empty where nothing does."""
 
     gpus: int
@@ -38,14 +38,14 @@ class Point:
         return ""
 
 
-def curve(job: Job, device: Device) -> list[Point]:
+def curve(job: Job, device: Device) -> list[ScalingPoint]:
     """At the same global batch, or the nearest that every GPU gets as many sequences of; the micro-batch shrinks where it must."""
     # A job on several nodes says how many GPUs one has; one that fits into a node does not say that there are no more.
     in_node = job.ranks_per_node if job.ranks > job.ranks_per_node else max(device.gpus_per_node, job.ranks_per_node)
     return [_point(job, device, gpus, min(gpus, in_node)) for gpus in COUNTS]
 
 
-def _point(job: Job, device: Device, gpus: int, in_node: int) -> Point:
+def _point(job: Job, device: Device, gpus: int, in_node: int) -> ScalingPoint:
     share = max(1, round(job.global_batch / gpus))
     micro_batch = max(micro_batches(share, job.micro_batch_size))
     scaled = dataclasses.replace(
@@ -56,4 +56,4 @@ def _point(job: Job, device: Device, gpus: int, in_node: int) -> Point:
         micro_batch_size=micro_batch,
         accumulation_steps=share // micro_batch,
     )
-    return Point(gpus=gpus, found=candidate(scaled, device), batch=job.global_batch)
+    return ScalingPoint(gpus=gpus, found=candidate(scaled, device), batch=job.global_batch)

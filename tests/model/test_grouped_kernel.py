@@ -72,16 +72,16 @@ def test_a_layers_experts_cost_what_their_shapes_say(before_hopper: None) -> Non
         out = experts(tensor(R, H), tensor(E, dtype=torch.int64))
         count.end_forward()
         out.backward(torch.empty_like(out))
-    products = [e for e in count.ledger.entries if e.kind == "matrix product"]
+    products = [e for e in count.counts.entries if e.kind == "matrix product"]
     names = ["grouped_product"] * 2 + ["grouped_product_backward", "grouped_weight_gradient"] * 2
     assert [e.name for e in products] == names and all(e.launches == 1 for e in products)
     assert sum(e.flops for e in products) == 3 * 2 * R * 3 * H * I
     wide, narrow, ends = E * 2 * I * H, E * H * I, 4 * E
     up, down = 2 * (R * H + wide + R * 2 * I) + ends, 2 * (R * I + narrow + R * H) + ends
     assert [e.bytes for e in products] == [up, down, down, down, up, up]
-    assert not any(e.name == "cat" for e in count.ledger.entries)
+    assert not any(e.name == "cat" for e in count.counts.entries)
     # rows, gate and up, their product, ends
-    assert count.ledger.held == 2 * (R * H + R * 2 * I + R * I + R * H) + ends
+    assert count.counts.held == 2 * (R * H + R * 2 * I + R * I + R * H) + ends
 
 
 @pytest.mark.parametrize(
@@ -129,4 +129,4 @@ def test_a_gpu_is_asked_for_its_generation(major: int, lacks: bool, monkeypatch:
 def test_the_roofline_counts_it_where_it_runs(capability: tuple[int, int] | None, counted_here: bool) -> None:
     with as_on_cuda(R, capability), Count() as count:
         grouped_linears(tensor(R, H), tensor(E, dtype=torch.int32), tensor(E, I, H))
-    assert [e.name for e in count.ledger.entries] == ["grouped_product" if counted_here else "_grouped_mm"]
+    assert [e.name for e in count.counts.entries] == ["grouped_product" if counted_here else "_grouped_mm"]

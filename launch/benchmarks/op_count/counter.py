@@ -60,7 +60,7 @@ class Entry:
 
 
 @dataclass
-class Ledger:
+class OpCounts:
     """What was counted. Of the bytes that were alive, weights aside: those when the forward ended, the most before and after."""
 
     entries: list[Entry] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Count(TorchDispatchMode):
 
     def __init__(self, parts: dict[nn.Module, str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ledger = Ledger()
+        self.counts = OpCounts()
         self.backward = False
         self._stack = ["other"]
         self._spans: list[tuple[int, int, int, str]] = []  # (sequence numbers from, to, depth, part)
@@ -126,11 +126,11 @@ class Count(TorchDispatchMode):
 
     def end_forward(self) -> None:
         """The forward is over: what it left alive is what the backward needs."""
-        self.ledger.held = self._now
+        self.counts.held = self._now
         self.backward = True
 
     def add(self, name: str, kind: str, **figures: Any) -> None:
-        self.ledger.entries.append(Entry(part=self.part(), kind=kind, name=name, backward=self.backward, **figures))
+        self.counts.entries.append(Entry(part=self.part(), kind=kind, name=name, backward=self.backward, **figures))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[-1]
@@ -169,7 +169,7 @@ class Count(TorchDispatchMode):
         rows, width, columns, groups = shape
         ends = inputs[-1]
         self.add("copy_", KINDS["copy_"], bytes=size(ends))
-        self.ledger.host_waits["ends of the runs"] += 1
+        self.counts.host_waits["ends of the runs"] += 1
         each = (rows // groups, width) if outputs[0].ndim == 2 else (rows, width // groups)
         figures = {"flops": 2.0 * rows * width * columns / groups, "bytes": (moved(inputs, outputs) - size(ends)) // groups}
         for _ in range(groups):
@@ -188,9 +188,9 @@ class Count(TorchDispatchMode):
             self._alive[key] = storage.nbytes()
             self._now += storage.nbytes()
             if self.backward:
-                self.ledger.most_backward = max(self.ledger.most_backward, self._now)
+                self.counts.most_backward = max(self.counts.most_backward, self._now)
             else:
-                self.ledger.most_forward = max(self.ledger.most_forward, self._now)
+                self.counts.most_forward = max(self.counts.most_forward, self._now)
             weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
@@ -265,7 +265,7 @@ def declare(
 
 def declare_host_wait(where: str) -> None:
     if Count.current is not None:
-        Count.current.ledger.host_waits[where] += 1
+        Count.current.counts.host_waits[where] += 1
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def measure(ranks: int, preset: str, batch: int, length: int, layers: int, mode:
         loss = model(input_ids=ids, shift_labels=ids, num_items_in_batch=torch.empty((), device="meta")).loss
         count.end_forward()
         loss.backward()
-    found = count.ledger
+    found = count.counts
     return {
         "model": preset, "batch": batch, "length": length, "layers": layers, "mode": mode, "held": found.held,
         "most": max(found.most_forward, found.most_backward),

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor, nn
 
-from launch.benchmarks.op_count.counter import Count, Ledger, declare
+from launch.benchmarks.op_count.counter import Count, OpCounts, declare
 from launch.benchmarks.op_count.cuda_kernels import as_on_cuda, counted_restore, prefers_triton
 from model import operators
 from model.dispatch import combine, expert_order, gather_rows, grouped_linear, swiglu
@@ -28,27 +28,27 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
 
-def count(call: object, parts: dict[nn.Module, str] | None = None) -> Ledger:
+def count(call: object, parts: dict[nn.Module, str] | None = None) -> OpCounts:
     with Count(parts) as counted:
         out = call()  # type: ignore[operator]
         counted.end_forward()
         out.backward(torch.empty_like(out))
-    return counted.ledger
+    return counted.counts
 
 
-def of(ledger: Ledger, name: str, backward: bool = False) -> tuple[float, int]:
+def of(counts: OpCounts, name: str, backward: bool = False) -> tuple[float, int]:
     """FLOPs and bytes of the operations of that name."""
-    chosen = [e for e in ledger.entries if e.name == name and e.backward == backward]
-    assert chosen, (name, [(e.name, e.backward) for e in ledger.entries])
+    chosen = [e for e in counts.entries if e.name == name and e.backward == backward]
+    assert chosen, (name, [(e.name, e.backward) for e in counts.entries])
     return sum(e.flops for e in chosen), sum(e.bytes for e in chosen)
 
 
 def test_a_product_and_its_two_gradients() -> None:
     x, weight = tensor(T, H), tensor(W, H)
-    ledger = count(lambda: F.linear(x, weight))
+    counts = count(lambda: F.linear(x, weight))
     one = (T * H + W * H + T * W) * BF16
-    assert of(ledger, "mm") == (2 * T * H * W, one)
-    assert of(ledger, "mm", backward=True) == (2 * 2 * T * H * W, 2 * one)
+    assert of(counts, "mm") == (2 * T * H * W, one)
+    assert of(counts, "mm", backward=True) == (2 * 2 * T * H * W, 2 * one)
 
 
 def test_a_product_into_a_given_tensor() -> None:
@@ -56,15 +56,15 @@ def test_a_product_into_a_given_tensor() -> None:
     x, weight, out = tensor(T, W), tensor(W, H), torch.empty(T, H, dtype=torch.bfloat16, device="meta")
     with Count() as counted, torch.no_grad():
         torch.mm(x, weight, out=out)
-    assert of(counted.ledger, "mm") == (2 * T * W * H, (T * W + W * H + T * H) * BF16)
+    assert of(counted.counts, "mm") == (2 * T * W * H, (T * W + W * H + T * H) * BF16)
 
 
 def test_a_grouped_product_and_its_two_gradients() -> None:
     x, weight, ends = tensor(T, H), tensor(E, W, H), tensor(E, dtype=torch.int32)
-    ledger = count(lambda: grouped_linear(x, ends, weight))
+    counts = count(lambda: grouped_linear(x, ends, weight))
     one = (T * H + E * W * H + T * W) * BF16 + E * 4
-    assert of(ledger, "_grouped_mm") == (2 * T * H * W, one)
-    assert of(ledger, "_grouped_mm", backward=True) == (2 * 2 * T * H * W, 2 * one)
+    assert of(counts, "_grouped_mm") == (2 * T * H * W, one)
+    assert of(counts, "_grouped_mm", backward=True) == (2 * 2 * T * H * W, 2 * one)
 
 
 def test_a_grouped_product_where_torch_has_a_loop() -> None:
@@ -89,10 +89,10 @@ def test_the_peers_experts_before_hopper() -> None:
     with mock.patch.object(type(get_accelerator()), "prefer_triton_grouped_mm", lambda _: prefers_triton((8, 0))):
         experts = GroupedExperts(H, W, E).to(device="meta", dtype=torch.bfloat16)
     with as_on_cuda(T, (8, 0)):
-        ledger = count(partial(experts, tensor(T, H), torch.empty(E, dtype=torch.int64, device="meta")))
-    products = [entry for entry in ledger.entries if entry.kind == "matrix product"]
+        counts = count(partial(experts, tensor(T, H), torch.empty(E, dtype=torch.int64, device="meta")))
+    products = [entry for entry in counts.entries if entry.kind == "matrix product"]
     assert len(products) == 9 and all(entry.name.startswith("triton group gemm") for entry in products)
-    assert sum(entry.name == "triton group meta" for entry in ledger.entries) == 9 and not ledger.host_waits
+    assert sum(entry.name == "triton group meta" for entry in counts.entries) == 9 and not counts.host_waits
     assert sum(entry.flops for entry in products) == 3 * 3 * 2 * T * H * W
     one = (T * H + E * W * H + T * W) * BF16 + 2 * E * INT32
     assert sum(entry.bytes for entry in products) == 9 * one
@@ -119,7 +119,7 @@ def test_views_and_allocations_cost_nothing() -> None:
     with Count() as counted:
         x.view(H, T).transpose(0, 1).unflatten(0, (2, -1))
         torch.empty_like(x)
-    assert counted.ledger.entries == []
+    assert counted.counts.entries == []
 
 
 def test_in_place_and_out_are_not_counted_twice() -> None:
@@ -129,7 +129,7 @@ def test_in_place_and_out_are_not_counted_twice() -> None:
         torch.mul(x, y, out=out)
         x.add_(y)
         out.zero_()
-    assert [e.bytes for e in counted.ledger.entries if e.name in ("mul", "add_", "zero_")] == [
+    assert [e.bytes for e in counted.counts.entries if e.name in ("mul", "add_", "zero_")] == [
         3 * T * H * BF16,
         3 * T * H * BF16,
         T * H * BF16,
@@ -146,14 +146,14 @@ def test_swiglu_keeps_its_input_alone() -> None:
     with Count() as counted:
         hidden = swiglu(gate_up * 1)
         counted.end_forward()
-    assert counted.ledger.held == (T * 2 * W + T * W) * BF16 and hidden.shape == (T, W)
+    assert counted.counts.held == (T * 2 * W + T * W) * BF16 and hidden.shape == (T, W)
 
 
 def test_host_waits_launches_and_declared_kernels() -> None:
     x = tensor(T, H)
     with Count() as counted:
         declare("a kernel of CUDA's", "norm", [x, None], [x], flops=5.0, launches=3)
-    (entry,) = counted.ledger.entries
+    (entry,) = counted.counts.entries
     assert (entry.bytes, entry.flops, entry.launches, entry.kind) == (2 * T * H * BF16, 5.0, 3, "norm")
     declare("outside of a count", "norm", [x], [x])  # goes nowhere
 
@@ -161,10 +161,10 @@ def test_host_waits_launches_and_declared_kernels() -> None:
 def test_backward_belongs_to_the_module_of_its_forward() -> None:
     first, second = nn.Linear(H, W, device="meta"), nn.Linear(W, H, device="meta")
     x = tensor(T, H, dtype=torch.float32)
-    ledger = count(lambda: second(first(x).relu()), {first: "first", second: "second"})
-    products = [(e.part, e.backward) for e in ledger.entries if e.name in ("mm", "addmm")]
+    counts = count(lambda: second(first(x).relu()), {first: "first", second: "second"})
+    products = [(e.part, e.backward) for e in counts.entries if e.name in ("mm", "addmm")]
     assert sorted(products) == sorted([(p, b) for p in ("first", "second") for b in (False, True, True)])
-    assert {e.part for e in ledger.entries if "relu" in e.name or "threshold" in e.name} == {"other"}
+    assert {e.part for e in counts.entries if "relu" in e.name or "threshold" in e.name} == {"other"}
 
 
 def test_the_kernels_operators_cost_what_their_shapes_say() -> None:
@@ -243,7 +243,7 @@ def operator(call: Callable[[], object]) -> tuple[str, int, int]:
     """Name, kernels and bytes of the one operation that a call is."""
     with Count() as counted, torch.no_grad():
         call()
-    (entry,) = counted.ledger.entries
+    (entry,) = counted.counts.entries
     return entry.name, entry.launches, entry.bytes
 
 
@@ -252,8 +252,8 @@ def test_a_way_through_the_mixture_runs_on_meta(others: int) -> None:
     x, indices, weights = tensor(T, H), tensor(T, K, dtype=torch.int64), tensor(T, K, dtype=torch.float32)
     more = [tensor(T, H) for _ in range(others)]
     order, inverse = expert_order(indices)
-    ledger = count(lambda: combine(gather_rows(x, order, inverse, K), order, inverse, weights, *more))
-    assert ledger.total("launches") > 5 and ledger.total("flops") == 0
+    counts = count(lambda: combine(gather_rows(x, order, inverse, K), order, inverse, weights, *more))
+    assert counts.total("launches") > 5 and counts.total("flops") == 0
 
 
 def test_deepspeeds_weighted_restore_costs_what_its_kernels_touch() -> None:
@@ -262,7 +262,7 @@ def test_deepspeeds_weighted_restore_costs_what_its_kernels_touch() -> None:
     with Count() as counted:
         out = counted_restore(rows, scores, order, K, (1, T, H))
         out.backward(torch.empty_like(out))
-    token, slots, named = T * H * BF16, T * K, {e.name: (e.bytes, e.launches) for e in counted.ledger.entries}
+    token, slots, named = T * H * BF16, T * K, {e.name: (e.bytes, e.launches) for e in counted.counts.entries}
     assert named["triton invert index"] == (slots * (INT64 + INT32), 1)
     assert named["triton weighted restore"] == ((K + 1) * token + slots * (FP32 + INT32), 1)
     assert named["triton weighted restore backward"] == ((2 * K + 1) * token + slots * (2 * FP32 + INT32), 1)
