@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -316,6 +317,7 @@ def test_loss_and_gradient_are_the_mean_over_all_targets(document_mask: bool, mo
             advance=lambda loss, reason: {"loss": loss},
         )
         trainer.reduce_loss_and_flags = lambda total, trainer=trainer: Trainer.reduce_loss_and_flags(trainer, total)
+        trainer.accumulate = partial(Trainer.accumulate, trainer)
         loss = Trainer.train_step(trainer)["loss"]
         loader.close()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
