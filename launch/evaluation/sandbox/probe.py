@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,20 +94,32 @@ def answer(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 @contextmanager
 def targets() -> Iterator[dict[str, Any]]:
-    """What the probe tries to reach: a file, a folder where everybody may write, two listening sockets."""
+    """What the probe tries to reach: a file, a folder where everybody may write, sockets that listen or take datagrams."""
     name = f"\0sandbox-probe-{os.getpid()}"
-    with tempfile.TemporaryDirectory(prefix="probe-") as folder, socket.socket() as inet, socket.socket(socket.AF_UNIX) as unix:
-        Path(folder).chmod(0o755)
-        secret, opened = Path(folder) / "secret", Path(folder) / "open"
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="probe-")))
+        folder.chmod(0o755)
+        secret, opened, file = folder / "secret", folder / "open", folder / "socket"
         secret.write_text("read from the sandbox")
         opened.mkdir()
         opened.chmod(0o777)
+        inet = stack.enter_context(socket.socket())
         inet.bind(("127.0.0.1", 0))
         inet.listen()
         with suppress(OSError):  # abstract names are Linux's alone
+            unix = stack.enter_context(socket.socket(socket.AF_UNIX))
             unix.bind(name)
             unix.listen()
-        yield {"secret_file": str(secret), "open_folder": str(opened), "port": inet.getsockname()[1], "abstract_name": name}
+        with suppress(OSError):  # a path too long for a socket: it is not tried
+            stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)).bind(str(file))
+            file.chmod(0o777)
+        yield {
+            "secret_file": str(secret),
+            "open_folder": str(opened),
+            "port": inet.getsockname()[1],
+            "abstract_name": name,
+            "socket_file": str(file),
+        }
 
 
 def all_closed(pipe: int) -> bool:

@@ -6,8 +6,10 @@ library, so that any user's Python runs it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,13 +37,18 @@ ESCAPES = {
     "lists a folder of the host": "return os.listdir(t['open_folder']) or True",
     "writes where everybody may": "return open(t['open_folder'] + '/mark', 'w').write('x')",
     "removes where everybody may": "os.mkdir(t['open_folder'] + '/d'); os.rmdir(t['open_folder'] + '/d'); return True",
+    "changes a mode": "os.chmod(t['secret_file'], 0o604); return os.stat(t['secret_file']).st_mode & 0o777 == 0o604",
+    "changes times": "os.utime(t['secret_file'], (1, 1)); return os.stat(t['secret_file']).st_mtime == 1",
+    "touches, owns, watches, asks for attributes": "return reached(t['secret_file'], *FILE_CALLS)",
     "connects over TCP": "socket.create_connection(('127.0.0.1', t['port']), 1); return True",
     "connects to a socket file": "socket.socket(socket.AF_UNIX).connect(t['socket_file']); return True",
     "connects to an abstract socket": "socket.socket(socket.AF_UNIX).connect(t['abstract_name']); return True",
+    "sends to a socket file": "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', t['datagrams']); return True",
     "has the caller's environment": "return os.environ.get('CALLERS_SECRET')",
     "reads an environment in /proc": "return any(b'CALLERS_SECRET' in text for text in read_all('environ'))",
     "reads a command line of the host": "return any(t['marker'].encode() in text for text in read_all('cmdline'))",
     "signals the caller": "os.kill(t['caller'], 0); return True",
+    "limits, slows, moves the caller": "return reached(t['caller'], *PROCESS_CALLS)",
     "opens the caller's memory": "return bool(open(f\"/proc/{t['caller']}/mem\", 'rb'))",
     "opens the caller's descriptors": "return os.listdir(f\"/proc/{t['caller']}/fd\")",
     "has a descriptor of the caller": f"return os.read({INHERITED}, 100).decode()",
@@ -52,10 +59,12 @@ ESCAPES = {
     "fills the disk": "[open(f\"{t['own']}/{n}\", 'wb').write(bytes(3 << 20)) for n in range(8)]; time.sleep(1); return True",
     "makes thousands of files": "[open(f\"{t['own']}/{n}\", 'w').close() for n in range(3000)]; time.sleep(1); return True",
     "opens hundreds of files": "return len([open('/dev/null') for n in range(200)])",
-    "makes namespaces": "return ctypes.CDLL(None).unshare(0x10020000) == 0",
-    "makes shared memory": "return ctypes.CDLL(None).shmget(0, 4096, 0o600) >= 0",
+    "makes namespaces": "return libc.unshare(0x10020000) == 0",
+    "makes shared memory": "n = libc.shmget(0, 4096, 0o600); return n >= 0 and (libc.shmctl(n, 0, None), True)",
+    "looks for shared memory": "return libc.shmctl(0, 14, ctypes.create_string_buffer(256)) >= 0",  # SHM_INFO
     "makes a file of memory": "return os.memfd_create('x') > 0",
     "makes an internet socket": "return bool(socket.socket())",
+    "leaves a message queue": "libc.mq_open(t['queue'].encode(), os.O_CREAT | os.O_RDWR, 0o600, None); return True",
     "leaves a daemon": "leave_daemon(t['marker']); return True",
 }
 FOR_ROOT = {
@@ -68,6 +77,36 @@ FOR_ROOT = {
 }
 HELPERS = """
 import ctypes, os, resource, signal, socket, sys, time
+
+libc = ctypes.CDLL(None)
+
+def watch(path):
+    if libc.inotify_add_watch(libc.inotify_init(), path.encode(), 2) < 0:
+        raise OSError
+
+FILE_CALLS = [
+    os.utime,
+    lambda path: os.chown(path, os.getuid(), os.getgid()),
+    watch,
+    os.listxattr,
+]
+PROCESS_CALLS = [
+    lambda process: resource.prlimit(process, resource.RLIMIT_CPU),
+    lambda process: os.setpriority(0, process, os.getpriority(0, process)),
+    lambda process: os.sched_setaffinity(process, os.sched_getaffinity(process)),
+    lambda process: os.sched_setscheduler(process, os.SCHED_OTHER, os.sched_param(0)),
+    lambda process: os.sched_setparam(process, os.sched_param(0)),
+]
+
+def reached(target, *calls):
+    done = []
+    for number, call in enumerate(calls):
+        try:
+            call(target)
+            done.append(number)
+        except OSError:
+            pass
+    return done
 
 def read_all(name):
     for number in filter(str.isdigit, os.listdir('/proc')):
@@ -132,6 +171,15 @@ def marked(text: str) -> list[int]:
     return found
 
 
+def left_behind(target: dict[str, Any]) -> bool:
+    """Whether a daemon or a queue of messages is there, which then is ended or removed."""
+    daemons = marked(target["marker"] + "-daemon")
+    for process in daemons:
+        os.kill(process, signal.SIGKILL)
+    queue = ctypes.CDLL(None).mq_unlink(target["queue"].encode()) == 0
+    return bool(daemons) or queue
+
+
 @contextmanager
 def targets() -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
@@ -142,15 +190,18 @@ def targets() -> Iterator[dict[str, Any]]:
             (folder / name).mkdir()
             (folder / name).chmod(0o777)
         inet, named, abstract = socket.socket(), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-        for listener in (inet, named, abstract):
-            stack.enter_context(listener)
+        datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for one in (inet, named, abstract, datagrams):
+            stack.enter_context(one)
         address = f"\0escapes-{os.getpid()}"
         inet.bind(("127.0.0.1", 0))
         named.bind(str(folder / "socket"))
         abstract.bind(address)
         for listener in (inet, named, abstract):
             listener.listen(16)
-        (folder / "socket").chmod(0o777)
+        datagrams.bind(str(folder / "datagrams"))
+        for name in ("socket", "datagrams"):
+            (folder / name).chmod(0o777)
         opened = stack.enter_context(open(folder / "secret"))
         os.dup2(opened.fileno(), INHERITED, inheritable=True)
         marker = f"escape-{os.getpid()}-{time.time_ns()}"
@@ -159,10 +210,12 @@ def targets() -> Iterator[dict[str, Any]]:
             "open_folder": str(folder / "open"),
             "own": str(folder / "own"),
             "socket_file": str(folder / "socket"),
+            "datagrams": str(folder / "datagrams"),
             "port": inet.getsockname()[1],
             "abstract_name": address,
             "caller": os.getpid(),
             "marker": marker,
+            "queue": f"/{marker}",
         }
 
 
@@ -193,11 +246,9 @@ def main(asked: str) -> None:
         ):
             code = source(body)
             got_out[name] = in_sandbox(code, target, level) if level else without_sandbox(code, target)
-            if name == "leaves a daemon":
-                left = marked(target["marker"] + "-daemon")
-                got_out[name] = bool(left)
-                for process in left:
-                    os.kill(process, 9)
+            left = left_behind(target)
+            if name.startswith("leaves a"):
+                got_out[name] = left
             other.kill()
     benign = Job(program="def twice(x):\n    return 2 * x\n", test="assert twice(21) == 42", entry_point="twice")
     works = level is None or execute(benign, level=level, limits=LIMITS, slot=os.getpid()).passed

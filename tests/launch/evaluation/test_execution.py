@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from launch.evaluation import execution
 from launch.evaluation.execution import SandboxError, execute, execute_all, read_verdict
 from launch.evaluation.job import Job, Verdict
 from launch.evaluation.sandbox import process
+from launch.evaluation.sandbox.inside import attempts
 from launch.evaluation.sandbox.inside.warden import parents
 from launch.evaluation.sandbox.levels import LEVELS
 from launch.evaluation.sandbox.limits import Limits
@@ -492,6 +494,48 @@ def test_the_probe_sees_missing_walls() -> None:
     assert not any(json.loads(done.stdout).values())
     found = find_isolation()
     assert probe(found.level, LIMITS) == found.holds
+
+
+class Refused:
+    """In the place of a module: all of its calls are refused, but those of the original that are named."""
+
+    def __init__(self, module: Any, *allowed: str) -> None:
+        self.module, self.allowed = module, allowed
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        return self.refuse if callable(value) and name not in self.allowed else value
+
+    @staticmethod
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError
+
+
+@pytest.mark.parametrize("way", ["kill", "prlimit", "none"])
+def test_each_way_to_another_process_opens_a_wall(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(attempts, "fork_many", lambda most: 0)
+    for name in ("os", "resource"):
+        monkeypatch.setattr(attempts, name, Refused(getattr(attempts, name), way))
+    assert attempts.processes({"most_processes": 1, "caller": os.getpid()}) is (way == "none")
+
+
+@pytest.mark.parametrize("way", ["chmod", "utime", "none"])
+def test_each_change_of_a_file_opens_a_wall(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str) -> None:
+    secret, own = tmp_path / "secret", tmp_path / "own"
+    secret.touch()
+    monkeypatch.setattr(attempts, "read", Refused.refuse)
+    monkeypatch.setattr(attempts, "write", lambda path: None if path == str(own) else Refused.refuse())
+    monkeypatch.setattr(attempts, "os", Refused(os, way, "stat"))
+    config = {"secret_file": str(secret), "open_folder": str(tmp_path / "open"), "folder": str(tmp_path)}
+    assert attempts.files(config) is (way == "none")
+
+
+def test_a_datagram_opens_a_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "connect", Refused.refuse)
+    with targets() as config:
+        assert not attempts.network(config)
+        os.unlink(config["socket_file"])
+        assert attempts.network(config)
 
 
 def test_levels_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import time
@@ -18,7 +19,7 @@ ORPHAN_SECONDS = 20.0  # that a process of the probe lives which nobody ends
 def succeeds(action: Callable[[], object]) -> bool:
     try:
         action()
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, AttributeError):  # AttributeError: what this system lacks
         return False
     return True
 
@@ -33,16 +34,36 @@ def write(path: str) -> None:
         file.write("written from the sandbox")
 
 
+def change(path: str) -> None:
+    """Mode and times. Judged by the file's state afterwards: a call that did nothing may say that it did."""
+    before = os.stat(path)
+    with suppress(OSError):
+        os.chmod(path, before.st_mode ^ 0o100)
+    with suppress(OSError):
+        os.utime(path, (1, 1))
+    after = os.stat(path)
+    if (after.st_mode, after.st_mtime) == (before.st_mode, before.st_mtime):
+        raise PermissionError(path)
+
+
 def connect(family: int, address: Any) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(1.0)
         connection.connect(address)
 
 
+def send(socket_file: str) -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with one, other:
+        one.sendto(b"sent from the sandbox", socket_file)
+
+
 def files(config: dict[str, Any]) -> bool:
-    """The host's files can be neither read nor written; a folder of one's own can be."""
+    """The host's files can be neither read, written nor changed in mode and times; a folder of one's own can be."""
+    secret = config["secret_file"]
     outside = [os.path.join(config["open_folder"], "written"), "/written", "/dev/shm/written", "/usr/written"]
-    reached = succeeds(lambda: read(config["secret_file"])) or any(succeeds(partial(write, path)) for path in outside)
+    reached = any(succeeds(partial(action, secret)) for action in (read, change))
+    reached |= any(succeeds(partial(write, path)) for path in outside)
     return not reached and succeeds(lambda: write(os.path.join(config["folder"], "own")))
 
 
@@ -50,6 +71,7 @@ def network(config: dict[str, Any]) -> bool:
     return not (
         succeeds(lambda: connect(socket.AF_INET, ("127.0.0.1", config["port"])))
         or succeeds(lambda: connect(socket.AF_UNIX, config["abstract_name"]))
+        or succeeds(lambda: send(config["socket_file"]))
     )
 
 
@@ -82,9 +104,13 @@ def leave_orphan(descriptor: int) -> None:
 
 
 def processes(config: dict[str, Any]) -> bool:
-    """Others cannot be signalled, and there cannot be many of one's own. (The caller sees whether the orphan dies.)"""
-    most = config["most_processes"]
-    return not succeeds(lambda: os.kill(config["caller"], 0)) and fork_many(most + 1) <= most
+    """Others can be neither signalled nor limited, and there cannot be many of one's own.
+
+    (The caller sees whether the orphan dies.)
+    """
+    most, caller = config["most_processes"], config["caller"]
+    reached = succeeds(lambda: os.kill(caller, 0)) or succeeds(lambda: resource.prlimit(caller, resource.RLIMIT_NOFILE))
+    return not reached and fork_many(most + 1) <= most
 
 
 def memory(config: dict[str, Any]) -> bool:
