@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -536,6 +538,43 @@ def test_a_datagram_opens_a_wall(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not attempts.network(config)
         os.unlink(config["socket_file"])
         assert attempts.network(config)
+
+
+BLIND = """
+import os, resource, signal, time
+from launch.evaluation.sandbox.inside import warden
+from launch.evaluation.sandbox.inside.system import PR_SET_CHILD_SUBREAPER, prctl
+prctl(PR_SET_CHILD_SUBREAPER, 1)
+reading, writing = os.pipe()
+child = os.fork()
+if child == 0:
+    if os.fork() == 0:
+        os.setsid()
+        os.closerange(0, 3)  # whose other ends are read until nobody holds these
+        os.write(writing, str(os.getpid()).encode())
+        time.sleep(20)
+    os._exit(0)
+os.waitpid(child, 0)
+orphan = os.read(reading, 20).decode()
+limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+try:
+    os.listdir("/proc")
+except OSError as error:
+    print(orphan, error.errno, flush=True)
+signal.signal(signal.SIGALRM, lambda *_: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+warden.kill_descendants()
+"""
+
+
+def test_a_warden_that_can_open_no_file_ends_its_program_when_it_can() -> None:
+    done = subprocess.run([sys.executable, "-c", BLIND], capture_output=True, text=True, timeout=60, check=False)
+    orphan, error = map(int, done.stdout.split())
+    left = runs(orphan)
+    with suppress(ProcessLookupError):
+        os.kill(orphan, signal.SIGKILL)
+    assert (done.returncode, error, left) == (0, errno.EMFILE, False), done.stderr
 
 
 def test_levels_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from contextlib import suppress
 
 from launch.evaluation.sandbox.inside.system import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, exit_code, prctl
 
 ROUNDS = 1000  # of killing; each finds what was started during the one before
+BLIND_SECONDS = 0.01  # until the next look where children are left that the last one did not find
 
 
 def parents() -> dict[int, int]:
@@ -24,9 +26,14 @@ def parents() -> dict[int, int]:
 
 
 def kill_descendants() -> None:
-    """Whoever is killed leaves its children to this process (it is their reaper), where the next round finds them."""
+    """Whoever is killed leaves its children to this process (it is their reaper), where the next round finds them.
+
+    That none is left is the kernel's word: /proc cannot be read while no file can be opened.
+    """
     for _ in range(ROUNDS):
-        children = [process for process, parent in parents().items() if parent == os.getpid()]
+        children = []
+        with suppress(OSError):
+            children = [process for process, parent in parents().items() if parent == os.getpid()]
         for child in children:
             with suppress(OSError):
                 os.kill(child, signal.SIGKILL)
@@ -34,7 +41,11 @@ def kill_descendants() -> None:
             with suppress(OSError):
                 os.waitpid(child, 0)
         if not children:
-            return
+            try:
+                os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            time.sleep(BLIND_SECONDS)
 
 
 def watch(leash: int) -> None:
