@@ -36,6 +36,11 @@ def process_stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
+def without_path() -> dict[str, str]:
+    """The environment where nothing of ours is found but by where a script lies: by PYTHONPATH a copy would be found twice."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 @contextmanager
 def readable_copy(*names: str) -> Iterator[Path]:
     """Those files and folders of ours where any user can read them: root's clone may lie in its home."""

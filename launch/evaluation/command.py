@@ -13,7 +13,7 @@ from launch.evaluation.arguments import EvaluateArguments
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile
 from launch.evaluation.sandbox.limits import Limits
-from launch.evaluation.scoring import available_cores, prepare_isolation, score
+from launch.evaluation.scoring import check_workers, prepare_isolation, score
 
 DRAWN = ("temperature", "top_p", "max_new_tokens", "seed")  # of Sampling
 COUNTS = ("samples", "batch_size")
@@ -27,9 +27,9 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     problems = read_problems(task, arguments.task_file, most=arguments.problems) if task else {}
     limits = Limits(seconds=arguments.execution_timeout)
     isolation = prepare_isolation(arguments.isolation, limits, required=arguments.require_isolation) if task else None
+    workers = check_workers(arguments.workers, isolation.level) if isolation else 0
     result = with_model(arguments, problems) if arguments.needs_model else {}
     if isolation:
-        workers = arguments.workers or available_cores()
         scores = score(arguments.samples_path, problems, isolation=isolation, limits=limits, workers=workers)
         result = {**scores, "task": task, **result}
     write(arguments.output, result)

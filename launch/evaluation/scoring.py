@@ -89,5 +89,14 @@ def run_jobs(jobs: Sequence[Job], *, file: VerdictFile, level: Level, limits: Li
     return [file[job] for job in jobs]
 
 
+def check_workers(asked: int, level: Level) -> int:
+    """How many there will be. asked: 0 for one a core. Raises UserError for more than the level has users for."""
+    most = level.most_workers
+    if most and asked > most:
+        raise UserError(f"--workers must be {most} or less where the sandbox gives each its own users ({level.name}), not {asked}")
+    cores = available_cores()
+    return asked or (min(cores, most) if most else cores)
+
+
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

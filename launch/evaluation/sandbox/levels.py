@@ -32,6 +32,11 @@ class Level:
     def leaves_root(self) -> bool:
         return not self.user_namespace and os.getuid() == 0
 
+    @property
+    def most_workers(self) -> int | None:
+        """Where users are taken, each worker has two of its own: who shares one shares its limits, and may signal the other."""
+        return USERS // 2 if self.leaves_root else None
+
 
 def levels(asked: str) -> Iterator[Level]:
     """What may work here, to be tried in this order. asked: a name of LEVELS, or auto."""

@@ -23,6 +23,8 @@ from data.dataset import PackedDataset
 from launch.evaluation.arguments import parse_arguments
 from launch.evaluation.command import evaluate, loss_of, tell
 from launch.evaluation.loss import check_tokenizer
+from launch.evaluation.sandbox.levels import Level
+from launch.evaluation.sandbox.probe import Isolation
 from model import MoEGPTForCausalLM
 
 SHARED = ROOT.parent / "shared" / "data" / "eval"
@@ -147,6 +149,18 @@ def test_what_is_refused_is_before_the_loss_is_measured_which_is_kept(
     said = "".join(capsys.readouterr())
     assert said.count("nats per token") == said.count("pass@1 ") == 1
     assert {"pass@1", "loss"} <= json.loads(output.read_text()).keys()
+
+
+def test_too_many_workers_are_refused_before_a_model_is_loaded(
+    problem_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolation = Isolation(level=Level(name="limits", user_namespace=False, python="python"), holds={}, reason="")
+    monkeypatch.setattr("launch.evaluation.command.prepare_isolation", lambda *_, **__: isolation)
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    flags = ["--model", tmp_path / "nowhere", "--humaneval", problem_files["humaneval"], "--allow_code_execution"]
+    flags += ["--output", tmp_path / "e.json", "--workers", 300]
+    with pytest.raises(UserError, match="--workers must be 256 or less"):
+        evaluate(parse_arguments([str(flag) for flag in flags]))
 
 
 @pytest.mark.parametrize("closed", [False, True])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import ROOT, readable_copy
+from support import ROOT, readable_copy, without_path
 
 from launch.evaluation.sandbox.levels import LEVELS, open_python
 
@@ -33,8 +33,6 @@ def started() -> Iterator[dict[tuple[str, str], subprocess.Popen[str]]]:
     """All of them at once: they mostly wait."""
     users = ["this user", *(["an ordinary user"] if os.getuid() == 0 else [])]
     found = {}
-    # By PYTHONPATH ours would be found twice.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with readable_copy("data", "launch", SCRIPT) as copy:
         for user in users:
             for way in WAYS:
@@ -43,7 +41,7 @@ def started() -> Iterator[dict[tuple[str, str], subprocess.Popen[str]]]:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
-                    env={**environment, "CALLERS_SECRET": "x"},
+                    env={**without_path(), "CALLERS_SECRET": "x"},
                 )
         yield found
         for process in found.values():

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import readable_copy
+from support import readable_copy, without_path
 
 from launch.evaluation.sandbox.folder import DEEPEST, folder_use, remove
 from launch.evaluation.sandbox.levels import open_python, own_python, system_folders
@@ -58,7 +58,7 @@ def test_folders_closed_to_their_owner(tmp_path: Path) -> None:
         if os.getuid() == 0 and not parent.stat().st_mode & 0o001:
             os.chmod(parent, parent.stat().st_mode | 0o011)
     with readable_copy("data", "launch") as ours:
-        done = subprocess.run([*prefix, *command], cwd=ours, capture_output=True, text=True, check=False)
+        done = subprocess.run([*prefix, *command], cwd=ours, env=without_path(), capture_output=True, text=True, check=False)
     assert done.stdout == "True 3 False\n", done.stderr
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from data.cli import drain
+from data.cli import UserError, drain
 from launch.evaluation.job import Job, Verdict
 from launch.evaluation.problems import Problem
 from launch.evaluation.sandbox.levels import Level
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.sandbox.probe import Isolation, find_isolation
-from launch.evaluation.scoring import score
+from launch.evaluation.scoring import check_workers, score
 
 
 def problem(name: str, test: str, solution: str = "def f(): return 1\n") -> Problem:
@@ -87,3 +87,18 @@ def test_an_interrupted_judging_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     interrupted_after = -1
     ran.clear()
     assert judge(seconds=20) == rows and ran == [*dict.fromkeys(texts)]
+
+
+def test_each_worker_has_users_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 257 on, two programs had one user, whose processes were counted together."""
+    level, other = (Level(name="limits", user_namespace=way, python="python") for way in (False, True))
+    monkeypatch.setattr("launch.evaluation.scoring.available_cores", lambda: 384)
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    assert [check_workers(asked, level) for asked in (0, 1, 256)] == [256, 1, 256]
+    assert [check_workers(asked, other) for asked in (0, 257)] == [384, 257]
+    with pytest.raises(UserError, match=r"--workers must be 256 or less where .* its own users \(limits\), not 257"):
+        check_workers(257, level)
+    monkeypatch.setattr("launch.evaluation.scoring.available_cores", lambda: 3)
+    assert check_workers(0, level) == 3
+    monkeypatch.setattr("os.getuid", lambda: 1000)
+    assert check_workers(500, level) == 500
