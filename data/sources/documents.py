@@ -11,7 +11,6 @@ from typing import Any
 
 import orjson
 
-from data.sources import blocks
 from data.sources.blocks import MISSING, Block, Fault, Rejection, Row, field_of
 from data.sources.formats import bare_line, check_text
 
@@ -97,8 +96,6 @@ def _fields(value: bytes, text_field: str, is_file: bool) -> dict[str, Any]:
 
 def parse_json(line: bytes) -> Any:
     """orjson; where it refuses, the standard library has the last word (NaN, huge integers), within its limits."""
-    if len(line) > blocks.MAX_LINE_BYTES:
-        raise Refused(blocks.too_long())
     try:
         return orjson.loads(line)
     except ValueError:

@@ -90,13 +90,13 @@ def cut_lines(chunks: Iterator[bytes]) -> Iterator[Lines]:
             # Look in the new chunk first: in what was there before, a newline can only stand if this is the first time we cut.
             cut = buffer.rfind(b"\n", known) + 1 or buffer.rfind(b"\n", 0, known) + 1
             if cut:
-                yield _taken(buffer, cut)
+                yield from _taken(buffer, cut)
             elif len(buffer) > blocks.MAX_LINE_BYTES:
                 dropped = len(buffer)
                 buffer.clear()
     except (Damage, OSError):
         if cut := buffer.rfind(b"\n") + 1:
-            yield _taken(buffer, cut)
+            yield from _taken(buffer, cut)
         raise
     if dropped:
         yield Lines(b"", dropped, 1)
@@ -105,9 +105,19 @@ def cut_lines(chunks: Iterator[bytes]) -> Iterator[Lines]:
         yield Lines(text, len(text), text.count(b"\n") + (not text.endswith(b"\n")))
 
 
-def _taken(buffer: bytearray, size: int) -> Lines:
-    """The first bytes of the buffer, which end with a newline. They are no longer in it."""
-    # Through a memoryview, which copies the text once; it must be gone before the buffer may shrink.
-    text = bytes(memoryview(buffer)[:size])
-    del buffer[:size]
-    return Lines(text, size, text.count(b"\n"))
+def _taken(buffer: bytearray, size: int) -> Iterator[Lines]:
+    """The first bytes of the buffer, which end with a newline. They are no longer in it.
+
+    A first line that is too long is skipped here as well: whether the chunk that took the buffer beyond MAX_LINE_BYTES held the
+    line's end depends on where reading began. No other line is longer than a chunk and a block.
+    """
+    first = buffer.find(b"\n") + 1
+    if first - 1 > blocks.MAX_LINE_BYTES:
+        del buffer[:first]
+        yield Lines(b"", first, 1)
+        size -= first
+    if size:
+        # Through a memoryview, which copies the text once; it must be gone before the buffer may shrink.
+        text = bytes(memoryview(buffer)[:size])
+        del buffer[:size]
+        yield Lines(text, size, text.count(b"\n"))

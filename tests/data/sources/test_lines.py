@@ -79,6 +79,19 @@ def test_a_line_without_end_is_skipped_and_its_neighbours_are_kept(chunk: int) -
     assert [i for i, lines in enumerate(found) if not lines.text] == ([1] if chunk < 100_000 else [])
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("longer", [0, 1, 299])
+def test_a_line_is_skipped_for_its_length_wherever_reading_began(tmp_path: Path, longer: int) -> None:
+    """Its newline comes with the chunk that makes it too long, or with the next; after a resume with the other."""
+    path, found = tmp_path / "x.jsonl", set()
+    for before in range(3, 303, 33):
+        path.write_bytes(b"{}".ljust(before) + b"\n" + b"y" * (blocks.MAX_LINE_BYTES + longer) + b"\nlast\n")
+        read = blocks_of(path)
+        assert sum(block.lines.count(b"\n") + len(block.rejections) for block in read) == 3
+        found.add(tuple((refused.line, refused.kind) for block in read for refused in block.rejections))
+    assert found == ({((2, blocks.too_long()),)} if longer else {()})
+
+
 @pytest.mark.parametrize("error", [Damage("it ends"), OSError(errno.EIO, "a bad sector")])
 def test_whole_lines_before_the_stream_breaks_off_are_kept(error: Exception) -> None:
     def chunks() -> Iterator[bytes]:
