@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError, say
-from data.files import make_folder, read_json, replace_file, replace_json, small_file
+from data.files import make_folder, read_json, replace_file, replace_json, small_file, sync_folder
 from data.redact import redact
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
@@ -81,13 +81,17 @@ class FolderWatch:
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer_folder: Path) -> None:
-    """Publish `config.json` (atomically) and the tokenizer beside it."""
-    if not (folder / "tokenizer").exists():
-        partial = folder / ".tokenizer"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    """Publish `config.json` (atomically), then the tokenizer beside it: a folder that is visible without `config.json` is
+    somebody else's to the next start."""
+    final, copy = folder / "tokenizer", folder / ".tokenizer"
+    missing = not final.exists()
+    if missing:
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir()
         for file in sorted(tokenizer_folder.iterdir()):  # not copytree, whose error is text about errors
             if file.is_file():
-                replace_file(partial / file.name, small_file(file))
-        partial.rename(folder / "tokenizer")
+                replace_file(copy / file.name, small_file(file))
     replace_json(folder / "config.json", redact(config))
+    if missing:
+        copy.rename(final)
+        sync_folder(folder)

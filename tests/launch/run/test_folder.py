@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from support import ROOT
 
 from data.lock import take_folder
 from launch.checkpoint.identity import RunIdentity
-from launch.run.folder import FolderWatch, check_same_run
+from launch.run import folder as run_folder
+from launch.run.folder import FolderWatch, check_same_run, write_config
 
 HOLD = """
 import sys, time
@@ -65,6 +67,37 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"holds 'thesis.tex' but no run; name a new or empty folder"):
         check_same_run(tmp_path, RunIdentity(model={}))
+
+
+def test_a_start_that_found_no_space_for_its_config_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity, source, run = RunIdentity(model={"hidden_size": 64}), tmp_path / "source", tmp_path / "run"
+    for folder in (source, run):
+        folder.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(run_folder, "replace_json", full)
+        write_config(run, identity.to_json(), source)
+    check_same_run(run, identity)
+    write_config(run, identity.to_json(), source)
+    check_same_run(run, identity)
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "tokenizer"]
+    assert [path.name for path in (run / "tokenizer").iterdir()] == ["tokenizer.json"]
+
+
+def test_what_is_missing_beside_a_config_is_made_anew(tmp_path: Path) -> None:
+    """Killed between the two: `config.json` stands, the tokenizer has not got its name."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/tokenizer.json").write_text("{}")
+    run = tmp_path / "run"
+    (run / ".tokenizer").mkdir(parents=True)
+    (run / ".tokenizer/half.json").write_text("")
+    (run / "config.json").write_text("{}")
+    write_config(run, {}, tmp_path / "source")
+    assert [path.name for path in (run / "tokenizer").iterdir()] == ["tokenizer.json"] and not (run / ".tokenizer").exists()
 
 
 def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
