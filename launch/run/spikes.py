@@ -62,9 +62,13 @@ class SpikeDetector:
 
     def accept_step(self, loss: float, grad_norm: float) -> None:
         self.skipped_in_a_row = 0
-        for window, value in ((self.losses, loss), (self.norms, grad_norm)):
-            window.append(value)
-            del window[: max(0, len(window) - self.window)]
+        self.losses.append(loss)
+        self.norms.append(grad_norm)
+        self._cut_to_window()
+
+    def _cut_to_window(self) -> None:
+        for numbers in (self.losses, self.norms):
+            del numbers[: max(0, len(numbers) - self.window)]
 
     def skip_step(self, *, in_a_row: bool = True) -> bool:
         """Count a skipped step; True where the run should roll back. Not `in_a_row`: fp16 looks for its loss scale, which takes
@@ -95,3 +99,4 @@ class SpikeDetector:
     def restore(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+        self._cut_to_window()  # which may be smaller now: at 0 nothing is judged by what the checkpoint remembers

@@ -73,6 +73,19 @@ def test_a_restored_guard_judges_alike() -> None:
     assert one.reason_to_skip(9.0, 1.5) and not one.reason_to_skip(2.5, 1.5)
 
 
+def test_a_resume_with_a_smaller_window_judges_by_that_many() -> None:
+    n = 40
+    one = guard()
+    for step in range(64):
+        one.accept_step(5.0 if step < 64 - n else 2.0, 0.1 if step < 64 - n else 1.0)
+    assert one.reason_to_skip(5.0, 1.0) is None and one.reason_to_skip(2.0, 5.0) is None
+    smaller, off = guard(window=n), guard(window=0)
+    for other in (smaller, off):
+        other.restore(json.loads(json.dumps(one.state())))
+    assert smaller.reason_to_skip(5.0, 1.0) and smaller.reason_to_skip(2.0, 5.0), "its window has seen neither"
+    assert off.reason_to_skip(1e30, 1e30) is None and (off.losses, off.norms) == ([], [])
+
+
 def test_rollback_after_so_many_in_a_row() -> None:
     one = guard()
     assert [one.skip_step(), one.skip_step()] == [False, False]
