@@ -53,7 +53,8 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, ranks: Co
         with expecting_sense(own):
             set_random_state(own_files.load(str(own)))
     else:  # a rank that the saved run did not have: not the numbers of step 0 once more
-        torch.manual_seed(torch.initial_seed() + choice.state.step)
+        # torch tells a negative seed as one of 64 bits without a sign.
+        torch.manual_seed((torch.initial_seed() + choice.state.step) % 2**64)
 
 
 def _load_plainly(engine: DeepSpeedEngine, folder: Path) -> None:

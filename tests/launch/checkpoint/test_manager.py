@@ -35,16 +35,17 @@ def test_state_and_engine_come_back(run):
     assert other.module[1].num_batches_tracked == 51  # it is saved as it was, and an int64 buffer stays one
 
 
-def test_a_rank_that_the_saved_run_did_not_have_draws_new_numbers(run):
+@pytest.mark.parametrize(("seed", "three_on"), [(40, 43), (-2, 1)])
+def test_a_rank_that_the_saved_run_did_not_have_draws_new_numbers(run, seed, three_on):
     """By the seed it was started with it would draw those of step 0 once more, and the same after every further resume."""
     choice, drawn = manager(run).choose("auto"), []
     for rank in (0, 5):
         engine = StubEngine()
-        torch.manual_seed(40)
+        torch.manual_seed(seed)
         restore(engine, choice, choice.path, SimpleNamespace(rank=rank, run_everywhere=lambda action: [action()]))
         drawn.append(torch.rand(3))
     assert not (choice.path / random_state_name(5)).exists()
-    afresh = [torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in (40, 43)]
+    afresh = [torch.rand(3, generator=torch.Generator().manual_seed(by)) for by in (seed, three_on)]
     assert torch.equal(drawn[1], afresh[1]) and not torch.equal(drawn[1], afresh[0]) and not torch.equal(*drawn)
 
 
