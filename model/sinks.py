@@ -27,7 +27,8 @@ _watch: Callable[[Tensor], None] | None = None
 
 @contextmanager
 def watching_sink_mass(watch: Callable[[Tensor], None]) -> Iterator[None]:
-    """While open, every flash attention with sinks hands the sinks' mean share of its softmax, a scalar tensor, to `watch`.
+    """While open, every flash attention with sinks hands the sinks' share of its softmax to `watch`: `[T]`, each token's mean over
+    the heads, sample after sample.
 
     In the order of the layers, and again where a block is recomputed: for passes without gradients.
     """
@@ -90,7 +91,7 @@ class FlashWithSinks(torch.autograd.Function):
         if sinks_N is not None:
             out, lse = add_sink(out, lse, sinks_N)
             if _watch is not None:
-                _watch((sinks_N.to(lse.dtype).unsqueeze(-1) - lse).exp().mean())
+                _watch((sinks_N.to(lse.dtype).unsqueeze(-1) - lse).exp().mean(dim=-2).flatten())
         ctx.save_for_backward(q, k, v, sinks_N, out, lse, *state)
         ctx.kernel, ctx.mask, ctx.scale = kernel, mask, scale
         return out

@@ -25,7 +25,8 @@ class Validation:
     data: PackedDataset
     samples: int
     on_phase: Callable[[str], None]  # told of every batch, for the watchdog
-    #: Mean share of the attention that goes to the sinks, a layer; of the last evaluation, and empty where the kernel has none.
+    #: Mean share of the attention that goes to the sinks, a layer; over the samples of the last evaluation, and empty where the
+    #: kernel has none.
     sink_mass: list[float] = field(default_factory=list)
 
     def judged_on(self) -> dict[str, Any]:
@@ -36,38 +37,46 @@ class Validation:
         """Mean over all targets of all ranks, in nats a token."""
         self.engine.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        masses: list[Tensor] = []
+        masses: list[Tensor] = []  # of one batch, from each layer
+        mass_sums: list[Tensor] = []  # [Y], one a batch
         with torch.no_grad(), watching_sink_mass(masses.append):
-            for number, batch in enumerate(self.batches()):
+            for number, (batch, real) in enumerate(self.batches()):
                 self.on_phase(f"evaluation, batch {number}")
                 loss = self.engine(**batch, num_items_in_batch=1).loss
                 sums += torch.stack([loss.double(), (batch["shift_labels"] != IGNORED).sum().double()])
+                if masses:
+                    mass_sums.append(sum_over_samples(torch.stack(masses), len(batch["shift_labels"]), real))
+                    masses.clear()
         self.engine.train()
-        self.sink_mass = self.mean_sink_mass(masses)
+        self.sink_mass = self.mean_sink_mass(mass_sums)
         dist.all_reduce(sums)
         total, targets = sums.tolist()
         return float(total / targets)
 
-    def mean_sink_mass(self, masses: list[Tensor]) -> list[float]:
-        """By layer, over all batches and ranks. `masses`: one of each attention, layer after layer, batch after batch."""
-        layers = int(self.engine.module.config.num_hidden_layers)
-        if not masses or len(masses) % layers:
+    def mean_sink_mass(self, mass_sums: list[Tensor]) -> list[float]:
+        """By layer, over all samples. `mass_sums`: of each batch of this rank the sums over its samples, `[Y]`."""
+        if not mass_sums:
             return []
-        mean_Y = torch.stack(masses).double().view(-1, layers).mean(dim=0)
-        dist.all_reduce(mean_Y)
-        return [float(mass) for mass in (mean_Y / dist.get_world_size()).tolist()]
+        mass_Y = torch.stack(mass_sums).sum(dim=0)
+        dist.all_reduce(mass_Y)
+        return [float(mass) for mass in (mass_Y / self.samples).tolist()]
 
     def bits_per_byte(self, loss: float) -> float:
         """The loss in a unit that does not depend on the tokenizer."""
         return loss / math.log(2) / self.data.text_bytes_per_token(self.samples)
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """This rank's share in micro-batches. Every rank yields equally many (under expert parallelism a forward pass is
-        collective); what stands past the end is there for its shape and has no targets."""
+    def batches(self) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """This rank's share in micro-batches, each with how many of its rows are samples. Every rank yields equally many (under
+        expert parallelism a forward pass is collective); what stands past the end is there for its shape and has no targets."""
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
         offset = dist.get_rank() * micro_batch
         for first in range(offset, self.samples + offset, micro_batch * dist.get_world_size()):
-            wanted = range(first, first + micro_batch)
-            batch = self.data.batch([min(i, self.samples - 1) for i in wanted])
-            batch["shift_labels"][[i >= self.samples for i in wanted]] = IGNORED
-            yield on_device(batch, self.engine.device)
+            batch = self.data.batch([min(i, self.samples - 1) for i in range(first, first + micro_batch)])
+            real = min(max(self.samples - first, 0), micro_batch)
+            batch["shift_labels"][real:] = IGNORED
+            yield on_device(batch, self.engine.device), real
+
+
+def sum_over_samples(mass_YT: Tensor, rows: int, real: int) -> Tensor:
+    """`[Y]`: of a batch of `rows` samples, the first `real` ones' own means added up, so that batches of any size add up alike."""
+    return mass_YT.double().unflatten(1, (rows, -1))[:, :real].mean(dim=2).sum(dim=1)

@@ -15,6 +15,7 @@ from data.dataset import PackedDataset
 from launch.run import validation
 from launch.run.validation import Validation
 from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.sinks import watching_sink_mass
 
 OLD = Path(__file__).resolve().parents[2] / "fixtures" / "shards_before_rooms" / "finished"
 MICRO_BATCH = 2
@@ -102,6 +103,22 @@ def test_the_sinks_share_is_each_layers_own(ranks: int, monkeypatch: pytest.Monk
             layer.self_attn.sinks.fill_(logit)
     for one in on_ranks(monkeypatch, ranks, engine, data, 8):
         assert one.sink_mass == pytest.approx([0, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_sinks_share_is_the_samples_mean(ranks: int, document_mask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sample alone, then their mean: what pads the last batches counts for nothing, else a resume on more ranks would make
+    the curve jump."""
+    data = PackedDataset([OLD], split="validation", sequence_length=16, document_mask=document_mask)
+    engine, masses, samples = Engine(data.vocab_size), list[Tensor](), 7
+    with torch.no_grad(), watching_sink_mass(masses.append):
+        for sample in range(samples):
+            engine.module.eval()(**data.batch([sample]))
+    mass_YM = torch.stack([mass_T.double().mean() for mass_T in masses]).view(samples, 2).T
+    assert (mass_YM[:, -1] - mass_YM.mean(dim=1)).abs().min() > 1e-4, "counted twice, the last one would be seen"
+    for one in on_ranks(monkeypatch, ranks, engine, data, samples):
+        assert one.sink_mass == pytest.approx(mass_YM.mean(dim=1).tolist(), rel=1e-6)
 
 
 def test_losses_are_comparable_on_the_same_samples_of_the_same_shards() -> None:
