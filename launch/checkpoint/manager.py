@@ -133,9 +133,11 @@ class CheckpointManager:
         self._on_phase("loading a checkpoint")
         self._ranks.run_everywhere(partial(restore, engine, choice, folder, self._ranks))
         self._loaded = choice.state.step
-        self._best = self._ranks.run_on_rank0(partial(self._best_of_branch, choice.state))
-        # Without it nothing in this folder has the loss that the next evaluations would have to be better than.
-        return choice.state if self._best else replace(choice.state, best_loss=None)
+        self._best = self._ranks.run_on_rank0(partial(self._best_of_branch, choice))
+        if self._best or choice.state.best_step == 0:
+            return choice.state
+        # Nothing in this folder has the loss that the next evaluations would have to be better than.
+        return replace(choice.state, best_loss=None, best_step=None)
 
     def begin(self, choice: ResumeFrom) -> None:
         """A run has loaded what it starts from: what lies beyond that is of a branch that was left."""
@@ -146,17 +148,24 @@ class CheckpointManager:
 
         self._ranks.run_on_rank0(on_rank0)
 
-    def _best_of_branch(self, loaded: TrainingState) -> str | None:
+    def _best_of_branch(self, choice: ResumeFrom) -> str | None:
         """The best checkpoint up to what was loaded: `best` may name one of a branch that is being left. Rank 0."""
-        there, named = self.folder.present(), self.folder.pointed(BEST)
-        there = {step: path for step, path in there.items() if step <= loaded.step}
-        if named in {path.name for path in there.values()}:
-            return named
-        for step in sorted(there if loaded.best_loss is not None else ()):
-            with suppress(OSError, ValueError):
-                if read_state(there[step]).training.best_loss == loaded.best_loss:
-                    return there[step].name
-        return None
+        loaded = choice.state
+        if loaded.best_step is None:
+            return self._best_by_its_loss(choice)
+        path = self.folder.steps().get(loaded.best_step)  # also where it was left: it may be of the branch that is taken up again
+        return path.name if path and has_best_loss(path, loaded.best_loss) else None  # else another branch saved that step since
+
+    def _best_by_its_loss(self, choice: ResumeFrom) -> str | None:
+        """The same where an older version did not write whose the best loss is: what `best` names, else the first that has it."""
+        loaded, named = choice.state, self.folder.pointed(BEST)
+        there = {step: path for step, path in self.folder.present().items() if step <= loaded.step}
+        if choice.is_own:
+            there[loaded.step] = choice.path  # it may be of a branch that was left, and is taken up again
+        paths = sorted((there[step] for step in sorted(there)), key=lambda path: path.name != named)
+        if loaded.best_loss is None:
+            return named if paths and paths[0].name == named else None
+        return next((path.name for path in paths if has_best_loss(path, loaded.best_loss)), None)
 
     def _prepare(self, final: Path, needed: int) -> Path:
         """Clean up after dead saves, check the free space, make the temporary folder. Rank 0."""
@@ -225,3 +234,10 @@ def remove(folder: Path) -> None:
         discard(folder)
     except OSError as error:  # it is mounted, or somebody else's
         say(f"warning: {folder} is no longer kept and cannot be deleted ({error.strerror or error})")
+
+
+def has_best_loss(path: Path, loss: float | None) -> bool:
+    """Is that the best loss up to a checkpoint, which need not be whole?"""
+    with suppress(OSError, ValueError):
+        return read_state(path).training.best_loss == loss
+    return False

@@ -23,12 +23,17 @@ MOST = 1 << 53  # above any count, and the whole numbers that JSON holds exactly
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Where a run is. `extra` is the caller's own, anything JSON can hold (floats survive exactly)."""
+    """Where a run is. `extra` is the caller's own, anything JSON can hold (floats survive exactly).
+
+    `best_step`: whose evaluation `best_loss` is; None where there is none, or where an older version, which did not write it, had
+    one. At 0 no checkpoint has it.
+    """
 
     step: int
     samples: int
     tokens: int
     best_loss: float | None = None
+    best_step: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,10 +62,11 @@ def read_state(checkpoint: Path) -> SavedState:
     wrong = _first_nonsense(body, checkpoint.name)
     if wrong:
         raise UserError(f"{path}: {wrong}; its checksum is right, so it was written so: restore the checkpoint or move it away")
-    best = body["best_loss"]
+    best, best_step = body["best_loss"], body.get("best_step")
+    if best is None or not math.isfinite(best):  # NaN was kept as the best by older versions
+        best, best_step = None, None
     training = TrainingState(
-        **{name: body[name] for name in ("step", "samples", "tokens", "extra")},
-        best_loss=best if best is None or math.isfinite(best) else None,  # NaN was kept as the best by older versions
+        **{name: body[name] for name in ("step", "samples", "tokens", "extra")}, best_loss=best, best_step=best_step
     )
     return SavedState(training=training, identity=RunIdentity.from_json(body["identity"]), optimizer=body["optimizer"])
 
@@ -80,6 +86,9 @@ def _first_nonsense(body: Any, name: str) -> str:
     best = body.get("best_loss")
     if best is not None and not _is_number(best):
         return f"best_loss must be a number or null, not {_shown(best)}"
+    best_step = body.get("best_step")
+    if best_step is not None and not (_is_count(best_step) and best_step <= body["step"]):
+        return f"best_step must be a step up to {body['step']} or null, not {_shown(best_step)}"
     for key in ("extra", "identity", "optimizer"):
         if not isinstance(body.get(key), dict):
             return f"{key} must be an object, not {_shown(body.get(key))}"

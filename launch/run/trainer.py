@@ -52,6 +52,7 @@ class Position:
     samples: int = 0
     tokens: int = 0
     best_loss: float | None = None
+    best_step: int | None = None
     bad_evaluations: int = 0
     judged_on: dict[str, Any] | None = None
     wandb_id: str = ""
@@ -98,7 +99,7 @@ class Trainer:
         )
         self._rolled_back: list[int] = []
         self._rollback_due = False
-        self._best_before: float | None = None
+        self._best_before: tuple[float | None, int | None] = (None, None)
         self.saving.on_best_lost = self.take_best_back
         self._timer, self._shown = StepTimer(), dict[str, str]()
 
@@ -272,7 +273,8 @@ class Trainer:
         self.monitor.say(f"step {position.step}  validation loss {loss:.4f}  {bits:.4f} bits per byte")
         if math.isfinite(loss) and (position.best_loss is None or loss < position.best_loss):
             self.saving.finish_pending_save(position.step)  # which the next save waits for; a best that fails is taken back
-            self._best_before, position.best_loss, position.bad_evaluations = position.best_loss, loss, 0
+            self._best_before = position.best_loss, position.best_step
+            position.best_loss, position.best_step, position.bad_evaluations = loss, position.step, 0
             if position.step:
                 self.save(is_best=True)
             return
@@ -285,7 +287,7 @@ class Trainer:
 
     def take_best_back(self) -> None:
         """No checkpoint has it: the next evaluation below the one before it is the best."""
-        self.position.best_loss = self._best_before
+        self.position.best_loss, self.position.best_step = self._best_before
 
     def is_logged(self, step: int) -> bool:
         return step % self.arguments.log_interval == 0 or step == self.last_step
@@ -338,7 +340,7 @@ class Trainer:
                 "go on from another checkpoint with --resume"
             ) from error
         if self.was_judged_on_others(state):
-            self.position.best_loss, self.position.bad_evaluations = None, 0
+            self.position.best_loss, self.position.best_step, self.position.bad_evaluations = None, None, 0
 
     def was_judged_on_others(self, state: TrainingState) -> bool:
         """Is the best loss of `state` one on other samples than this run is judged on? It says nothing about these."""

@@ -211,14 +211,16 @@ def test_best_names_no_other_weights_than_it_was_given_to(run, resume, step, bes
     assert branch.folder.pointed("best") == "step_3"
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["", "saved by an older version"])
 @pytest.mark.parametrize("how", ["resume", "rollback"])
-def test_the_best_of_a_branch_is_one_of_its_own(tmp_path, how):
+def test_the_best_of_a_branch_is_one_of_its_own(tmp_path, how, older):
     """It stayed with the branch that was left: what this one had as its best was deleted, and `best` was of other weights."""
     run = tmp_path / "run"
     losses = {1: 3.0, 2: 3.0, 3: 2.0}  # 1 is the best up to 2
     first = manager(run, keep_last=1)
     for step, loss in losses.items():
-        first.save(StubEngine(seed=step), replace(state(step), best_loss=loss), is_best=step != 2)
+        best_step = None if older else {1: 1, 2: 1, 3: 3}[step]
+        first.save(StubEngine(seed=step), replace(state(step), best_loss=loss, best_step=best_step), is_best=step != 2)
         shutil.copytree(run / f"checkpoints/step_{step}", tmp_path / f"step_{step}")
     for step in (1, 2):
         shutil.copytree(tmp_path / f"step_{step}", run / f"checkpoints/step_{step}", dirs_exist_ok=True)
@@ -230,6 +232,64 @@ def test_the_best_of_a_branch_is_one_of_its_own(tmp_path, how):
         assert branch.folder.pointed("best") == "step_1"
     branch.save(StubEngine(), replace(state(4), best_loss=3.0))
     assert branch.folder.pointed("best") == "step_1" and steps(run) == [1, 3, 4]
+
+
+def two_branches(run, *, older=False):
+    """One of steps 1, 4, 5 with its best at 4; and from step 1 on another of steps 1, 2, 3 with its best at 2."""
+
+    def save(checkpoints, step, best_step, loss):
+        held = replace(state(step), best_loss=loss, best_step=None if older else best_step)
+        checkpoints.save(StubEngine(seed=step), held, is_best=step == best_step)
+
+    first = manager(run)
+    for step, best_step, loss in ((1, 1, 3.0), (4, 4, 2.0), (5, 4, 2.0)):
+        save(first, step, best_step, loss)
+    second, _ = begin(run, "step_1")
+    for step in (2, 3):
+        save(second, step, 2, 2.5)
+    return second
+
+
+@pytest.mark.parametrize(("resume", "older"), [("step_4", False), ("step_4", True), ("step_5", False)])
+def test_a_branch_that_is_taken_up_again_has_its_own_best(tmp_path, resume, older):
+    """What `best` named was of a step below, and of the branch now left: an export of the best was of the worse one."""
+    run = tmp_path / "run"
+    assert two_branches(run, older=older).folder.pointed("best") == "step_2"
+    again = manager(run)
+    choice = again.choose(resume)
+    assert again.load(StubEngine(), choice).best_loss == 2.0
+    again.begin(choice)
+    assert again.folder.pointed("best") == "step_4"
+    again.save(StubEngine(), replace(choice.state, step=6, samples=96))
+    assert again.folder.pointed("best") == "step_4"
+
+
+@pytest.mark.parametrize("as_best", [False, True])
+def test_a_branch_whose_best_was_written_over_has_none(tmp_path, as_best):
+    run, held = tmp_path / "run", replace(state(4), best_loss=2.1 if as_best else 2.5, best_step=4 if as_best else 2)
+    two_branches(run).save(StubEngine(), held, is_best=as_best)
+    again = manager(run)
+    choice = again.choose("step_5")
+    loaded = again.load(StubEngine(), choice)
+    assert (loaded.best_loss, loaded.best_step) == (None, None), "the next evaluation has a checkpoint"
+    again.begin(choice)
+    assert again.folder.pointed("best") is None
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_best_loss_of_step_0_is_no_checkpoints(tmp_path, elsewhere):
+    """The first to carry the number became `best`, though it had been judged worse; elsewhere it was forgotten, and --patience
+    began anew."""
+    run = tmp_path / "run"
+    for step in (2, 3):
+        manager(run).save(StubEngine(), replace(state(step), best_loss=2.0, best_step=0))
+    again = manager(tmp_path / "other" if elsewhere else run)
+    choice = again.choose(str(run))
+    assert again.load(StubEngine(), choice) == replace(state(3), best_loss=2.0, best_step=0)
+    again.begin(choice)
+    assert again.folder.pointed("best") is None
+    again.save(StubEngine(), replace(state(4), best_loss=2.0, best_step=0))
+    assert again.folder.pointed("best") is None
 
 
 def test_a_best_that_is_gone_is_looked_for_anew(tmp_path):

@@ -1,6 +1,7 @@
 """`state.json`: what was saved comes back, and what makes no sense is refused although its checksum is right."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from stub_engine import manager, replace_file, state
@@ -17,6 +18,9 @@ NONSENSE = [
     ({"best_loss": "low"}, "best_loss must be a number or null"),
     ({"samples": 2**53}, "samples must be a whole number from 0 up, not 9007199254740992"),
     ({"best_loss": 10**400}, "best_loss must be a number or null"),
+    ({"best_step": 4}, "best_step must be a step up to 3 or null, not 4"),
+    ({"best_step": -1}, "best_step must be a step up to 3 or null, not -1"),
+    ({"best_step": "3"}, 'best_step must be a step up to 3 or null, not "3"'),
     ({"optimizer": {"lr": 10**400, "state": []}}, "optimizer.lr must be a finite number"),
     ({"extra": [1]}, "extra must be an object"),
     ({"identity": None}, "identity must be an object, not null"),
@@ -59,5 +63,16 @@ def test_what_is_no_object_is_refused(run, text):
 def test_a_best_loss_that_an_older_version_saved_as_nan_counts_as_none(run):
     folder = run / "checkpoints/step_3"
     assert read_state(folder).training == state(3)
-    replace_file(folder, STATE, to_json({**json.loads((folder / STATE).read_bytes()), "best_loss": float("nan")}))
-    assert read_state(folder).training.best_loss is None
+    body = json.loads((folder / STATE).read_bytes())
+    replace_file(folder, STATE, to_json({**body, "best_loss": float("nan"), "best_step": 2}))
+    assert read_state(folder).training == state(3)
+
+
+def test_whose_the_best_loss_is_comes_back_and_of_an_older_version_is_not_known(run):
+    folder = run / "checkpoints/step_3"
+    body = {**json.loads((folder / STATE).read_bytes()), "best_loss": 2.5, "best_step": 3}
+    replace_file(folder, STATE, to_json(body))
+    assert read_state(folder).training == replace(state(3), best_loss=2.5, best_step=3)
+    del body["best_step"]
+    replace_file(folder, STATE, to_json(body))
+    assert read_state(folder).training == replace(state(3), best_loss=2.5)

@@ -41,7 +41,8 @@ def to_restore(**parts: Any) -> Any:
 
 def restored(extra: dict[str, Any], best_loss: float | None = None, **parts: Any) -> Any:
     trainer = to_restore(**parts)
-    trainer.restore(TrainingState(step=4, samples=32, tokens=99, best_loss=best_loss, extra=extra))
+    best_step = None if best_loss is None else 2
+    trainer.restore(TrainingState(step=4, samples=32, tokens=99, best_loss=best_loss, best_step=best_step, extra=extra))
     return trainer
 
 
@@ -54,7 +55,8 @@ def test_a_state_comes_back() -> None:
 def test_what_is_saved_of_a_run_is_what_it_goes_on_with() -> None:
     """All of the position and of the guard's history, by way of JSON; a run that forgot its best loss would replace the best."""
     judged_on = {"fingerprint": "a", "samples": 16}
-    position = Position(step=7, samples=72, tokens=2304, best_loss=1.25, bad_evaluations=3, judged_on=judged_on, wandb_id="abc-1")
+    best = {"best_loss": 1.25, "best_step": 4}
+    position = Position(step=7, samples=72, tokens=2304, **best, bad_evaluations=3, judged_on=judged_on, wandb_id="abc-1")
     guard = SpikeDetector(
         sigma=6, window=50, rollback_after=3, losses=[2.0, 0.1], norms=[0.5], skipped_in_a_row=1, skipped_in_all=4
     )
@@ -83,7 +85,8 @@ def test_a_best_on_other_samples_is_none(before: tuple[str, int] | None, now: tu
     validation = SimpleNamespace(judged_on=lambda: mine) if mine else None
     extra = {"guard": {}, "bad_evaluations": 2, "wandb_id": "", **({"judged_on": theirs} if theirs else {})}
     trainer = restored(extra, best_loss=1.25, validation=validation)
-    assert (trainer.position.best_loss, trainer.position.bad_evaluations) == ((1.25, 2) if kept else (None, 0))
+    position = trainer.position
+    assert (position.best_loss, position.best_step, position.bad_evaluations) == ((1.25, 2, 2) if kept else (None, None, 0))
     assert Trainer.state(trainer).extra["judged_on"] == (mine or theirs)
 
 
@@ -182,7 +185,7 @@ def test_an_evaluation_that_is_not_finite_is_said_and_counts_for_nothing() -> No
         position.step = step
         Trainer.record_validation(trainer, loss, validation)  # type: ignore[arg-type]
     assert sum("the validation loss is not finite; it counts for nothing" in line for line in said) == 4
-    assert saved == [1, 5] and position.best_loss == 8.1 and not trainer.outcome
+    assert saved == [1, 5] and (position.best_loss, position.best_step) == (8.1, 5) and not trainer.outcome
 
 
 def test_patience_is_for_evaluations_in_a_row() -> None:
@@ -232,7 +235,9 @@ def test_a_best_that_could_not_be_saved_is_no_best(background: bool) -> None:
         if step == 2 and background:
             finish_pending_save(step)  # at a step in between
         Trainer.record_validation(trainer, loss, SimpleNamespace(bits_per_byte=lambda loss: loss, sink_mass=None))  # type: ignore[arg-type]
-    assert saved == [1, 2, 4] and position.best_loss == 7.2
+    assert saved == [1, 2, 4] and (position.best_loss, position.best_step) == (7.2, 4)
+    Trainer.take_best_back(trainer)
+    assert (position.best_loss, position.best_step) == (7.5, 2)
 
 
 def test_the_clock_counts_steps_and_not_what_lies_between() -> None:
@@ -316,6 +321,7 @@ def test_loss_and_gradient_are_the_mean_over_all_targets(document_mask: bool, mo
             next_batches=lambda loader=loader: loader.step(0),
             advance=lambda loss, reason: {"loss": loss},
         )
+        trainer.accumulate = lambda batches, targets, trainer=trainer: Trainer.accumulate(trainer, batches, targets)
         trainer.reduce_loss_and_flags = lambda total, trainer=trainer: Trainer.reduce_loss_and_flags(trainer, total)
         trainer.accumulate = partial(Trainer.accumulate, trainer)
         loss = Trainer.train_step(trainer)["loss"]
