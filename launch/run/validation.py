@@ -79,4 +79,5 @@ class Validation:
 
 def sum_over_samples(mass_YT: Tensor, rows: int, real: int) -> Tensor:
     """`[Y]`: of a batch of `rows` samples, the first `real` ones' own means added up, so that batches of any size add up alike."""
-    return mass_YT.double().unflatten(1, (rows, -1))[:, :real].mean(dim=2).sum(dim=1)
+    mass_YBS = mass_YT.double().view(len(mass_YT), rows, -1)
+    return mass_YBS[:, :real].mean(dim=2).sum(dim=1)
