@@ -93,6 +93,28 @@ def test_another_build_of_pytorch_replaces_the_one_that_is_there(tmp_path: Path)
     assert other in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize("venv", [".venv", "mine"])
+def test_clean_takes_what_make_makes_again(venv: str, tmp_path: Path) -> None:
+    """It took all of runs/, where the README's commands train for days, and whatever environment VENV named."""
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    files = [".venv/installed", "mine/installed", "runs/first/metrics.jsonl", "runs/quickstart/a", "runs/served/a", "build/a"]
+    for file in (tmp_path / name for name in files):
+        file.parent.mkdir(parents=True)
+        file.touch()
+
+    def left() -> list[str]:
+        subprocess.run(["make", "clean", f"VENV={venv}"], cwd=tmp_path, check=True, capture_output=True)
+        return [name for name in files if (tmp_path / name).exists()]
+
+    ours = [".venv/installed"] if venv != ".venv" else []
+    assert left() == [*ours, "mine/installed", "runs/first/metrics.jsonl"]
+    (tmp_path / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    (tmp_path / ".venv" / "installed").unlink(missing_ok=True)
+    left()
+    assert (tmp_path / ".venv" / "bin").is_dir(), "another tool's"
+
+
 def parser_of(script: str) -> ArgumentParser | None:
     """None for a script that makes its parser when it runs; those are run."""
     module = importlib.import_module(PARSERS.get(script, script.removesuffix(".py").replace("/", ".")))
