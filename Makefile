@@ -36,8 +36,9 @@ $(VENV)/installed: setup.py constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@printf '%s\n' "$(CURDIR)" "$(TORCH)" > $@
 
+# The PATH stays the user's: its last words say what has to be typed before `python` finds this environment.
 quickstart: install
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/quickstart.py
+	@$(BIN)/python launch/quickstart.py
 
 # Two processes: one takes the tests with ranks of their own, one after the other, the other one the rest (tests/conftest.py).
 # What fails gets a second try, alone: on a busy machine a process that is to be killed in its start may not have started. The

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
 
 from data.cli import UserError
 from data.files import replace_json
-from data.flags import Parser
+from data.flags import Parser, at_least_one
 from launch.cli import run_command
 from launch.ranks.join import free_port
 
@@ -75,6 +76,24 @@ def shown(command: list[str]) -> str:
     return shlex.join(["python" if part == sys.executable else part for part in command])
 
 
+def preparation() -> str:
+    """What a person types before the commands that are shown, so that they find the files and this Python."""
+    own, found = Path(sys.executable), shutil.which("python")
+    go = f"cd {shlex.quote(str(ROOT))}"
+    # An environment's Python is a link to one that has no packages: the folder decides too.
+    if found and Path(found).parent.samefile(own.parent) and Path(found).samefile(own):
+        return go
+    activate = own.parent / "activate"
+    if not activate.is_file():
+        return f"{go} && export PATH={shlex.quote(str(own.parent))}:$PATH"
+    return f"{go} && source {shlex.quote(str(activate.relative_to(ROOT) if activate.is_relative_to(ROOT) else activate))}"
+
+
+def again() -> str:
+    """The command that goes on from here."""
+    return shlex.join(sys.orig_argv) if len(sys.argv) > 1 else "make quickstart"
+
+
 def environment() -> dict[str, str]:
     env = dict(os.environ)
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
@@ -94,6 +113,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, metavar="DIR", help=where)
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="optimizer steps of 4,096 tokens")
     arguments = parser.parse_args()
+    at_least_one(arguments, "steps")
     folder = Path("runs/quickstart") if arguments.folder is None else from_root(arguments.folder)
     os.chdir(ROOT)
     try:
@@ -117,16 +137,17 @@ def run(folder: Path, steps: int) -> int:
         try:
             code = subprocess.run(command, env=environment(), check=False).returncode
         except KeyboardInterrupt:
-            print("\ninterrupted; `make quickstart` goes on from here", file=sys.stderr)
+            print(f"\ninterrupted; `{again()}` goes on from here", file=sys.stderr)
             return 130
         if code:
-            print(f"\nstation {number} failed (exit code {code}); `make quickstart` goes on from here", file=sys.stderr)
+            print(f"\nstation {number} failed (exit code {code}); `{again()}` goes on from here", file=sys.stderr)
             return code
     minutes = (time.monotonic() - began) / 60
     print(f"""
 Done in {minutes:.1f} minutes. {folder}/ now holds shards/ (the tokens and the tokenizer), run/ (checkpoints, metrics.jsonl,
 W&B offline curves), hf/ (the model as a Hugging Face folder), evaluation.json and report.html, which a browser opens. Ask the
 model for more:
+    {preparation()}
     {shown([*stations[-1][1][:4], "--prompt", "class Stack:"])}
 and train the 800M model on your own code and GPUs:
     python data/preprocess.py --input 'corpus/*.json.gz' --tokenizer bigcode/starcoder2-15b --output shards/

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT, metrics
@@ -38,6 +41,81 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(folder: str, tmp_path: Path)
     done = quickstart(tmp_path / folder)
     assert done.returncode == 2 and f"error: --folder {tmp_path / folder} cannot be made: " in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_steps_are_checked_before_anything_is_made(tmp_path: Path) -> None:
+    command = [sys.executable, "launch/quickstart.py", "--steps", "0", "--folder", str(tmp_path / "new")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == "error: --steps must be at least 1, not 0\n" and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def stations(monkeypatch: pytest.MonkeyPatch) -> list[int | type[BaseException]]:
+    """How the stations end, which do nothing here: exit codes or Ctrl-C, 0 where none is left."""
+    ends: list[int | type[BaseException]] = []
+
+    def take(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        end = ends.pop(0) if ends else 0
+        if not isinstance(end, int):
+            raise end
+        return subprocess.CompletedProcess(command, end)
+
+    monkeypatch.setattr(launch.quickstart.subprocess, "run", take)
+    monkeypatch.setattr(launch.quickstart, "precision", lambda folder: ("fp32", folder / "fp32.json"))
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("flags", "again"),
+    [
+        ([], "make quickstart"),
+        (["--folder", "/tmp/my runs", "--steps", "50"], "python3 quickstart.py --folder '/tmp/my runs' --steps 50"),
+    ],
+)
+@pytest.mark.parametrize("end", [2, KeyboardInterrupt])
+def test_what_goes_on_from_here_is_what_was_typed(
+    end: int | type[BaseException], flags: list, again: str, stations: list, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """`make quickstart` begins in another folder."""
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "quickstart.py", *flags])
+    stations += [0, end]
+    assert launch.quickstart.run(Path("folder"), 50) == (130 if end is KeyboardInterrupt else end)
+    assert f"`{again}` goes on from here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["active", "another", "none", "no environment"])
+def test_its_last_words_begin_with_what_they_need(
+    kind: str, stations: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Whoever typed `make quickstart` has no environment active, nor always a `python`, and may stand anywhere."""
+    clone, other = tmp_path / "my clone", tmp_path / "bin"
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    other.mkdir()
+    for link in (python, other / "python") if kind != "none" else (python,):
+        link.symlink_to(sys.executable)
+    if kind != "no environment":
+        (python.parent / "activate").touch()
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(launch.quickstart, "ROOT", clone)
+    monkeypatch.setenv("PATH", str(python.parent if kind == "active" else other))
+    launch.quickstart.run(Path("folder"), 50)
+    then = {"active": "", "no environment": f" && export PATH={shlex.quote(str(python.parent))}:$PATH"}
+    wanted = f"    cd {shlex.quote(str(clone))}{then.get(kind, ' && source .venv/bin/activate')}\n    python launch/generate.py "
+    assert wanted in capsys.readouterr().out
+
+
+def test_make_leaves_the_path_as_it_is(tmp_path: Path) -> None:
+    """With .venv/bin before it nobody can tell whether what is typed next finds `python`."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$1 $PATH"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / "installed").write_text(f"{ROOT}\n")
+    done = subprocess.run(
+        ["make", "--silent", "quickstart", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"launch/quickstart.py {os.environ['PATH']}\n"
 
 
 @pytest.fixture(scope="module")
