@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Export a checkpoint as a transformers folder: safetensors, configuration, tokenizer, model card."
     p = Parser(prog="python launch/export.py", description=about, examples=EXAMPLES)
     p.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder, or one of its checkpoints/step_N")
-    p.add_argument("--tag", default="latest", metavar="TAG", help="which of the run's checkpoints: step_N, latest or best")
+    p.add_argument("--tag", metavar="TAG", help="which of the run's checkpoints: step_N, latest or best (default: latest)")
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder, or one that an earlier export wrote")
     p.add_argument(
         "--format",

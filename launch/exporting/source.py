@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 RENAMED = {".mlp.router.gate.weight": ".mlp.gate.weight", ".mlp.router.": ".mlp.gate."}
 
 
-def find_checkpoint(path: Path, tag: str) -> Path:
-    """The checkpoint folder that the command line means. Raises NotFound with what there is."""
+def find_checkpoint(path: Path, tag: str | None) -> Path:
+    """The checkpoint folder that the command line means; of a run without a tag `latest`. Raises NotFound with what there is, and
+    UserError where the path is a checkpoint itself and the tag another one."""
     if step_of(path.name) is not None and path.is_dir():
+        if tag and _named(path.parent, tag) != path.name:
+            raise UserError(f"--checkpoint {path} and --tag {tag} do not name the same checkpoint; leave one out")
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    named = (CheckpointFolder(folder).pointed(tag) if tag in (LATEST, BEST) else None) or tag
+    named = _named(folder, tag or LATEST)
     if step_of(named) is not None and (folder / named).is_dir():
         return folder / named
     steps = sorted(CheckpointFolder(folder).steps())
@@ -40,6 +43,10 @@ def find_checkpoint(path: Path, tag: str) -> Path:
     else:
         there = "is it a run's folder?"
     raise NotFound(f"--checkpoint {path} has no checkpoint {named!r}: {there}")
+
+
+def _named(folder: Path, tag: str) -> str:
+    return (CheckpointFolder(folder).pointed(tag) if tag in (LATEST, BEST) else None) or tag
 
 
 @contextmanager

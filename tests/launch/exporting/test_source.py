@@ -126,7 +126,11 @@ def test_a_tag_names_its_own_checkpoint(tmp_path: Path) -> None:
     held.point("best", "step_3")
     for where in (tmp_path, held.path):
         assert [find_checkpoint(where, tag).name for tag in ("latest", "best", "step_12")] == ["step_5", "step_3", "step_12"]
-    assert find_checkpoint(held.path / "step_12", "best").name == "step_12"
+        assert find_checkpoint(where, None).name == "step_5"
+    assert [find_checkpoint(held.path / "step_3", tag).name for tag in (None, "step_3", "best")] == ["step_3"] * 3
+    for tag in ("step_5", "latest", "step_7", "second"):
+        with pytest.raises(UserError, match=f"--checkpoint .*step_3 and --tag {tag} do not name the same checkpoint"):
+            find_checkpoint(held.path / "step_3", tag)
     (held.path / "best").unlink()
     with pytest.raises(NotFound, match=r"has no checkpoint 'best': it has step_3, step_5, step_12"):
         find_checkpoint(tmp_path, "best")
