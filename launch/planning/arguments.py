@@ -18,6 +18,8 @@ EXAMPLES = """
   python launch/plan.py --model 4b --gpu rtx-4090 --num_gpus 8 --write fits.json
   python launch/plan.py --from runs/first --price 1.80
 """
+#: Several times the largest clusters; the search for layouts takes longer with each GPU.
+MAX_GPUS = 1 << 20
 #: What `--from` cannot obey.
 OF_A_NEW_RUN = (
     *("model", "deepspeed_config", "sequence_length", "activation_checkpointing", "num_gpus", "num_nodes", "ladder"),
@@ -56,6 +58,8 @@ class PlanArguments:
             raise UserError("--price needs --tokens, such as --tokens 131e9: the cost depends on how much is trained")
         if self.ladder is not None and self.tokens is None:
             raise UserError("--ladder needs --tokens, such as --tokens 131e9: bits per byte depend on how much is read")
+        if self.ranks > MAX_GPUS:
+            raise UserError(f"--num_gpus times --num_nodes must be at most {MAX_GPUS:,}, not {self.ranks:,}")
 
     @property
     def ranks(self) -> int:

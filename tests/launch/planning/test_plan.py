@@ -121,6 +121,8 @@ def test_answers_at_once_and_without_torch() -> None:
         (["--gpu", "h200", "--num_gpus", 0], "--num_gpus must be at least 1, not 0"),
         (["--gpu", "h200", "--num_gpus", "many"], "argument --num_gpus: invalid int value: 'many'"),
         (["--gpu", "h200", "--num_nodes", -1], "--num_nodes must be at least 1, not -1"),
+        (["--gpu", "h200", "--num_gpus", 10**7], "--num_gpus times --num_nodes must be at most 1,048,576, not 10,000,000"),
+        (["--gpu", "h200", "--num_gpus", 1024, "--num_nodes", 1025], "must be at most 1,048,576, not 1,049,600"),
         (
             ["--gpu", "h200", "--num_gpus", 4, "--deepspeed_config", "ds_configs/ep8_zero2.json"],
             "autoep_size 8 does not divide the 4 ranks",
