@@ -43,7 +43,8 @@ BENCHMARKS = {
 
 
 def main() -> int:
-    parser = Parser(prog="python launch/benchmark.py", description=__doc__.splitlines()[0], examples=EXAMPLES)
+    about = "Each measures ours beside a peer on the same work in one run, and prints ratios."
+    parser = Parser(prog="python launch/benchmark.py", description=about, examples=EXAMPLES)
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     chosen = next((argument for argument in sys.argv[1:] if argument in BENCHMARKS), None)

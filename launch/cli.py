@@ -40,7 +40,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     if (CLONE / "setup.py").is_file():
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        check_interpreter()
+        if fault := encoding_fault():
+            raise AgreedError(fault)
         code = main() or Exit.DONE
     except SystemExit as left:  # argparse has spoken already
         leave(left.code if isinstance(left.code, int) else Exit.USER_ERROR)
@@ -51,13 +52,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     leave(code)
 
 
-def check_interpreter() -> None:
-    """Refuse how Python was started where the libraries cannot work: without docstrings, which transformers fills in when it is
-    imported, and with ASCII for all text."""
+def check_docstrings() -> None:
+    """Refuse a Python without them to a command that loads transformers, which fills them in when it is imported."""
     if sys.flags.optimize > 1:
         raise AgreedError("Python runs without docstrings, and transformers needs them; unset PYTHONOPTIMIZE, or leave out -OO")
-    if fault := encoding_fault():
-        raise AgreedError(fault)
 
 
 def check_rope_factor(factor: float | None) -> None:
@@ -83,7 +81,8 @@ def end_at_once(code: int) -> NoReturn:
 
 
 def make_quiet() -> None:
-    """Only errors from the libraries: their warnings at start-up are none that a user could act on."""
+    """Only errors from the libraries: their warnings at start-up are none that a user could act on. For what loads transformers."""
+    check_docstrings()
     import torch
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

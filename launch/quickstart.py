@@ -21,7 +21,7 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
 from data.cli import UserError
 from data.files import replace_json
 from data.flags import Parser, at_least_one
-from launch.cli import run_command
+from launch.cli import check_docstrings, run_command
 from launch.ranks.join import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +114,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="optimizer steps of 4,096 tokens")
     arguments = parser.parse_args()
     at_least_one(arguments, "steps")
+    check_docstrings()  # before the first station, which needs none
     folder = Path("runs/quickstart") if arguments.folder is None else from_root(arguments.folder)
     os.chdir(ROOT)
     try:

@@ -23,7 +23,7 @@ from typing import Any
 from data.cli import NotFound, UserError
 from data.files import check_replaceable, read_json
 from data.flags import Parser
-from launch.cli import run_command
+from launch.cli import check_docstrings, run_command
 
 PRE_TOKENIZER = "starcoder"  # digits one by one, then GPT-2's rule: how data/preprocess.py trains its tokenizers
 
@@ -113,6 +113,7 @@ def convert(converter: ModuleType, output: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    check_docstrings()  # the converter loads transformers
     check_model(arguments.model)
     check_replaceable(arguments.output)
     converter = load_converter(arguments.converter)

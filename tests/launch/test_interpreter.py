@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from made_up_runs import write_run
 from support import ROOT
+
+NO_DOCSTRINGS = "Python runs without docstrings, and transformers needs them"
 
 WITHOUT = ("LC_ALL", "LC_CTYPE", "LANG", "PYTHONUTF8", "PYTHONOPTIMIZE", "PYTHONCOERCECLOCALE")
 ENV = {name: value for name, value in os.environ.items() if name not in WITHOUT}
@@ -17,16 +21,32 @@ def start(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, *command], cwd=ROOT, env={**ENV, **env}, capture_output=True, text=True, check=False)
 
 
+def test_ascii_alone_is_refused() -> None:
+    done = start({"LC_ALL": "C", "PYTHONUTF8": "0"}, "launch/train.py", "--help")
+    assert done.returncode == 2 and done.stderr.startswith("error: Python reads all text as ASCII") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
-    ("env", "sentence"),
+    "command",
     [
-        ({"PYTHONOPTIMIZE": "2"}, "Python runs without docstrings, and transformers needs them; unset PYTHONOPTIMIZE"),
-        ({"LC_ALL": "C", "PYTHONUTF8": "0"}, "Python reads all text as ASCII"),
+        "launch/generate.py --model {folder} --prompt x",
+        "launch/benchmark.py moe --help",
+        "launch/quickstart.py --folder {folder}",
+        "launch/exporting/gguf.py --model {folder} --converter none --output {folder}/x",
     ],
 )
-def test_refused(env: dict[str, str], sentence: str) -> None:
-    done = start(env, "launch/train.py", "--help")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {sentence}") and done.stderr.count("\n") == 1
+def test_no_docstrings_are_refused_by_what_loads_transformers(command: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe"}')
+    done = start({"PYTHONOPTIMIZE": "2"}, *command.format(folder=tmp_path).split())
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {NO_DOCSTRINGS}") and done.stderr.count("\n") == 1, done.stderr
+    assert not done.stdout
+
+
+def test_no_docstrings_are_enough_for_what_does_not_load_transformers(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    for command in (["plan.py", "--gpu", "h200", "--model", "tiny"], ["report.py", tmp_path / "run"], ["benchmark.py", "--help"]):
+        done = start({"PYTHONOPTIMIZE": "2"}, f"launch/{command[0]}", *map(str, command[1:]))
+        assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("command", ["preprocess", "verify"])
@@ -42,8 +62,11 @@ def test_others_work(env: dict[str, str]) -> None:
     assert start(env, "launch/train.py", "--help").returncode == 0
 
 
-def test_one_rank_speaks() -> None:
-    assert start({"PYTHONOPTIMIZE": "2", "RANK": "1"}, "launch/train.py", "--help").stderr == ""
+@pytest.mark.parametrize(("rank", "said"), [("0", f"error: {NO_DOCSTRINGS}"), ("1", "")])
+def test_one_rank_speaks(rank: str, said: str, tmp_path: Path) -> None:
+    env = {"PYTHONOPTIMIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    done = start(env, "launch/train.py", "--data", str(tmp_path / "none"), "--output", str(tmp_path / "run"))
+    assert done.returncode == 2 and done.stderr.partition(";")[0] == said
 
 
 def test_one_rank_speaks_where_the_launcher_has_another_name_for_the_rank() -> None:
