@@ -68,6 +68,9 @@ class PreprocessArguments:
         for name in ("input", "tokenizer", "text_field", "split", "license_field", "licenses", "decontaminate"):
             if "" in (value if isinstance(value := getattr(self, name), tuple) else (value,)):
                 raise UserError(f"--{name} has an empty value; leave it out, or name something")
+        for prefix, what in (("tree:", "folder"), ("hub:", "data set")):
+            if prefix in self.input:  # an unset variable of the shell; `tree:` would be all of the current folder
+                raise UserError(f"--input {prefix} names no {what}; leave it out, or name one after the colon")
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"--output {self.output} is a file; name a folder")
 

@@ -21,7 +21,7 @@ from data.pipeline.benchmarks import describe as describe_benchmarks
 from data.pipeline.benchmarks import load_contamination
 from data.pipeline.duplicates import Duplicates
 from data.pipeline.inputs import InputFile, check_inputs, check_unchanged, list_inputs, write_inputs
-from data.pipeline.ledger import REJECTED, REMOVED, Ledger, check_same, clear_leftovers, input_listing
+from data.pipeline.ledger import REJECTED, REMOVED, Ledger, check_flags, check_same, clear_leftovers, input_listing
 from data.pipeline.pool import Team
 from data.pipeline.tokenizer_text import sample_texts
 from data.pipeline.worker import Result, WorkOptions
@@ -51,6 +51,7 @@ def run(args: PreprocessArguments, team: Team | None = None) -> None:
     """Do the job or go on with it, until the folder is complete. `team`: who works, if not processes of this host."""
     sources = find_sources(args.input, exclude=args.output, suffixes=args.suffixes)
     wanted, inputs = identity(args, sources), list_inputs(sources, args.decontaminate)
+    check_flags(args.output, wanted)
     check_inputs(args.output, inputs)
     check_tokenizer(args)
     if (args.output / MANIFEST).is_file():

@@ -14,7 +14,7 @@ from data.files import make_folder, naming, read_json, replace_file, sync_file
 from data.lock import FolderLock, take_folder
 from data.pipeline.arguments import PreprocessArguments
 from data.pipeline.inputs import INPUTS
-from data.shards import MANIFEST, SPLITS
+from data.shards import MANIFEST, SPLITS, load_manifest
 from data.sources.blocks import Rejection
 from data.sources.discover import Source
 
@@ -55,6 +55,29 @@ def check_same(then: dict[str, Any], now: dict[str, Any], output: Path) -> None:
         raise UserError(f"{output} was begun with other arguments ({'; '.join(found)}); use those, or another --output")
 
 
+def check_flags(folder: Path, wanted: dict[str, Any]) -> None:
+    """`check_same` but for the files themselves, before these are compared by name: what another `--input` does not read is not
+    gone."""
+    if (folder / MANIFEST).is_file():
+        then = load_manifest(folder)["arguments"]
+    elif (folder / STATE).is_file():
+        then = read_state(folder / STATE)["arguments"]
+    else:
+        return
+    check_same(then | {name: wanted[name] for name in ("decontaminate", "input_files")}, wanted, folder)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Raises UserError: checkpoints and data sets saved by others have a file of this name too."""
+    try:
+        state = read_json(path)
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or not isinstance(state.get("arguments"), dict):
+        raise UserError(f"--output {path.parent} holds a {path.name} that is no job's of ours; name another folder")
+    return state
+
+
 class Ledger:
     """`state.json` and the journals beside it, which are cut back to the lengths the state knows when a job goes on."""
 
@@ -72,13 +95,13 @@ class Ledger:
         if not {STATE, MANIFEST} & set(strangers) and set(strangers) - {REJECTED}:
             raise UserError(f"--output {folder} is not empty ({', '.join(strangers[:4])}) and holds no job of ours; name another")
         if path.is_file():
-            cls._read(path)  # a stranger's, before anything of ours stands beside it
+            read_state(path)  # a stranger's, before anything of ours stands beside it
         lock = take_folder(folder, "job")
         try:
             if (folder / MANIFEST).is_file():  # what is left of its state would have us cut its shards back
                 raise UserError(f"another job has completed {folder} meanwhile; use it, or name another --output")
             if path.is_file():
-                state = cls._read(path)
+                state = read_state(path)
                 check_same(state["arguments"], arguments, folder)
             else:
                 state = {"arguments": json.loads(json.dumps(arguments))}
@@ -87,17 +110,6 @@ class Ledger:
         except BaseException:
             lock.release()
             raise
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        """Checkpoints and data sets saved by others have a file of this name too."""
-        try:
-            state = read_json(path)
-        except ValueError:
-            state = None
-        if not isinstance(state, dict) or not isinstance(state.get("arguments"), dict):
-            raise UserError(f"--output {path.parent} holds a {path.name} that is no job's of ours; name another folder")
-        return state
 
     def _journal(self, name: str, length: int) -> IO[bytes]:
         file = open(self.folder / name, "ab")  # noqa: SIM115 (kept open across calls)

@@ -112,6 +112,27 @@ def test_a_changed_tree_is_refused_with_the_file_s_name(
     assert len(read_documents(tmp_path / "out")) == 60
 
 
+@pytest.mark.parametrize("state", ["killed", "complete"])
+def test_another_flag_is_no_changed_input(
+    state: str, tree: Path, tmp_path: Path, preprocess: Command, tokenizer_file: Path, monkeypatch: Any
+) -> None:
+    """A narrower --input was answered with the files that it left out: gone, and to be put back."""
+    flags = ["--tokenizer", tokenizer_file, "--output", tmp_path / "out", "--input"]
+    if state == "killed":
+        stop_in_the_middle(monkeypatch, preprocess, *flags, tree)
+    else:
+        assert preprocess(*flags, tree)[0] == 0
+    narrower = tree / "m0000.py"
+    code, _, err = preprocess(*flags, narrower)
+    assert code == 2 and err.count("\n") == 1, err
+    assert f"was begun with other arguments (--input was ['{tree}'], now ['{narrower}']); use those" in err
+    (tree / "m0001.py").unlink()
+    code, _, err = preprocess(*flags, tree, "--seed", 5)
+    assert code == 2 and "(--seed was 0, now 5); use those" in err, err
+    code, _, err = preprocess(*flags, tree)
+    assert code == 2 and "m0001.py is gone; put it back" in err, err
+
+
 @pytest.mark.parametrize("kind", ["gz", "parquet", "tar", "benchmark"])
 def test_files_of_every_kind_are_held(kind: str, tmp_path: Path, corpus: Path, preprocess: Command, tokenizer_file: Path) -> None:
     import pyarrow as pa
