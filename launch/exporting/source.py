@@ -28,11 +28,11 @@ def find_checkpoint(path: Path, tag: str | None) -> Path:
     """The checkpoint folder that the command line means; of a run without a tag `latest`. Raises NotFound with what there is, and
     UserError where the path is a checkpoint itself and the tag another one."""
     if step_of(path.name) is not None and path.is_dir():
-        if tag and _named(path.parent, tag) != path.name:
+        if tag is not None and _named(path.parent, tag) != path.name:
             raise UserError(f"--checkpoint {path} and --tag {tag} do not name the same checkpoint; leave one out")
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    named = _named(folder, tag or LATEST)
+    named = _named(folder, LATEST if tag is None else tag)
     if step_of(named) is not None and (folder / named).is_dir():
         return folder / named
     steps = sorted(CheckpointFolder(folder).steps())

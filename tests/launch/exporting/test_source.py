@@ -128,7 +128,7 @@ def test_a_tag_names_its_own_checkpoint(tmp_path: Path) -> None:
         assert [find_checkpoint(where, tag).name for tag in ("latest", "best", "step_12")] == ["step_5", "step_3", "step_12"]
         assert find_checkpoint(where, None).name == "step_5"
     assert [find_checkpoint(held.path / "step_3", tag).name for tag in (None, "step_3", "best")] == ["step_3"] * 3
-    for tag in ("step_5", "latest", "step_7", "second"):
+    for tag in ("step_5", "latest", "step_7", "second", ""):
         with pytest.raises(UserError, match=f"--checkpoint .*step_3 and --tag {tag} do not name the same checkpoint"):
             find_checkpoint(held.path / "step_3", tag)
     (held.path / "best").unlink()
