@@ -321,7 +321,6 @@ def test_loss_and_gradient_are_the_mean_over_all_targets(document_mask: bool, mo
             next_batches=lambda loader=loader: loader.step(0),
             advance=lambda loss, reason: {"loss": loss},
         )
-        trainer.accumulate = lambda batches, targets, trainer=trainer: Trainer.accumulate(trainer, batches, targets)
         trainer.reduce_loss_and_flags = lambda total, trainer=trainer: Trainer.reduce_loss_and_flags(trainer, total)
         trainer.accumulate = partial(Trainer.accumulate, trainer)
         loss = Trainer.train_step(trainer)["loss"]
