@@ -44,6 +44,10 @@ def main() -> int:
         from launch.toolchain import check_driver
 
         check_driver(accelerator)
+        if arguments.deterministic:
+            from launch.engine import determinism
+
+            determinism.enable()
         run = resolve_run(arguments, world_size)
     except (UserError, OSError) as error:
         mistake = as_user_error(error)

@@ -7,6 +7,9 @@ scales are arguments of these packages that this model never uses; each is writt
 How a kernel comes to be used: `pick_kernel` asks `kernel_preference` for the names that fit the device, dtype and head size,
 best first, and takes the first that `load_kernel` can import. `model/sinks.py` calls it.
 
+Backwards on GPUs add up dq by atomics, in whatever order the blocks come, unless `torch.use_deterministic_algorithms(True)` is
+on: PyTorch's own kernel then looks for itself, the packages are told. Forwards have no atomics.
+
 Signatures read at flash-attention 2.7.0 to 2.8.3 and commit 0251105a (flash-attn 3 and 4), and in torch 2.13's
 `torch/nn/attention/varlen.py`. Packages are imported by name and late, so a machine without them needs nothing.
 """
@@ -32,7 +35,6 @@ NO_DROPOUT = 0.0
 NO_SOFTCAP = 0.0
 NO_WINDOW = -1  # to the left or right: unlimited
 NO_ALIBI = None
-NOT_DETERMINISTIC = False
 NO_DEBUG_MASK = False
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -51,6 +53,7 @@ class FlashKernel(Protocol):
 
     name: str
     traceable: bool  # by dynamo: PyTorch's own operator, or one that the package registered
+    deterministic: bool  # its backward can add up in an order of its own
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput: ...
 
@@ -85,6 +88,7 @@ class CpuFlash:
 
     name = "PyTorch's CPU flash kernel"
     traceable = True
+    deterministic = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput:
         if mask.seqlens is None:
@@ -124,6 +128,7 @@ class TorchCudaFlash:
 
     name = "PyTorch's CUDA flash kernel"
     traceable = True
+    deterministic = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput:
         cu, longest_q, longest_k = mask.cu_seqlens, *self._longest(q, k, mask)
@@ -152,6 +157,7 @@ class FlashAttn2:
     """The flash-attn package, 2.7 or newer."""
 
     traceable = True
+    deterministic = True
 
     def __init__(self) -> None:
         self.package: Any = importlib.import_module("flash_attn.flash_attn_interface")
@@ -171,7 +177,8 @@ class FlashAttn2:
     ) -> Gradients:
         out, lse, (rng,) = output
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)  # written in place
-        settings = (NO_DROPOUT, scale, is_causal(mask), NO_WINDOW, NO_WINDOW, NO_SOFTCAP, NO_ALIBI, NOT_DETERMINISTIC, rng)
+        unused = (NO_WINDOW, NO_WINDOW, NO_SOFTCAP, NO_ALIBI)
+        settings = (NO_DROPOUT, scale, is_causal(mask), *unused, torch.are_deterministic_algorithms_enabled(), rng)
         if mask.seqlens is None:
             self.package._flash_attn_backward(dout, q, k, v, out, lse, *grads, *settings)
         else:
@@ -188,6 +195,7 @@ class FlashAttn3:
     """flash-attn 3 (the `hopper` build). It has no sinks of its own; ours need none."""
 
     name = "flash-attn 3"
+    deterministic = True
 
     def __init__(self) -> None:
         self.package: Any = importlib.import_module("flash_attn_interface")
@@ -214,6 +222,7 @@ class FlashAttn3:
             *(cu, cu, used, used, longest, longest),
             *grads,
             *(scale, is_causal(mask)),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return grads
 
@@ -226,6 +235,7 @@ class FlashAttn4:
 
     def __init__(self) -> None:
         self.package: Any = importlib.import_module("flash_attn.cute.interface")
+        self.deterministic = "deterministic" in inspect.signature(self.package._flash_attn_bwd).parameters  # not in its first ones
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput:
         keywords = {"softmax_scale": scale, "causal": is_causal(mask), **_varlen_keywords(mask)}
@@ -236,6 +246,8 @@ class FlashAttn4:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: FlashOutput, mask: AttentionMask, scale: float
     ) -> Gradients:
         keywords = {"softmax_scale": scale, "causal": is_causal(mask), **_varlen_keywords(mask)}
+        if self.deterministic:
+            keywords["deterministic"] = torch.are_deterministic_algorithms_enabled()
         # Not the order of the other packages: out comes before dout.
         dq, dk, dv, *_ = self.package._flash_attn_bwd(q, k, v, output.out, dout, output.lse, **keywords)
         return dq, dk, dv
@@ -287,17 +299,23 @@ def load_kernel(name: str) -> FlashKernel | None:
     return None
 
 
+def _serves(name: str, *, deterministic: bool) -> bool:
+    kernel = load_kernel(name)
+    return kernel is not None and (kernel.deterministic or not deterministic)
+
+
 #: What `pick_kernel` has answered: a dict, which `torch.compile` reads where it would trace through `lru_cache`.
-PICKED: dict[tuple[torch.device, torch.dtype, int], FlashKernel | None] = {}
+PICKED: dict[tuple[torch.device, torch.dtype, int, bool], FlashKernel | None] = {}
 
 
 def pick_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> FlashKernel | None:
     """The best flash kernel present for such tensors, logged once; None where only `sdpa` is left."""
-    key = device, dtype, head_dim
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    key = device, dtype, head_dim, deterministic
     if key not in PICKED:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         names = kernel_preference(device.type, dtype, head_dim, capability[0] * 10 + capability[1])
-        PICKED[key] = next((found for name in names if (found := load_kernel(name)) is not None), None)
-        kernel = PICKED[key]
+        kernel = next((load_kernel(name) for name in names if _serves(name, deterministic=deterministic)), None)
+        PICKED[key] = kernel
         logger.info("attention on %s in %s: %s", device, dtype, kernel.name if kernel else "PyTorch's sdpa")
     return PICKED[key]

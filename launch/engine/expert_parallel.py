@@ -55,13 +55,15 @@ class Experts(GroupedExperts):  # type: ignore[misc]
         return out_NH
 
     def _products(self, x_NA: torch.Tensor, ends_L: torch.Tensor, *weights_LBA: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        by = triton_products() if self.use_triton_grouped_mm and self.num_experts > 1 else OURS
+        theirs = self.use_triton_grouped_mm and self.num_experts > 1 and not torch.are_deterministic_algorithms_enabled()
+        by = triton_products() if theirs else OURS
         return grouped_linears(x_NA, ends_L, *weights_LBA, by=by)
 
 
 @cache
 def triton_products() -> Products:
-    """DeepSpeed's Triton kernels, for several experts on a GPU before sm90 where ours are switched off. Not by way of their
+    """DeepSpeed's Triton kernels, for several experts on a GPU before sm90 where ours are switched off; not under
+    `--deterministic`, since they try out their tiles and a restart may choose others. Not by way of their
     `group_gemm_triton`, which keeps for its backward what it was given: of two weights the joined copy, by formula 4.8 GB for
     `4b` with all experts on a rank."""
     from deepspeed.ops.triton_ops.group_gemm_triton import _group_gemm, _grouped_dw

@@ -60,6 +60,7 @@ class TrainArguments:
     attn_implementation: str
     activation_checkpointing: str | None
     compile: bool | None
+    deterministic: bool
     document_mask: bool
     rope_factor: float | None
     spike_sigma: float
@@ -146,6 +147,7 @@ def _add_how(p: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="each block's attention and norms by torch.compile; default: the JSON's compile.autoep_non_moe",
     )
+    p.add_argument("--deterministic", action="store_true", help="the same numbers, to the bit, on GPUs too; slower")
     p.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights, data order and dropout")
     p.add_argument("--spike_sigma", type=float, default=6.0, metavar="X", help="deviations over the mean that skip a step; 0: off")
     p.add_argument("--spike_window", type=int, default=128, metavar="N", help="steps that mean and deviation are taken over")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError, say
-from data.files import make_folder, read_json, replace_file, replace_json, small_file, sync_folder
+from data.files import lookup, make_folder, read_json, replace_file, replace_json, small_file, sync_folder
 from data.redact import redact
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
@@ -35,13 +35,15 @@ def check_same_run(folder: Path, identity: RunIdentity) -> None:
         raise UserError(f"--output {folder} holds another run: {listed(found)}; name another --output, or the run's own settings")
 
 
-def changed_settings(folder: Path, deepspeed: dict[str, Any]) -> list[str]:
-    """How the DeepSpeed JSON differs from that of the run in `folder`, as `optimizer.params.lr: 0.001 -> 0.01`.
+def changed_settings(folder: Path, deepspeed: dict[str, Any], *, deterministic: bool) -> list[str]:
+    """How the DeepSpeed JSON differs from that of the run in `folder`, as `optimizer.params.lr: 0.001 -> 0.01`; and
+    `deterministic`, without which GPUs round otherwise.
 
     Raises UserError for another optimizer: the state of one is not the other's.
     """
     try:
-        held = settings_of_run(read_json(folder / "config.json"))
+        config = read_json(folder / "config.json")
+        held, was = settings_of_run(config), bool(lookup(config, "arguments.deterministic", False))
         before, now = held["optimizer"]["type"], deepspeed["optimizer"]["type"]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # a checkpoint that was taken out of its run
@@ -50,7 +52,7 @@ def changed_settings(folder: Path, deepspeed: dict[str, Any]) -> list[str]:
             f"{folder} was trained with optimizer.type {before}, and {now}, which the JSON asks for, cannot go on from its state; "
             f"keep {before}, or start a new run from an export with --init_from"
         )
-    return differences(held, deepspeed)
+    return differences(held, deepspeed) + differences(was, deterministic, "--deterministic")
 
 
 def _has_text(path: Path) -> bool:

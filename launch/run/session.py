@@ -142,10 +142,11 @@ class Session:
         return checkpoints, checkpoints.choose(self.arguments.resume)
 
     def compare_settings(self, choice: ResumeChoice, ranks: ControlGroup) -> list[str]:
-        """What the JSON says otherwise than when the checkpoint was made. Before `publish_config` writes over it."""
+        """What JSON and flags say otherwise than when the checkpoint was made. Before `publish_config` writes over it."""
         if not isinstance(choice, ResumeFrom):
             return []
-        return ranks.run_on_rank0(lambda: run_folder.changed_settings(run_of(choice.path), self.run.deepspeed))
+        folder, deterministic = run_of(choice.path), self.arguments.deterministic
+        return ranks.run_on_rank0(lambda: run_folder.changed_settings(folder, self.run.deepspeed, deterministic=deterministic))
 
     def build(self, choice: ResumeChoice, ranks: ControlGroup) -> DeepSpeedEngine:
         """The weights depend on the seed alone and are the same on all ranks; what is drawn after them (dropout) may differ."""

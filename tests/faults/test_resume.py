@@ -58,6 +58,15 @@ def test_at_the_edge_of_an_epoch(site: Site, tmp_path: Path) -> None:
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+def test_with_deterministic_algorithms_a_cpu_computes_the_same(site: Site, whole: Path, tmp_path: Path) -> None:
+    """The flag from a checkpoint on, which is said: on CPUs every sum has its order without it."""
+    run = tmp_path / "run"
+    site.finish(run, stop_after=5)
+    said = site.finish(run, extra=["--deterministic"]).text()
+    assert "changed since this checkpoint's run, and used from the first step on: --deterministic: false -> true" in said
+    assert_same(run, whole)
+
+
 @pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_under_every_zero_stage(site: Site, tmp_path: Path, stage: int, mode: str) -> None:

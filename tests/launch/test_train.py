@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nursery import Nursery
 from support import ROOT, metrics
 
 from launch.checkpoint import manifest
@@ -45,6 +46,15 @@ def changed(flags: list, **changes: object) -> list:
 def test_two_ranks_speak_once(flags: list, run_train, tmp_path: Path) -> None:
     sentence = refuse(run_train(2, *changed(flags, data=tmp_path / "nowhere")))
     assert "no shards at" in sentence and "nowhere" in sentence and "preprocess.py" in sentence
+
+
+def test_every_rank_is_deterministic_before_it_joins(flags: list, nursery: Nursery, tmp_path: Path) -> None:
+    """What cuBLAS would be told is refused; later it would not hear of it."""
+    given, errors = [*flags, "--deterministic"], tmp_path / "errors"
+    env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2"}
+    assert nursery.start(2, "launch/train.py", *given, log=tmp_path / "log", errors=errors, env=env).wait() == [2, 2]
+    (sentence,) = errors.read_text().splitlines()
+    assert "--deterministic needs CUBLAS_WORKSPACE_CONFIG to be :4096:8 or :16:8, not ':4096:2'" in sentence
 
 
 FP16 = ROOT / "tests" / "fixtures" / "fp16.json"

@@ -3,7 +3,7 @@ kernel present against the formula: `pytest -m gpu tests/model`."""
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,14 @@ from model.flash import PICKED, CpuFlash, FlashKernel, FlashOutput, kernel_prefe
 from model.mask import AttentionMask, causal_mask
 from model.sinks import attend_with_sinks
 from tests import reference
+
+
+@pytest.fixture
+def switch() -> Iterator[Callable[[bool], None]]:
+    """Of PyTorch's deterministic algorithms; as before at the end."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +100,7 @@ class Standin:
     """
 
     cpu = CpuFlash()
+    told: Any = None  # what the last backward was told of `deterministic`
 
     @classmethod
     def forward(cls, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, cu: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,7 +134,8 @@ class Standin:
         cls, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
         window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
-        assert rng_state is not None and not deterministic and alibi_slopes is None
+        assert rng_state is not None and alibi_slopes is None
+        cls.told = deterministic
         gradients = cls.backward(dout, q, k, v, out, softmax_lse, causal, softmax_scale, None)
         for into, gradient in zip((dq, dk, dv), gradients, strict=True):
             into.copy_(gradient)
@@ -144,7 +154,8 @@ class Standin:
         cls, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
-        assert rng_state is not None and not deterministic and alibi_slopes is None
+        assert rng_state is not None and alibi_slopes is None
+        cls.told = deterministic
         gradients = cls.backward(dout, q, k, v, out, softmax_lse, causal, softmax_scale, cu_seqlens_q)
         for into, gradient in zip((dq, dk, dv), gradients, strict=True):
             into.copy_(gradient)
@@ -161,7 +172,9 @@ class Standin:
     def fa3_backward(
         cls, dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
         max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        *, deterministic=False,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
+        cls.told = deterministic
         gradients = cls.backward(dout, q, k, v, out, softmax_lse, is_causal, softmax_scale, cu_seqlens_q)
         for into, gradient in zip((dq, dk, dv), gradients, strict=True):
             into.copy_(gradient)
@@ -177,6 +190,14 @@ class Standin:
 
     @classmethod
     def fa4_backward(
+        cls, q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, cu_seqlens_q=None, cu_seqlens_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, deterministic=False,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        cls.told = deterministic
+        return cls.backward(dout, q, k, v, out, lse, causal, softmax_scale, cu_seqlens_q)
+
+    @classmethod
+    def first_fa4_backward(
         cls, q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, cu_seqlens_q=None, cu_seqlens_k=None,
         max_seqlen_q=None, max_seqlen_k=None,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -204,11 +225,34 @@ PACKED = torch.cat((torch.arange(30), torch.arange(1), torch.arange(46)))[None].
 
 @pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3", "flash_attn_4"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_adapters_call_the_packages_right(name: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_adapters_call_the_packages_right(
+    name: str, packed: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch, switch: Callable[[bool], None]
+) -> None:
+    switch(deterministic)
     install_standin(name, monkeypatch)
+    monkeypatch.setattr(Standin, "told", None)
     kernel = load_kernel(name)
     assert kernel is not None and kernel.name == {"flash_attn_2": "flash-attn 2.8.3"}.get(name, name.replace("_attn_", "-attn "))
     against_the_formula(name, torch.device("cpu"), torch.float64, packed, limit=1e-9)
+    assert Standin.told is deterministic
+
+
+def test_a_kernel_that_keeps_no_order_is_passed_over_where_one_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, switch: Callable[[bool], None]
+) -> None:
+    """The first releases of flash-attn 4; without the switch they are taken and told nothing."""
+    monkeypatch.setattr(Standin, "fa4_backward", Standin.first_fa4_backward)
+    install_standin("flash_attn_4", monkeypatch)
+    monkeypatch.setattr(flash, "kernel_preference", lambda *_: ("flash_attn_4", "torch"))
+    against_the_formula("flash_attn_4", torch.device("cpu"), torch.float64, False, limit=1e-9)
+    names = []
+    for deterministic in (False, True, False):  # the answer is kept, for each of the two
+        switch(deterministic)
+        picked = pick_kernel(torch.device("cpu"), torch.bfloat16, 64)
+        assert picked is not None
+        names.append(picked.name)
+    assert names == ["flash-attn 4", "PyTorch's CUDA flash kernel", "flash-attn 4"]
 
 
 def against_the_formula(
@@ -284,6 +328,25 @@ def test_lengths_on_a_gpu(name: str, length: int, head_dim: int) -> None:
     skip_unless_usable(name)
     device = torch.device("cuda")
     against_the_formula(name, device, torch.bfloat16, False, limit=0.012, length=length, head_dim=head_dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_are_the_same_to_the_bit_on_a_gpu(name: str, packed: bool, switch: Callable[[bool], None]) -> None:
+    skip_unless_usable(name)
+    switch(True)
+    kernel, device = load_kernel(name), torch.device("cuda")
+    if kernel is None or not kernel.deterministic:
+        pytest.skip(f"{name} has no deterministic backward")
+    shapes = [(4, 2048, heads, 64) for heads in (24, 8, 8)]
+    leaves = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    positions = torch.arange(512, device=device).repeat(4)[None].expand(4, -1) if packed else None
+    mask, sinks = causal_mask((4, 2048), 0, device, position_ids=positions), torch.randn(24, device=device)
+    out = flash_attention(*leaves, sinks, mask, kernel=name)
+    dout = torch.randn_like(out)
+    first, *others = (torch.autograd.grad(out, leaves, dout, retain_graph=True) for _ in range(10))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.gpu

@@ -5,10 +5,12 @@ Triton is not in the main environment, where it would switch DeepSpeed's own pat
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from support import ROOT
 from torch.library import CustomOpDef
 
 from model import operators
@@ -103,6 +105,17 @@ def test_equal_scores_choose_the_lower_index(found: Found) -> None:
 def test_a_target_past_the_vocabulary_makes_the_loss_no_number(found: Found) -> None:
     """Where PyTorch's own kernel ends the process; what lay there was another row's."""
     assert found.errors["impossible targets"] == 0
+
+
+def test_what_programs_add_up_together_is_integers() -> None:
+    """An atomic sum of floats would depend on who comes first: `--deterministic` promises that nothing here does."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "model" / "kernels").glob("*.py")]
+    calls = [ast.unparse(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    atomic = [call for call in calls if call.startswith("tl.atomic_")]
+    assert len(atomic) == 2 and any("tl.sum(hits, axis=0).to(tl.int64)" in call for call in atomic)
+    assert any(", one, mask=" in call for call in atomic)
+    assert any(call == "tl.full((TOKENS, E), 1, dtype=tl.int64)" for call in calls)  # one
+    assert not any("autotune" in ast.unparse(tree) for tree in trees)  # nor on which tile was the fastest today
 
 
 def test_kernels_are_for_gpus_and_not_for_float64() -> None:

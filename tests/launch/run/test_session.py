@@ -125,7 +125,8 @@ def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
     folder.symlink_to(disk)
     held, asked = ({"optimizer": {"type": "AdamW", "params": {"lr": rate}}} for rate in (1, 2))
     (tmp_path / "run" / "config.json").write_text(json.dumps({"deepspeed": held}))
-    now: Any = SimpleNamespace(run=SimpleNamespace(deepspeed=asked))
+    flags = SimpleNamespace(deterministic=False)
+    now: Any = SimpleNamespace(run=SimpleNamespace(deepspeed=asked), arguments=flags)
 
     def compared(path: Path) -> list[str]:
         choice = ResumeFrom(message="", path=path, state=TrainingState(step=4, samples=0, tokens=0))
@@ -137,6 +138,8 @@ def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
     monkeypatch.chdir(folder)
     for inside in ("step_4", "../checkpoints/step_4"):
         assert compared(Path(inside)) == ["optimizer.params.lr: 1 -> 2"]
+    flags.deterministic = True  # of a run from before the flag
+    assert compared(Path("step_4")) == ["optimizer.params.lr: 1 -> 2", "--deterministic: false -> true"]
 
 
 @pytest.mark.parametrize("own", [True, False])
