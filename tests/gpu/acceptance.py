@@ -233,19 +233,32 @@ def speeds(pairs: list[tuple[Figures, Figures]]) -> tuple[float, float]:
 
 
 def resume(site: Site) -> Figures:
-    """The second half again from the checkpoint in the middle: equal to the bit where the kernels are deterministic."""
+    """The second half again from the checkpoint in the middle; then so of a run with `--deterministic`, equal to the bit."""
+    apart = second_half_again(site, "resume", site.run, bound=1e-2 if site.on_gpu else 0)
+    flag, run = "--deterministic", site.folder / "deterministic"
+    shutil.rmtree(run, ignore_errors=True)
+    logged = site.train("deterministic", run, site.config("zero2"), site.steps, flag)
+    second_half_again(site, "deterministic_resume", run, flag, bound=0)
+    shutil.rmtree(run / "checkpoints")
+    slower = speeds(list(zip(logged, rows(site.run), strict=True))[len(logged) // 2 :])
+    return {"largest_relative_difference": apart, "bit_equal": apart == 0, "deterministic_speed_to_not": slower[0] / slower[1]}
+
+
+def second_half_again(site: Site, name: str, run: Path, *flags: object, bound: float) -> float:
+    """The losses' largest relative difference to those of `run`, which must be within the bound."""
     copy = site.folder / "resumed"
-    before = {row["step"]: row["loss"] for row in rows(site.run)}
+    before = {row["step"]: row["loss"] for row in rows(run)}
     middle = site.steps // 2
-    copied(site.run, copy)
+    copied(run, copy)
     shutil.rmtree(copy / "checkpoints" / f"step_{site.steps}")
     (copy / "checkpoints" / "latest").write_text(f"step_{middle}", encoding="utf-8")
-    after = {row["step"]: row["loss"] for row in site.train("resume", copy, site.config("zero2"), site.steps)}
+    after = {row["step"]: row["loss"] for row in site.train(name, copy, site.config("zero2"), site.steps, *flags)}
     apart = largest(abs(after[step] - before[step]) / abs(before[step]) for step in before if step > middle)
-    if not apart <= (1e-2 if site.on_gpu else 0):
-        raise StationFailed(f"losses after resuming differ by {apart:.2e} of themselves")
+    if not apart <= bound:
+        how = " ".join(["resuming", *(f"with {flag}" for flag in flags)])
+        raise StationFailed(f"losses after {how} differ by {apart:.2e} of themselves")
     shutil.rmtree(copy)
-    return {"largest_relative_difference": apart, "bit_equal": apart == 0}
+    return apart
 
 
 def convert(site: Site) -> Figures:

@@ -85,6 +85,34 @@ def test_why_pytorch_sees_no_gpu_is_said_before_any_station(monkeypatch: pytest.
     )
 
 
+def test_a_resume_with_the_flag_must_be_equal_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: without it the last bits may differ."""
+    trained: dict[str, tuple[object, ...]] = {}
+    apart = {"resume": 1e-3, "deterministic_resume": 0.0}
+
+    def train(self: acceptance.Site, name: str, output: Path, config: Path, steps: int, *flags: object) -> list[dict]:
+        trained[name] = flags
+        if "resume" in name:
+            assert (output / "checkpoints" / "latest").read_text() == "step_2"
+        losses = {step: 5.0 + (apart.get(name, 0.0) if step > 2 else 0.0) for step in range(1, steps + 1)}
+        logged = [{"step": step, "loss": loss, "tokens_per_second": 10} for step, loss in losses.items()]
+        for step in (2, 4):
+            (output / "checkpoints" / f"step_{step}").mkdir(parents=True, exist_ok=True)
+        (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+        return logged
+
+    monkeypatch.setattr(acceptance.Site, "train", train)
+    here = site(tmp_path, device="cuda")
+    here.train("train", here.run, tmp_path, 4)
+    found = acceptance.resume(here)
+    assert found == {"largest_relative_difference": pytest.approx(2e-4), "bit_equal": False, "deterministic_speed_to_not": 1.0}
+    flag = ("--deterministic",)
+    assert trained == {"train": (), "resume": (), "deterministic": flag, "deterministic_resume": flag}
+    apart["deterministic_resume"] = 1e-9
+    with pytest.raises(acceptance.StationFailed, match=r"after resuming with --deterministic differ by 2\.00e-10"):
+        acceptance.resume(here)
+
+
 @pytest.mark.slow
 def test_every_station_on_a_cpu(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
