@@ -26,10 +26,12 @@ def job_of_run(config: dict[str, Any], ranks_per_node: int) -> Job:
 
 
 def memory_line(job: Job, measured: float, *, on_gpu: bool) -> str:
-    """`measured`: bytes, of a GPU its allocator's peak, of a CPU what the process grew by since before its engine."""
+    """`measured`: bytes, of a GPU its allocator's peak in the rehearsal, of a CPU what the process grew by since before its engine,
+    and so while the model was built too."""
     memory = plan_memory(job, on_gpu=on_gpu)
+    planned = memory.live if on_gpu else memory.live + memory.build
     what = "allocated at most" if on_gpu else "the process grew by"
-    return f"memory of a rank: {memory.live / GB:,.2f} GB of tensors by the plan, {what} {measured / GB:,.2f} GB in the rehearsal"
+    return f"memory of a rank: {planned / GB:,.2f} GB of tensors by the plan, {what} {measured / GB:,.2f} GB in the rehearsal"
 
 
 def duration_line(job: Job, device_name: str | None, steps: int, save_interval: int) -> str | None:

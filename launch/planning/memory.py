@@ -1,6 +1,7 @@
 """What a rank needs at its fullest moment, by part. Bytes; DeepSpeed 0.19.8's layout, read in its source and counted on an engine.
 
-Two moments can be the fullest: the backward of the last micro-batch, and the optimizer's step after it.
+Two moments of training can be the fullest: the backward of the last micro-batch, and the optimizer's step after it. Before them
+every rank builds the whole model in fp32, of which it keeps its own experts, in its weights' type.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 from launch.planning.activations import kept_activations
 from launch.planning.job import Job
+from model.accounting import count_parameters
 
 GB = 1e9
 FP32 = 4
@@ -36,14 +38,15 @@ class Memory:
     exchange: float
     step: float  # temporaries of the optimizer's step
     not_at_once: float  # of the parts above, what is never there at the same time; 0 or less
+    build: float  # what the whole model takes beyond training, before its experts are spread over the ranks
     runtime: float
     worst: float
     host: float  # with offload, optimizer state and gradients in host memory
 
     @property
     def live(self) -> float:
-        """Of the tensors alone."""
-        return self.total - self.runtime
+        """Of the tensors alone, as it trains."""
+        return self.total - self.runtime - self.build
 
     @property
     def total(self) -> float:
@@ -57,14 +60,15 @@ class Memory:
 def plan_memory(job: Job, *, on_gpu: bool = True) -> Memory:
     """`on_gpu=False` is what a CPU holds: without kernels of ours, and no context."""
     parts = _parts(job, on_gpu, load=1.0)
-    fullest = _fullest(job, parts)
+    fullest, whole = _fullest(job, parts), FP32 * float(count_parameters(job.sizes).total)
     # At most all rows of its expert group come to one rank.
-    loaded = _parts(job, on_gpu, load=min(WORST_LOAD, job.ep_size))
+    loaded = _fullest(job, _parts(job, on_gpu, load=min(WORST_LOAD, job.ep_size)))
     return Memory(
         **parts,
         not_at_once=fullest - sum(parts.values()),
+        build=max(0.0, whole - fullest),
         runtime=CONTEXT_BYTES + FRAGMENT_SHARE * fullest if on_gpu else 0.0,
-        worst=_fullest(job, loaded) - fullest,
+        worst=max(loaded, whole) - max(fullest, whole),
         host=_optimizer(job) + job.shard * job.master_bytes if job.offloads_optimizer else 0.0,
     )
 

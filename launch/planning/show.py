@@ -25,6 +25,7 @@ PARTS = {
     "exchange": "all-to-all buffers",
     "step": "optimizer's step",
     "not_at_once": "never at the same time",
+    "build": "building the model, beyond that",
     "runtime": "context, NCCL, allocator",
 }
 
@@ -76,6 +77,8 @@ def _memory(answer: dict[str, Any]) -> str:
     if answer["to_fit"]:
         verdict += f"; to fit, change {_changed(answer['to_fit'])}"
     lines = ["memory of a GPU at its fullest, GB (10^9 bytes)", table(rows), wrapped(verdict)]
+    if memory["build"] >= 0.005:
+        lines.append("that is at the start, where each rank builds the whole model in fp32; training takes less")
     if memory["host"]:
         lines.append(f"and {memory['host']:.1f} GB of host memory for each GPU")
     return "\n".join(lines)

@@ -33,8 +33,15 @@ def violations(load_YE: Tensor) -> tuple[list[float], list[float]]:
     return most, least
 
 
+def forget_peak() -> None:
+    """From here on `memory_bytes` of a GPU is training's: each rank has built the whole model in fp32, which with many expert ranks
+    is the most that it ever holds."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def memory_bytes() -> float:
-    """The most that this process has held: of a GPU in tensors, of a CPU all of it."""
+    """The most that this process has held: of a GPU in tensors since `forget_peak`, of a CPU all of it."""
     if torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -32,7 +32,7 @@ from launch.run import preflight
 from launch.run.arguments import TrainArguments
 from launch.run.assemble import begin_records, greet, make_trainer, say_what_to_expect
 from launch.run.environment import describe_environment
-from launch.run.health import memory_bytes
+from launch.run.health import forget_peak, memory_bytes
 from launch.run.initial_weights import load_weights
 from launch.run.resolve import ResolvedRun
 from launch.run.shards_check import sample_of_bytes, verify_everywhere
@@ -213,6 +213,7 @@ class Session:
     def rehearse(self, trainer: Trainer, ranks: ControlGroup, config: dict[str, Any]) -> None:
         """With the run's own next batch, so after the position is known. From then on an error is no mistake in the input."""
         self.watchdog.phase("preflight: one step at full size")
+        forget_peak()
         preflight.rehearse(trainer, ranks)
         hosts = ranks.gather(here())  # not the GPUs that this rank sees, which may be its own alone
         say_what_to_expect(trainer, config, memory_bytes() - self.memory_before, ranks_per_node=hosts.count(hosts[0]))

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 from nursery import Nursery
+from planner_job import job as plan_job
 
 from launch.engine import strategy
 from launch.planning.activations import kept_activations
 from launch.planning.communication import groups, traffic
 from launch.planning.devices import find_device
+from launch.planning.expectation import memory_line
 from launch.planning.job import Job, job_from
 from launch.planning.memory import plan_memory, remaining_gradients
+from launch.planning.search import candidate
 from launch.planning.time import HELD_BYTES, optimizer_seconds
+from model.accounting import count_parameters
 from model.sizes import PRESETS_FOLDER, ModelSizes
 
 TOLERANCE = 0.10  # of what is measured
@@ -210,6 +214,23 @@ def test_a_tied_head_is_one_matrix(model: str, bucket: int, micro_batch: int, ac
     """In MB, as `test_a_tied_head` has measured it."""
     job = planned(case(model, stage=2, ranks=1, bucket=bucket, micro_batch=micro_batch, accumulation=accumulation))
     assert plan_memory(job, on_gpu=False).live == pytest.approx(measured * 1e6, rel=0.006)
+
+
+def test_a_card_that_cannot_build_the_model_does_not_fit_it() -> None:
+    """`4b` with its experts on eight ranks trains in less than the whole model in fp32, which each builds first."""
+    spread = plan_job("4b", micro_batch=1, recompute="full")
+    memory, whole = plan_memory(spread), 4 * count_parameters(spread.sizes).total
+    assert memory.build > 0 and memory.live + memory.build == pytest.approx(whole)
+    assert memory.live < 0.8 * whole and memory.total == pytest.approx(whole + memory.runtime)
+    assert memory.worst == 0  # three times the rows are less than the build too
+    line = memory_line(spread, 6.5e9, on_gpu=True)
+    assert f"{memory.live / 1e9:,.2f} GB of tensors by the plan, allocated at most 6.50 GB in the rehearsal" in line
+    on_cpu = plan_memory(spread, on_gpu=False)
+    assert f"{whole / 1e9:,.2f} GB" in memory_line(spread, 0.0, on_gpu=False) and on_cpu.build > 0
+    card = dataclasses.replace(find_device("h200"), memory_gib=(memory.live + memory.runtime + 1e9) / 2**30)
+    assert not candidate(spread, card).fits
+    alone = plan_memory(plan_job("4b", ranks=1, ranks_per_node=1, expert_ranks=1))
+    assert alone.build == 0 and alone.live > 3 * whole
 
 
 @pytest.mark.slow

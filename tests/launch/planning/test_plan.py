@@ -53,6 +53,13 @@ def test_the_usual_question() -> None:
     assert sum(found["limits"].values()) == pytest.approx(1, abs=0.001)
 
 
+def test_where_the_build_is_the_fullest_moment_it_is_said() -> None:
+    said = plan("--model", "4b", "--gpu", "h200", "--num_gpus", "8", "--activation_checkpointing", "full").stdout
+    told = "that is at the start, where each rank builds the whole model in fp32; training takes less"
+    assert "building the model, beyond that" in said and told in said
+    assert told not in plan(*USUAL).stdout
+
+
 def test_a_budget_below_a_step_is_a_step() -> None:
     """Training refuses --max_steps 0."""
     assert answer(*USUAL, "--tokens", "1e5")["steps"] == 1
