@@ -15,16 +15,24 @@ import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.flags import at_least_one
 from launch.benchmarks.contestant_processes import PHASES, TIMEOUT, Remote, contestants
 from launch.engine.strategy import CHECKPOINTING_MODES
 from model.sizes import ATTENTION_IMPLEMENTATIONS
 
+if TYPE_CHECKING:
+    from launch.planning.job import Job
+
 RATIOS = ("ratio", "ratio_without_optimizer", "cpu_ratio")
 COLUMNS = (*(f"{phase}_ms" for phase in PHASES), "total_ms", "tokens_per_second_per_rank", *RATIOS)
 UNTIMED = 2
+#: Of a peer's logits, which it holds whole where our loss goes chunk by chunk: in bf16 and fp32, and gradients. `benchmark.py
+#: roofline` counts 8.2 GB at 16,384 tokens of `800m`.
+LOGIT_BYTES = 10
+#: A process's CUDA context. Assumption of `launch/planning/memory.py`, NCCL aside.
+CONTEXT = 0.5e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with contestants(names, arguments) as remotes:
         join.start(TIMEOUT, backend="gloo")  # to agree on turns; the contestants have groups of their own
         stage = Stage(arguments)
+        check_room(names, stage, ranks, arguments)
         seconds = take_turns(remotes, arguments.steps)
     mode = stage.strategy.activation_checkpointing
     result: dict[str, Any] = {
@@ -76,18 +85,64 @@ def prediction(stage: Any, ranks: int, arguments: argparse.Namespace, seconds: f
     """Of our step, beside the measured one; None on a device that the planner has no data of, such as a CPU."""
     from launch.engine.hardware import gpu_name
     from launch.planning.expectation import beside_measured
+
+    return beside_measured(job_of(stage, ranks, arguments), gpu_name(), seconds)
+
+
+def job_of(stage: Any, ranks: int, arguments: argparse.Namespace, **sizes: int) -> Job:
+    """Our step as the planner knows it, with other sizes of the model where given."""
     from launch.planning.job import job_from
     from model.sizes import ModelSizes
 
-    job = job_from(
-        ModelSizes.of(stage.config.to_dict()),
+    return job_from(
+        ModelSizes.of({**stage.config.to_dict(), **sizes}),
         stage.settings,
         ranks=ranks,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
         sequence_length=arguments.sequence_length,
         attention=arguments.attn_implementation,
     )
-    return beside_measured(job, gpu_name(), seconds)
+
+
+def together(names: Sequence[str], job: Job) -> float:
+    """Bytes of a GPU that they take at least, all at once: what one has needed its allocator keeps while it sleeps.
+
+    Ours by the plan, a peer as much and its logits. Not counted: what its activations take beyond ours, by `roofline` half as much
+    again and more.
+    """
+    from launch.planning.memory import plan_memory
+
+    peers = sum(not name.startswith("ours") for name in names)
+    logits = LOGIT_BYTES * job.tokens * job.sizes.vocab_size
+    return len(names) * (plan_memory(job).live + CONTEXT) + peers * logits
+
+
+def check_room(names: Sequence[str], stage: Any, ranks: int, arguments: argparse.Namespace) -> None:
+    """Raises AgreedError where they do not fit onto a GPU together, with how many layers would. Collective."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    from data.cli import say
+    from launch.cli import AgreedError
+
+    if get_accelerator().device_name() != "cuda":
+        return
+    free = torch.tensor(torch.cuda.mem_get_info()[0], dtype=torch.float64)
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)
+
+    def needed(layers: int) -> float:
+        return together(names, job_of(stage, ranks, arguments, num_hidden_layers=layers))
+
+    layers = stage.config.num_hidden_layers
+    least, room = needed(layers), float(free)
+    what = f"the {len(names)} contestants share a GPU and need at least {least / 1e9:.1f} GB of it, {room / 1e9:.1f} GB"
+    if least > room:
+        fitting = max((n for n in range(1, layers) if needed(n) <= room), default=0)
+        fewer = f"--layers {fitting} or " if fitting else ""
+        raise AgreedError(f"{what} are free; take {fewer}fewer --contestants, a smaller --micro_batch or --sequence_length")
+    if dist.get_rank() == 0:
+        say(f"{what} are free")
 
 
 def chosen(wanted: Sequence[str] | None, ranks: int) -> list[str]:

@@ -54,6 +54,7 @@ class Site:
     length: int
     limit: float
     gpu: str | None = None  # by the driver's name
+    memory: float = 0.0  # bytes of the GPU
 
     @property
     def shards(self) -> Path:
@@ -341,6 +342,22 @@ def benchmark(name: str, gpu: Iterable[object], cpu: Iterable[object]) -> Callab
     return station
 
 
+#: For `benchmark.py step`, by the least bytes of a GPU on which all contestants fit together with room to spare.
+STEP_SIZES = (
+    (70e9, ("--model", "800m", "--layers", 4, "--micro_batch", 4, "--sequence_length", 2048)),
+    (40e9, ("--model", "800m", "--layers", 2, "--micro_batch", 1, "--sequence_length", 2048)),
+    (22e9, ("--model", "60m", "--micro_batch", 2, "--sequence_length", 2048)),
+    (0, ("--model", "tiny", "--micro_batch", 4, "--sequence_length", 1024)),
+)
+
+
+def step(site: Site) -> Figures:
+    """`launch/benchmark.py step`: ours beside its peers, all of which share the GPU."""
+    size = next(flags for least, flags in STEP_SIZES if site.memory >= least)
+    small = ("--model", "tiny", "--sequence_length", 64, "--micro_batch", 2, "--steps", 1)
+    return benchmark("step", (*size, "--deepspeed_config", "ds_configs/ep1_zero2.json"), small)(site)
+
+
 STATIONS: dict[str, Callable[[Site], Figures]] = {
     "kernels": kernels,
     "data": data,
@@ -354,11 +371,7 @@ STATIONS: dict[str, Callable[[Site], Figures]] = {
     "attention": benchmark("attention", (), ("--device", "cpu", "--length", 128, "--repeats", 1)),
     "loss": benchmark("loss", (), ("--device", "cpu", "--tokens", 512, "--hidden", 64, "--vocabulary", 2048, "--repeats", 1)),
     "moe": benchmark("moe", (), ("--device", "cpu", "--model", "tiny", "--tokens", 256, "--repeats", 1)),
-    "step": benchmark(
-        "step",
-        ("--model", "800m", "--sequence_length", 2048, "--deepspeed_config", "ds_configs/ep1_zero2.json"),
-        ("--model", "tiny", "--sequence_length", 64, "--micro_batch", 2, "--steps", 1),
-    ),
+    "step": step,
     "growth": benchmark(
         "growth",
         (),
@@ -406,11 +419,17 @@ def _row(name: str, result: Figures) -> str:
 
 def facts(site: Site) -> Figures:
     """Machine and versions, as far as they can be had without failing."""
-    code = "import json, torch; name = torch.cuda.get_device_name() if torch.cuda.is_available() else None; "
-    code += "print(json.dumps([torch.__version__, name]))"
+    code = "import json, torch; gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None; "
+    code += "print(json.dumps([torch.__version__, gpu and gpu.name, gpu and gpu.total_memory]))"
     done = subprocess.run([sys.executable, "-c", code], env=site.environment(), capture_output=True, text=True, check=True)
-    torch_version, gpu = json.loads(done.stdout.splitlines()[-1])
-    return {"gpu": gpu, "machine": platform.machine(), "torch": torch_version, "python": platform.python_version()}
+    torch_version, gpu, memory = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "gpu": gpu,
+        "gpu_memory": memory,
+        "machine": platform.machine(),
+        "torch": torch_version,
+        "python": platform.python_version(),
+    }
 
 
 def lacking(machine: Figures) -> str | None:
@@ -454,7 +473,8 @@ def main() -> int:
     if site.on_gpu and (said := lacking(machine)):
         print(f"error: {said}", file=sys.stderr)
         return 2
-    site = replace(site, gpu=machine["gpu"] if site.on_gpu else None)
+    if site.on_gpu:
+        site = replace(site, gpu=machine["gpu"], memory=machine["gpu_memory"])
     print(" ".join(f"{k} {v}" for k, v in machine.items()), flush=True)
     results = run(site, arguments.only or list(STATIONS), time.monotonic() + 60 * arguments.minutes)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import statistics
 from argparse import Namespace
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 from nursery import Nursery
 
 from data.cli import UserError
 from launch.benchmarks import contestant_processes
 from launch.benchmarks.contestant_processes import PHASES
 from launch.benchmarks.contestants import ALONE, CONTESTANTS
-from launch.benchmarks.step import COLUMNS, chosen, prediction
+from launch.benchmarks.step import COLUMNS, check_room, chosen, job_of, prediction, together
+from launch.cli import AgreedError
 from launch.engine import strategy
 from model import MoEGPTConfig
 
@@ -47,6 +50,43 @@ def test_all_take_part_and_the_figures_are_those_of_their_steps(measured: dict[s
         assert row["cpu_ratio"] == pytest.approx(statistics.median(pairs))
         assert all(step[phase] > 0 for step in row["steps"] for phase in PHASES)
     assert ours["ratio"] == 1 and result["predicted"] is None  # of a CPU nobody has a data sheet
+
+
+def plain_stage(layers: int, micro_batch: int) -> Namespace:
+    path = strategy.CONFIG_FOLDER / "ep1_zero2.json"
+    settings = strategy.read_config(path)
+    settings.update(train_batch_size="auto", train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=1)
+    settings = strategy.resolve_config(settings, path, world_size=1, num_experts=8, max_steps=10)
+    return Namespace(config=MoEGPTConfig.preset("800m", num_hidden_layers=layers), settings=settings, mode="none")
+
+
+def test_what_does_not_fit_onto_the_card_together_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They ran out of memory there, one after the other kept what it had needed."""
+    told: list[str] = []
+    monkeypatch.setattr("data.cli.say", told.append)
+    shared = Namespace(sequence_length=2048, attn_implementation="flash")
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cuda")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (83e9, 85e9))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda free, op: free.fill_(80e9))  # another rank's GPU has less
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    with pytest.raises(AgreedError) as refused:
+        check_room(list(CONTESTANTS), plain_stage(24, 8), 1, shared)
+    said = re.search(
+        r"5 contestants share a GPU and need at least ([\d.]+) GB of it, 80.0 GB are free; take --layers (\d+) or",
+        str(refused.value),
+    )
+    assert said and 5 * 28.4 < float(said[1]) < 207  # ours alone by the plan, and what was counted of all
+    layers = int(said[2])
+    check_room(list(CONTESTANTS), plain_stage(layers, 8), 1, shared)
+    assert len(told) == 1 and "5 contestants share a GPU and need at least" in told[0] and told[0].endswith("80.0 GB are free")
+    with pytest.raises(AgreedError):
+        check_room(list(CONTESTANTS), plain_stage(layers + 1, 8), 1, shared)
+    check_room(["ours", "stock AutoEP"], plain_stage(24, 8), 1, shared)
+    job = job_of(plain_stage(24, 8), 1, shared)
+    alone, beside = (together(names, job) for names in (["ours"], ["ours", "stock AutoEP"]))
+    assert beside - 2 * alone == pytest.approx(8.2e9, rel=0.02)  # the peer's logits, as roofline counts them
 
 
 def test_on_a_known_gpu_the_plan_stands_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
