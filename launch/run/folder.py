@@ -52,7 +52,7 @@ def changed_settings(folder: Path, deepspeed: dict[str, Any], *, deterministic: 
             f"{folder} was trained with optimizer.type {before}, and {now}, which the JSON asks for, cannot go on from its state; "
             f"keep {before}, or start a new run from an export with --init_from"
         )
-    return differences(held, deepspeed) + differences(was, deterministic, "--deterministic")
+    return differences({**held, "--deterministic": was}, {**deepspeed, "--deterministic": deterministic})
 
 
 def _has_text(path: Path) -> bool:
