@@ -34,6 +34,15 @@ def test_a_file_of_one_broken_line_is_emptied(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+@pytest.mark.parametrize("half", [b"", b'{"step": 7, "lo'])
+def test_of_a_long_file_only_the_half_line_goes(half: bytes, tmp_path: Path) -> None:
+    """One of more than the 64 KiB at its end that are looked at."""
+    path, whole = tmp_path / "metrics.jsonl", b'{"step": 1, "loss": 2.5}\n' * 4000
+    path.write_bytes(whole + half)
+    JsonLines(path).close()
+    assert path.read_bytes() == whole
+
+
 FILL = """
 import resource, signal, sys
 from pathlib import Path

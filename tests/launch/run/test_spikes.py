@@ -86,6 +86,15 @@ def test_a_resume_with_a_smaller_window_judges_by_that_many() -> None:
     assert off.reason_to_skip(1e30, 1e30) is None and (off.losses, off.norms) == ([], [])
 
 
+def test_the_window_holds_the_latest_steps() -> None:
+    """By the first ones nothing of a curve that has fallen from 4 to 2 would be far out until it is at 4 again."""
+    one = guard(window=64)
+    for step in range(200):
+        one.accept_step(*((4.0, 4.0) if step < 100 else (2.0, 0.5)))
+    assert (one.losses, one.norms) == ([2.0] * 64, [0.5] * 64)
+    assert one.reason_to_skip(2.3, 0.5) and one.reason_to_skip(2.0, 2.0)
+
+
 def test_rollback_after_so_many_in_a_row() -> None:
     one = guard()
     assert [one.skip_step(), one.skip_step()] == [False, False]

@@ -206,8 +206,16 @@ def test_patience_is_for_evaluations_in_a_row() -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_best_that_could_not_be_saved_is_no_best(background: bool) -> None:
-    """`best` stayed at a worse one for ever: no later loss came below that of the checkpoint that is nowhere."""
+@pytest.mark.parametrize(
+    ("losses", "is_heard_of_between", "expected", "before"),
+    [([8.0, 7.0, 7.5, 7.6, 7.2], True, [1, 2, 4], (7.5, 2)), ([8.0, 7.0, 6.5, 6.8], False, [1, 2], (8.0, 0))],
+    ids=["between", "at_the_next_best"],
+)
+def test_a_best_that_could_not_be_saved_is_no_best(
+    losses: list[float], is_heard_of_between: bool, expected: list[int], before: tuple[float, int], background: bool
+) -> None:
+    """`best` stayed at a worse one for ever: no later loss came below that of the checkpoint that is nowhere. Where the failure is
+    heard of only at the next best, it takes back the lost one and not that."""
     failing, pending, saved = {1}, [], []
     position = Position()
 
@@ -216,6 +224,7 @@ def test_a_best_that_could_not_be_saved_is_no_best(background: bool) -> None:
             Trainer.take_best_back(trainer)
 
     def save(*, is_best: bool) -> None:
+        finish_pending_save(position.step)
         saved.append(position.step)
         pending.append(position.step)
         if not background:
@@ -230,14 +239,15 @@ def test_a_best_that_could_not_be_saved_is_no_best(background: bool) -> None:
         save=save,
         _best_before=None,
     )
-    for step, loss in enumerate([8.0, 7.0, 7.5, 7.6, 7.2]):
+    for step, loss in enumerate(losses):
         position.step = step
-        if step == 2 and background:
-            finish_pending_save(step)  # at a step in between
+        if step == 2 and is_heard_of_between:
+            finish_pending_save(step)
         Trainer.record_validation(trainer, loss, SimpleNamespace(bits_per_byte=lambda loss: loss, sink_mass=None))  # type: ignore[arg-type]
-    assert saved == [1, 2, 4] and (position.best_loss, position.best_step) == (7.2, 4)
+    best = min(losses[2:])
+    assert saved == expected and (position.best_loss, position.best_step) == (best, losses.index(best))
     Trainer.take_best_back(trainer)
-    assert (position.best_loss, position.best_step) == (7.5, 2)
+    assert (position.best_loss, position.best_step) == before
 
 
 def test_the_clock_counts_steps_and_not_what_lies_between() -> None:
@@ -249,6 +259,12 @@ def test_the_clock_counts_steps_and_not_what_lies_between() -> None:
     assert timer.take() == (5.0, 2) and timer.take() == (0.0, 0)
     timer.start()
     assert timer.stop() == 4.0 and timer.take() == (4.0, 1)
+
+
+def test_the_last_step_is_logged_wherever_the_run_ends() -> None:
+    """`--stop_after` ends it before `--max_steps`, at no multiple of the interval."""
+    trainer: Any = SimpleNamespace(arguments=SimpleNamespace(log_interval=10, max_steps=100), last_step=7)
+    assert [step for step in range(1, 21) if Trainer.is_logged(trainer, step)] == [7, 10, 20]
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

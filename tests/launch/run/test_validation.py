@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,13 @@ def test_the_sinks_share_is_the_samples_mean(ranks: int, document_mask: bool, mo
     assert (mass_YM[:, -1] - mass_YM.mean(dim=1)).abs().min() > 1e-4, "counted twice, the last one would be seen"
     for one in on_ranks(monkeypatch, ranks, engine, data, samples):
         assert one.sink_mass == pytest.approx(mass_YM.mean(dim=1).tolist(), rel=1e-6)
+
+
+def test_bits_per_byte_are_of_the_samples_that_were_judged() -> None:
+    """Of several folders with their own bytes a token the first samples may be of one alone."""
+    data: Any = SimpleNamespace(text_bytes_per_token=lambda samples=None: {1: 2.0, None: 4.0}[samples])
+    one = Validation(engine=None, data=data, samples=1, on_phase=print)  # type: ignore[arg-type]
+    assert one.bits_per_byte(3 * math.log(2)) == pytest.approx(1.5)
 
 
 def test_losses_are_comparable_on_the_same_samples_of_the_same_shards() -> None:
