@@ -8,9 +8,9 @@ import pytest
 from planner_job import job
 
 from launch.planning import time
-from launch.planning.communication import Group, groups, ring_speed, traffic
+from launch.planning.communication import Group, Traffic, groups, ring_speed, traffic
 from launch.planning.devices import Device, find_device
-from launch.planning.time import moved_by_layer, plan_time
+from launch.planning.time import exposed, moved_by_layer, optimizer_seconds, plan_time
 from model.sizes import load_sizes
 
 
@@ -34,6 +34,47 @@ def test_an_ideal_card_reaches_all_of_its_peak(model: str, monkeypatch: pytest.M
     alone = job(model, ranks=1, ep_size=1, sequence_length=sizes.max_position_embeddings)
     device = ideal(monkeypatch)
     assert plan_time(alone, device).mfu(alone, device) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_without_tf32_an_eighth_of_the_peak_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products run on the vector units then."""
+    alone, device = job("tiny", ranks=1, ep_size=1, sequence_length=512, weight_bytes=4), ideal(monkeypatch)
+    assert plan_time(alone, device).mfu(alone, device) == pytest.approx(1 / 8, abs=1e-4)
+
+
+def test_one_expert_a_rank_is_a_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 800m's eight on eight ranks; on four each has two, whose product reaches half as much here."""
+    whole = ideal(monkeypatch)
+    half = dataclasses.replace(whole, efficiency=dataclasses.replace(whole.efficiency, grouped=0.5))
+    products = {ep: [plan_time(job(ep_size=ep), device).matrix for device in (whole, half)] for ep in (8, 4)}
+    assert products[8][0] == products[8][1] == products[4][0] < products[4][1]
+
+
+def test_what_every_micro_step_does_is_counted_as_often() -> None:
+    """By hand, for ZeRO 2 in bf16 with fp32 sums: 12 bytes of each parameter held and 14 of the shard's, and 74 once."""
+    device = find_device("a100-80gb")
+    seconds = [optimizer_seconds(job(accumulation_steps=n), device) * device.memory_speed for n in (1, 2, 3)]
+    each = 12 * job().local_parameters + 14 * job().shard
+    assert seconds == pytest.approx([n * each + 74 * job().shard for n in (1, 2, 3)])
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 8])
+def test_a_slow_host_sets_the_pace_and_hides_what_it_waits_for(accumulation_steps: int) -> None:
+    """83 kernels of a layer with one expert a rank, 24 layers, every micro-step; products and slow links end in the meantime. The
+    optimizer and the uneven experts come on top."""
+    card = find_device("a100-80gb")
+    slow = dataclasses.replace(card, link_gbs=1.0, everywhere=dataclasses.replace(card.everywhere, host_kernel=1.0, host_step=5.0))
+    step = plan_time(job(accumulation_steps=accumulation_steps), slow)
+    assert step.communication > 0.1 and step.host > 0
+    assert step.total - step.optimizer - step.imbalance == pytest.approx(83 * 24 * accumulation_steps + 5)
+
+
+def test_a_collective_takes_a_tenth_of_what_it_hides_behind() -> None:
+    """It takes memory bandwidth and processors: nine tenths of its time are free, and of a longer one than the backward less."""
+    one = Traffic(kind="k", link="l", bytes=1.0, messages=1, seconds=1.0, hidden_by="backward")
+    assert exposed([one], 10.0) == pytest.approx(0.1)
+    assert exposed([one], 0.5) == pytest.approx(1 - 0.9 * 0.5 + 0.1 * 0.5)
+    assert exposed([dataclasses.replace(one, hidden_by="")], 10.0) == 1.0
 
 
 def test_recomputing_everything_costs_a_third_more(monkeypatch: pytest.MonkeyPatch) -> None:
