@@ -89,6 +89,13 @@ def test_older_names_of_rope_are_read() -> None:
     assert plain.rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
 
 
+def test_what_is_null_of_rope_has_its_default() -> None:
+    given = dict.fromkeys(("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"))
+    assert MoEGPTConfig(rope_parameters=given).rope_parameters == MoEGPTConfig().rope_parameters
+    plain = {"rope_type": "default", "rope_theta": None, "factor": None}
+    assert MoEGPTConfig(rope_parameters=plain).rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
+
+
 def test_rope_factor() -> None:
     config = MoEGPTConfig.preset("800m")
     longer = config.with_rope_factor(4)

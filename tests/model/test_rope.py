@@ -23,7 +23,7 @@ def config(factor: float, original: int = 2048, **rope: float) -> MoEGPTConfig:
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 4.0, 8.0, 40.0])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("original", [128, 512, 2048, 4096])  # at 128 nothing turns beta_fast times
+@pytest.mark.parametrize("original", [128, 512, 2048, 4096, 131_072])  # at the first nothing turns 32 times, at the last all once
 def test_frequencies_equal_transformers_and_the_paper(factor: float, head_dim: int, original: int) -> None:
     c = config(factor, original)
     c.head_dim = head_dim
@@ -42,6 +42,27 @@ def test_other_betas_and_theta() -> None:
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=0)  # theirs is fp32 throughout
     written_out = reference.yarn_frequencies(64, 500_000.0, 4.0, 2048, 16.0, 2.0)
     torch.testing.assert_close(ours, torch.tensor(written_out, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_a_ramp_without_a_length_blends_nothing() -> None:
+    """Within five positions nothing turns once: both ends are at 0, and transformers puts a thousandth between them as well."""
+    c = config(4.0, 5)
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](c, device="cpu")
+    ours = yarn_frequencies(c.rope_parameters, 64)
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=0)
+    plain = yarn_frequencies(config(1.0).rope_parameters, 64)
+    assert torch.equal(ours, torch.cat((plain[:1], plain[1:] / 4)))
+
+
+def test_what_all_turns_often_enough_is_kept() -> None:
+    """At a theta of 10 every dimension turns beta_fast times, and the ramp begins behind its own end. As the paper has it; the
+    published code, and transformers with it, divides by a negative length there and slows all of them down."""
+    c = config(4.0, 131_072, rope_theta=10.0)
+    plain = [10 ** (-i / 32) for i in range(32)]
+    assert reference.yarn_frequencies(64, 10.0, 4.0, 131_072) == pytest.approx(plain, rel=1e-12)
+    assert yarn_frequencies(c.rope_parameters, 64).tolist() == pytest.approx(plain, rel=1e-12)
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](c, device="cpu")
+    assert theirs.tolist() == pytest.approx([one / 4 for one in plain], rel=1e-5)
 
 
 def test_a_factor_on_the_attention_is_taken_as_given() -> None:
