@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.order import blend_slots, ceil_div, earlier_slots, permute, permute_epochs
+from data.order import blend_counts, blend_slots, ceil_div, earlier_slots, permute, permute_epochs
 
 GOLDEN_10 = [1, 9, 4, 5, 8, 2, 0, 6, 7, 3]
 GOLDEN_LARGE = [16959958, 15257981, 15699258, 23895599]
@@ -85,6 +85,18 @@ def test_weights_are_taken_literally(weights: list[float], counts: list[int]) ->
     table = blend_slots(weights)
     assert np.bincount(table).tolist() == counts
     assert earlier_slots(table).tolist() == [int((table[:i] == k).sum()) for i, k in enumerate(table)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"),
+    [
+        ([0.3333, 0.5433, 0.1234], [333, 543, 124]),  # 333.3, 543.3 and 123.4 of a thousand: one is left
+        ([0.3333, 0.3338, 0.3329], [333, 334, 333]),  # 333.3, 333.8 and 332.9: two are
+        ([0.99999, 0.00001], [999, 1]),
+    ],
+)
+def test_a_blend_without_a_short_period_goes_by_largest_remainders(weights: list[float], counts: list[int]) -> None:
+    assert blend_counts(weights) == counts
 
 
 @given(st.integers(0, 10**30), st.integers(1, 10**20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,29 @@ def test_an_open_shard_is_taken_up_with_its_counts(tmp_path: Path) -> None:
     assert again.text_bytes == 18
     summary = again.summary()
     assert [summary[key] for key in ("documents", "tokens", "text_bytes")] == [2, 8, 18]
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path: Path, synced: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may leave a name without the content that it was given to, and a content whose folder was not synced without
+    its name."""
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (synced.append(Path(f"-> {Path(new).name}")), replace(old, new)))
+    writer = begun(tmp_path)
+
+    def done() -> list[str]:
+        names = ["folder" if path == tmp_path else path.name if path.is_absolute() else str(path) for path in synced]
+        synced.clear()
+        return names
+
+    writer.close_shard()
+    contents = [".shard_000000.bin.tmp", ".shard_000000.sizes.tmp", "folder"]
+    index = [".shard_000000.idx.tmp", "-> shard_000000.idx", "folder"]
+    assert done() == [*contents, *index, "-> shard_000000.bin", "folder"]
+    for names_are_new in (True, False):
+        writer.add(np.arange(4, dtype=np.uint16), np.array([4], np.int32), np.array([9]))
+        writer.state()
+        assert done() == [".shard_000001.bin.tmp", ".shard_000001.sizes.tmp", *(["folder"] if names_are_new else [])]
+    writer.close()
 
 
 @pytest.mark.parametrize("suffix", ["bin", "sizes"])

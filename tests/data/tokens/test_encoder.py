@@ -145,6 +145,7 @@ def test_a_fast_encoder_that_errs_is_caught_at_run_time(tokenizer_text: str) -> 
         lambda c: c.update(pre_tokenizer=None),
         lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
         lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(individual_digits=False),
+        lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0),  # a sequence of one, which splits no digits
         lambda c: c["model"].update(dropout=0.1),
         lambda c: c["model"].update(ignore_merges=True),
         lambda c: c["added_tokens"][0].update(special=False),
@@ -216,6 +217,20 @@ def test_an_id_far_beyond_the_others_goes_to_the_library(tokenizer_text: str) ->
     content = json.loads(tokenizer_text)
     content["model"]["vocab"]["another"] = 2**31 - 1
     assert not can_be_fast(json.dumps(content)) and isinstance(make_encoder(json.dumps(content)), ReferenceEncoder)
+
+
+def test_ids_with_a_gap_between_them(tokenizer_text: str, texts: list[str]) -> None:
+    """Bytes that the tokenizer lacks are added behind the largest id, not behind as many as there are."""
+    content = json.loads(tokenizer_text)
+    words = content["model"]["vocab"]
+    largest = max(words.values())
+    words.update({word: number + largest for word, number in words.items() if number > largest - 200})
+    changed = json.dumps(content)
+    encoder, tokenizer = make_encoder(changed), Tokenizer.from_str(changed)
+    assert isinstance(encoder, FastEncoder)
+    samples = [*HARD, *texts]
+    right = [[*library_ids(tokenizer, t), 0] for t in samples]
+    assert documents(encoder, samples, [0] * len(samples)) == right and max(map(max, right)) > largest
 
 
 def test_without_digit_splitting(tokenizer_text: str, texts: list[str]) -> None:
