@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,27 @@ def test_all_runs_have_the_same_flops_and_samples(tmp_path: Path) -> None:
         assert given["--seed"] == "2" and ("--document_mask" in command) == (name == "wide")
 
 
+def test_every_variant_is_as_near_to_the_same_flops_as_whole_steps_are() -> None:
+    names = list(built_in(MoEGPTConfig.preset("tiny")))
+    runs = learning.plan_runs(parse("--data", "x", "--variants", *names, "--deepspeed_config", ROOT / CONFIG, "--max_steps", 1001))
+    budget = runs["ours"][0].flops
+    exact = {name: one.steps * budget / one.flops for name, (one, *_) in runs.items()}
+    assert any(steps % 1 > 0.5 for steps in exact.values()), "of one the next step is the nearer"
+    assert all(abs(exact[name] - one.steps) <= 0.5 for name, (one, *_) in runs.items())
+
+
+def test_what_reads_the_data_most_often_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    train = SimpleNamespace(weights=None, tokens=100)
+    shards: Any = SimpleNamespace(read_by=lambda parsed: SimpleNamespace(train=train))
+    made: Any = [
+        SimpleNamespace(name=name, tokens=tokens, flops=1.0, steps=1, is_done=lambda steps: False, parsed=lambda: None)
+        for name, tokens in (("b seed_1", 200), ("a seed_1", 400), ("c seed_1", 300))
+    ]
+    learning.announce(made, shards)
+    drain()
+    assert "warning: a seed_1 reads the data 4 times; " in capsys.readouterr().err
+
+
 def test_a_larger_batch_is_fewer_steps_of_the_same_samples(tmp_path: Path) -> None:
     (tmp_path / "v.json").write_text(json.dumps([{"name": "twice", "deepspeed": {"train_batch_size": 32}}]))
     flags = ["--data", "x", "--variants", "ours", "--variants_file", tmp_path / "v.json", "--deepspeed_config", ROOT / CONFIG]
@@ -191,7 +213,10 @@ def refuse(*_: object, **__: object) -> int:
 def test_a_variant_that_fails_is_named_and_the_others_are_shown(
     small_shards: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    trained: list[tuple[str, ...]] = []
+
     def train(command: list[str], log: Path) -> int:
+        trained.append(log.parent.parts[-2:])
         if "sign" in log.parts:
             log.write_text("error: it diverged\nthe launcher's last words\n")
             return 2
@@ -201,6 +226,7 @@ def test_a_variant_that_fails_is_named_and_the_others_are_shown(
     monkeypatch.setattr(small_runs, "run_leashed", train)
     given = [*small(small_shards, small_model, tmp_path), "--max_steps", 10, "--evaluations", 2, "--chart", tmp_path / "c.svg"]
     result = learning.run(parse(*given, "--variants", "sign", "ours", "none", "--seeds", 1, 2))
+    assert trained == [(name, seed) for seed in ("seed_1", "seed_2") for name in ("sign", "ours", "none")], "in turns"
     assert list(result["variants"]) == ["ours", "none"] and set(result["failed"]) == {"sign seed_1", "sign seed_2"}
     assert re.fullmatch(r"sign seed_1: .* exit code 2: error: it diverged \(.*log\.txt\)", result["failed"]["sign seed_1"])
     assert "nan ±nan" in capsys.readouterr().out and result["variants"]["ours"]["bits"][:2] == [3.0, 2.0]
