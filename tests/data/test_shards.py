@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_helpers import change
 
 from data.cli import UserError
 from data.dataset import PackedDataset
-from data.shards import dtype_for, index_bytes, load_manifest
+from data.shards import check_header, check_manifest, dtype_for, index_bytes, index_faults, load_manifest, read_index
 from data.verify import verify
 
 
@@ -29,6 +30,88 @@ def test_index_is_the_format_byte_by_byte() -> None:
 
 def test_dtype_holds_the_largest_id() -> None:
     assert [dtype_for(n) for n in (600, 65_536, 65_537, 200_000)] == ["uint16", "uint16", "int32", "int32"]
+
+
+def changed_at(data: bytes, at: int, value: bytes) -> bytes:
+    return data[:at] + value + data[at + len(value) :]
+
+
+SOUND = index_bytes(np.array([5, 1, 2]), "uint16")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is not a Megatron index"),
+        (SOUND[:33], "is not a Megatron index"),
+        (changed_at(SOUND, 0, b"X"), "is not a Megatron index"),
+        (changed_at(SOUND, 9, b"\x02"), "version 2, dtype code 8, 3 sequences, 4 documents is not what we write"),
+        (changed_at(SOUND, 17, b"\x07"), "version 1, dtype code 7, 3 sequences, 4 documents is not what we write"),
+        (changed_at(SOUND, 26, b"\x05"), "version 1, dtype code 8, 3 sequences, 5 documents is not what we write"),
+        (SOUND + b"\0", "has 103 bytes and should have 102 for 3 documents"),
+        (SOUND[:-1], "has 101 bytes and should have 102 for 3 documents"),
+    ],
+)
+def test_an_index_that_is_none_of_ours_is_named(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.idx").write_bytes(data)
+    with pytest.raises(UserError, match=rf"x\.idx:? {message}"):
+        read_index(tmp_path / "x.idx")
+    if len(data) != len(SOUND):
+        return
+    says = "is not a Megatron index" if "Megatron" in message else "disagrees with its manifest"
+    with pytest.raises(UserError, match=rf"x\.idx {says}"):
+        check_header(tmp_path / "x.idx", "uint16", 3)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "fault"),
+    [
+        (34, b"\x06\0\0\0\0\0\0\0", "document 1 has no token"),  # sizes 6, 0, 2: together as many
+        (34, b"\x04", "documents of 7 tokens together, the manifest says 8"),
+        (54, b"\x0c", "offsets that are not the sums of the sizes before them"),
+        (78, b"\x02", "document numbers that do not count up"),
+    ],
+)
+def test_what_of_an_index_does_not_fit_is_named(at: int, value: bytes, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.idx"
+    path.write_bytes(SOUND)
+    assert list(index_faults(path, read_index(path), 8)) == []
+    path.write_bytes(changed_at(SOUND, at, value))
+    assert f"{path}: {fault}" in list(index_faults(path, read_index(path), 8))
+
+
+def small_manifest() -> dict[str, Any]:
+    counts = {"documents": 3, "tokens": 8, "text_bytes": 20}
+    shard = {"name": "shard_000000", **counts, "bytes": 16, "sha256": "0", "index_sha256": "1"}
+    tokenizer = {"fingerprint": "f", "vocab_size": 600, "eos_token_id": 0}
+    splits = {split: {**counts, "shards": [dict(shard)]} for split in ("train", "validation")}
+    return {"format": "moe-code-gpt-shards", "version": 1, "dtype": "uint16", "tokenizer": tokenizer, "splits": splits}
+
+
+def keys_of(value: Any, path: str = "") -> Iterator[str]:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield f"{path}{key}"
+        yield from keys_of(inner, f"{path}{key}.")
+
+
+def test_a_manifest_is_refused_without_any_of_its_fields() -> None:
+    path = Path("manifest.json")
+    assert check_manifest(path, small_manifest()) == small_manifest()
+    names = [name for name in keys_of(small_manifest()) if not name.endswith(".0")]
+    assert len(names) == 32
+    for name in names:
+        manifest = small_manifest()
+        set_at(manifest, name, None)
+        with pytest.raises(UserError, match=r"^manifest\.json (is damaged|has format)"):
+            check_manifest(path, manifest)
+    with pytest.raises(UserError, match=r"has format moe-code-gpt-shards version 2, this program reads .* version 1"):
+        check_manifest(path, {**small_manifest(), "version": 2})
+
+
+def test_a_file_is_no_folder_of_shards(tmp_path: Path) -> None:
+    (tmp_path / "code.jsonl").touch()
+    with pytest.raises(UserError, match=r"code\.jsonl is a file, not a folder of shards; name the folder, or make one with"):
+        load_manifest(tmp_path / "code.jsonl")
 
 
 BIN, IDX = "train/shard_000000.bin", "train/shard_000000.idx"
@@ -74,10 +157,7 @@ OUTSIDE = ("/dev/zero", "../outside", "a/b", "..", "", "x\0", 5, None, ["x"])
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
-        *[
-            (f"{SHARD}.name", name, "shards[0].name")
-            for name in ("/dev/zero", "../outside", "a/b", "..", "", "x\0", 5, None, ["x"])
-        ],
+        *[(f"{SHARD}.name", name, "shards[0].name") for name in OUTSIDE],
         *[(f"{SHARD}.tokens", value, "shards[0]") for value in (-1, 1.5, "8", None, True, 2**63, [])],
         (f"{SHARD}.sha256", None, "shards[0].sha256"),
         (SHARD.removesuffix(".0"), {}, "splits.train"),
