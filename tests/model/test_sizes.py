@@ -39,6 +39,15 @@ def test_defaults_aliases_and_a_saved_config(tmp_path: Path) -> None:
     assert {k: v for k, v in MoEGPTConfig.attribute_map.items() if k != v} == ALIASES
 
 
+def test_what_is_derived_is_the_configurations_own() -> None:
+    """The experts' width where it is not given, and a dense model: every expert is chosen."""
+    given = {"intermediate_size": 96, "n_routed_experts": 2, "num_experts_per_tok": 2}
+    sizes, config = ModelSizes.of(given), MoEGPTConfig(**given, n_group=1, topk_group=1)
+    assert sizes.moe_intermediate_size == config.moe_intermediate_size == 96
+    assert count_parameters(sizes) == count_parameters(config) and sizes.usual_context == 2048
+    assert ModelSizes(max_position_embeddings=512).usual_context == 512
+
+
 def test_parameters_are_those_of_the_model() -> None:
     """Counted on the modules, with the fields that change the count turned."""
     import torch
@@ -58,6 +67,8 @@ def test_parameters_are_those_of_the_model() -> None:
     [
         ('{"hidden_size": 0}', "hidden_size must be a whole number of at least 1, got 0"),
         ('{"hidden_size": "wide"}', "hidden_size must be a whole number of at least 1, got 'wide'"),
+        ('{"hidden_size": true}', "hidden_size must be a whole number of at least 1, got True"),
+        ('{"head_dim": -1}', "head_dim must be a whole number of at least 0, got -1"),
         ('{"qk_norm": 1}', "qk_norm must be true or false, got 1"),
         ('{"num_experts_per_tok": 9}', "num_experts_per_tok (9) must not exceed n_routed_experts (8)"),
         ("[1]", "the top level must be an object"),
