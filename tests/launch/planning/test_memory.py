@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from nursery import Nursery
-from planner_job import job as plan_job
+from planner_job import job
 
 from launch.engine import strategy
 from launch.planning.activations import kept_activations
@@ -218,7 +218,7 @@ def test_a_tied_head_is_one_matrix(model: str, bucket: int, micro_batch: int, ac
 
 def test_a_card_that_cannot_build_the_model_does_not_fit_it() -> None:
     """`4b` with its experts on eight ranks trains in less than the whole model in fp32, which each builds first."""
-    spread = plan_job("4b", micro_batch=4, recompute="full")
+    spread = job("4b", micro_batch_size=4, activation_checkpointing="full")
     memory, whole = plan_memory(spread), 4 * count_parameters(spread.sizes).total
     assert memory.build > 0 and memory.live + memory.build == pytest.approx(whole)
     assert memory.live < 0.8 * whole and memory.total == pytest.approx(whole + memory.runtime)
@@ -229,7 +229,7 @@ def test_a_card_that_cannot_build_the_model_does_not_fit_it() -> None:
     assert f"{whole / 1e9:,.2f} GB" in memory_line(spread, 0.0, on_gpu=False) and on_cpu.build > 0
     card = dataclasses.replace(find_device("h200"), memory_gib=(memory.live + memory.runtime + 1e9) / 2**30)
     assert not candidate(spread, card).fits
-    alone = plan_memory(plan_job("4b", ranks=1, ranks_per_node=1, expert_ranks=1))
+    alone = plan_memory(job("4b", ranks=1, ranks_per_node=1, ep_size=1))
     assert alone.build == 0 and alone.live > 3 * whole
 
 
@@ -261,6 +261,105 @@ def test_without_zero_a_rank_has_the_state_of_all_that_it_holds(dtype: str, stat
 
 def held_bytes(job: Job) -> float:
     return HELD_BYTES * job.local_parameters * job.accumulation_steps
+
+
+def test_stage_3_gathers_what_other_ranks_hold() -> None:
+    def planned_bytes(**changes: Any) -> tuple[float, float]:
+        memory = plan_memory(job(zero_stage=3, **changes))
+        return memory.weights, memory.gathered
+
+    eight, four = job(), job(ep_size=4)
+    assert planned_bytes() == (2 * eight.shard, 2 * eight.dense_parameters), "each rank has its own expert alone"
+    assert planned_bytes(ep_size=4) == (2 * four.shard, 2 * (four.dense_parameters + four.expert_parameters))
+    assert planned_bytes(live_parameters=1000)[1] == 2 * 1000
+    assert planned_bytes(ranks=1, ep_size=1)[1] == 0
+
+
+def test_stage_3_gathers_into_a_buffer_beside_its_bucket() -> None:
+    """From which the weights are copied out: with short samples that is the fullest moment, in bf16."""
+
+    sizes: dict[str, Any] = {"prefetched": 500_000_000, "bucket_elements": 200_000_000}
+    memory = plan_memory(job("4b", zero_stage=3, micro_batch_size=1, sequence_length=128, **sizes))
+    always = memory.weights + memory.optimizer + memory.gradients + memory.gathered + memory.activations
+    assert memory.live == pytest.approx(always + 2 * 500_000_000 + 2 * 200_000_000)
+
+
+def test_gradients_by_stage_and_what_they_are_summed_in() -> None:
+    """In bf16 with sums in fp32 or in bf16; Muon's updates and next momentum lie beside sums in the weights' type."""
+    held, shard, matrices = job().local_parameters, job().shard, job().shard - job().embeddings / 8
+    assert plan_memory(job()).gradients == 4 * shard and plan_memory(job(offloads_optimizer=True)).gradients == 0
+    assert [plan_memory(job(zero_stage=1, gradient_bytes=size)).gradients for size in (2, 4)] == [2 * held, 6 * held]
+    in_bf16: dict[str, Any] = {"gradient_bytes": 2, "optimizer": "Muon"}
+    assert remaining_gradients(job(zero_stage=1, gradient_bytes=2)) == 2 * shard
+    assert remaining_gradients(job(zero_stage=1, **in_bf16)) == pytest.approx(2 * shard + 4 * matrices)
+    assert remaining_gradients(job(zero_stage=0, **in_bf16)) == 2 * held + 4 * (held - job().embeddings)
+    muon = plan_memory(job(zero_stage=1, optimizer="Muon")).optimizer  # momentum in the sums' fp32
+    assert muon == pytest.approx(12 * shard - 4 * matrices)
+
+
+def test_gradients_of_the_weights_type_wait_between_micro_steps() -> None:
+    """Where stage 1 sums apart: from the second on they are there when a backward begins, its fullest moment."""
+    small: dict[str, Any] = {"zero_stage": 1, "bucket_elements": 1_000_000}
+    alone, several = (plan_memory(job(accumulation_steps=number, **small)).live for number in (1, 4))
+    assert several - alone == pytest.approx(2 * job().local_parameters)
+
+
+def test_when_the_first_bucket_is_full_of_the_head_no_layer_has_gone() -> None:
+    """Stage 2 makes room for its shard's gradients then: as full as a backward that begins with them there."""
+    given: dict[str, Any] = {"bucket_elements": 49_152 * 1536, "activation_checkpointing": "full"}
+    once, again = (plan_memory(job(accumulation_steps=number, **given)).live for number in (1, 4))
+    assert once == again
+
+
+def test_with_short_samples_the_end_or_the_step_is_the_fullest() -> None:
+    """When the sums of stage 1 are made; when Adam without its kernel steps, which no bucket's content lives to see."""
+    short: dict[str, Any] = {"micro_batch_size": 1, "sequence_length": 128, "bucket_elements": 1_000_000}
+    end = plan_memory(job(zero_stage=1, **short))
+    assert end.live == pytest.approx(end.weights + end.optimizer + end.gradients + end.buckets)
+    step = plan_memory(job("4b", fused_optimizer=False, **short))
+    assert step.live == pytest.approx(step.weights + step.optimizer + step.gradients + step.step)
+
+
+def test_what_is_copied_on_the_gradients_way() -> None:
+    """Two buckets of 200 million in bf16, and by stage what is flat beside them."""
+    ours, small, large = job(), job("60m", ep_size=1), job("4b", ep_size=1, zero_stage=1)
+    head = 49_152 * 1536
+    assert ours.local_parameters > 200_000_000 > max(head, small.local_parameters)
+    assert large.expert_parameters > 500_000_000 > ours.dense_parameters > ours.expert_parameters
+    assert plan_memory(ours).buckets == 2 * 2 * 200_000_000 + 2 * 200_000_000 + 4 * head
+    small_head = small.sizes.vocab_size * small.sizes.hidden_size
+    assert plan_memory(small).buckets == 2 * 2 * 200_000_000 + 2 * small.local_parameters + 4 * small_head
+    assert plan_memory(job(zero_stage=1)).buckets == (4 + 2) * ours.dense_parameters
+    assert plan_memory(large).buckets == (4 + 2) * 500_000_000
+    assert plan_memory(job(zero_stage=1, gradient_bytes=2)).buckets == 2 * 2 * 200_000_000 + 4 * ours.shard
+    assert plan_memory(job(zero_stage=3)).buckets == 2 * 200_000_000
+
+
+def test_a_steps_temporaries_are_of_one_group_after_the_other() -> None:
+    """Dense parameters and experts, in fp32: flat where sums are not apart, and Adam's root and quotient without its kernel."""
+    group = max(job().dense_parameters, 8 * job().expert_parameters) / 8
+
+    def step(**changes: Any) -> float:
+        return plan_memory(job(**changes)).step
+
+    assert (step(), step(fused_optimizer=False)) == (0, 4 * 2 * group)
+    assert (step(zero_stage=3), step(zero_stage=3, fused_optimizer=False)) == (4 * group, 4 * 3 * group)
+    assert step(zero_stage=3, offloads_optimizer=True) == 0
+    assert step(optimizer="Muon", fused_optimizer=False) == 4 * 2 * job().embeddings / 8
+
+
+def test_what_comes_on_top_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context and fragments; and where routing goes wrong at most all rows of an expert group."""
+    memory, rows = plan_memory(job()), 8 * 2048 * 2 * 1536 * 2
+    assert memory.runtime == pytest.approx(1.5e9 + 0.04 * memory.live)
+    assert memory.exchange == rows and plan_memory(job(), on_gpu=False).exchange == 2 * rows
+    worst = {ranks: plan_memory(job(ep_size=ranks)).worst for ranks in (1, 2, 8)}
+    assert worst[1] == 0 < worst[2] < worst[8]
+    even, twice = (kept_activations(job(ep_size=2), kernels=True, load=load) for load in (1.0, 2.0))
+    more = twice.held + twice.recomputed + twice.working - even.held - even.recomputed - even.working
+    assert worst[2] == pytest.approx(more + rows)
+    monkeypatch.setattr("launch.planning.memory.WORST_LOAD", 2.0)
+    assert plan_memory(job(ep_size=2)).worst == worst[2] and plan_memory(job()).worst < worst[8]
 
 
 def test_expert_parallel_rank_holds_its_share_of_the_experts() -> None:
