@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,31 @@ def test_a_path_may_be_a_checkpoint_a_run_or_a_name(run, tmp_path):
         manager(run).choose(str(tmp_path / "nothing"))
 
 
+def test_a_name_is_looked_for_where_the_command_stands_first(run, tmp_path, monkeypatch):
+    """As of any path; and a run is its folder of checkpoints, whatever a person has laid beside that."""
+    shutil.copytree(run, tmp_path / "another")
+    monkeypatch.chdir(tmp_path / "another" / "checkpoints")
+    choice = manager(run).choose("step_2")
+    assert choice.place == os.path.realpath("step_2") and choice.path == run / "checkpoints" / "step_3"
+    shutil.copytree(run / "checkpoints" / "step_1", run / "step_1")
+    assert manager(tmp_path / "second").choose(str(run)).path.name == "step_3"
+
+
+def test_what_lies_in_the_way_of_a_save_is_said_at_the_start(run):
+    (run / "checkpoints" / "best").mkdir()
+    for resume in ("auto", "never", "step_1"):
+        with pytest.raises(ValueError, match="best is a folder and must be a file that names one"):
+            manager(run).choose(resume)
+
+
+def test_another_runs_folder_is_read_and_not_put_right(run, tmp_path):
+    """It may be training: between the two renames of its save, what is put back would be in the second one's way."""
+    aside = run / "checkpoints" / ".replaced-step_3-0123abcd"
+    (run / "checkpoints" / "step_3").rename(aside)
+    assert manager(tmp_path / "second").choose(str(run)).path.name == "step_2" and aside.is_dir()
+    assert manager(run).choose("auto").path.name == "step_3" and not aside.exists()
+
+
 def begin(run, resume):
     """A start of a run, up to its first step."""
     manager_ = manager(run)
@@ -146,7 +172,11 @@ def test_a_run_with_checkpoints_of_its_own_goes_on_from_them(run, tmp_path):
     manager(second).save(StubEngine(), state(2))
     choice = manager(second).choose(str(run))
     assert choice.path == second / "checkpoints/step_2" and "has checkpoints of its own" in choice.message
-    assert manager(run).choose(str(run)).path.name == "step_3", "its own folder is no other run"
+    begin(second, str(run))
+    own = manager(run).choose(str(run))
+    assert (own.path.name, own.place) == ("step_3", None), "its own folder is no other run, and goes on as auto does"
+    shutil.rmtree(run)
+    assert begin(second, str(run))[1].path == second / "checkpoints/step_2", "once more, where the path is gone since"
 
 
 def test_a_branch_that_was_left_does_not_come_back(run):
@@ -378,10 +408,12 @@ def test_what_says_nothing_about_the_weights_may_differ(run):
 def test_another_layout_asks_for_a_conversion(run):
     choice = manager(run, ep_size=4, world_size=8).choose("auto")
     assert choice.conversions == ("ep_size: 1 -> 4", "world_size: 1 -> 8")
+    assert choice.message.endswith(", converted from another layout (ep_size: 1 -> 4, world_size: 1 -> 8)")
     assert choice.deepspeed_config({"checkpoint": {"tag_validation": "Ignore"}, "a": 1}) == {
         "checkpoint": {"tag_validation": "Ignore", "load_universal": True},
         "a": 1,
     }
+    assert choice.deepspeed_config({"checkpoint": {"load_universal": False}}) == {"checkpoint": {"load_universal": True}}
     assert manager(run).choose("auto").deepspeed_config({"a": 1}) == {"a": 1}
 
 
