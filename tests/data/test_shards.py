@@ -104,6 +104,8 @@ def test_a_manifest_is_refused_without_any_of_its_fields() -> None:
         set_at(manifest, name, None)
         with pytest.raises(UserError, match=r"^manifest\.json (is damaged|has format)"):
             check_manifest(path, manifest)
+    with pytest.raises(UserError, match=r"is damaged \(it has no format\)"):
+        check_manifest(path, {**small_manifest(), "format": None})
     with pytest.raises(UserError, match=r"has format moe-code-gpt-shards version 2, this program reads .* version 1"):
         check_manifest(path, {**small_manifest(), "version": 2})
 
