@@ -128,6 +128,7 @@ def test_a_cpu_passes_over_rows_by_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     """Whose fp32 copies stay in its cache; a GPU has a kernel for each, and a graph all of them."""
     assert chunks(700, torch.empty(0)) == [slice(0, 256), slice(256, 512), slice(512, 768)]
     assert chunks(700, torch.empty(0, device="meta")) == [slice(0, 700)]
+    assert chunks(0, torch.empty(0, device="meta")) == chunks(0, torch.empty(0)) == []
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert chunks(700, torch.empty(0)) == [slice(0, 700)]
 
@@ -233,13 +234,14 @@ def test_two_weights_are_one_product_off_the_cpu() -> None:
     on_gpu = [weight.to("meta") for weight in weights]
     (whole,) = joined(on_gpu, 65)
     assert whole.shape == (4, 16, 16)
+    assert joined(on_gpu[:1], 65)[0] is on_gpu[0]  # not copied
     assert len(joined(on_gpu, 64)) == 2  # where their copy is more than the rows
 
 
 def test_joined_or_apart_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's way on a CPU."""
     x = torch.randn(20, 16, dtype=torch.float64, requires_grad=True)
-    weights = [torch.randn(4, 8, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    weights = [torch.randn(4, width, 16, dtype=torch.float64, requires_grad=True) for width in (8, 6)]
     ends = torch.tensor([5, 5, 12, 20], dtype=torch.int32)
     results = []
     for join in (joined, lambda weights, rows: [torch.cat(tuple(weights), dim=1)]):

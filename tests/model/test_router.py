@@ -102,7 +102,14 @@ def test_load_is_counted_in_training_only() -> None:
     assert int(moe.gate.load_E.sum()) == 2 * 18 * 2
     logits = router_logits(x.flatten(0, 1), moe.gate.weight)
     assert float(moe.gate.logit_square_sum) == pytest.approx(2 * float(logits.square().sum()), rel=1e-6)
-    assert "load_E" not in str(moe.state_dict().keys())
+    assert not moe.gate.logit_square_sum.requires_grad, "every micro-batch's graph would stay"
+    moe.gate.forget()
+    assert not moe.gate.load_E.any() and not moe.gate.logit_square_sum
+
+
+def test_counters_are_in_no_checkpoint() -> None:
+    gate = MoE(config(router_balance="quantile")).gate
+    assert gate.lift_EN is not None and list(gate.state_dict()) == ["weight", "e_score_correction_bias"]
 
 
 def test_router_without_a_projection_says_so() -> None:
