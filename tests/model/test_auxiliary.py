@@ -39,6 +39,18 @@ def test_gradients_are_those_of_the_sum(function: str, scale: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
+def test_there_is_none_of_it_outside_training() -> None:
+    """A gradient that is asked for in evaluation is the scores' own, and needs no loss of the model's."""
+    x, gradients = torch.randn(60, 32), []
+    for coefficient in (0.3, 0.0):
+        torch.manual_seed(0)
+        gate = Gate(MoEGPTConfig.preset("tiny", hidden_size=32, router_aux_loss_coef=coefficient)).eval()
+        torch.nn.init.normal_(gate.weight, std=0.4)
+        weights, *_ = gate(x)
+        gradients += torch.autograd.grad(weights[:, 0].sum(), gate.weight)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 def test_even_routing_costs_one() -> None:
     assert float(balance_loss(torch.full((10, 4), 0.5), torch.tensor([5, 5, 5, 5]))) == pytest.approx(1)
     assert float(balance_loss(torch.eye(4)[[0] * 10], torch.tensor([10, 0, 0, 0]))) == pytest.approx(4)

@@ -90,6 +90,18 @@ def test_count() -> None:
     assert tokens_per_expert(indices, 8).tolist() == torch.bincount(indices.flatten(), minlength=8).tolist()
 
 
+def test_a_gate_routes_by_its_configuration() -> None:
+    rule = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 2.5}
+    gate = initialised(config(num_experts_per_tok=3, n_group=4, topk_group=2, **rule)).gate
+    x_TH = torch.randn(50, 32, dtype=torch.float64)
+    bias = gate.e_score_correction_bias.tolist()
+    logits = (x_TH @ gate.weight.T).tolist()
+    theirs = [reference.route_token(row, bias, 3, 4, 2, "softmax", False, 2.5) for row in logits]
+    weights_TK, indices_TK, *_ = gate(x_TH)
+    for ours, one in zip(as_lists(weights_TK, indices_TK), theirs, strict=True):
+        assert list(ours) == list(one) and list(ours.values()) == pytest.approx(list(one.values()), rel=1e-12)
+
+
 def test_load_is_counted_in_training_only() -> None:
     moe = initialised(config())
     x = torch.randn(2, 9, 32, dtype=torch.float64)
