@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from data.cli import NotFound, UserError
-from data.files import hash_file, is_inside, pointer, read_json, small_file
+from data.files import FileRecord, hash_file, is_file_table, is_inside, pointer, read_json, small_file
 
 KIND = "export"  # in the manifest of an exported folder: only such a one may be replaced
 MANIFEST = "manifest.json"  # what launch/checkpoint/manifest.py writes last
@@ -52,15 +51,17 @@ def weights_hash(folder: Path) -> str:
     return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
-def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
+def _recorded(folder: Path) -> dict[str, FileRecord]:
     """What `launch/export.py` recorded of weights and tokenizer; nothing for a folder of somebody else."""
     try:
         manifest = read_json(folder / MANIFEST)
-        files = dict(manifest["files"]) if manifest["kind"] == KIND else {}
+        files = manifest["files"] if manifest["kind"] == KIND else {}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / MANIFEST} is damaged; export it again") from None
+        files = None
+    if not is_file_table(files) or not all(map(is_inside, files)):
+        raise UserError(f"{folder / MANIFEST} is damaged; export it again")
     return {name: record for name, record in files.items() if name.endswith(".safetensors") or name == "tokenizer.json"}
 
 

@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict, TypeGuard, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
 from data.cli import UserError, sentence
-from data.files import hash_file, is_inside, small_file, sync_folder
+from data.files import FileRecord, hash_file, is_file_table, is_inside, small_file, sync_folder
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -31,13 +31,6 @@ HASH = "xxh3_128"
 RETRY_AFTER: tuple[float, ...] = (0.1, 0.5, 2.0)
 
 T = TypeVar("T")
-
-
-class FileRecord(TypedDict):
-    """What a manifest says about one file."""
-
-    bytes: int
-    xxh3_128: str
 
 
 class DamagedError(UserError):
@@ -133,19 +126,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged: its own checksum is wrong")
     if not isinstance(body.get("format"), int) or body["format"] > MANIFEST_FORMAT:
         raise UserError(f"{path} has format {body.get('format')}, made by a newer version; this one reads {MANIFEST_FORMAT}")
-    if not _is_file_table(body.get("files")):
+    if not is_file_table(body.get("files")):
         raise DamagedError(f"{path} is damaged: it does not list its files with their sizes and checksums")
     outside = [name for name in body["files"] if not is_inside(name)]
     if outside:
         raise DamagedError(f"{path} is damaged: it names {outside[0]!r}, which is not a file of this folder")
     return dict(body)
-
-
-def _is_file_table(files: object) -> TypeGuard[dict[str, FileRecord]]:
-    return isinstance(files, dict) and all(
-        isinstance(record, dict) and isinstance(record.get("bytes"), int) and isinstance(record.get(HASH), str)
-        for record in files.values()
-    )
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -21,11 +21,11 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from data.cli import UserError
-from data.files import make_folder
+from data.files import FileRecord, make_folder
 from launch.checkpoint.buffers import BUFFERS
 from launch.checkpoint.converter import run_converter
 from launch.checkpoint.finite import check_finite
-from launch.checkpoint.manifest import FileRecord, find_manifest, first_damage, read_manifest, record_all, write_manifest
+from launch.checkpoint.manifest import find_manifest, first_damage, read_manifest, record_all, write_manifest
 from launch.checkpoint.publish import publish, working_name
 from launch.checkpoint.state import STATE, read_state
 from launch.checkpoint.unpickle import load_file, save_stages_by_value

@@ -112,6 +112,22 @@ def test_a_damaged_file_is_refused_by_its_name(damage: str, tmp_path: Path) -> N
             load_exported(folder, device="cpu")
 
 
+RECORD = {"bytes": 1, "xxh3_128": "0"}
+TABLES: list[Any] = [None, [], [["model.safetensors", RECORD]], {"model.safetensors": 5}, {"model.safetensors": {}}]
+TABLES += [{"model.safetensors": {**RECORD, "bytes": "1"}}, {"model.safetensors": {"bytes": 1}}]
+TABLES += [{"../other/model.safetensors": RECORD}, {"/model.safetensors": RECORD}, {"x\0.safetensors": RECORD}]
+
+
+@pytest.mark.parametrize("files", TABLES, ids=str)
+def test_a_manifest_without_records_of_files_inside_is_a_sentence(files: Any, tmp_path: Path) -> None:
+    """Somebody else's, which would have files outside of the folder read."""
+    (tmp_path / manifest.MANIFEST).write_text(json.dumps({"kind": "export", "files": files}))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        check_weights(tmp_path)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        weights_hash(tmp_path)
+
+
 def test_what_a_user_may_edit_is_not_checked(tmp_path: Path) -> None:
     written(tmp_path, trained(), "moe_gpt")
     (tmp_path / "README.md").write_text("mine")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.files import hash_file
+from data.files import FileRecord, hash_file
 from launch.checkpoint import manifest
 from launch.checkpoint.manifest import DamagedError
 
@@ -124,7 +124,7 @@ def test_a_manifest_names_only_files_of_its_folder(tmp_path, name):
     (tmp_path / "outside").write_bytes(b"x")
     folder = complete(tmp_path / "step_1", state=b"{}")
     (folder / "a").mkdir()
-    record = manifest.FileRecord(bytes=1, xxh3_128=hash_file(tmp_path / "outside", "xxh3_128"))
+    record = FileRecord(bytes=1, xxh3_128=hash_file(tmp_path / "outside", "xxh3_128"))
     manifest.write_manifest(folder, {**manifest.read_manifest(folder)["files"], name: record})
     with pytest.raises(DamagedError, match="which is not a file of this folder"):
         verify(folder)
