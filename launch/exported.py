@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     Glm4MoeForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -59,7 +61,11 @@ def load_exported(
         check_weights(folder)
         with _damage_named(folder):
             other: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+                folder,
+                config=_plain_config(folder, attn_implementation),
+                dtype="auto",
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         _check_complete(folder, other[1])
         model: PreTrainedModel = other[0]
@@ -116,7 +122,9 @@ def load_model(folder: Path, config: MoEGPTConfig, *, attn_implementation: str =
         return made
     # Stock folders keep an expert's weights apart; transformers puts them together.
     with _damage_named(folder):
-        stock: Any = Glm4MoeForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
+        stock: Any = Glm4MoeForCausalLM.from_pretrained(
+            folder, config=_plain_config(folder), dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
     _check_complete(folder, stock[1])
     theirs: Glm4MoeForCausalLM = stock[0]
     config._attn_implementation = attn_implementation
@@ -131,6 +139,17 @@ def load_model(folder: Path, config: MoEGPTConfig, *, attn_implementation: str =
     model.generation_config = theirs.generation_config
     model.tie_weights()
     return model
+
+
+def _plain_config(folder: Path, attn_implementation: str | None = None) -> PreTrainedConfig:
+    """The folder's own, computed by transformers alone: what its config.json names may be kernels on the hub, that is code.
+
+    None is its choice, sdpa or else eager; a flash of ours it does not have.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config._attn_implementation = "eager" if attn_implementation == "eager" else None
+    config._experts_implementation = None
+    return config
 
 
 def _check_complete(folder: Path, report: dict[str, Any]) -> None:

@@ -194,6 +194,23 @@ def test_nor_of_one_that_is_no_model_of_ours(tmp_path: Path) -> None:
         load_exported(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_folder_does_not_choose_the_code_that_computes_it(field: str, is_ours: bool, tmp_path: Path) -> None:
+    """A name such as owner/repo is one of the hub's kernels, which transformers would fetch and import."""
+    config = MoEGPTConfig.preset("tiny", vocab_size=97, hidden_size=64, num_hidden_layers=1, attention_sinks=False)
+    stock = exported_config(config, "glm4_moe")
+    stock.attention_bias = not is_ours  # type: ignore[attr-defined]
+    Glm4MoeForCausalLM(stock).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: "owner/repo"}))
+    for asked, taken in (("sdpa", "sdpa"), ("eager", "eager"), ("flash", "flash" if is_ours else "sdpa")):
+        model, _ = load_exported(tmp_path, device="cpu", attn_implementation=asked)
+        assert isinstance(model, MoEGPTForCausalLM) is is_ours and model.config._attn_implementation == taken
+
+
 @pytest.mark.parametrize("format", ["moe_gpt", "glm4_moe"])
 def test_training_begins_from_a_folder_to_the_bit(format: str, tmp_path: Path) -> None:
     """Export, begin from it, export again: the same bytes of weights, from a stock folder as well."""
