@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launch.reporting.columns import Floats
+from launch.reporting.columns import Floats, to_number
 
 LEVELS = ("bad", "look", "note")
 LEAST_ROWS = 40  # a trend is judged from this many logged steps on
@@ -48,4 +48,5 @@ def some_steps(steps: list[int]) -> str:
 
 
 def is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether it is a number that a float can hold."""
+    return math.isfinite(to_number(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from typing import Any
 
 from data.cli import UserError
 from data.files import read_object
-from launch.reporting.columns import Row
+from launch.reporting.checks import is_finite
+from launch.reporting.columns import Row, to_number
 from launch.reporting.read import Run
 
 PASS = re.compile(r"pass@\d+$")
@@ -81,25 +83,27 @@ def _figures(content: Row) -> dict[str, float]:
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    return {k: float(v) for k, v in content.items() if is_number(v) and (PASS.match(k) or k in SHOWN)}
+    return {k: to_number(v) for k, v in content.items() if is_number(v) and (PASS.match(k) or k in SHOWN)}
 
 
 def _interval(value: Any) -> list[tuple[float, float]]:
     """None or one: `[low, high]`."""
-    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(edge, (int, float)) for edge in value)
-    return [(float(value[0]), float(value[1]))] if is_pair else []
+    if not isinstance(value, list) or len(value) != 2 or not all(map(is_finite, value)):
+        return []
+    return [(to_number(value[0]), to_number(value[1]))]
 
 
 def generations_beside(path: Path, results: Any = None) -> list[Generation]:
     """The first of `results` (the path that the evaluation notes; its folder may have moved), `NAME.samples.jsonl_results.jsonl`
     and the like: executed ones before those that were only written."""
     stem = glob.escape(path.name.removesuffix(".json"))
-    noted = [glob.escape(Path(results).name)] if isinstance(results, str) and results else []
-    for pattern in (*noted, f"{stem}*_results.jsonl", f"{stem}*samples*.jsonl", "*samples*_results.jsonl", "*samples*.jsonl"):
-        for file in sorted(path.parent.glob(pattern)):
-            found = read_generations(file)
-            if found:
-                return found
+    files = [path.parent / Path(results).name] if isinstance(results, str) else []
+    for pattern in (f"{stem}*_results.jsonl", f"{stem}*samples*.jsonl", "*samples*_results.jsonl", "*samples*.jsonl"):
+        files += sorted(path.parent.glob(pattern))
+    for file in filter(os.path.isfile, files):  # where `results` is no name of a file at all, as well
+        found = read_generations(file)
+        if found:
+            return found
     return []
 
 

@@ -13,7 +13,7 @@ from data.files import lookup
 from data.lock import is_held
 from data.words import BILLIONS, duration, short
 from launch.reporting.checks import is_finite
-from launch.reporting.columns import Floats
+from launch.reporting.columns import Floats, to_number
 from launch.reporting.curves import per_layer_columns, training_hours
 from launch.reporting.read import Run
 
@@ -88,7 +88,7 @@ def best_evaluation(run: Run) -> tuple[int, float, float]:
         return 0, math.nan, math.nan
     loss, row = min(rows, key=lambda pair: pair[0])
     bits = row.get("val_bits_per_byte")
-    return int(row["step"]), loss, float(bits) if isinstance(bits, (int, float)) else math.nan
+    return int(row["step"]), loss, to_number(bits)
 
 
 def figures_of(run: Run) -> list[Figure]:

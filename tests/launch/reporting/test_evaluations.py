@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,22 @@ def test_each_evaluation_is_its_own_runs_and_stands_once(tmp_path: Path) -> None
     assert names([first, second], named + named) == {"a": ["e.json"], "b": ["e.json", "deep.json"], "": ["else.json"]}
     assert names([second], named) == {"b": ["e.json", "deep.json", "else.json"]}
     assert names([first, second], []) == {"a": ["e.json"], "b": ["e.json"]}
+
+
+@pytest.mark.parametrize("name", ["", "/", ".", "..", "x" * 5000, "a\0b", "\ud800", "folder"])
+def test_what_names_no_file_of_samples_is_passed_over(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "e.samples.jsonl").mkdir()
+    (tmp_path / "e.json").write_text(json.dumps({"pass@1": 0.5, "results_file": name}))
+    write_lines(tmp_path / "other.samples.jsonl", [{"task_id": "T/0", "completion": "x"}])
+    found = read_evaluation(tmp_path / "e.json")
+    assert found is not None and [g.title for g in found.generations] == ["T/0"]
+
+
+def test_numbers_beyond_a_floats_are_none(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(json.dumps({"loss": 10**400, "pass@1": 0.5, "pass@1_interval": [0.1, 10**400]}))
+    found = read_evaluation(tmp_path / "e.json")
+    assert found is not None and found.figures["pass@1"] == 0.5 and math.isnan(found.figures["loss"]) and found.intervals == {}
 
 
 def test_damaged_samples_are_left_out(tmp_path: Path) -> None:

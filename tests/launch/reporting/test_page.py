@@ -14,6 +14,7 @@ from launch.reporting.evaluations import Evaluation, Generation
 from launch.reporting.page import ASSETS, MOST_BYTES, as_script_json, build_page
 from launch.reporting.read import Run, read_run
 
+BEYOND = 10**400  # a float's largest
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&quot;'\"\u2028"
 
 
@@ -168,3 +169,9 @@ def test_pass_at_k_and_generations(run: Run) -> None:
     page = build_page([run], {run.name: [evaluation]})
     assert page.index("pass@1<") < page.index("pass@10<") and "12.3% (5.0% to 20.0%)" in page and "1.234" in page
     assert "return x &lt; 1" in page and "HumanEval/0" in page
+
+
+@pytest.mark.parametrize("row", [{"val_loss": BEYOND}, {"eval/y": BEYOND}, {"val_loss": 2.0, "val_bits_per_byte": BEYOND}], ids=list)
+def test_a_number_that_no_float_holds_ends_no_report(row: dict[str, float], tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", [*healthy_rows(50), {"step": 50, **row}]))
+    assert str(BEYOND) not in build_page([run], {})
