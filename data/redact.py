@@ -5,18 +5,25 @@ from __future__ import annotations
 import re
 from typing import Any
 
+#: The end of a name in snake case, see `is_secret`.
 SECRET = re.compile(
-    r"(?i)((^|_)key|(api|access)key|secret|passw(or)?d|passphrase|credentials?|(^|(hf|hub|api|auth|access|wandb)_?)token)$"
+    r"(?i)((^|_)key|(api|access)key|secret|passw(or)?d|passphrase|credentials?|authorization"
+    r"|(^|(hf|hub|api|auth|access|wandb)_?)token)$"
 )
+#: Where a word begins in camel case.
+HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 #: The user and password of a URL. `pathlib` makes one slash of two, which then only a known scheme tells from a path.
 URL_USER = re.compile(r"(://|\b(?:https?|ftps?|ssh|git|s3|gs|hf):/)[^/\s'\"]+@")
 #: `?token=...` and its like; a query's names are fewer than JSON's, so whatever speaks of a secret counts.
 URL_SECRET = re.compile(r"(?i)([?&][^=&#\s]*(?:token|key|secret|passw|credential|sig)[^=&#\s]*=)[^&#\s'\"]+")
-#: `--api_key VALUE`, `--hf-token=VALUE` and `WANDB_API_KEY=VALUE` in a line of text.
+#: `--api_key VALUE`, `--hf-token=VALUE`, `WANDB_API_KEY=VALUE` and `"api_key": "VALUE"` in a line of text. A value in quotes ends
+#: with them; after a space another flag is none.
 NAMED = re.compile(
-    r"(?i)((?:--[\w-]*?(?:(?<![a-z])key|(?:api|access)key|secret|passw(?:or)?d|passphrase|credentials?"
-    r"|(?:--|(?:hf|hub|api|auth|access|wandb)[_-]?)token)[= ]"
-    r"|\b\w*(?:api_?key|access_?key|secret|password|passphrase|(?:hf|hub|api|auth|access|wandb)_?token)=)['\"]?)(?!-)[^\s'\";,&#]+"
+    r"(?i)((?:--[\w-]*?(?:(?<![a-z])key|(?:api|access|secret|private)key|secret|passw(?:or)?d|passphrase|credentials?"
+    r"|(?:(?<=--)|(?:hf|hub|api|auth|access|wandb)[_-]?)token)(?:=| (?!-))"
+    r"|\b\w*(?:(?:api|access|secret|private)[_-]?key|secret|passw(?:or)?d|passphrase|authorization"
+    r"|(?:hf|hub|api|auth|access|wandb)[_-]?token)(?:=|['\"]?[ \t]*:[ \t]*))['\"]?)"
+    r"(?:(?<=')[^'\n]+|(?<=\")[^\"\n]+|(?:(?:bearer|basic) +)?[^\s'\";,&#]+)"
 )
 #: What gives itself away wherever it stands: tokens of the hub, GitHub, GitLab, OpenAI's kind, Slack, and AWS's key names.
 TOKEN = re.compile(
@@ -26,16 +33,32 @@ TOKEN = re.compile(
 HIDDEN = "[redacted]"
 
 
+def is_secret(name: str) -> bool:
+    """Whether a name speaks of a secret, in snake case, camel case or with hyphens."""
+    return bool(SECRET.search(HUMP.sub("_", name).replace("-", "_")))
+
+
 def redact(value: Any, name: str = "") -> Any:
-    """`value` without secrets: strings under a name that speaks of one, those that `redact_text` finds."""
+    """`value` without secrets: what stands under a name that speaks of one, deeper down too, and what `redact_text` finds.
+
+    Null, a switch and a container of numbers alone, such as ids, are none.
+    """
+    if isinstance(value, (dict, list, tuple)) and not _has_text(value):
+        name = ""
     if isinstance(value, dict):
-        return {k: redact(v, str(k)) for k, v in value.items()}
+        return {k: redact(v, str(k) if is_secret(str(k)) else name) for k, v in value.items()}
     if isinstance(value, (list, tuple)):  # a command line's values follow their names
-        names = ["", *(v[2:].replace("-", "_") if isinstance(v, str) and v.startswith("--") else "" for v in value)]
-        return [redact(v, before if SECRET.search(before) else name) for before, v in zip(names, value, strict=False)]
-    if isinstance(value, str):
-        return HIDDEN if SECRET.search(name) and value else redact_text(value)
-    return value
+        names = ["", *(v[2:] if isinstance(v, str) and v.startswith("--") else "" for v in value)]
+        return [redact(v, before if is_secret(before) else name) for before, v in zip(names, value, strict=False)]
+    if is_secret(name) and value not in (None, "") and not isinstance(value, bool):
+        return HIDDEN
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_text, value.values()))
+    return any(map(_has_text, value)) if isinstance(value, (list, tuple)) else isinstance(value, str)
 
 
 def redact_text(text: str) -> str:

@@ -44,6 +44,32 @@ def test_names_of_secrets(name: str) -> None:
     assert redact(others) == others
 
 
+@pytest.mark.parametrize("name", ["api-key", "access-token", "hf-token", "Authorization", "secretKey", "SSHKey", "X-Api-Key"])
+def test_names_with_hyphens_and_in_camel_case(name: str) -> None:
+    assert redact({name: "Bearer S"}) == {name: "[redacted]"}
+    assert redact([f"--{name}", "S", "--steps", "5"]) == [f"--{name}", "[redacted]", "--steps", "5"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (12345678, "[redacted]"),
+        (1.5, "[redacted]"),
+        ({"value": "S", "n": {"of": 3}}, {"value": "[redacted]", "n": {"of": 3}}),
+        ({"value": ["S", 7]}, {"value": ["[redacted]", "[redacted]"]}),
+        *((kept, kept) for kept in (None, True, False, "", [], {}, [1, 2], {"a": [1]})),
+    ],
+)
+def test_values_of_a_secret(value: object, shown: object) -> None:
+    assert redact({"password": value}) == {"password": shown}
+
+
+def test_ordinary_settings_stay() -> None:
+    settings = {"vocab": {"tokens": "x"}, "num_tokens": 5, "max_new_tokens": 7, "tokenizer": "hf/x", "eosToken": "</s>"}
+    settings |= {"eos_token": "</s>", "pad_token_id": 0, "eos-token": "</s>", "keys": "x", "hotkeys": ["a"], "author": "me"}
+    assert redact(settings) == settings
+
+
 def test_a_password_may_have_an_at() -> None:
     assert redact(["https://me:p@ss@host/p?x=a@b"]) == ["https://[redacted]@host/p?x=a@b"]
 
@@ -69,6 +95,12 @@ def test_tokens_that_give_themselves_away(start: str, length: int) -> None:
         ("unrecognized arguments: --hf-token=S; --help", "unrecognized arguments: --hf-token=[redacted]; --help"),
         ("WANDB_API_KEY=S is refused", "WANDB_API_KEY=[redacted] is refused"),
         ("--apikey S --wandb_token=S --passphrase S", "--apikey [redacted] --wandb_token=[redacted] --passphrase [redacted]"),
+        ("DB_PASSWD=S --token=-S --secretKey=S", "DB_PASSWD=[redacted] --token=[redacted] --secretKey=[redacted]"),
+        ("--password 'two words' b", "--password '[redacted]' b"),
+        ('API_KEY="it\'s two" b', 'API_KEY="[redacted]" b'),
+        ('{"api_key": "S T", "lr": 1}', '{"api_key": "[redacted]", "lr": 1}'),
+        ("{'api-key':'S'} hf_token: S, b", "{'api-key':'[redacted]'} hf_token: [redacted], b"),
+        ("Authorization: Bearer S b", "Authorization: [redacted] b"),
         ("WANDB_TOKEN=S PASSPHRASE=S eos_token=</s>", "WANDB_TOKEN=[redacted] PASSPHRASE=[redacted] eos_token=</s>"),
     ],
 )
@@ -81,6 +113,7 @@ def test_secrets_in_a_line(text: str, shown: str) -> None:
     [
         "unknown key: lr; key 'betas' is a list",
         "--eos_token S --keyword b --max_tokens 5 --monkey c --api_key --next",
+        "num_tokens: 5, tokenizer: 'x', max_new_tokens=7, eos_token: '</s>', pad_token_id=0, vocab_key_count: 3",
         "/data/run:/me@host and C:/me@host and gs://bucket/a@b and git@github.com:x/y",
     ],
 )
