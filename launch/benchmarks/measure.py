@@ -14,15 +14,27 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.cli import sentence
 from launch.toolchain import default_device
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser, *, repeats: int, dtypes: Sequence[str] = ("bfloat16", "float32")) -> None:
     """The flags of whatever times calls; of one that computes in one type alone `dtypes` is empty."""
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", type=usable_device, default=default_device(), help="cpu, cuda or cuda:N")
     if dtypes:
         parser.add_argument("--dtype", default=dtypes[0], choices=dtypes)
     parser.add_argument("--repeats", type=int, default=repeats, help="the best of so many is taken")
+
+
+def usable_device(text: str) -> str:
+    """For argparse: `text` where PyTorch computes on it here."""
+    if text.split(":")[0] not in ("cpu", "cuda"):  # of no other are time and memory measured
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: of a build without CUDA
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {sentence(error).split('. ')[0]}") from None
+    return text
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
