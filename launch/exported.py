@@ -146,7 +146,7 @@ def _plain_config(folder: Path, attn_implementation: str | None = None) -> PreTr
 
     None is its choice, sdpa or else eager; a flash of ours it does not have.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config._attn_implementation = "eager" if attn_implementation == "eager" else None
     config._experts_implementation = None
     return config
