@@ -17,9 +17,9 @@ URL_USER = re.compile(r"(://|\b(?:https?|ftps?|ssh|git|s3|gs|hf):/)[^/\s'\"]+@")
 #: `?token=...` and its like; a query's names are fewer than JSON's, so whatever speaks of a secret counts.
 URL_SECRET = re.compile(r"(?i)([?&][^=&#\s]*(?:token|key|secret|passw|credential|sig)[^=&#\s]*=)[^&#\s'\"]+")
 #: `--api_key VALUE`, `--hf-token=VALUE`, `WANDB_API_KEY=VALUE` and `"api_key": "VALUE"` in a line of text. A value in quotes ends
-#: with them; after a space another flag is none.
+#: with them; after a space another flag is none. A flag begins a word: a line of hyphens is not tried from each of them.
 NAMED = re.compile(
-    r"(?i)((?:--[\w-]*?(?:(?<![a-z])key|(?:api|access|secret|private)key|secret|passw(?:or)?d|passphrase|credentials?"
+    r"(?i)((?:(?<![\w-])--[\w-]*?(?:(?<![a-z])key|(?:api|access|secret|private)key|secret|passw(?:or)?d|passphrase|credentials?"
     r"|(?:(?<=--)|(?:hf|hub|api|auth|access|wandb)[_-]?)token)(?:=| (?!-))"
     r"|\b\w*(?:(?:api|access|secret|private)[_-]?key|secret|passw(?:or)?d|passphrase|authorization"
     r"|(?:hf|hub|api|auth|access|wandb)[_-]?token)(?:=|['\"]?[ \t]*:[ \t]*))['\"]?)"

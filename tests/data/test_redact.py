@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from data.redact import redact, redact_text
@@ -119,6 +121,14 @@ def test_secrets_in_a_line(text: str, shown: str) -> None:
 )
 def test_other_lines_stay(text: str) -> None:
     assert redact_text(text) == text
+
+
+@pytest.mark.parametrize("part", ["-", "--a", "a", "api_", "'", "key: ", "password: "])
+def test_a_long_line_takes_no_time(part: str) -> None:
+    """20,000 hyphens took over a minute."""
+    began = time.process_time()
+    redact_text(part * (20_000 // len(part)))
+    assert time.process_time() - began < 2
 
 
 def test_values_of_a_command_line_follow_their_flags() -> None:
