@@ -171,9 +171,7 @@ def test_pass_at_k_and_generations(run: Run) -> None:
     assert "return x &lt; 1" in page and "HumanEval/0" in page
 
 
-@pytest.mark.parametrize(
-    "row", [{"val_loss": BEYOND}, {"eval/y": BEYOND}, {"val_loss": 2.0, "val_bits_per_byte": BEYOND}], ids=list
-)
+@pytest.mark.parametrize("row", [{"val_loss": BEYOND}, {"eval/y": BEYOND}, {"val_loss": 2.0, "val_bits_per_byte": BEYOND}])
 def test_a_number_that_no_float_holds_ends_no_report(row: dict[str, float], tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [*healthy_rows(50), {"step": 50, **row}]))
     assert str(BEYOND) not in build_page([run], {})
