@@ -13,8 +13,9 @@ import weakref
 from pathlib import Path
 from typing import IO, Any
 
-from data.cli import UserError, say
+from data.cli import UserError
 from data.files import is_open_at, make_folder
+from data.terminal import say
 
 WHO = "process "  # what a lock begins with
 

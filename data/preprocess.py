@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__" and not __package__:  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import ONE_THREAD, exit_code, hold_standard_streams, leave
+from data.cli import ONE_THREAD, hold_standard_streams
 from data.pipeline.arguments import parse
+from data.terminal import exit_code, leave
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

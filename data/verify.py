@@ -19,23 +19,11 @@ import numpy as np
 if __name__ == "__main__" and not __package__:  # or a `data` on PYTHONPATH would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import (
-    LIMITS,
-    Exit,
-    Progress,
-    UserError,
-    exit_code,
-    hold_standard_streams,
-    leave,
-    one_line,
-    report,
-    say,
-    sentence,
-    stdout,
-)
+from data.cli import LIMITS, Exit, UserError, hold_standard_streams, one_line, sentence
 from data.files import hash_file, small_file
 from data.flags import Parser, at_least_one
 from data.shards import SPLITS, Index, check_shard, index_faults, load_manifest, read_index
+from data.terminal import Progress, exit_code, leave, report, say, stdout
 from data.tokens import tokenizer as tokenizers
 
 CHUNK_TOKENS = 1 << 22

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from data.cli import Exit, UserError, drain, encoding_fault, hold_standard_streams, leave, report
+from data.cli import Exit, UserError, encoding_fault, hold_standard_streams
+from data.terminal import drain, leave, report
 from model.sizes import MOST_POSITIONS
 
 CLONE = Path(__file__).resolve().parent.parent

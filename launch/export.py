@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import say, stdout
 from data.flags import Parser
+from data.terminal import say, stdout
 from launch.cli import make_quiet, run_command
 from launch.exporting import folder, formats, hub_upload, source
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import NotFound, UserError, say, stdout, write_out
+from data.cli import NotFound, UserError
 from data.flags import Parser
+from data.terminal import say, stdout, write_out
 from launch.cli import check_rope_factor, make_quiet, run_command
 from model.sizes import ATTENTION_IMPLEMENTATIONS
 

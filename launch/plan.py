@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import write_out
+from data.terminal import write_out
 from launch.cli import run_command
 from launch.planning.arguments import parse_arguments
 

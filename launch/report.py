@@ -15,10 +15,11 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import UserError, printable, say, stdout
+from data.cli import UserError, printable
 from data.files import check_replaceable, replace_file
 from data.flags import Parser
 from data.lock import FolderLock
+from data.terminal import say, stdout
 from launch.cli import run_command
 from launch.reporting.evaluations import evaluations_of
 from launch.reporting.page import build_page

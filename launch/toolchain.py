@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from data.cli import UserError, say, sentence
+from data.cli import UserError, sentence
+from data.terminal import say
 
 #: In the order in which Triton (3.x, runtime/build.py) looks; the variable CC goes before.
 COMPILERS = ("gcc", "clang", "cc")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import Progress, UserError, one_line, say, stdout
+from data.cli import UserError, one_line
 from data.files import replace_json
 from data.filters.contamination import Contamination
 from data.pipeline.arguments import PreprocessArguments
@@ -31,6 +31,7 @@ from data.sources.blocks import CANNOT_BE_READ, Block, Position, ReadOptions, Re
 from data.sources.discover import Source, describe_endings, find_sources
 from data.sources.documents import EMPTY
 from data.sources.read import read_blocks
+from data.terminal import Progress, say, stdout
 from data.tokens import tokenizer as tokenizers
 from data.tokens.fim import FimOptions
 from data.tokens.folder import CONFIG, TokenizerFiles, load

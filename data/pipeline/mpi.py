@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from data.cli import Exit, UserError, drain, report, sentence
+from data.cli import Exit, UserError, sentence
 from data.pipeline.pool import InOrder, Team, in_order, start_worker
 from data.pipeline.worker import WorkOptions
+from data.terminal import drain, report
 
 
 def run(job: Callable[[Team | None], int]) -> int:

@@ -24,9 +24,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from data.cli import LIMITS, ONE_THREAD, Exit, UserError, drain
+from data.cli import LIMITS, ONE_THREAD, Exit, UserError
 from data.pipeline.worker import Result, Worker, WorkOptions
 from data.sources.blocks import Block
+from data.terminal import drain
 
 InOrder = Callable[[Iterable[Block]], Iterator[Result]]
 

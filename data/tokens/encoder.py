@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import orjson
 
-from data.cli import UserError, say
+from data.cli import UserError
+from data.terminal import say
 
 NO_TOKEN = -1  # among `end_ids`: no token follows the text
 CHECKED_CHARACTERS = 8192

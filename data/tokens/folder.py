@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.cli import NotFound, UserError, say, stdout
+from data.cli import NotFound, UserError
 from data.files import pointer
+from data.terminal import say, stdout
 
 TOKENIZER, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 #: Larger than any vocabulary: the largest known are of some 35 MB.

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.cli import UserError, say
+from data.cli import UserError
+from data.terminal import say
 
 COMMAND = Path(__file__).resolve().parents[1] / "benchmark.py"
 UNITS = {"s": 1, "m": 60, "h": 3600}

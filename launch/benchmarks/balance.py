@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.cli import Progress, UserError
+from data.cli import UserError
 from data.dataset import PackedDataset
+from data.terminal import Progress
 from launch.evaluation.loss import check_tokenizer
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.choice import group_limited_topk

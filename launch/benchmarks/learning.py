@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import UserError, counted, say
+from data.cli import UserError, counted
+from data.terminal import say
 from data.words import short
 from launch.benchmarks.svg import svg_path
 from launch.benchmarks.svg_curves import Curve, draw

@@ -123,7 +123,7 @@ def check_room(names: Sequence[str], stage: Any, ranks: int, arguments: argparse
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
-    from data.cli import say
+    from data.terminal import say
     from launch.cli import AgreedError
 
     if get_accelerator().device_name() != "cuda":

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from data.cli import UserError, say
+from data.cli import UserError
 from data.files import FileRecord, make_folder
+from data.terminal import say
 from launch.checkpoint import universal
 from launch.checkpoint.buffers import BUFFERS, persistent_buffers
 from launch.checkpoint.choose import CheckpointChooser, ResumeChoice, ResumeFrom

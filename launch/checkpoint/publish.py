@@ -14,8 +14,8 @@ import secrets
 import shutil
 from pathlib import Path
 
-from data.cli import say
 from data.files import sync_folder
+from data.terminal import say
 from launch.checkpoint.manifest import MANIFEST
 
 #: Folders that only this module makes: being written, on the way to deletion, replaced by another of the same name.

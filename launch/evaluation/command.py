@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.cli import UserError, counted, say, stdout, write_out
+from data.cli import UserError, counted
 from data.files import check_replaceable, replace_json
+from data.terminal import say, stdout, write_out
 from launch.evaluation.arguments import EvaluateArguments
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from data.cli import Progress, UserError
+from data.cli import UserError
+from data.terminal import Progress
 from launch.evaluation.problems import Problem
 from launch.evaluation.samples import SampleFile
 from launch.generation.prompts import Prompt, lacking_fim, prompt_ids

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from data.cli import Progress, UserError
+from data.cli import UserError
 from data.dataset import IGNORED, PackedDataset
+from data.terminal import Progress
 from data.tokens import tokenizer as tokenizers
 
 

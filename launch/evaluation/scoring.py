@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.cli import Progress, UserError, counted, say
+from data.cli import UserError, counted
+from data.terminal import Progress, say
 from launch.evaluation.execution import execute_all
 from launch.evaluation.job import Job, Verdict
 from launch.evaluation.pass_at_k import summarize

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.cli import UserError, say
+from data.cli import UserError
 from data.files import read_json, replace_json
 from data.lock import FolderLock, LockHeld
+from data.terminal import say
 from data.tokens import tokenizer as tokenizers
 from data.tokens.folder import CONFIG, TOKENIZER
 from launch.checkpoint import manifest

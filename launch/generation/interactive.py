@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.cli import UserError, say
+from data.cli import UserError
+from data.terminal import say
 
 GREETING = "Text to continue; a line that ends with \\ goes on in the next. Ctrl-C stops an answer, Ctrl-D ends."
 HISTORY_LINES = 1000

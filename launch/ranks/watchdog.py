@@ -20,7 +20,8 @@ import time
 import traceback
 from typing import NoReturn
 
-from data.cli import Exit, say, sentence
+from data.cli import Exit, sentence
+from data.terminal import say
 from launch.cli import end_at_once
 from launch.ranks.heartbeat import Hang, Heartbeat, HeartbeatStore, LastWords, here, is_second_hand
 

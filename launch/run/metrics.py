@@ -17,12 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.cli import say, stderr
 from data.files import finite, is_open_at, replace_file
+from data.terminal import PLAIN_SECONDS, say, stderr
 from launch.run.progress import coloured, count, interval, progress_line
 from launch.run.trackers import Tracked, Tracker, start_trackers
 
-PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
 
 

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 
-from data.cli import say
+from data.terminal import say
 from launch.cli import end_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)

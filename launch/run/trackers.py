@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import say
 from data.redact import redact
+from data.terminal import say
 from launch.run.tracker_names import grouped
 
 CLOSE_SECONDS = 15.0  # that a tracker gets at the end of a run; W&B offline takes one or two

@@ -14,9 +14,9 @@ import pytest
 from data_helpers import change, read_documents, run, write_rows
 from tokenizers import Tokenizer
 
-from data.cli import drain
 from data.pipeline.writer import SplitWriter
 from data.shards import read_index
+from data.terminal import drain
 from data.verify import _token_faults, main, verify
 
 BIN, IDX = "train/shard_000000.bin", "train/shard_000000.idx"

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from training_process import launch_ranks
 from transformers import PreTrainedTokenizerFast
 
-from data.cli import drain
+from data.terminal import drain
 from launch.checkpoint import manifest
 from launch.checkpoint.publish import working_name
 from launch.export import main

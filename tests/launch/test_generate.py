@@ -12,7 +12,8 @@ from support import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.cli import UserError, drain
+from data.cli import UserError
+from data.terminal import drain
 from launch import generate
 from launch.generation import interactive
 from launch.generation.prompts import FIM, Prompt

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.cli import UserError, drain
+from data.cli import UserError
+from data.terminal import drain
 from launch import exported, toolchain
 from model import MoEGPTConfig
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from data.cli import say
+from data.terminal import say
 from launch.evaluation.sandbox.inside.system import PR_SET_CHILD_SUBREAPER, prctl
 from launch.evaluation.sandbox.inside.warden import kill_descendants
 

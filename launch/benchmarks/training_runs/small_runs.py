@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import UserError, say
+from data.cli import UserError
 from data.files import replace_json
 from data.flags import at_least_one
+from data.terminal import say
 from launch.benchmarks.training_runs.leash import run_leashed
 from launch.engine.strategy import CONFIG_FOLDER, resolve_config
 from launch.planning.ladder import active_parameters

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import counted, say
+from data.cli import counted
 from data.files import lookup
+from data.terminal import say
 from launch.benchmarks.training_runs.rungs import RATE, Rungs, longest_of, rate_of
 from launch.benchmarks.training_runs.small_runs import SmallRun
 from launch.benchmarks.training_runs.variants import merged

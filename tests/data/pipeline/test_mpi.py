@@ -14,9 +14,10 @@ import pytest
 from data_helpers import contents, environment, run, write_rows
 from support import ROOT
 
-from data.cli import UserError, drain
+from data.cli import UserError
 from data.pipeline import mpi
 from data.preprocess import is_launched
+from data.terminal import drain
 
 
 def mpiexec() -> str:

@@ -134,7 +134,7 @@ if __name__ == "__main__":
 
 NO_FORK = """
 import errno, os
-from data.cli import exit_code, leave
+from data.terminal import exit_code, leave
 from data.pipeline import pool
 if __name__ == "__main__":
     def refuse(*_):

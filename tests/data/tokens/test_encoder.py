@@ -13,7 +13,8 @@ from data_helpers import shared_data
 from support import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from data.cli import UserError, drain
+from data.cli import UserError
+from data.terminal import drain
 from data.tokens.encoder import (
     NO_TOKEN,
     SAFE_RANGES,

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from data.cli import UserError, drain
+from data.cli import UserError
 from data.dataset import PackedDataset
+from data.terminal import drain
 from launch.benchmarks import ladder
 from launch.benchmarks.training_runs import rungs, trials
 from launch.benchmarks.training_runs.scaling_law import bootstrap, fit

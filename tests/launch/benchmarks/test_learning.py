@@ -17,8 +17,9 @@ import torch
 from support import ROOT
 from transformers import Glm4MoeForCausalLM
 
-from data.cli import UserError, drain
+from data.cli import UserError
 from data.files import finite
+from data.terminal import drain
 from launch.benchmarks import learning
 from launch.benchmarks.svg_curves import Curve, draw
 from launch.benchmarks.training_runs import small_runs

@@ -65,7 +65,7 @@ def test_what_does_not_fit_onto_the_card_together_is_refused_before_it_is_built(
 ) -> None:
     """They ran out of memory there, one after the other kept what it had needed."""
     told: list[str] = []
-    monkeypatch.setattr("data.cli.say", told.append)
+    monkeypatch.setattr("data.terminal.say", told.append)
     shared = Namespace(sequence_length=2048, attn_implementation="flash")
     monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cuda")
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (83e9, 85e9))

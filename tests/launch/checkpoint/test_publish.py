@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.cli import drain
+from data.terminal import drain
 from launch.checkpoint import publish
 
 

@@ -18,8 +18,9 @@ import pytest
 import torch
 from support import ROOT
 
-from data.cli import UserError, drain
+from data.cli import UserError
 from data.dataset import PackedDataset
+from data.terminal import drain
 from launch.evaluation.arguments import parse_arguments
 from launch.evaluation.command import evaluate, loss_of, tell
 from launch.evaluation.loss import check_tokenizer

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from data.cli import UserError, drain
+from data.cli import UserError
+from data.terminal import drain
 from launch.evaluation.job import Job, Verdict
 from launch.evaluation.problems import Problem
 from launch.evaluation.sandbox.levels import Level

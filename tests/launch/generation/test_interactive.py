@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data.cli import UserError, drain
+from data.cli import UserError
+from data.terminal import drain
 from launch.generation.interactive import GREETING, converse, history_file, line_editor
 
 NO_TEXT = UnicodeDecodeError("utf-8", b"x\xff", 1, 2, "invalid start byte")

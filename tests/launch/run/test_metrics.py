@@ -47,7 +47,7 @@ FILL = """
 import resource, signal, sys
 from pathlib import Path
 from typing import Any
-from data.cli import drain
+from data.terminal import drain
 from launch.run.metrics import JsonLines
 lines = JsonLines(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

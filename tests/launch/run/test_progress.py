@@ -59,7 +59,7 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from data.cli import drain
+from data.terminal import drain
 from launch.run.metrics import Monitor
 monitor = Monitor(Path(sys.argv[1]), enabled=True, last_step=3)
 monitor.begin(0)

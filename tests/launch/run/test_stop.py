@@ -17,7 +17,7 @@ PROGRAM = """
 import time
 from types import SimpleNamespace
 from launch.run.stop import StopRequest
-from data.cli import drain
+from data.terminal import drain
 stop = StopRequest().install()
 stop.joined()
 print("ready", flush=True)

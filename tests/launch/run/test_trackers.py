@@ -15,7 +15,7 @@ from unittest.mock import MagicMock, call
 import pytest
 from support import ROOT
 
-from data.cli import drain
+from data.terminal import drain
 from launch.run import trackers
 from launch.run.metrics import Monitor
 from launch.run.trackers import TensorboardTracker, Tracked, Tracker, TrackioTracker, WandbTracker, start_trackers
@@ -23,7 +23,7 @@ from launch.run.trackers import TensorboardTracker, Tracked, Tracker, TrackioTra
 WANDB = """
 import os, sys, time
 from pathlib import Path
-from data.cli import drain
+from data.terminal import drain
 from launch.run.metrics import Monitor
 from launch.run.trackers import Tracked
 monitor = Monitor(Path(sys.argv[1]), enabled=True, last_step=10)
