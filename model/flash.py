@@ -8,7 +8,8 @@ How a kernel comes to be used: `pick_kernel` asks `kernel_preference` for the na
 best first, and takes the first that `load_kernel` can import. `model/sinks.py` calls it.
 
 Backwards on GPUs add up dq by atomics, in whatever order the blocks come, unless `torch.use_deterministic_algorithms(True)` is
-on: PyTorch's own kernel then looks for itself, the packages are told. Forwards have no atomics.
+on: PyTorch's own kernel then looks for itself, flash-attn 2 is told, and the others, of which some releases do not keep the
+promise, are passed over. Forwards have no atomics.
 
 Signatures read at flash-attention 2.7.0 to 2.8.3 and commit 0251105a (flash-attn 3 and 4), and in torch 2.13's
 `torch/nn/attention/varlen.py`. Packages are imported by name and late, so a machine without them needs nothing.
@@ -195,7 +196,7 @@ class FlashAttn3:
     """flash-attn 3 (the `hopper` build). It has no sinks of its own; ours need none."""
 
     name = "flash-attn 3"
-    deterministic = True
+    deterministic = False  # 2.8.3 takes the argument and drops it; later ones keep it, for heads up to 192, with the same signature
 
     def __init__(self) -> None:
         self.package: Any = importlib.import_module("flash_attn_interface")
@@ -222,7 +223,6 @@ class FlashAttn3:
             *(cu, cu, used, used, longest, longest),
             *grads,
             *(scale, is_causal(mask)),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return grads
 
@@ -232,10 +232,12 @@ class FlashAttn4:
 
     name = "flash-attn 4"
     traceable = False  # Python over CuTe's compiler
+    deterministic = (
+        False  # the first betas cannot, later ones end on sm90, and it was mended there for grouped queries in 2026 only
+    )
 
     def __init__(self) -> None:
         self.package: Any = importlib.import_module("flash_attn.cute.interface")
-        self.deterministic = "deterministic" in inspect.signature(self.package._flash_attn_bwd).parameters  # not in its first ones
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> FlashOutput:
         keywords = {"softmax_scale": scale, "causal": is_causal(mask), **_varlen_keywords(mask)}
@@ -246,8 +248,6 @@ class FlashAttn4:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, output: FlashOutput, mask: AttentionMask, scale: float
     ) -> Gradients:
         keywords = {"softmax_scale": scale, "causal": is_causal(mask), **_varlen_keywords(mask)}
-        if self.deterministic:
-            keywords["deterministic"] = torch.are_deterministic_algorithms_enabled()
         # Not the order of the other packages: out comes before dout.
         dq, dk, dv, *_ = self.package._flash_attn_bwd(q, k, v, output.out, dout, output.lse, **keywords)
         return dq, dk, dv

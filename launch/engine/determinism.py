@@ -8,7 +8,7 @@ What it takes, by PyTorch 2.13's documentation and the sources of PyTorch, DeepS
 - cuBLAS picks among its workspaces unless it is told how many there are.
 - The embedding's gradient, sums and norms are without atomics. Those of `model/kernels/` count in integers.
 - DeepSpeed's Triton products choose their tiles by time, and a restart may choose others: `expert_parallel` takes PyTorch's.
-  Inductor then measures nothing either.
+  Inductor then measures nothing that changes a sum either.
 - NCCL's rings and trees add up in an order that their shape decides; switches that add up by themselves (NVLS) may not.
 """
 

@@ -60,7 +60,10 @@ class Memory:
 def plan_memory(job: Job, *, on_gpu: bool = True) -> Memory:
     """`on_gpu=False` is what a CPU holds: without kernels of ours, and no context."""
     parts = _parts(job, on_gpu, load=1.0)
-    fullest, whole = _fullest(job, parts), FP32 * float(count_parameters(job.sizes).total)
+    fullest, count = _fullest(job, parts), count_parameters(job.sizes)
+    # DeepSpeed holds the experts as they were built until all layers have a rank's own (counted on an engine of `tiny` with EP 1:
+    # 1.49 times the model).
+    whole = FP32 * (count.total + count.routed_experts / job.ep_size)
     # At most all rows of its expert group come to one rank.
     loaded = _fullest(job, _parts(job, on_gpu, load=min(WORST_LOAD, job.ep_size)))
     return Memory(

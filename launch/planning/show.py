@@ -78,7 +78,7 @@ def _memory(answer: dict[str, Any]) -> str:
         verdict += f"; to fit, change {_changed(answer['to_fit'])}"
     lines = ["memory of a GPU at its fullest, GB (10^9 bytes)", table(rows), wrapped(verdict)]
     if memory["build"] >= 0.005:
-        lines.append("that is at the start, where each rank builds the whole model in fp32; training takes less")
+        lines.append("that is at the start, where each rank builds the whole model in fp32; training takes less at an even load")
     if memory["host"]:
         lines.append(f"and {memory['host']:.1f} GB of host memory for each GPU")
     return "\n".join(lines)
@@ -112,6 +112,8 @@ def _communication(answer: dict[str, Any]) -> str:
 
 def _alternatives(answer: dict[str, Any]) -> str:
     if not answer["alternatives"]:
+        if answer["memory_gb"]["build"] >= 0.005 and not answer["fits"]:  # whatever their number, and the length of a sample
+            return "no layout of this job fits, nor could its model be built: take larger GPUs or a smaller model"
         return "no layout of this job fits: take more GPUs, larger ones, or a shorter --sequence_length"
     head = ("fastest that fit safely", "EP", "ZeRO", "recompute", "micro-batch", "offload", "GB", "tokens/s", "MFU")
     rows = [

@@ -111,13 +111,14 @@ def test_a_resume_with_the_flag_must_be_equal_to_the_bit(tmp_path: Path, monkeyp
     monkeypatch.setattr(acceptance.Site, "train", train)
     here = site(tmp_path, device="cuda")
     here.train("train", here.run, tmp_path, 4)
-    found = acceptance.resume(here)
-    assert found == {"largest_relative_difference": pytest.approx(2e-4), "bit_equal": False, "deterministic_speed_to_not": 1.0}
+    assert acceptance.resume(here) == {"largest_relative_difference": pytest.approx(2e-4), "bit_equal": False}
+    assert acceptance.deterministic(here) == {"speed_to_not_deterministic": 1.0}
     flag = ("--deterministic",)
     assert trained == {"train": (), "resume": (), "deterministic": flag, "deterministic_resume": flag}
     apart["deterministic_resume"] = 1e-9
     with pytest.raises(acceptance.StationFailed, match=r"after resuming with --deterministic differ by 2\.00e-10"):
-        acceptance.resume(here)
+        acceptance.deterministic(here)
+    assert not (tmp_path / "deterministic" / "checkpoints").exists() and not (tmp_path / "resumed").exists()
 
 
 @pytest.mark.parametrize("least", [row[0] for row in acceptance.STEP_SIZES])
