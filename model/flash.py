@@ -232,9 +232,7 @@ class FlashAttn4:
 
     name = "flash-attn 4"
     traceable = False  # Python over CuTe's compiler
-    deterministic = (
-        False  # the first betas cannot, later ones end on sm90, and it was mended there for grouped queries in 2026 only
-    )
+    deterministic = False  # its first betas cannot, later ones end on sm90, where grouped queries were mended last
 
     def __init__(self) -> None:
         self.package: Any = importlib.import_module("flash_attn.cute.interface")

@@ -112,9 +112,9 @@ def _communication(answer: dict[str, Any]) -> str:
 
 def _alternatives(answer: dict[str, Any]) -> str:
     if not answer["alternatives"]:
-        if answer["memory_gb"]["build"] >= 0.005 and not answer["fits"]:  # whatever their number, and the length of a sample
-            return "no layout of this job fits, nor could its model be built: take larger GPUs or a smaller model"
-        return "no layout of this job fits: take more GPUs, larger ones, or a shorter --sequence_length"
+        if answer["memory_gb"]["build"] >= 0.005:  # whatever their number, and the length of a sample
+            return "no layout of this job fits safely, since each GPU builds the whole model: take larger ones or a smaller model"
+        return "no layout of this job fits safely: take more GPUs, larger ones, or a shorter --sequence_length"
     head = ("fastest that fit safely", "EP", "ZeRO", "recompute", "micro-batch", "offload", "GB", "tokens/s", "MFU")
     rows = [
         (

@@ -291,9 +291,9 @@ def test_a_preset_with_fewer_experts_than_gpus_has_a_default() -> None:
 
 
 def test_a_change_that_makes_it_fit_can_be_pasted() -> None:
-    flags = ("--model", "4b", "--gpu", "rtx-4090", "--num_gpus", 1, "--deepspeed_config", "ds_configs/ep1_zero2.json")
+    flags = ("--model", "4b", "--gpu", "l40s", "--num_gpus", 1, "--deepspeed_config", "ds_configs/ep1_zero2.json")
     assert answer(*flags)["to_fit"] == {
-        "activation_checkpointing.mode": ["none", "full"],
+        "activation_checkpointing.mode": ["none", "selective"],
         "optimizer.params.fused": [True, None],
         "optimizer.params.torch_adam": [True, None],
         "zero_optimization.offload_optimizer": [None, {"device": "cpu", "pin_memory": True}],
@@ -306,10 +306,15 @@ def test_a_change_that_makes_it_fit_can_be_pasted() -> None:
 def test_a_change_keeps_the_batch(tmp_path: Path) -> None:
     """Where the file has a number for each of the three, which training holds against each other."""
     config = json.loads((ROOT / "ds_configs/ep8_zero2.json").read_text())
-    config.update(train_micro_batch_size_per_gpu=32, gradient_accumulation_steps=1, activation_checkpointing={"mode": "full"})
+    config.update(
+        train_batch_size=512,
+        train_micro_batch_size_per_gpu=64,
+        gradient_accumulation_steps=1,
+        activation_checkpointing={"mode": "full"},
+    )
     (tmp_path / "all.json").write_text(json.dumps(config))
-    to_fit = answer("--model", "4b", "--gpu", "l4", "--deepspeed_config", tmp_path / "all.json")["to_fit"]
-    assert to_fit == {"train_micro_batch_size_per_gpu": [32, 8], "gradient_accumulation_steps": [1, "auto"]}
+    to_fit = answer("--model", "4b", "--gpu", "rtx-5090", "--deepspeed_config", tmp_path / "all.json")["to_fit"]
+    assert to_fit == {"train_micro_batch_size_per_gpu": [64, 16], "gradient_accumulation_steps": [1, "auto"]}
 
 
 def test_a_folder_without_a_run(run_folder: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_checkpoint_named_from_inside_its_folder_is_compared_with_its_run(
     for inside in ("step_4", "../checkpoints/step_4"):
         assert compared(Path(inside)) == ["optimizer.params.lr: 1 -> 2"]
     flags.deterministic = True  # of a run from before the flag
-    assert compared(Path("step_4")) == ["optimizer.params.lr: 1 -> 2", "--deterministic: false -> true"]
+    assert compared(Path("step_4")) == ["--deterministic: false -> true", "optimizer.params.lr: 1 -> 2"]
 
 
 @pytest.mark.parametrize("own", [True, False])
