@@ -91,7 +91,8 @@ def preparation() -> str:
 
 def again() -> str:
     """The command that goes on from here."""
-    return shlex.join(sys.orig_argv) if len(sys.argv) > 1 else "make quickstart"
+    by_make = len(sys.argv) == 1 and Path(sys.executable).parent == ROOT / ".venv" / "bin"
+    return "make quickstart" if by_make else shlex.join(sys.orig_argv)
 
 
 def environment() -> dict[str, str]:

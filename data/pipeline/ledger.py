@@ -64,7 +64,9 @@ def check_flags(folder: Path, wanted: dict[str, Any]) -> None:
         then = read_state(folder / STATE)["arguments"]
     else:
         return
-    check_same(then | {name: wanted[name] for name in ("decontaminate", "input_files")}, wanted, folder)
+    old, new = ([name for name, *_ in of.get("decontaminate") or ()] for of in (then, wanted))
+    files = ("input_files", "decontaminate") if old == new else ("input_files",)
+    check_same(then | {name: wanted[name] for name in files}, wanted, folder)
 
 
 def read_state(path: Path) -> dict[str, Any]:

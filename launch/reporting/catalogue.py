@@ -54,7 +54,12 @@ METRICS: tuple[Metric, ...] = (
         "Speed",
         ("tokens_per_second", "Throughput", "tokens/s", "All ranks together, evaluation and saving not counted."),
         ("mfu", "Model FLOPs utilization", "of peak", "What the model needs over what the devices could do."),
-        ("memory_gb", "Device memory, peak", "GB", "The most that any rank has held so far in training."),
+        (
+            "memory_gb",
+            "Device memory, peak",
+            "GB",
+            "The most that any rank has held so far: on a GPU in training, on a CPU since its start.",
+        ),
         ("data_seconds", "Waiting for data", "s a step", "Should stay far below the step's time."),
         ("step_seconds", "Time of a step", "s", "Without evaluation and saving."),
         ("save_seconds", "Training stood still to save", "s", "In the background only the copy counts."),

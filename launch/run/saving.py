@@ -50,9 +50,7 @@ class Saving:
 
     def save(self, state: TrainingState, *, is_best: bool = False, skipped: int = 0) -> None:
         """A checkpoint of now. `is_best` also where the step has one already. `skipped`: see `CheckpointManager.save`."""
-        if self.saved_at == state.step and not is_best:
-            return
-        if self.failed_at == state.step and not self._finishing:  # as the best, a moment ago: nothing is different now
+        if not self.is_due(state.step, is_best=is_best):
             return
         self.finish_pending_save(state.step)
         self._started, self._is_best = time.monotonic(), is_best
@@ -65,6 +63,12 @@ class Saving:
         self.monitor.log({"step": state.step, "save_seconds": time.monotonic() - self._started})
         if not self.checkpoints.background:
             self.finish_pending_save(state.step)
+
+    def is_due(self, step: int, *, is_best: bool = False) -> bool:
+        """Whether `save` does anything at this step."""
+        if self.saved_at == step and not is_best:
+            return False
+        return self.failed_at != step or self._finishing  # it failed as the best, a moment ago: nothing is different now
 
     def finish_pending_save(self, step: int) -> None:
         """Wait for the save that is under way, if there is one, and say at `step` how it went."""

@@ -66,19 +66,31 @@ def stations(monkeypatch: pytest.MonkeyPatch) -> list[int | type[BaseException]]
 
 
 @pytest.mark.parametrize(
-    ("flags", "again"),
+    ("python", "flags", "again"),
     [
-        ([], "make quickstart"),
-        (["--folder", "/tmp/my runs", "--steps", "50"], "python3 quickstart.py --folder '/tmp/my runs' --steps 50"),
+        (".venv/bin/python", [], "make quickstart"),
+        ("conda/bin/python", [], "python3 quickstart.py"),  # make would install another environment
+        (
+            ".venv/bin/python",
+            ["--folder", "/tmp/my runs", "--steps", "50"],
+            "python3 quickstart.py --folder '/tmp/my runs' --steps 50",
+        ),
     ],
 )
 @pytest.mark.parametrize("end", [2, KeyboardInterrupt])
 def test_what_goes_on_from_here_is_what_was_typed(
-    end: int | type[BaseException], flags: list, again: str, stations: list, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    end: int | type[BaseException],
+    python: str,
+    flags: list,
+    again: str,
+    stations: list,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     """`make quickstart` begins in another folder."""
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags])
     monkeypatch.setattr(sys, "orig_argv", ["python3", "quickstart.py", *flags])
+    monkeypatch.setattr(sys, "executable", str(ROOT / python))
     stations += [0, end]
     assert launch.quickstart.run(Path("folder"), 50) == (130 if end is KeyboardInterrupt else end)
     assert f"`{again}` goes on from here" in capsys.readouterr().err

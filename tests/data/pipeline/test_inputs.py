@@ -126,6 +126,10 @@ def test_another_flag_is_no_changed_input(
     code, _, err = preprocess(*flags, narrower)
     assert code == 2 and err.count("\n") == 1, err
     assert f"was begun with other arguments (--input was ['{tree}'], now ['{narrower}']); use those" in err
+    benchmark = tmp_path / "benchmark.jsonl"
+    benchmark.write_text('{"prompt": "def a(): pass", "test": "assert a() is None"}\n')
+    code, _, err = preprocess(*flags, tree, "--decontaminate", benchmark)
+    assert code == 2 and "--decontaminate was [], now [['" in err, err
     (tree / "m0001.py").unlink()
     code, _, err = preprocess(*flags, tree, "--seed", 5)
     assert code == 2 and "(--seed was 0, now 5); use those" in err, err

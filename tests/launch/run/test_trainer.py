@@ -250,6 +250,24 @@ def test_a_best_that_could_not_be_saved_is_no_best(
     assert (position.best_loss, position.best_step) == before
 
 
+def test_a_checkpoint_carries_no_best_whose_save_has_failed() -> None:
+    """With --async_save that is heard of in the next save: a resume from there had no best, and `--keep_last` deleted the one
+    before it."""
+    saved: list[Any] = []
+    trainer: Any = SimpleNamespace(
+        position=Position(step=25, best_loss=2.4, best_step=20),
+        validation=None,
+        spikes=SimpleNamespace(state=dict, skipped_in_a_row=0),
+        watchdog=SimpleNamespace(at=lambda step, phase: None),
+        saving=SimpleNamespace(is_due=lambda step, is_best: True, save=lambda state, **_: saved.append(state)),
+        _best_before=(2.5, 10),
+    )
+    trainer.saving.finish_pending_save = lambda step: Trainer.take_best_back(trainer)
+    trainer.state, trainer.state_to_save = partial(Trainer.state, trainer), partial(Trainer.state_to_save, trainer)
+    Trainer.save(trainer)
+    assert [(state.best_loss, state.best_step) for state in saved] == [(2.5, 10)]
+
+
 def test_the_clock_counts_steps_and_not_what_lies_between() -> None:
     clock = iter([0.0, 2.0, 10.0, 13.0, 50.0, 54.0])
     timer = StepTimer(lambda: next(clock))
@@ -447,7 +465,7 @@ def test_a_rollback_comes_after_the_steps_row_and_before_no_evaluation() -> None
         position=position, last_step=8, outcome="", profile=None, _rollback_due=False,
         _timer=StepTimer(), watchdog=SimpleNamespace(at=lambda step, phase: None), loader=SimpleNamespace(close=lambda: None),
         evaluator=SimpleNamespace(take=lambda step: None, leave=lambda: None),
-        saving=SimpleNamespace(finish=lambda state, skipped: done.append(("finished", skipped))), state=lambda: None,
+        saving=SimpleNamespace(finish=lambda state, skipped: done.append(("finished", skipped))), state_to_save=lambda: None,
         spikes=SimpleNamespace(skipped_in_a_row=3),
         train_step=train_step, roll_back=roll_back, is_logged=lambda step: False, show_progress=lambda metrics: None,
         log=lambda metrics: done.append(("row", position.step)),
