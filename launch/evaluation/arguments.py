@@ -163,7 +163,7 @@ def add_execution_flags(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--isolation", choices=("auto", *LEVELS), default="auto", help="auto: the first that starts here")
     p.add_argument("--require_isolation", action="store_true", help="refuse a machine where not every wall of the sandbox holds")
     p.add_argument("--execution_timeout", type=int, default=10, help="seconds of processor time; twice that on the clock")
-    p.add_argument("--workers", type=int, default=0, help="samples that run at a time; 0: one a core")
+    p.add_argument("--workers", type=int, default=0, help="samples that run at a time; 0: one a core (as root 64 at most)")
 
 
 def parse_arguments(argv: list[str] | None = None) -> EvaluateArguments:

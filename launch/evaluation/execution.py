@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import secrets
 import select
 import signal
 import subprocess
@@ -131,10 +132,16 @@ def parse_verdict(said: bytes) -> Verdict:
         return Verdict(passed=False, result="failed: the tests ended without a verdict")
 
 
+def first_slot(level: Level, workers: int) -> int:
+    """Of one of the ranges of `workers` slots that share no user, so that another evaluation on this machine most probably has
+    another. It is drawn, since process numbers are alike in every container."""
+    return workers * secrets.randbelow((level.most_workers or workers) // workers)
+
+
 def execute_all(jobs: Iterable[Job], *, level: Level, limits: Limits, workers: int) -> Iterator[Verdict]:
     """Verdicts in the order of the jobs, `workers` candidates at a time."""
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-    first = os.getpid() * workers  # another evaluation on this machine has other slots, most probably
+    first = first_slot(level, workers)
     for slot in range(first, first + workers):
         slots.put(slot)
 

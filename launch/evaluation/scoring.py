@@ -91,12 +91,11 @@ def run_jobs(jobs: Sequence[Job], *, file: VerdictFile, level: Level, limits: Li
 
 
 def check_workers(asked: int, level: Level) -> int:
-    """How many there will be. asked: 0 for one a core. Raises UserError for more than the level has users for."""
+    """How many there will be. asked: 0 for one a core, within the level's default. Raises UserError where its users are too few."""
     most = level.most_workers
     if most and asked > most:
         raise UserError(f"--workers must be {most} or less where the sandbox gives each its own users ({level.name}), not {asked}")
-    cores = available_cores()
-    return asked or (min(cores, most) if most else cores)
+    return asked or min(filter(None, (available_cores(), level.default_workers)))
 
 
 def available_cores() -> int:

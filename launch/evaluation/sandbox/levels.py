@@ -37,6 +37,11 @@ class Level:
         """Where users are taken, each worker has two of its own: who shares one shares its limits, and may signal the other."""
         return USERS // 2 if self.leaves_root else None
 
+    @property
+    def default_workers(self) -> int | None:
+        """No more than this, unless more are asked for: other evaluations on this machine take users of the same range."""
+        return self.most_workers and self.most_workers // 4
+
 
 def levels(asked: str) -> Iterator[Level]:
     """What may work here, to be tried in this order. asked: a name of LEVELS, or auto."""

@@ -20,12 +20,12 @@ from support import process_stat
 
 from data.cli import UserError
 from launch.evaluation import execution
-from launch.evaluation.execution import SandboxError, execute, execute_all, read_verdict
+from launch.evaluation.execution import SandboxError, execute, execute_all, first_slot, read_verdict
 from launch.evaluation.job import Job, Verdict
 from launch.evaluation.sandbox import process
 from launch.evaluation.sandbox.inside import attempts
 from launch.evaluation.sandbox.inside.warden import parents
-from launch.evaluation.sandbox.levels import LEVELS
+from launch.evaluation.sandbox.levels import LEVELS, Level
 from launch.evaluation.sandbox.limits import Limits
 from launch.evaluation.sandbox.probe import Isolation, find_isolation, probe, targets
 from launch.evaluation.sandbox.process import Confined, descendants, start
@@ -484,6 +484,17 @@ def test_many_at_once_in_order(isolation: Isolation) -> None:
     jobs = [Job(program=f"def f(): return {n}", test=f"assert f() == {n} and {n} % 3", entry_point="f") for n in range(12)]
     verdicts = list(execute_all(jobs, level=isolation.level, limits=LIMITS, workers=2))
     assert [verdict.passed for verdict in verdicts] == [bool(n % 3) for n in range(12)]
+
+
+def test_evaluations_draw_slots_that_share_no_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 256 workers each, all had the same."""
+    level, other = (Level(name="limits", user_namespace=way, python="python") for way in (False, True))
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    for workers, ranges in ((64, 4), (100, 2), (1, 256), (256, 1)):
+        drawn = {first_slot(level, workers) for _ in range(40 * ranges)}
+        assert {slot % workers for slot in drawn} == {0} and 0 <= min(drawn) <= max(drawn) <= 256 - workers
+        assert len(drawn) > ranges * 0.9, "no two programs at a time, of one evaluation or two, share a user"
+    assert first_slot(other, 384) == 0  # there no user is taken
 
 
 def test_the_probe_sees_missing_walls() -> None:

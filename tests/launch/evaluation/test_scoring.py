@@ -95,7 +95,7 @@ def test_each_worker_has_users_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     level, other = (Level(name="limits", user_namespace=way, python="python") for way in (False, True))
     monkeypatch.setattr("launch.evaluation.scoring.available_cores", lambda: 384)
     monkeypatch.setattr("os.getuid", lambda: 0)
-    assert [check_workers(asked, level) for asked in (0, 1, 256)] == [256, 1, 256]
+    assert [check_workers(asked, level) for asked in (0, 1, 256)] == [64, 1, 256]
     assert [check_workers(asked, other) for asked in (0, 257)] == [384, 257]
     with pytest.raises(UserError, match=r"--workers must be 256 or less where .* its own users \(limits\), not 257"):
         check_workers(257, level)
