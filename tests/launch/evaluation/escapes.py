@@ -39,6 +39,7 @@ ESCAPES = {
     "removes where everybody may": "os.mkdir(t['open_folder'] + '/d'); os.rmdir(t['open_folder'] + '/d'); return True",
     "changes a mode": "os.chmod(t['secret_file'], 0o604); return os.stat(t['secret_file']).st_mode & 0o777 == 0o604",
     "changes times": "os.utime(t['secret_file'], (1, 1)); return os.stat(t['secret_file']).st_mtime == 1",
+    "empties a file": "os.truncate(t['secret_file'], 0); return os.stat(t['secret_file']).st_size == 0",
     "touches, owns, watches, asks for attributes": "return reached(t['secret_file'], *FILE_CALLS)",
     "connects over TCP": "socket.create_connection(('127.0.0.1', t['port']), 1); return True",
     "connects to a socket file": "socket.socket(socket.AF_UNIX).connect(t['socket_file']); return True",
@@ -67,6 +68,9 @@ ESCAPES = {
     "leaves a message queue": "libc.mq_open(t['queue'].encode(), os.O_CREAT | os.O_RDWR, 0o600, None); return True",
     "leaves a daemon": "leave_daemon(t['marker']); return True",
 }
+MEMFD_SECRET = 447  # the same on every architecture; not every kernel has it
+if ctypes.CDLL(None).syscall(MEMFD_SECRET, os.O_CLOEXEC) >= 0:
+    ESCAPES["makes a file of secret memory"] = f"return libc.syscall({MEMFD_SECRET}, 0) >= 0"
 FOR_ROOT = {
     "fills the disk with files that have no name": "return nameless(t['own'], 8, 3 << 20)",
     "becomes root": "os.setuid(0); return True",

@@ -532,7 +532,7 @@ def test_each_way_to_another_process_opens_a_wall(monkeypatch: pytest.MonkeyPatc
     assert attempts.processes({"most_processes": 1, "caller": os.getpid()}) is (way == "none")
 
 
-@pytest.mark.parametrize("way", ["chmod", "utime", "none"])
+@pytest.mark.parametrize("way", ["chmod", "utime", "truncate", "none"])
 def test_each_change_of_a_file_opens_a_wall(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str) -> None:
     secret, own = tmp_path / "secret", tmp_path / "own"
     secret.touch()

@@ -35,14 +35,16 @@ def write(path: str) -> None:
 
 
 def change(path: str) -> None:
-    """Mode and times. Judged by the file's state afterwards: a call that did nothing may say that it did."""
+    """Mode, times and length. Judged by the file's state afterwards: a call that did nothing may say that it did."""
     before = os.stat(path)
     with suppress(OSError):
         os.chmod(path, before.st_mode ^ 0o100)
     with suppress(OSError):
         os.utime(path, (1, 1))
+    with suppress(OSError):
+        os.truncate(path, before.st_size + 1)
     after = os.stat(path)
-    if (after.st_mode, after.st_mtime) == (before.st_mode, before.st_mtime):
+    if (after.st_mode, after.st_mtime, after.st_size) == (before.st_mode, before.st_mtime, before.st_size):
         raise PermissionError(path)
 
 
@@ -59,7 +61,7 @@ def send(socket_file: str) -> None:
 
 
 def files(config: dict[str, Any]) -> bool:
-    """The host's files can be neither read, written nor changed in mode and times; a folder of one's own can be."""
+    """The host's files can be neither read, written nor changed in mode, times and length; a folder of one's own can be."""
     secret = config["secret_file"]
     outside = [os.path.join(config["open_folder"], "written"), "/written", "/dev/shm/written", "/usr/written"]
     reached = any(succeeds(partial(action, secret)) for action in (read, change))

@@ -34,7 +34,7 @@ def confine(config: dict[str, Any]) -> None:
             resource.setrlimit(getattr(resource, name), (value, value + (name == "RLIMIT_CPU")))
     prctl(PR_SET_DUMPABLE, 0)  # other processes of this user cannot look into this one
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    host_files = config["level"] == "limits"  # elsewhere a namespace hides them
-    if host_files:
+    host = config["level"] == "limits"  # elsewhere namespaces hide its files and processes
+    if host:
         landlock.restrict(config["read_only"], config["folder"])
-    seccomp.restrict(host_files=host_files)
+    seccomp.restrict(host=host)

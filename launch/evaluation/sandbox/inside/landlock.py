@@ -19,6 +19,7 @@ ASK_VERSION, PATH_BENEATH = 1, 1
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIRECTORY = 1, 2, 4, 8
 FILE_RIGHTS = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 5: 1 << 16}  # version: the first right that it does not know
 READ = EXECUTE | READ_FILE | READ_DIRECTORY
+TRUNCATE_VERSION = 3
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 NETWORK_VERSION, TCP_RIGHTS = 4, 3  # bind and connect
 SCOPE_VERSION, SCOPES = 6, 3  # abstract sockets and signals stay within

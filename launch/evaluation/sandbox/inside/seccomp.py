@@ -13,13 +13,14 @@ import platform
 import struct
 from collections.abc import Sequence
 
+from launch.evaluation.sandbox.inside import landlock
 from launch.evaluation.sandbox.inside.system import PR_SET_SECCOMP, SECCOMP_MODE_FILTER, prctl
 
 Numbers = tuple[int, int | None]
 
-# Namespaces would give privileges over their own mounts, and with them memory that no limit counts; so would System V segments,
-# and those of the user's other programs need no name but a number. Queues of messages are created, and stay, though Landlock
-# then refuses them.
+# Namespaces would give privileges over their own mounts, and with them memory that no limit counts; so would System V segments and
+# files of memory, and the segments of the user's other programs need no name but a number. Queues of messages are created, and
+# stay, though Landlock then refuses them.
 FORBIDDEN: dict[str, Numbers] = {
     "unshare": (272, 97),
     "setns": (308, 268),
@@ -44,6 +45,7 @@ FORBIDDEN: dict[str, Numbers] = {
     "mq_open": (240, 180),
     "mq_unlink": (241, 181),
     "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -61,21 +63,29 @@ FORBIDDEN: dict[str, Numbers] = {
     "bind": (49, 200),
     "ioprio_set": (251, 30),
 }
-Check = tuple[int, int, int]  # an argument's place, the bits of it that are looked at, what they must be
+Check = tuple[int, int, int]  # where in seccomp_data 32 bits of an argument lie, which of them count, what they must be
+CheckedCalls = dict[str, tuple[Numbers, tuple[Check, ...]]]
+FIRST, SECOND, THIRD = 16, 24, 32  # arguments; of a pointer the upper half follows
 ALL = 0xFFFFFFFF  # of an int
-ITSELF: Check = (0, ALL, 0)  # who calls, by the number of a process: the kernel lets a user change all of its own, and so training
 CLONE_NEW = 0x7E020000 | 0x00000080  # every CLONE_NEW* flag
-AF_UNIX, SOCK_STREAM, SOCKET_TYPE = 1, 1, 0xF
-ALLOWED_WITH: dict[str, tuple[Numbers, tuple[Check, ...]]] = {
-    "clone": ((56, 220), ((0, CLONE_NEW, 0),)),
+AF_UNIX: Check = (FIRST, ALL, 1)
+ALLOWED_WITH: CheckedCalls = {
+    "clone": ((56, 220), ((FIRST, CLONE_NEW, 0),)),
+    "socketpair": ((53, 199), (AF_UNIX,)),
+}
+# Where no namespace hides the host's processes: the kernel lets a user limit and slow all of its own, and so training. A program's
+# own number is none that a filter knows, for its children inherit the filter: 0 is whoever calls.
+ITSELF: Check = (FIRST, ALL, 0)
+CONNECTED: Check = (SECOND, 0xB, 1)  # SOCK_STREAM (1) and SOCK_SEQPACKET (5); flags lie above
+HOST_ALLOWED_WITH: CheckedCalls = {
     "prlimit64": ((302, 261), (ITSELF,)),
-    "setpriority": ((141, 140), ((0, ALL, os.PRIO_PROCESS), (1, ALL, 0))),
+    "setpriority": ((141, 140), ((FIRST, ALL, os.PRIO_PROCESS), (SECOND, ALL, 0))),
     "sched_setaffinity": ((203, 122), (ITSELF,)),
     "sched_setscheduler": ((144, 119), (ITSELF,)),
     "sched_setparam": ((142, 118), (ITSELF,)),
     "sched_setattr": ((314, 274), (ITSELF,)),
-    # A pair of streams reaches nobody. One end of a pair of datagram sockets sends to every socket file.
-    "socketpair": ((53, 199), ((0, ALL, AF_UNIX), (1, SOCKET_TYPE, SOCK_STREAM))),
+    # A pair that is connected reaches nobody else. One end of a pair of datagram sockets sends to every socket file.
+    "socketpair": ((53, 199), (AF_UNIX, CONNECTED)),
 }
 # The C library falls back to clone, whose flags are no pointer.
 UNKNOWN: dict[str, Numbers] = {"clone3": (435, 435)}
@@ -94,6 +104,8 @@ HOST_FILES: dict[str, Numbers] = {
     "inotify_add_watch": (254, 27),
     "fanotify_mark": (301, 263),
 }
+# ftruncate needs a file that could be opened.
+BEFORE_TRUNCATE_RIGHT: dict[str, Numbers] = {"truncate": (76, 45)}
 # Answered as on a file system that has none, which copying programs are prepared for.
 ATTRIBUTES: dict[str, Numbers] = {
     "setxattr": (188, 5),
@@ -115,8 +127,11 @@ ATTRIBUTES: dict[str, Numbers] = {
 }
 # Answered as if done: shutil's copy and copy2 set mode and times of what they have copied, and would fail after all.
 UNDONE: dict[str, Numbers] = {"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)}
-UTIMENSAT, NO_TIMES = (280, 88), (2, ALL, 0)
+UTIMENSAT = (280, 88)
+NO_PATH: tuple[Check, ...] = ((SECOND, ALL, 0), (SECOND + 4, ALL, 0))
+NO_TIMES: tuple[Check, ...] = ((THIRD, ALL, 0), (THIRD + 4, ALL, 0))
 
+NUMBER, ARCHITECTURE = 0, 4  # of seccomp_data, beside the arguments
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 X32 = 0x40000000  # x86_64's second table of system calls
 ALLOW, KILL, ERROR = 0x7FFF0000, 0x80000000, 0x00050000
@@ -128,46 +143,52 @@ def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> b
     return struct.pack("HBBI", code, if_true, if_false, value)
 
 
-def rule(number: int | None, answer: int, checks: Sequence[Check] = (), met: int = ALLOW) -> list[bytes]:
-    """For one system call: `met` where its arguments pass all checks, `answer` where one does not or there is none."""
+def rule(number: int | None, answer: int | None, checks: Sequence[Check] = (), met: int = ALLOW) -> list[bytes]:
+    """For one system call: `met` where its arguments pass all checks, `answer` where one does not or there is none.
+
+    answer: None leaves it to the rules that follow.
+    """
     if number is None:
         return []
     steps = []
     for left, (place, bits, value) in zip(reversed(range(len(checks))), checks, strict=True):
         to_answer = 3 * left + 1
-        steps += [instruction(LOAD, 16 + 8 * place), instruction(AND, bits), instruction(EQUAL, value, 0, to_answer)]
+        steps += [instruction(LOAD, place), instruction(AND, bits), instruction(EQUAL, value, 0, to_answer)]
     steps += [instruction(RETURN, met)] if checks else []
-    steps += [instruction(RETURN, answer)]
+    steps += [instruction(LOAD, NUMBER) if answer is None else instruction(RETURN, answer)]
     return [instruction(EQUAL, number, 0, len(steps)), *steps]
 
 
-def system_call_filter(machine: str, *, host_files: bool) -> bytes:
-    """Classic BPF over seccomp_data (number at 0, architecture at 4, arguments from 16). Raises KeyError for other machines.
+def system_call_filter(machine: str, *, host: bool, landlock_version: int) -> bytes:
+    """Classic BPF over seccomp_data. Raises KeyError for other machines.
 
-    host_files: whether those are to be kept from what Landlock has no right for.
+    host: whether the host's files and processes are to be kept from what Landlock, in this version, has no right for.
     """
     column, architecture = ARCHITECTURES[machine]
-    program = [instruction(LOAD, 4), instruction(EQUAL, architecture, 1, 0), instruction(RETURN, KILL), instruction(LOAD, 0)]
+    program = [instruction(LOAD, ARCHITECTURE), instruction(EQUAL, architecture, 1, 0), instruction(RETURN, KILL)]
+    program += [instruction(LOAD, NUMBER)]
     if machine == "x86_64":
         program += [instruction(AT_LEAST, X32, 0, 1), instruction(RETURN, EPERM)]
-    for numbers, checks in ALLOWED_WITH.values():
+    for numbers, checks in (ALLOWED_WITH | (HOST_ALLOWED_WITH if host else {})).values():
         program += rule(numbers[column], EPERM, checks)
     answers = [(FORBIDDEN, EPERM), (UNKNOWN, ENOSYS)]
-    if host_files:
+    if host:
         answers += [(HOST_FILES, EPERM), (ATTRIBUTES, ENOTSUP), (UNDONE, DONE)]
-        # pathlib's touch creates a file where the time of now cannot be set.
-        program += rule(UTIMENSAT[column], DONE, [NO_TIMES], met=EPERM)
+        if landlock_version < landlock.TRUNCATE_VERSION:
+            answers.append((BEFORE_TRUNCATE_RIGHT, EPERM))
+        # pathlib's touch creates a file where the time of now cannot be set; touch of coreutils opens it and sets that afterwards.
+        program += rule(UTIMENSAT[column], None, NO_PATH, met=DONE) + rule(UTIMENSAT[column], DONE, NO_TIMES, met=EPERM)
     for calls, answer in answers:
         for numbers in calls.values():
             program += rule(numbers[column], answer)
     return b"".join([*program, instruction(RETURN, ALLOW)])
 
 
-def restrict(*, host_files: bool) -> None:
+def restrict(*, host: bool) -> None:
     """From here on. Needs PR_SET_NO_NEW_PRIVS; does nothing on other machines."""
     if platform.machine() not in ARCHITECTURES or os.uname().sysname != "Linux":
         return
-    program = system_call_filter(platform.machine(), host_files=host_files)
+    program = system_call_filter(platform.machine(), host=host, landlock_version=landlock.version())
     text = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(text)))
     prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.cast(header, ctypes.c_void_p))
