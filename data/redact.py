@@ -17,12 +17,15 @@ URL_USER = re.compile(r"(://|\b(?:https?|ftps?|ssh|git|s3|gs|hf):/)[^/\s'\"]+@")
 #: `?token=...` and its like; a query's names are fewer than JSON's, so whatever speaks of a secret counts.
 URL_SECRET = re.compile(r"(?i)([?&][^=&#\s]*(?:token|key|secret|passw|credential|sig)[^=&#\s]*=)[^&#\s'\"]+")
 #: `--api_key VALUE`, `--hf-token=VALUE`, `WANDB_API_KEY=VALUE` and `"api_key": "VALUE"` in a line of text. A value in quotes ends
-#: with them; after a space another flag is none. A flag begins a word: a line of hyphens is not tried from each of them.
+#: with them; after a space another flag is none, and what ends before a colon may be a path (`in/secret: no such folder`). A flag
+#: begins a word: a line of hyphens is not tried from each of them.
 NAMED = re.compile(
     r"(?i)((?:(?<![\w-])--[\w-]*?(?:(?<![a-z])key|(?:api|access|secret|private)key|secret|passw(?:or)?d|passphrase|credentials?"
     r"|(?:(?<=--)|(?:hf|hub|api|auth|access|wandb)[_-]?)token)(?:=| (?!-))"
     r"|\b\w*(?:(?:api|access|secret|private)[_-]?key|secret|passw(?:or)?d|passphrase|authorization"
-    r"|(?:hf|hub|api|auth|access|wandb)[_-]?token)(?:=|['\"]?[ \t]*:[ \t]*))['\"]?)"
+    r"|(?:hf|hub|api|auth|access|wandb)[_-]?token)(?:=|['\"][ \t]*:[ \t]*)"
+    r"|(?<![\w/.-])(?:[\w-]*(?:(?:api|access|secret|private)[_-]?key|authorization|(?:hf|hub|api|auth|access|wandb)[_-]?token)"
+    r"|passw(?:or)?d)[ \t]*:[ \t]*)['\"]?)"
     r"(?:(?<=')[^'\n]+|(?<=\")[^\"\n]+|(?:(?:bearer|basic) +)?[^\s'\";,&#]+)"
 )
 #: What gives itself away wherever it stands: tokens of the hub, GitHub, GitLab, OpenAI's kind, Slack, and AWS's key names.

@@ -72,6 +72,11 @@ def test_ordinary_settings_stay() -> None:
     assert redact(settings) == settings
 
 
+@pytest.mark.parametrize("path", ["in/secret", "secret", "/run/secrets/api_key", "x/hf-token", "my.password", "-/passwd"])
+def test_a_path_is_no_name_of_what_is_said_of_it(path: str) -> None:
+    assert redact_text(f"error: {path}: Permission denied") == f"error: {path}: Permission denied"
+
+
 def test_a_password_may_have_an_at() -> None:
     assert redact(["https://me:p@ss@host/p?x=a@b"]) == ["https://[redacted]@host/p?x=a@b"]
 
