@@ -77,7 +77,7 @@ gpu-bundle: install
 compat: install
 	$(BIN)/python tests/compat/versions.py $(COMPAT_ARGS)
 
-# Only what the targets above make again, and not what `gpu` measured on a card that may be gone: users' runs lie in runs/ too, and VENV may name an environment of their own, which
-# .venv is as well until `installed` is in it.
+# Only what the targets above make again, and not what `gpu` measured on a card that may be gone: users' runs lie in runs/ too,
+# and VENV may name an environment of their own, which .venv is as well until `installed` is in it.
 clean:
 	rm -rf $(if $(filter .venv,$(VENV)),$(if $(wildcard .venv/installed),.venv)) runs/quickstart runs/served build *.egg-info .pytest_cache .ruff_cache .mypy_cache
