@@ -48,27 +48,26 @@ class Saving:
         self.saved_at, self.failed_at = state.step if choice.is_own else -1, -1
         return state
 
-    def save(self, state: TrainingState, *, is_best: bool = False, skipped: int = 0) -> None:
-        """A checkpoint of now. `is_best` also where the step has one already. `skipped`: see `CheckpointManager.save`."""
-        if not self.is_due(state.step, is_best=is_best):
-            return
-        self.finish_pending_save(state.step)
-        self._started, self._is_best = time.monotonic(), is_best
-        self._saved_before, self.saved_at = self.saved_at, state.step
-        try:
-            self._pending = self.checkpoints.save(self.engine, state, is_best=is_best, skipped=skipped).name
-        except AgreedError as error:
-            self._record_failure(error, state.step)
-            return
-        self.monitor.log({"step": state.step, "save_seconds": time.monotonic() - self._started})
-        if not self.checkpoints.background:
-            self.finish_pending_save(state.step)
+    def save(self, step: int, state: Callable[[], TrainingState], *, is_best: bool = False, skipped: int = 0) -> None:
+        """A checkpoint of now. `is_best` also where the step has one already. `skipped`: see `CheckpointManager.save`.
 
-    def is_due(self, step: int, *, is_best: bool = False) -> bool:
-        """Whether `save` does anything at this step."""
+        `state` is asked once the save before it is over: where that was the best and failed, another is the best so far.
+        """
         if self.saved_at == step and not is_best:
-            return False
-        return self.failed_at != step or self._finishing  # it failed as the best, a moment ago: nothing is different now
+            return
+        if self.failed_at == step and not self._finishing:  # as the best, a moment ago: nothing is different now
+            return
+        self.finish_pending_save(step)
+        self._started, self._is_best = time.monotonic(), is_best
+        self._saved_before, self.saved_at = self.saved_at, step
+        try:
+            self._pending = self.checkpoints.save(self.engine, state(), is_best=is_best, skipped=skipped).name
+        except AgreedError as error:
+            self._record_failure(error, step)
+            return
+        self.monitor.log({"step": step, "save_seconds": time.monotonic() - self._started})
+        if not self.checkpoints.background:
+            self.finish_pending_save(step)
 
     def finish_pending_save(self, step: int) -> None:
         """Wait for the save that is under way, if there is one, and say at `step` how it went."""
@@ -84,11 +83,11 @@ class Saving:
         self.monitor.say(f"step {step}  saved {name} in {time.monotonic() - self._started:.1f} s")
         self.on_saved(name)
 
-    def finish(self, state: TrainingState, *, skipped: int = 0) -> None:
+    def finish(self, step: int, state: Callable[[], TrainingState], *, skipped: int = 0) -> None:
         """At the end of a run: nothing may end with exit code 0 unsaved. Raises the failure of the last save."""
         self._finishing = True
-        self.save(state, skipped=skipped)
-        self.finish_pending_save(state.step)
+        self.save(step, state, skipped=skipped)
+        self.finish_pending_save(step)
         if self.last_failure is not None:
             raise self.last_failure
 

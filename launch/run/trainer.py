@@ -130,7 +130,7 @@ class Trainer:
             self.profile.close()
         self.watchdog.at(self.position.step, "saving")
         self.loader.close()
-        self.saving.finish(self.state_to_save(), skipped=self.spikes.skipped_in_a_row)
+        self.saving.finish(self.position.step, self.state, skipped=self.spikes.skipped_in_a_row)
         self.evaluator.take(self.position.step)
         self.evaluator.leave()
         return self.outcome or "finished"
@@ -317,13 +317,7 @@ class Trainer:
 
     def save(self, *, is_best: bool = False) -> None:
         self.watchdog.at(self.position.step, "saving")
-        self.saving.save(self.state_to_save(is_best=is_best), is_best=is_best, skipped=self.spikes.skipped_in_a_row)
-
-    def state_to_save(self, *, is_best: bool = False) -> TrainingState:
-        """Now, and after the save that is under way: where that was the best and fails, another is the best so far."""
-        if self.saving.is_due(self.position.step, is_best=is_best):
-            self.saving.finish_pending_save(self.position.step)
-        return self.state()
+        self.saving.save(self.position.step, self.state, is_best=is_best, skipped=self.spikes.skipped_in_a_row)
 
     def state(self) -> TrainingState:
         position = asdict(self.position)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,23 +70,27 @@ def state(step: int) -> TrainingState:
     return TrainingState(step=step, samples=8 * step, tokens=99)
 
 
+def now(step: int) -> tuple[int, Callable[[], TrainingState]]:
+    return step, lambda: state(step)
+
+
 def choice(step: int, *, is_own: bool = True) -> ResumeFrom:
     return ResumeFrom(message="", path=Path(f"step_{step}"), state=state(step), is_own=is_own)
 
 
 def test_a_step_is_written_once_and_again_as_the_best(run: Run) -> None:
     for step, best in ((4, False), (4, False), (4, True), (6, True), (6, False)):
-        run.saving.save(state(step), is_best=best)
-    run.saving.finish(state(6))
+        run.saving.save(*now(step), is_best=best)
+    run.saving.finish(*now(6))
     assert run.checkpoints.asked == [(4, False), (4, True), (6, True)]
     assert run.told == ["step_4", "step_4", "step_6"] and not any("warning" in line for line in run.said)
-    run.saving.finish(state(7))
+    run.saving.finish(*now(7))
     assert run.checkpoints.asked[-1] == (7, False) and run.told[-1] == "step_7", "nothing may end unsaved"
 
 
 def test_a_save_is_pending_until_it_is_waited_for() -> None:
     run = Run(background=True)
-    run.saving.save(state(4))
+    run.saving.save(*now(4))
     assert not run.told and not run.said
     run.saving.finish_pending_save(5)
     run.saving.finish_pending_save(6)
@@ -94,23 +99,23 @@ def test_a_save_is_pending_until_it_is_waited_for() -> None:
 
 def test_what_failed_at_the_last_step_is_written_anew(run: Run) -> None:
     run.checkpoints.failing = 1
-    run.saving.save(state(4))
+    run.saving.save(*now(4))
     run.saving.finish_pending_save(4)
     assert run.saving.last_failure is not None and "the next save that fails ends the run" in run.said[-1]
-    run.saving.finish(state(4))
+    run.saving.finish(*now(4))
     assert run.checkpoints.asked == [(4, False)] * 2 and run.told == ["step_4"] and run.saving.last_failure is None
 
 
 def test_one_failure_is_survived_and_two_in_a_row_are_not(run: Run) -> None:
     for step in (4, 5, 6, 7):  # every second one
         run.checkpoints.failing = step % 2
-        run.saving.save(state(step))
+        run.saving.save(*now(step))
         run.saving.finish_pending_save(step)
     assert run.told == ["step_4", "step_6"]
     assert [row["save_failed"] for row in run.rows if "save_failed" in row] == [f"writing step_{n} failed" for n in (5, 7)]
     run.checkpoints.failing = 1
     with pytest.raises(AgreedError, match="writing step_8 failed"):
-        run.saving.save(state(8))
+        run.saving.save(*now(8))
         run.saving.finish_pending_save(8)
 
 
@@ -120,7 +125,7 @@ def test_a_best_that_fails_is_told(run: Run) -> None:
         run.saving.on_best_lost = lambda step=step: lost.append(step)  # type: ignore[misc]
         run.checkpoints.failing = step < 6
         run.saving.last_failure = None
-        run.saving.save(state(step), is_best=best)
+        run.saving.save(*now(step), is_best=best)
         run.saving.finish_pending_save(step)
     assert lost == [5]
 
@@ -129,59 +134,59 @@ def test_a_failure_that_is_heard_later_leaves_the_present_step_to_be_saved() -> 
     """The save of step 4 failed in the background, which is heard at step 5: as the best this was not written, and counted."""
     run = Run(background=True)
     run.checkpoints.failing = 1
-    run.saving.save(state(4))
+    run.saving.save(*now(4))
     run.saving.finish_pending_save(5)
-    run.saving.save(state(5), is_best=True)
+    run.saving.save(*now(5), is_best=True)
     run.saving.finish_pending_save(6)
     assert run.checkpoints.asked == [(4, False), (5, True)] and run.told == ["step_5"]
 
 
 def test_a_run_does_not_end_well_on_a_save_that_failed(run: Run) -> None:
-    run.saving.save(state(4))
+    run.saving.save(*now(4))
     run.checkpoints.failing = 1
     with pytest.raises(AgreedError, match="writing step_5 failed"):
-        run.saving.finish(state(5))
+        run.saving.finish(*now(5))
 
 
 def test_what_was_loaded_is_saved_already_and_trains_by_the_json(run: Run) -> None:
     run.saving.load(choice(4))
     assert run.applied == ["settings"]
-    run.saving.save(state(4))
-    run.saving.save(state(5))
+    run.saving.save(*now(4))
+    run.saving.save(*now(5))
     assert run.checkpoints.asked == [(5, False)]
 
 
 def test_what_was_loaded_from_another_run_is_not_saved_in_this_one(run: Run) -> None:
     """With no step left to train it ended with "finished", exit code 0 and an empty folder."""
     run.saving.load(choice(4, is_own=False))
-    run.saving.finish(state(4))
+    run.saving.finish(*now(4))
     assert run.told == ["step_4"]
 
 
 def test_how_many_steps_were_skipped_is_told(run: Run) -> None:
-    run.saving.save(state(4), skipped=2)
+    run.saving.save(*now(4), skipped=2)
     assert run.checkpoints.skipped == 2
-    run.saving.finish(state(5), skipped=3)
+    run.saving.finish(*now(5), skipped=3)
     assert run.checkpoints.skipped == 3
 
 
 def test_a_step_that_failed_as_the_best_is_not_tried_again_a_moment_later(run: Run) -> None:
     """Evaluation and save at the same step: that was the second failure in a row, and ended a run on a disk full for a moment."""
     run.checkpoints.failing = 2
-    run.saving.save(state(4), is_best=True)
-    run.saving.save(state(4))
+    run.saving.save(*now(4), is_best=True)
+    run.saving.save(*now(4))
     run.checkpoints.failing = 0
     run.saving.finish_pending_save(5)
-    run.saving.save(state(6))
-    run.saving.finish(state(6))
+    run.saving.save(*now(6))
+    run.saving.finish(*now(6))
     assert run.checkpoints.asked == [(4, True), (6, False)] and run.told == ["step_6"]
 
 
 def test_a_step_that_failed_is_saved_when_it_comes_again_after_a_rollback(run: Run) -> None:
     run.checkpoints.failing = 1
-    run.saving.save(state(6))
+    run.saving.save(*now(6))
     run.saving.finish_pending_save(6)
     run.saving.load(choice(4))
-    run.saving.save(state(6))
+    run.saving.save(*now(6))
     run.saving.finish_pending_save(6)
     assert run.checkpoints.asked == [(6, False)] * 2 and run.told == ["step_6"]

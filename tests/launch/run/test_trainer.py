@@ -19,6 +19,7 @@ from launch.checkpoint.state import TrainingState
 from launch.cli import AgreedError
 from launch.run.batches import BatchLoader
 from launch.run.health import Health
+from launch.run.saving import Saving
 from launch.run.spikes import SpikeDetector
 from launch.run.stop import StopRequest
 from launch.run.trainer import ROLLBACKS, Position, StepTimer, Trainer
@@ -254,16 +255,25 @@ def test_a_checkpoint_carries_no_best_whose_save_has_failed() -> None:
     """With --async_save that is heard of in the next save: a resume from there had no best, and `--keep_last` deleted the one
     before it."""
     saved: list[Any] = []
+
+    def fail() -> None:
+        raise AgreedError("the disk is full")
+
+    checkpoints = SimpleNamespace(
+        background=True, wait=fail, save=lambda engine, state, **_: saved.append(state) or Path("step_25")
+    )
+    monitor = SimpleNamespace(log=lambda row: None, say=lambda line: None)
+    saving: Any = Saving(engine=None, settings=None, checkpoints=checkpoints, monitor=monitor, on_saved=lambda name: None)  # type: ignore[arg-type]
+    saving._pending, saving._is_best = "step_20", True
     trainer: Any = SimpleNamespace(
         position=Position(step=25, best_loss=2.4, best_step=20),
         validation=None,
         spikes=SimpleNamespace(state=dict, skipped_in_a_row=0),
         watchdog=SimpleNamespace(at=lambda step, phase: None),
-        saving=SimpleNamespace(is_due=lambda step, is_best: True, save=lambda state, **_: saved.append(state)),
+        saving=saving,
         _best_before=(2.5, 10),
     )
-    trainer.saving.finish_pending_save = lambda step: Trainer.take_best_back(trainer)
-    trainer.state, trainer.state_to_save = partial(Trainer.state, trainer), partial(Trainer.state_to_save, trainer)
+    saving.on_best_lost, trainer.state = partial(Trainer.take_best_back, trainer), partial(Trainer.state, trainer)
     Trainer.save(trainer)
     assert [(state.best_loss, state.best_step) for state in saved] == [(2.5, 10)]
 
@@ -465,7 +475,7 @@ def test_a_rollback_comes_after_the_steps_row_and_before_no_evaluation() -> None
         position=position, last_step=8, outcome="", profile=None, _rollback_due=False,
         _timer=StepTimer(), watchdog=SimpleNamespace(at=lambda step, phase: None), loader=SimpleNamespace(close=lambda: None),
         evaluator=SimpleNamespace(take=lambda step: None, leave=lambda: None),
-        saving=SimpleNamespace(finish=lambda state, skipped: done.append(("finished", skipped))), state_to_save=lambda: None,
+        saving=SimpleNamespace(finish=lambda step, state, skipped: done.append(("finished", skipped))), state=lambda: None,
         spikes=SimpleNamespace(skipped_in_a_row=3),
         train_step=train_step, roll_back=roll_back, is_logged=lambda step: False, show_progress=lambda metrics: None,
         log=lambda metrics: done.append(("row", position.step)),
