@@ -6,7 +6,6 @@ an earlier quickstart finished is not done again.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -19,7 +18,6 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import UserError
-from data.files import replace_json
 from data.flags import Parser, at_least_one
 from launch.cli import check_docstrings, run_command
 from launch.ranks.join import free_port
@@ -34,7 +32,7 @@ def commands(folder: Path, steps: int) -> list[tuple[str, list[str]]]:
     length = ["--sequence_length", "256"]
     preprocess = ["data/preprocess.py", "--input", "stdlib", "--train_tokenizer", "4096", "--validation_fraction", "0.02"]
     train = ["launch/train.py", "--data", shards, "--output", run, "--model", "tiny", *length]
-    dtype, strategy = precision(folder)
+    dtype, strategy = precision()
     train += ["--deepspeed_config", strategy, "--max_steps", steps, "--eval_interval", max(1, steps // 4)]
     train += ["--eval_batches", "4", "--save_interval", max(1, steps // 2), "--log_interval", "10"]
     launcher = ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", free_port()]
@@ -58,17 +56,12 @@ def commands(folder: Path, steps: int) -> list[tuple[str, list[str]]]:
     return [(title, [str(part) for part in command]) for title, command in stations]
 
 
-def precision(folder: Path) -> tuple[str, Path]:
-    """bf16 and its strategy; fp32 and a copy without bf16 where this CPU is slow at bf16."""
+def precision() -> tuple[str, Path]:
+    """bf16, or fp32 where this CPU is slow at bf16, and its strategy."""
     from launch.toolchain import cpu_multiplies_bf16  # torch, which `--help` does without
 
-    path = Path("ds_configs") / "cpu_ep2_zero2.json"
-    if cpu_multiplies_bf16():
-        return "bf16", path
-    settings = json.loads((ROOT / path).read_bytes())
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_json(folder / "fp32.json", {k: v for k, v in settings.items() if k not in ("bf16", "data_types")})
-    return "fp32", folder / "fp32.json"
+    folder = Path("ds_configs")
+    return ("bf16", folder / "cpu_ep2_zero2.json") if cpu_multiplies_bf16() else ("fp32", folder / "cpu_ep2_zero2_fp32.json")
 
 
 def shown(command: list[str]) -> str:

@@ -30,7 +30,7 @@ def bf16_hint(dtype: str) -> str | None:
         return None
     return (
         "warning: this CPU has no instructions for products of bf16 (AVX512_BF16): a step takes some three to ten times as long as "
-        "in fp32; leave bf16 out of the JSON here"
+        "in fp32, which ds_configs/cpu_ep1_zero2_fp32.json (two ranks: cpu_ep2_zero2_fp32.json) trains in"
     )
 
 
