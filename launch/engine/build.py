@@ -19,7 +19,7 @@ from launch.engine import activation_checkpointing, expert_parallel, hardware, p
 from launch.engine.regions import compile_regions
 from launch.engine.strategy import Strategy
 from model import MoEGPTConfig, MoEGPTForCausalLM
-from model.accounting import count_parameters
+from model.accounting import built_parameters, count_parameters
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -32,13 +32,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def check_room(config: MoEGPTConfig) -> None:
-    """Raises UserError where the model that `build_model` makes is larger than all the memory of its device."""
-    count, room = count_parameters(config).total, hardware.memory()
-    if 4 * count > room:
+def check_room(config: MoEGPTConfig, ep_size: int) -> None:
+    """Raises UserError where all the memory of a rank's device is less than building the model and its engine takes."""
+    built, room = 4 * built_parameters(config, ep_size), hardware.memory()
+    if built > room:
         raise UserError(
-            f"the model has {count:,} parameters, which each rank builds in fp32: {4e-9 * count:,.1f} GB, and its device has "
-            f"{room / 1e9:,.1f} GB of memory; train a smaller one, or on another device"
+            f"the model has {count_parameters(config).total:,} parameters, and each rank builds it in fp32, with its own experts "
+            f"beside: {built / 1e9:,.1f} GB, and its device has {room / 1e9:,.1f} GB of memory; train a smaller one, or on another "
+            "device"
         )
 
 

@@ -95,7 +95,7 @@ def validation_lines(run: dict[str, Any], state: dict[str, Any], judged: Judged)
         per_byte = f", {bits:.4f} bits per byte" if _is_number(bits) else ""
         lines.append(f"validation loss {mine['val_loss']:.4f} nats a token{per_byte}{_judged_on(run, state)}")
     if _is_number(best) and (mine is None or mine["val_loss"] != best):
-        at = next((f" at step {number:,}" for number, row in judged.items() if row["val_loss"] == best), "")
+        at = f" at step {_number(state['best_step'])}" if state.get("best_step") else ""
         lines.append(f"best validation loss of the run up to here {best:.4f} nats a token{at}")
     return lines
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from launch.planning.activations import kept_activations
 from launch.planning.job import Job
-from model.accounting import count_parameters
+from model.accounting import built_parameters
 
 GB = 1e9
 FP32 = 4
@@ -60,10 +60,7 @@ class Memory:
 def plan_memory(job: Job, *, on_gpu: bool = True) -> Memory:
     """`on_gpu=False` is what a CPU holds: without kernels of ours, and no context."""
     parts = _parts(job, on_gpu, load=1.0)
-    fullest, count = _fullest(job, parts), count_parameters(job.sizes)
-    # DeepSpeed holds the experts as they were built until all layers have a rank's own (counted on an engine of `tiny` with EP 1:
-    # 1.49 times the model).
-    whole = FP32 * (count.total + count.routed_experts / job.ep_size)
+    fullest, whole = _fullest(job, parts), FP32 * built_parameters(job.sizes, job.ep_size)
     # At most all rows of its expert group come to one rank.
     loaded = _fullest(job, _parts(job, on_gpu, load=min(WORST_LOAD, job.ep_size)))
     return Memory(

@@ -153,7 +153,7 @@ class Session:
         self.watchdog.phase("building the engine")
         self.memory_before = memory_bytes()
         arguments = self.arguments
-        ranks.run_everywhere(lambda: check_room(self.run.model))
+        ranks.run_everywhere(lambda: check_room(self.run.model, self.run.strategy.ep_size))
         model = build_model(self.run.model, seed=arguments.seed, attn_implementation=arguments.attn_implementation)
         source = arguments.init_from
         if source is not None and not isinstance(choice, ResumeFrom):

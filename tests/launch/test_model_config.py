@@ -11,6 +11,7 @@ import pytest
 from transformers import Glm4MoeConfig
 
 from data.cli import UserError
+from launch.engine import hardware
 from launch.engine.build import check_room
 from launch.exported import own_config
 from launch.exporting.formats import exported_config
@@ -92,9 +93,19 @@ def test_another_model_is_not_read_as_ours(path: Path) -> None:
 @pytest.mark.parametrize("change", [{"hidden_size": 2**40}, {"n_routed_experts": 10**9}, {"hidden_size": 2**70, "head_dim": 64}])
 def test_a_model_beyond_the_memory_is_refused_before_it_is_built(change: dict[str, int]) -> None:
     """It was torch's error of an allocation, or 20 s of a growing process."""
-    with pytest.raises(UserError, match=r"[\d,]+ parameters, which each rank builds in fp32: .* GB, and its device has"):
-        check_room(MoEGPTConfig.preset("tiny", **change))
-    check_room(MoEGPTConfig.preset("60m"))
+    with pytest.raises(UserError, match=r"[\d,]+ parameters, and each rank builds it in fp32, .* GB, and its device has"):
+        check_room(MoEGPTConfig.preset("tiny", **change), 1)
+    check_room(MoEGPTConfig.preset("60m"), 1)
+
+
+def test_a_rank_has_room_for_its_own_experts_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MoEGPTConfig.preset("tiny")
+    count = count_parameters(config)
+    room = 4 * (count.total + count.routed_experts // 2)
+    monkeypatch.setattr(hardware, "memory", lambda: room)
+    check_room(config, 2)
+    with pytest.raises(UserError, match="and its device has"):
+        check_room(config, 1)
 
 
 @pytest.mark.parametrize(("format", "sinks"), [("moe_gpt", True), ("glm4_moe", False)])

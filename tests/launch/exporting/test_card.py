@@ -50,8 +50,9 @@ def test_the_loss_is_this_checkpoints_and_can_be_repeated(checkpoint: Path) -> N
     """The best of the run may be an earlier step's, whose weights these are not."""
     run = checkpoint.parents[1]
     edit(run / "config.json", validation={"samples": 1054, "sequence_length": 32})
-    edit(checkpoint / "state.json", best_loss=4.5)
-    rows = [{"step": 3, "val_loss": 4.5}, {"step": 6, "val_loss": 5.25, "val_bits_per_byte": 2.5}, {"step": 9, "val_loss": 4.0}]
+    edit(checkpoint / "state.json", best_loss=4.5, best_step=3)
+    rows = [{"step": 1, "val_loss": 4.5}, {"step": 3, "val_loss": 4.5}, {"step": 6, "val_loss": 5.25, "val_bits_per_byte": 2.5}]
+    rows.append({"step": 9, "val_loss": 4.0})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     card = card_of(checkpoint)
     first = "on the validation split's first 16 samples of 32 tokens"  # 2 batches of 8
@@ -62,6 +63,8 @@ def test_the_loss_is_this_checkpoints_and_can_be_repeated(checkpoint: Path) -> N
     edit(checkpoint / "state.json", extra={"judged_on": {"samples": 8, "fingerprint": "abc"}})
     assert "first 8 samples" in card_of(checkpoint), "the run has other --eval_batches since"
     (run / "metrics.jsonl").unlink()
+    assert "- best validation loss of the run up to here 4.5000 nats a token at step 3\n" in card_of(checkpoint)
+    edit(checkpoint / "state.json", best_step=None)  # an older version's
     assert "- best validation loss of the run up to here 4.5000 nats a token\n" in card_of(checkpoint)
 
 

@@ -196,12 +196,12 @@ def test_the_memory_beside_the_plan_is_the_rehearsals(monkeypatch: pytest.Monkey
 def test_the_engine_is_made_of_the_weights_that_init_from_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded once it stands, they would come too late: its optimizer holds masters of its own, which the first step writes back."""
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(session, "check_room", lambda _: None)
+    monkeypatch.setattr(session, "check_room", lambda *_: None)
     monkeypatch.setattr(session, "build_model", lambda *_, **__: torch.nn.Linear(2, 2))
     monkeypatch.setattr(session, "load_weights", lambda model, source: model.weight.data.fill_(source))
     monkeypatch.setattr(session, "build_engine", lambda model, _: seen.append(model.weight.detach().clone()))
     arguments = SimpleNamespace(seed=1, attn_implementation=None, init_from=7)
-    run = SimpleNamespace(model=None, deepspeed={})
+    run = SimpleNamespace(model=None, deepspeed={}, strategy=SimpleNamespace(ep_size=1))
     now: Any = SimpleNamespace(watchdog=SimpleNamespace(phase=lambda _: None), arguments=arguments, run=run)
     Session.build(now, StartFresh(), ControlGroup())
     assert len(seen) == 1 and bool((seen[0] == 7).all())
