@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # or what is installed, or on PYTHONPATH, would come before ours
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import UserError
+from data.cli import Exit, UserError
 from data.flags import Parser, at_least_one
 from launch.cli import check_docstrings, run_command
 from launch.ranks.join import free_port
@@ -133,7 +133,7 @@ def run(folder: Path, steps: int) -> int:
             code = subprocess.run(command, env=environment(), check=False).returncode
         except KeyboardInterrupt:
             print(f"\ninterrupted; `{again()}` goes on from here", file=sys.stderr)
-            return 130
+            return Exit.INTERRUPTED
         if code:
             print(f"\nstation {number} failed (exit code {code}); `{again()}` goes on from here", file=sys.stderr)
             return code

@@ -198,9 +198,9 @@ class MoEGPTConfig(PreTrainedConfig):
         unknown = [key for key in overrides if not hasattr(cls, key) and key not in known]
         if unknown:
             raise ValueError(f"unknown model configuration field {unknown[0]!r}")
-        fields = json.loads((PRESETS_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        written = json.loads((PRESETS_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
         overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
-        return cls(**{**fields, **overrides})
+        return cls(**{**written, **overrides})
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: without the names of an export's code files, which are not there, or not made for these

@@ -20,7 +20,7 @@ def check_keywords(keywords: dict[str, Any], position_ids: Tensor | None) -> Non
     """Raises ValueError where ignoring a keyword would change the result; warns once of one that is not known."""
     asked = {name for name, value in keywords.items() if value is not None and value is not False}
     if "output_router_logits" in asked:
-        raise ValueError("output_router_logits: this model balances by a bias and has no auxiliary loss that would want them")
+        raise ValueError("output_router_logits: the router's logits are not returned; router_aux_loss_coef needs none of them")
     if keywords.get("is_causal") is False:
         raise ValueError("is_causal=False: this model is a decoder, and its kernels compute causal attention only")
     if "cu_seq_lens_q" in asked and position_ids is None:

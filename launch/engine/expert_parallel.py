@@ -3,6 +3,8 @@
 `deepspeed.initialize` swaps each MoE layer for AutoEP's, which sends tokens to the ranks that hold their experts. AutoEP's own
 router multiplies in bf16, counts a token again in every recomputation and in evaluation, and may choose other experts when a
 block is recomputed; its experts know no dropout. So while it builds its layers it finds these classes in their place.
+
+Shapes: L experts of a rank, N rows that arrived at it, H hidden, I expert width; A and B stand for either, as the product has it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Completions of prompts by a model, many at a time: left-padded batches that end at stop strings.
-
-Shapes: B prompts, S tokens of the longest of them, N new tokens.
-"""
+"""Completions of prompts by a model, many at a time: left-padded batches that end at stop strings."""
 
 from __future__ import annotations
 

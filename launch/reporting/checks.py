@@ -1,7 +1,4 @@
-"""What the checks of a run share: a flag, and how a trend is read from noisy numbers.
-
-Shapes: N logged steps.
-"""
+"""What the checks of a run share: a flag, and how a trend is read from noisy numbers."""
 
 from __future__ import annotations
 
