@@ -57,8 +57,3 @@ class GrowingCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)
-
-    def nbytes(self) -> int:
-        """Of the storage, room to grow included."""
-        storages = [layer.storage for layer in self.layers if isinstance(layer, GrowingLayer) and layer.storage is not None]
-        return sum(x.numel() * x.element_size() for pair in storages for x in pair)

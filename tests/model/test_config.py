@@ -1,8 +1,6 @@
 """Presets, aliases, refusals."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,17 +105,3 @@ def test_rope_factor() -> None:
     assert MoEGPTConfig.preset("tiny").with_rope_factor(4).max_position_embeddings == 2048
     with pytest.raises(ValueError, match="at least 1"):
         config.with_rope_factor(0.5)
-
-
-def test_importing_touches_nothing() -> None:
-    """Every module imports in a fresh interpreter without opening a socket or initialising CUDA."""
-    code = (
-        "import importlib, pkgutil, socket, torch, transformers\n"
-        "def refuse(*args): raise AssertionError('a module opens a connection')\n"
-        "socket.socket.connect = refuse\n"
-        "import model\n"
-        "names = [m.name for m in pkgutil.iter_modules(model.__path__, 'model.')]\n"
-        "[importlib.import_module(name) for name in names]\n"
-        "assert len(names) > 8 and not torch.cuda.is_initialized()\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
