@@ -75,16 +75,3 @@ def forward_flops_per_token(config: Config, sequence_length: int, causal: bool =
 def training_flops_per_token(config: Config, sequence_length: int) -> float:
     """Forward, and twice that for the two gradients of each product; recomputation is not useful work, so not in it."""
     return 3 * forward_flops_per_token(config, sequence_length)
-
-
-#: A chunk's logits take 256 MiB at most: at V = 49,152 1,365 tokens in fp32, and 2,730 in bf16, in which a kernel leaves them.
-CHUNK_BYTES = 256 * 2**20
-
-
-def chunk_rows(vocabulary: int, hidden: int, logit_bytes: int) -> int:
-    """Tokens that the fused loss (`loss.py`) takes through the head at a time.
-
-    No more than 2 H: beyond that, adding a chunk's share to the weight's gradient [V, H] costs little beside its logits, and
-    smaller is better for caches (on a CPU at H = 256, V = 4,096 in bf16, 512 tokens a chunk take half the time of 4,096).
-    """
-    return max(1, min(2 * hidden, CHUNK_BYTES // (logit_bytes * vocabulary)))

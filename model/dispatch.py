@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grouped import OURS, Products, has_kernel
-from .grouping import joining_pays
+from .heuristics import joining_pays
 from .operators import ops, usable
 from .rebuild import rebuildable
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouping import fits_kernel, is_loop
+from .heuristics import fits_kernel, is_loop
 from .operators import ops, usable
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils.generic import maybe_autocast
 
-from .accounting import chunk_rows
+from .heuristics import chunk_rows
 from .operators import ops, usable
 
 IGNORE = -100

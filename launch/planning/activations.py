@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.planning.job import Job
-from model import accounting
+from model import heuristics
 
 FP32 = 4
 INDEX = 8  # bytes of an int64
@@ -129,7 +129,7 @@ def loss_bytes(job: Job, kernels: bool) -> float:
 def chunk_rows(job: Job, kernels: bool = True) -> int:
     """Tokens of one pass through the head."""
     logit = job.weight_bytes if kernels else FP32
-    return min(accounting.chunk_rows(job.sizes.vocab_size, job.sizes.hidden_size, logit), job.tokens)
+    return min(heuristics.chunk_rows(job.sizes.vocab_size, job.sizes.hidden_size, logit), job.tokens)
 
 
 def working_block(job: Job, kernels: bool, load: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from model.grouping import is_loop
+from model.heuristics import is_loop
 
 DATA = Path(__file__).with_name("devices.json")
 #: Words of a driver's name that tell no card from another of a higher or lower peak.

@@ -13,7 +13,7 @@ from launch.planning.communication import Traffic, traffic
 from launch.planning.devices import Device
 from launch.planning.job import Job
 from model.accounting import attention_matrices, training_flops_per_token
-from model.grouping import fits_kernel, joining_pays
+from model.heuristics import fits_kernel, joining_pays
 
 #: The fullest rank's or expert's share of rows over the mean, the router's bias at work. Assumption; metrics.jsonl has it.
 USUAL_LOAD = 1.1

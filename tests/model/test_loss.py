@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import accounting
+from model import heuristics
 from model import loss as loss_module
 from model.loss import IGNORE, loss_of_logits, token_loss
 from tests import reference
@@ -30,7 +30,7 @@ def test_against_the_formula_in_float64(
     z_weight: float, num_items: object, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, head, targets = case(43, 6, 29, torch.float64)
-    monkeypatch.setattr(accounting, "CHUNK_BYTES", chunk_rows * 8 * 29)
+    monkeypatch.setattr(heuristics, "CHUNK_BYTES", chunk_rows * 8 * 29)
     given = torch.tensor(31) if num_items == "tensor" else num_items
     count = {None: float((targets >= 0).sum()), 17.0: 17.0, "tensor": 31.0}[num_items]  # type: ignore[index]
     expected = reference.cross_entropy(x, head, targets, count, z_weight)
@@ -86,7 +86,7 @@ def test_the_heads_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -
     exact = torch.autograd.grad(F.cross_entropy(F.linear(x.double(), head.double()), targets), head)[0]
     errors = []
     for rows in (800, 8):
-        monkeypatch.setattr(accounting, "CHUNK_BYTES", rows * 4 * 50)
+        monkeypatch.setattr(heuristics, "CHUNK_BYTES", rows * 4 * 50)
         ours = torch.autograd.grad(token_loss(x, head, targets), head)[0]
         errors.append(float((ours.double() - exact).norm() / exact.norm()))
     assert errors[1] < 1.2 * errors[0] and errors[0] < 6e-3, errors

@@ -73,7 +73,7 @@ def stock(case: Case, **knobs: Any) -> nn.Module:
 
 def glm(case: Case) -> nn.Module:
     """Plain transformers, all experts on each rank, by `F.grouped_mm` wherever there is one, sm80 too (`_can_use_grouped_mm` in
-    transformers/integrations/moe.py, 5.23), though torch has a loop there that waits for the device (`model.grouping`)."""
+    transformers/integrations/moe.py, 5.23), though torch has a loop there that waits for the device (`model.heuristics`)."""
     model = peer_model(case.config, device="meta")
     model.set_experts_implementation("grouped_mm")
     return _trained(model, case)

@@ -78,7 +78,7 @@ class Count(TorchDispatchMode):
     """Counts all that runs inside it; `parts` says which module's share is whose, in forward and in backward alike."""
 
     current: Count | None = None
-    #: Whether PyTorch's grouped product is that of a GPU where it `model.grouping.is_loop`.
+    #: Whether PyTorch's grouped product is that of a GPU where it `model.heuristics.is_loop`.
     looped = False
 
     def __init__(self, parts: dict[nn.Module, str] | None = None) -> None:

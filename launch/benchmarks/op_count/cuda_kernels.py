@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from launch.benchmarks.op_count.counter import Count, declare, declare_host_wait, uncounted
 from launch.engine.exchange import Exchange
 from model.flash import FlashOutput
-from model.grouping import is_loop
+from model.heuristics import is_loop
 
 #: Its package has a function of the same name.
 group_gemm = import_module("deepspeed.ops.triton_ops.group_gemm_triton")
