@@ -12,6 +12,7 @@ from launch.cli import check_rope_factor
 from launch.evaluation.problems import TASKS
 from launch.evaluation.samples import results_path, settings_path, verdicts_path
 from launch.evaluation.sandbox.levels import LEVELS
+from launch.generation.sampling import Sampling
 from model.sizes import ATTENTION_IMPLEMENTATIONS
 
 PACKAGED = Path()  # of --humaneval without a file
@@ -150,10 +151,10 @@ def add_task_flags(p: argparse._ArgumentGroup) -> None:
     tasks.add_argument("--infilling", type=Path, metavar="FILE", help="of human-eval-infilling")
     p.add_argument("--problems", type=int, default=0, help="the first so many problems; 0: all")
     p.add_argument("--samples", type=int, default=1, help="of each problem; pass@k for k of 1, 10, 100 up to it")
-    p.add_argument("--temperature", type=float, default=0.2, help="0: always the likeliest token")
-    p.add_argument("--top_p", type=float, default=0.95)
+    p.add_argument("--temperature", type=float, default=Sampling.temperature, help="0: always the likeliest token")
+    p.add_argument("--top_p", type=float, default=Sampling.top_p)
     p.add_argument("--max_new_tokens", type=int, default=512)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=Sampling.seed)
     p.add_argument("--samples_file", type=Path, help="default: samples.jsonl beside --output; it is continued if it is there")
     p.add_argument("--score", type=Path, metavar="SAMPLES", help="judge these samples (task_id, completion); no --model")
 

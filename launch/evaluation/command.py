@@ -61,7 +61,7 @@ def with_model(arguments: EvaluateArguments, problems: dict[str, Problem]) -> di
     """
     from launch.evaluation.generation import check_infilling, generate_samples, short_of_context
     from launch.exported import load_exported
-    from launch.generation.sampler import Sampling
+    from launch.generation.sampling import Sampling
     from launch.toolchain import default_device
 
     sampling = Sampling(**{name: getattr(arguments, name) for name in DRAWN})

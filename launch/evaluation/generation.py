@@ -15,7 +15,8 @@ from data.terminal import Progress
 from launch.evaluation.problems import Problem
 from launch.evaluation.samples import SampleFile
 from launch.generation.prompts import Prompt, lacking_fim, prompt_ids
-from launch.generation.sampler import Sampling, end_ids, finished, new_tokens
+from launch.generation.sampler import end_ids, finished, new_tokens
+from launch.generation.sampling import Sampling
 from launch.generation.stop import NewText
 
 

@@ -22,6 +22,7 @@ from launch.checkpoint.publish import discard, leftovers, made_for, publish, wor
 from launch.exported_files import KIND
 from launch.exporting.card import fim_rate, model_card
 from launch.exporting.formats import CODE
+from launch.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,9 +148,9 @@ def set_generation(model: PreTrainedModel) -> None:
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=True,
-        temperature=0.2,
-        top_p=0.95,
-        top_k=0,
+        temperature=Sampling.temperature,
+        top_p=Sampling.top_p,
+        top_k=Sampling.top_k,
         eos_token_id=config.eos_token_id,
         pad_token_id=end if config.pad_token_id is None else config.pad_token_id,
         bos_token_id=config.bos_token_id,

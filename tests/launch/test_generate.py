@@ -16,8 +16,10 @@ from data.cli import UserError
 from data.terminal import drain
 from launch import generate
 from launch.generation import interactive
+from launch.generation.answer import as_line
 from launch.generation.prompts import FIM, Prompt
-from launch.generation.sampler import Completion, Sampling
+from launch.generation.sampler import Completion
+from launch.generation.sampling import Sampling
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
 
@@ -69,7 +71,7 @@ def test_json_stays_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> Non
     one = Completion(prompt=0, text="\U0001f600", tokens=1, finish="eos")
     for encoding, escaped in (("latin-1", True), ("utf-8", False)):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
-        line = generate.as_line(one, Prompt(text="a"), Sampling())
+        line = as_line(one, Prompt(text="a"), Sampling())
         assert json.loads(line)["completion"] == one.text and line.isascii() == escaped
 
 
@@ -131,5 +133,5 @@ def test_a_session_ends_quietly_too(run, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(interactive, "prompts", lambda _: iter("x"))
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    monkeypatch.setattr(generate, "write_out", gone)
+    monkeypatch.setattr("launch.generation.answer.write_out", gone)
     run("--max_new_tokens", 1)

@@ -18,7 +18,7 @@ from launch.evaluation.generation import check_infilling, complete, generate_sam
 from launch.evaluation.problems import Problem, read_problems
 from launch.evaluation.samples import SampleFile, read_samples
 from launch.generation.prompts import prompt_ids
-from launch.generation.sampler import Sampling
+from launch.generation.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError
 from launch.generation import sampler
-from launch.generation.sampler import LEAST_TEMPERATURE, Sampling, batches, complete, left_padded
+from launch.generation.sampler import batches, complete, left_padded
+from launch.generation.sampling import LEAST_TEMPERATURE, Sampling
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.cache import GrowingCache
 
