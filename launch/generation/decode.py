@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
+from launch.generation.decode_step import DecodeStep, can_step
+from launch.generation.onednn import FasterProducts
 from launch.generation.stop import Stream
 from model.cache import GrowingCache
-from model.decode_step import DecodeStep, can_step
-from model.onednn import FasterProducts
 
 
 def fast(model: PreTrainedModel, stream: Stream | None = None) -> dict[str, Any]:

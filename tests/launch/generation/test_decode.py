@@ -11,9 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from launch.exporting.formats import exported_config
 from launch.generation.decode import decode, fast
+from launch.generation.decode_step import DecodeStep
 from launch.generation.sampler import left_padded
 from model import MoEGPTConfig, MoEGPTForCausalLM
-from model.decode_step import DecodeStep
 
 PROMPTS = [[11, 12, 13], [40, 41, 42, 43, 44, 45, 46], [7]]
 FIELDS: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}

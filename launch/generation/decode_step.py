@@ -14,20 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention import Attention
-from .cache import GrowingCache
-from .config import MoEGPTConfig
-from .decode import attend_one, few_experts, takes_few
-from .dispatch import invert, swiglu
-from .grouped import product
-from .head import LMHead
-from .layers import ResidualLinear, ResidualNorm, RMSNorm
-from .mask import AttentionMask, causal_mask
-from .modeling import Block, MoEGPTForCausalLM, MoEGPTModel
-from .moe import Experts, MoE, SharedExpert
-from .onednn import linear
-from .rope import RotaryTable
-from .router import Gate, route, router_logits
+from launch.generation.onednn import linear
+from model.attention import Attention
+from model.cache import GrowingCache
+from model.config import MoEGPTConfig
+from model.decode import attend_one, few_experts, takes_few
+from model.dispatch import invert, swiglu
+from model.grouped import product
+from model.head import LMHead
+from model.layers import ResidualLinear, ResidualNorm, RMSNorm
+from model.mask import AttentionMask, causal_mask
+from model.modeling import Block, MoEGPTForCausalLM, MoEGPTModel
+from model.moe import Experts, MoE, SharedExpert
+from model.rope import RotaryTable
+from model.router import Gate, route, router_logits
 
 #: Weights of so many bytes are joined for one product: the copy is small, and above it reading them is what a product costs.
 JOINED_BYTES = 1 << 20

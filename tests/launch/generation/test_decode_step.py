@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import MoEGPTConfig, MoEGPTForCausalLM, decode_step
+from launch.generation import decode_step
+from launch.generation.decode_step import DecodeStep, can_step
+from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.cache import GrowingCache
-from model.decode_step import DecodeStep, can_step
 
 FIELDS: dict[str, Any] = {
     "vocab_size": 97,

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import MoEGPTConfig, MoEGPTForCausalLM, onednn
+from launch.generation import onednn
+from launch.generation.decode_step import DecodeStep
+from launch.generation.onednn import FasterProducts, grouped, linear
+from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.cache import GrowingCache
-from model.decode_step import DecodeStep
-from model.onednn import FasterProducts, grouped, linear
 
 pytestmark = pytest.mark.skipif(not onednn.AVAILABLE, reason="this PyTorch has no oneDNN operator for a linear layer")
 OPERATOR = "mkldnn::_linear_pointwise"
