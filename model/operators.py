@@ -1,7 +1,8 @@
-"""The operators whose kernels are in `kernels/`: schema, shapes, and what they cost; whoever counts or compiles needs no GPU.
+"""The operators whose kernels are in `kernels/`: schema and shapes; whoever counts or compiles needs no GPU.
 
 Chosen by `usable`, on a GPU; everywhere else the plain PyTorch beside each call is what runs, and what the tests compare with.
-Their gradients are in the autograd functions beside the plain formulas (`layers.py`, `rope.py`, `dispatch.py`, `router.py`).
+Their gradients are in the autograd functions beside the plain formulas (`layers.py`, `rope.py`, `dispatch.py`, `router.py`,
+`sinks.py`, `loss.py`).
 
 Shapes: T tokens, H hidden, I width, R routed rows, K experts per token, E experts, N query heads, M key-value heads, D head
 dim, P positions or programs, C tokens of a chunk, V vocabulary.
@@ -255,38 +256,3 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 #: Programs of a kernel that sums a weight's gradient, and of the router's, each with a row of partial sums; positions of one head
 #: that a program of the sinks' takes.
 PROGRAMS, SHARES, POSITIONS = 512, 32, 64
-
-
-def costs(name: str, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[int, int]:
-    """`(kernels, bytes beside reading each input and writing each output once)` of a call."""
-    fp32 = 4
-    if name == "norm_rope_backward" and not arguments[4]:  # without weights nothing is summed, and neither q nor k is read
-        return 1, -sum(x.numel() * x.element_size() for x in arguments[2:4])
-    if name in ("norm_backward", "norm_rope_backward"):  # partial sums written and read
-        return 2, 2 * fp32 * min(PROGRAMS, arguments[0].shape[0]) * outputs[-1].numel()
-    if name == "route":  # and zeroed counts
-        return 2, 0
-    if name == "route_backward":  # dlogits written and read; x read again; partial sums
-        logits, dweight = outputs[0].shape[0] * outputs[1].shape[0], outputs[1].numel()
-        return 3, 2 * fp32 * logits + 2 * fp32 * SHARES * dweight
-    if name == "add_lift_":  # the bins are written as well; they stay in the cache between a token's and the next
-        return 1, arguments[0].numel() * arguments[0].element_size()
-    if name == "sink_gradient":
-        batch, length, heads, _ = arguments[0].shape
-        return 2, 2 * fp32 * batch * -(-length // POSITIONS) * heads
-    if name == "cross_entropy_":  # a second read and the write, of the gradient
-        logits, with_grad = arguments[0], arguments[4]
-        return 1, 2 * logits.numel() * logits.element_size() if with_grad else 0
-    return 1, 0
-
-
-def product_of(name: str, inputs: Sequence[Tensor]) -> tuple[int, int, int, int] | None:
-    """Of a call that is a matrix product `(rows, contraction, columns, experts)`: twice the first three are its FLOPs."""
-    if name == "grouped_weight_gradient":
-        dout_RB, x_RA, ends_E = inputs
-        return dout_RB.shape[1], x_RA.shape[0], x_RA.shape[1], ends_E.shape[0]
-    if name in ("grouped_product", "grouped_product_backward"):
-        rows, ends_E, *weights = inputs
-        columns = sum(w.shape[1] for w in weights) if name == "grouped_product" else weights[0].shape[2]
-        return rows.shape[0], rows.shape[1], columns, ends_E.shape[0]
-    return None

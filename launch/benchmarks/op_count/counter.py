@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import operators
+from launch.benchmarks.op_count import costs
 
 #: Kernels of one call where it is not one. A radix sort of 64-bit keys takes a histogram, a scan and passes; the others are
 #: what PyTorch 2.13 launches on CUDA, read in aten/src/ATen/native/cuda: topk gathers and then sorts, an accumulating
@@ -157,8 +157,8 @@ class Count(TorchDispatchMode):
             flops = 2.0 * shape[0] * shape[1] * shape[2]
             return self.add(name, kind, flops=flops, bytes=moved(inputs, outputs), shape=shape)
         if func.namespace == "moe_gpt":
-            launches, more = operators.costs(name, args, outputs)
-            product = operators.product_of(name, inputs)
+            launches, more = costs.kernels_and_bytes(name, args, outputs)
+            product = costs.product_of(name, inputs)
             figures = {} if product is None else {"flops": 2.0 * math.prod(product[:3]), "shape": product}
             return self.add(name, kind, bytes=moved(inputs, outputs) + more, launches=launches, **figures)
         self.add(name, kind, bytes=bytes_of(name, func, inputs, outputs), launches=LAUNCHES.get(name, 1))
