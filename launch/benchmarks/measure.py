@@ -7,7 +7,6 @@ import contextlib
 import gc
 import sys
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.cli import sentence
+from launch.benchmarks.op_count.live_bytes import LiveBytes
 from launch.toolchain import default_device
 
 
@@ -43,31 +43,20 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Most bytes held at once by tensors made inside it, counted by storage: the CPU has no allocator statistics."""
+    """`most` bytes held at once by tensors made inside it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self.known: set[int] = set()
+        self.most = 0
+        self._live = LiveBytes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+                self._live.follow(tensor)
+        self.most = max(self.most, self._live.now)
         return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def seconds_each(calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:

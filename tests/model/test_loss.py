@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from launch.benchmarks.measure import PeakBytes
 from model import heuristics
 from model import loss as loss_module
 from model.loss import IGNORE, loss_of_logits, token_loss
@@ -172,37 +173,6 @@ def test_no_gradient_work_without_gradients(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(evaluated, token_loss(x, head, targets).detach())
 
 
-class Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most bytes that tensors made inside it held at once, counted by storage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return out
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        import weakref
-
-        self.seen.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.release, key, size)
-
-    def release(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
-
-
 def plain(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(F.linear(x, head).float(), targets)
 
@@ -214,7 +184,7 @@ def test_peak_memory_is_a_quarter_of_the_plain_way() -> None:
         x = torch.empty(8192, 1536, dtype=torch.bfloat16, device="meta", requires_grad=True)
         head = torch.empty(49_152, 1536, dtype=torch.bfloat16, device="meta", requires_grad=True)
         targets = torch.empty(8192, dtype=torch.long, device="meta")
-        with Peak() as peak:
+        with PeakBytes() as peak:
             function(x, head, targets).backward()
             gc.collect()
         peaks.append(peak.most)

@@ -8,7 +8,6 @@ decompose (RMSNorm, flash attention, DeepSpeed's Triton kernels) is declared wit
 from __future__ import annotations
 
 import math
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.benchmarks.op_count import costs
+from launch.benchmarks.op_count.live_bytes import LiveBytes
 
 #: Kernels of one call where it is not one. A radix sort of 64-bit keys takes a histogram, a scan and passes; the others are
 #: what PyTorch 2.13 launches on CUDA, read in aten/src/ATen/native/cuda: topk gathers and then sorts, an accumulating
@@ -87,8 +87,7 @@ class Count(TorchDispatchMode):
         self.backward = False
         self._stack = ["other"]
         self._spans: list[tuple[int, int, int, str]] = []  # (sequence numbers from, to, depth, part)
-        self._alive: dict[int, int] = {}
-        self._now = 0
+        self._live = LiveBytes()
         self._hooks = [hook for module, part in (parts or {}).items() for hook in self._watch(module, part)]
 
     def __enter__(self) -> Count:
@@ -126,7 +125,7 @@ class Count(TorchDispatchMode):
 
     def end_forward(self) -> None:
         """The forward is over: what it left alive is what the backward needs."""
-        self.counts.held = self._now
+        self.counts.held = self._live.now
         self.backward = True
 
     def add(self, name: str, kind: str, **figures: Any) -> None:
@@ -182,19 +181,11 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            self._now += storage.nbytes()
-            if self.backward:
-                self.counts.most_backward = max(self.counts.most_backward, self._now)
-            else:
-                self.counts.most_forward = max(self.counts.most_forward, self._now)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self._now -= self._alive.pop(key)
+        self._live.follow(tensor)
+        if self.backward:
+            self.counts.most_backward = max(self.counts.most_backward, self._live.now)
+        else:
+            self.counts.most_forward = max(self.counts.most_forward, self._live.now)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
