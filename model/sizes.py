@@ -1,7 +1,5 @@
-"""The numbers of a configuration that decide what a model costs, read without transformers.
-
-`MoEGPTConfig` is the configuration; this is the part of it that arithmetic needs, for commands that answer at once. A test
-holds the two against each other.
+"""A config.json without transformers, for commands that answer at once: where it lies, which fields it may have, and the numbers
+that decide what a model costs. `MoEGPTConfig` is the whole of it; a test holds the two against each other.
 """
 
 from __future__ import annotations
