@@ -18,6 +18,9 @@ class MoEGPTConfig(Glm4MoeConfig):
         **Glm4MoeConfig.base_model_tp_plan,
         "layers.*.self_attn.sinks": "colwise",
         "layers.*.self_attn": "local_params",
+        # each rank's gradient is of its own heads, and Glm4Moe's plan sums none
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
     }
 
     head_dim: int | None = None

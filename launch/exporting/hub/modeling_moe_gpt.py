@@ -36,6 +36,7 @@ def eager_attention_with_sinks(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
+    dropout: float = 0.0,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,7 @@ def eager_attention_with_sinks(
         sink = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -96,7 +98,7 @@ class MoEGPTAttention(Glm4MoeAttention):
             key_states,
             value_states,
             attention_mask,
-            dropout=0.0,
+            dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             s_aux=self.sinks,
             **kwargs,

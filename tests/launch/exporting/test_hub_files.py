@@ -3,12 +3,14 @@
 import ast
 import inspect
 import json
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nursery import Nursery
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from launch.exporting.formats import AUTO_MAP, CODE, build, exported_config
@@ -204,7 +206,7 @@ def test_the_code_is_small_and_imports_nothing_of_this_repository() -> None:
                 modules = ["." * node.level + (node.module or "")]
             assert all(m.split(".")[0] in ("typing", "collections", "torch", "transformers", "") for m in modules), modules
             assert not isinstance(node, ast.ImportFrom) or node.level < 2
-    assert lines < 200
+    assert lines < 210
 
 
 def test_vllm_can_read_the_attention() -> None:
@@ -248,3 +250,35 @@ def test_every_tensor_parallel_rule_names_a_module() -> None:
     unused = {"layers.*.mlp.gate_proj", "layers.*.mlp.up_proj", "layers.*.mlp.down_proj"}  # Glm4Moe's dense layers
     plan = set(exported_config(trained().config, "moe_gpt").base_model_tp_plan)
     assert plan - names <= unused
+
+
+def test_tensor_parallel_ranks_have_the_gradients_of_one(nursery: Nursery, tmp_path: Path) -> None:
+    """Under Glm4Moe's plan each rank kept its own heads' share of the gradients of q's and k's norms, half of it off."""
+    torch.manual_seed(0)
+    hub, ids = exported(trained()), torch.randint(0, 97, (2, 24))
+    hub.save_pretrained(tmp_path / "hf")
+    for name in CODE:
+        shutil.copy(HUB / name, tmp_path / "hf" / name)
+    torch.save(ids, tmp_path / "hf" / "ids.pt")
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    worker, output = "tests/launch/exporting/tensor_parallel_worker.py", tmp_path / "out.pt"
+    ranks = nursery.start(2, worker, tmp_path / "hf", output, log=tmp_path / "log", env=environment)
+    assert ranks.wait(120) == [0, 0], ranks.text()[-3000:]
+    found = torch.load(output)
+    out = hub(ids, labels=ids)
+    out.loss.backward()
+    torch.testing.assert_close(found["logits"], out.logits.detach(), rtol=1e-4, atol=1e-4)
+    for name, parameter in hub.named_parameters():
+        torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+def test_attention_dropout_is_applied_in_training_alone(sinks: bool) -> None:
+    """Glm4Moe's field, for who fine-tunes an export; with sinks it was dropped without a word."""
+    torch.manual_seed(0)
+    hub, ids = exported(trained(attention_sinks=sinks)), torch.randint(0, 97, (2, 24))
+    plain = hub(ids).logits
+    for layer in hub.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert torch.equal(hub.eval()(ids).logits, plain)
+    assert not torch.allclose(hub.train()(ids).logits, hub(ids).logits, atol=1e-3)
