@@ -50,9 +50,8 @@ class RunIdentity:
         for difference in differences(self._essence(), other._essence()):
             if not difference.startswith(f"{CONTENT}:"):
                 found.append(difference)
-            elif (
-                self.sequence_length == other.sequence_length
-            ):  # else the fingerprint, which is of the samples, differs by that alone
+            elif self.sequence_length == other.sequence_length:
+                # of another length the samples, whose the fingerprint is, differ by that alone
                 found.append(f"{CONTENT}: other shards, weights or order of --data")
         return found
 

@@ -31,6 +31,7 @@ from launch.checkpoint.state import STATE, read_state
 from launch.checkpoint.unpickle import load_file, save_stages_by_value
 from launch.checkpoint.weights import (
     EXPERT_WEIGHT,
+    MODEL_STATES,
     MOMENTUM,
     check_master,
     module_weights,
@@ -44,7 +45,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 #: More parameter groups than an optimizer of ours has; DeepSpeed pairs them by position and stops at the shorter list.
 GROUPS = 64
 #: A model-states file as ZeRO 0 to 2 name it, and as ZeRO 3 does.
-MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+MODEL_STATES_NAMES = (MODEL_STATES, "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
 def optimizer_facts(engine: DeepSpeedEngine) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def _gather_unsharded(source: Path, temporary: Path, names: list[str]) -> None:
             held = [state.get(key) for state in states]
             _save_whole(temporary, name, key, torch.zeros_like(weight) if None in held else torch.cat(held))
         _save(temporary / "zero" / name / "step.pt", states[0].get("step", torch.tensor(0.0)))
-    shutil.copy2(source / MODEL_STATES[0], temporary)
+    shutil.copy2(source / MODEL_STATES, temporary)
 
 
 def _save_whole(temporary: Path, name: str, key: str, value: Tensor) -> None:
@@ -175,8 +176,8 @@ def _save(path: Path, value: Any) -> None:
 
 def _complete(temporary: Path, lr: float) -> None:
     """Add what DeepSpeed's readers of the other ZeRO stages look for, so that one conversion serves every target."""
-    there = next(temporary / name for name in MODEL_STATES if (temporary / name).exists())
-    for name in MODEL_STATES:
+    there = next(temporary / name for name in MODEL_STATES_NAMES if (temporary / name).exists())
+    for name in MODEL_STATES_NAMES:
         if not (temporary / name).exists():
             link_or_copy(there, temporary / name)
     zero = temporary / "zero"

@@ -23,6 +23,8 @@ from torch import Tensor
 from data.cli import UserError
 from launch.checkpoint.unpickle import load_file
 
+#: DeepSpeed's file of the weights that no rank has for itself, under ZeRO 0 to 2.
+MODEL_STATES = "mp_rank_00_model_states.pt"
 #: AutoEP's fused expert weights: `[local experts, ...]` on each EP rank.
 EXPERT_WEIGHT = re.compile(r"\.experts\.w[123]$")
 #: What Muon keeps of its matrices in the place of Adam's moments.
@@ -48,7 +50,7 @@ def module_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _module_readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    model = load_file(folder / "mp_rank_00_model_states.pt")
+    model = load_file(folder / MODEL_STATES)
     module = model["module"]
     readers: dict[str, Callable[[], Tensor]] = {
         name: partial(module.__getitem__, name) for name in module if name not in model["buffer_names"]
@@ -78,7 +80,7 @@ def master_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, weight.float()
         return
     of_ranks = numbered(folder, "zero_pp_rank_*_model_states.pt")  # ZeRO 3, which has the module in no other form
-    models = of_ranks or [folder / "mp_rank_00_model_states.pt"]
+    models = of_ranks or [folder / MODEL_STATES]
     computed_with = {} if of_ranks else _module_readers(folder)
     first = load_file(models[0])
     slices = [_slices(load_file(shard), load_file(models[min(i, len(models) - 1)])) for i, shard in enumerate(shards)]
@@ -107,7 +109,7 @@ def check_master(master: Tensor, weight: Tensor, where: Path, name: str) -> None
 
 def whole_momenta(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Muon's momentum of every matrix, whole, of a checkpoint of ZeRO 1 or 2 without offload. Raises UserError where one lacks."""
-    first = load_file(folder / "mp_rank_00_model_states.pt")
+    first = load_file(folder / MODEL_STATES)
     shapes = {name: tuple(shape) for group in first["param_shapes"] for name, shape in group.items()}
     ranks = [dict(_momenta(shard, shapes)) for shard in optimizer_shards(folder)]
     size = first["ds_autoep_layers"][0]["ep_size"]

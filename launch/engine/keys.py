@@ -26,7 +26,7 @@ from data.cli import UserError, sentence
 from data.files import lookup
 from launch.engine.kinds import another_kind, shown
 from launch.engine.strategy import BATCH, Strategy
-from launch.engine.values import check_optimizer_values, check_values
+from launch.engine.values import SWITCHES, check_optimizer_values, check_values
 
 #: Held as a whole by DeepSpeed and handed to a class: checked by that class's signature.
 SIGNATURES = ("optimizer.params", "scheduler.params")
@@ -193,8 +193,7 @@ def _accepted_by(kind: str, params: dict[str, Any], config: dict[str, Any]) -> t
         left, engine = dict(params), _engine(config)
         left.pop(deepspeed_config.ADAM_W_MODE, None)
         chosen, _ = DeepSpeedEngine.get_optimizer_configuration(engine, left, True, allow_legacy_fallback=True)
-        own = {deepspeed_config.ADAM_W_MODE, deepspeed_config.TORCH_ADAM_PARAM, "fp32_optimizer_states"}
-        own |= params.keys() - left.keys()  # what DeepSpeed takes out for itself
+        own = SWITCHES | params.keys() - left.keys()  # what DeepSpeed takes out for itself
         if name == deepspeed_config.MUON_OPTIMIZER:
             return {*own, *DeepSpeedEngine._MUON_HALF_KEYS, *DeepSpeedEngine._ADAM_HALF_KEYS, "muon_lr", "adam_lr"}, chosen
         return own | _parameters(chosen), chosen
