@@ -49,7 +49,7 @@ class CheckpointManager:
     identity: what a checkpoint belongs to. `choose` refuses one that belongs to another run, and converts one of another layout.
     background: `save` returns when the state is copied to host memory, and a thread writes it; call `wait` before the end.
     on_phase: told what is being done ("saving: ..."), for a watchdog.
-    before_save: run on rank 0 before anything is written, such as a look whether the run's folder is still there.
+    The attribute `before_save` is run on rank 0 before anything is written, such as a look whether the run's folder is still there.
     """
 
     def __init__(
@@ -61,7 +61,6 @@ class CheckpointManager:
         identity: RunIdentity,
         background: bool = False,
         on_phase: Callable[[str], None] = lambda _: None,
-        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = CheckpointFolder(Path(run_folder) / "checkpoints")
         self.keep_last, self.keep_every = keep_last, keep_every
@@ -71,7 +70,8 @@ class CheckpointManager:
         self._pending: Future[None] | None = None
         self._loaded: int | None = None  # the step that was loaded, until the first save after it
         self._best: str | None = None  # the best checkpoint up to that step
-        self._on_phase, self.before_save = on_phase, before_save
+        self._on_phase = on_phase
+        self.before_save: Callable[[], None] = lambda: None
         self._ranks = ControlGroup()
         self._chooser = CheckpointChooser(self.folder, identity, self._ranks)
 

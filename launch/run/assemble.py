@@ -105,14 +105,14 @@ def too_short_hint(data: PackedDataset) -> str | None:
     return None
 
 
-def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice, config: dict[str, Any]) -> None:
+def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice) -> None:
     """The first lines: what is trained, on what, from where."""
     arguments, monitor = trainer.arguments, trainer.monitor
     counts = count_parameters(run.model)
     monitor.say(
         f"{arguments.model}: {counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active; "
-        f"{counted(run.world_size, 'rank')}, expert parallel {config['ep_size']}, ZeRO {config['zero_stage']}, "
-        f"{config['dtype']}"
+        f"{counted(run.world_size, 'rank')}, expert parallel {run.strategy.ep_size}, ZeRO {run.strategy.zero_stage}, "
+        f"{run.strategy.dtype}"
     )
     samples = len(run.train_data)
     tokens = trainer.global_batch * arguments.sequence_length

@@ -74,7 +74,7 @@ class Session:
         changes = self.compare_settings(choice, ranks)
         engine = self.build(choice, ranks)
         config = self.publish_config(identity, ranks)
-        trainer = self.prepare(engine, checkpoints, choice, config)
+        trainer = self.prepare(engine, checkpoints, choice)
         self.watch_folder(trainer, checkpoints, config)
         if changes:
             trainer.monitor.say(f"changed since this checkpoint's run, and used from the first step on: {listed(changes, 8)}")
@@ -179,9 +179,7 @@ class Session:
         ranks.run_on_rank0(lambda: run_folder.write_config(self.arguments.output, config, tokenizer))
         return config
 
-    def prepare(
-        self, engine: DeepSpeedEngine, checkpoints: CheckpointManager, choice: ResumeChoice, config: dict[str, Any]
-    ) -> Trainer:
+    def prepare(self, engine: DeepSpeedEngine, checkpoints: CheckpointManager, choice: ResumeChoice) -> Trainer:
         """Load what was chosen, last of all that reads: nothing after it may change the weights or draw random numbers."""
         trainer = make_trainer(self.arguments, self.run, engine, checkpoints, self.stop, self.watchdog)
         if isinstance(choice, ResumeFrom):
@@ -189,7 +187,7 @@ class Session:
             if not choice.is_own:  # or it would write into the other run's curves
                 trainer.position.wandb_id = ""
         trainer.position.wandb_id = trainer.position.wandb_id or uuid.uuid4().hex[:12]
-        greet(trainer, self.run, choice, config)
+        greet(trainer, self.run, choice)
         return trainer
 
     def watch_folder(self, trainer: Trainer, checkpoints: CheckpointManager, config: dict[str, Any]) -> None:

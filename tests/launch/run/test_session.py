@@ -153,7 +153,7 @@ def test_a_run_that_begins_at_anothers_checkpoint_has_a_tracker_of_its_own(monke
     state = TrainingState(step=4, samples=0, tokens=0, extra={"wandb_id": "first"})
     choice = ResumeFrom(message="", path=Path("step_4"), state=state, is_own=own)
     checkpoints: Any = None
-    Session.prepare(now, trainer, checkpoints, choice, {})
+    Session.prepare(now, trainer, checkpoints, choice)
     assert (trainer.position.wandb_id == "first") == own and trainer.position.wandb_id
 
 
@@ -242,10 +242,9 @@ def test_a_start_takes_no_row_out_of_the_metrics_before_its_records_begin(traine
     trainer.position.step, trainer.position.samples = 4, 24
     choice = ResumeFrom(message="resuming", path=Path("step_4"), state=TrainingState(step=4, samples=24, tokens=0))
     run = resolve_run(trainer.arguments, 1)
-    config = {"ep_size": 1, "zero_stage": 0, "dtype": "float32"}
-    greet(trainer, run, choice, config)
+    greet(trainer, run, choice)
     assert path.read_text() == "".join(rows)
-    begin_records(trainer, choice, config)
+    begin_records(trainer, choice, {})
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in found] == [4, 4] and found[1]["resumed"] == "resuming"
 
