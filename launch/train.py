@@ -19,8 +19,8 @@ from data.cli import UserError, as_user_error
 from launch.cli import make_quiet, run_command
 from launch.ranks import join
 from launch.run.arguments import check_paths, parse_arguments
+from launch.run.launcher_guard import guard_launcher
 from launch.run.stop import StopRequest
-from launch.run.terminal import guard_launcher
 
 
 def main() -> int:

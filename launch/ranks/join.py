@@ -13,17 +13,15 @@ import resource
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
 from data.cli import Exit, UserError
+from launch.ranks.builds import compile_nothing, wait_for_builds
 
 #: For all ranks to join: hosts of one job may start minutes apart.
 JOIN_SECONDS = 600.0
-#: After which a builder's lock that no process here holds open is nobody's.
-STALE_SECONDS = 120.0
 #: What NCCL does when a peer fails, as torch counts its ways: abort the communicators and keep the process. By default torch ends
 #: the process in C++ (exit code 134), before it can say whom the run ends for.
 CLEAN_UP_ONLY = "2"
@@ -144,17 +142,6 @@ def check_restart() -> None:
         )
 
 
-def compile_nothing() -> None:
-    """Keep DeepSpeed from compiling its shared-memory operator at the first start of ranks on CPUs.
-
-    The build fails without a compiler, a process killed meanwhile leaves a lock on which every later run hangs, and gloo reduces as
-    fast (tiny: 5,000 tokens/s with either).
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def start(timeout: float, backend: str | None = None) -> None:
     """Join the process group, by default with NCCL on GPUs and gloo elsewhere. `timeout` seconds bound every collective."""
     import deepspeed
@@ -234,38 +221,3 @@ def joining_within(seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def wait_for_builds(root: Path) -> None:
-    """Wait while another process compiles an extension, and remove the lock that a killed one left.
-
-    PyTorch's lock is a file that its owner creates and holds open. A process killed in the middle leaves it, and every later
-    one waits for ever, without a word. One that no process here holds open is stale; the age spares a builder on another host
-    that shares the folder.
-    """
-    for lock in root.glob("**/lock"):
-        if _may_be_held(lock):
-            print(f"waiting for {lock}, which another process may hold", file=sys.stderr, flush=True)
-        while held := _may_be_held(lock):
-            time.sleep(0.5)
-        if held is not None:  # where it is gone, one that is there now is the next builder's
-            print(f"removing {lock}: the process that compiled there is gone", file=sys.stderr, flush=True)
-            lock.unlink(missing_ok=True)
-
-
-def _may_be_held(lock: Path) -> bool | None:
-    """None where it is gone."""
-    try:
-        age = time.time() - lock.stat().st_mtime  # below 0 where a clock was set back, or another host's is ahead
-    except FileNotFoundError:
-        return None
-    return _is_open(lock) or abs(age) < STALE_SECONDS
-
-
-def _is_open(path: Path) -> bool:
-    """Does a process on this host have the file open? One of another user does not show, and counts as no."""
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(descriptor) == str(path.resolve()):
-                return True
-    return False

@@ -28,7 +28,7 @@ from launch.ranks.heartbeat import here
 from launch.ranks.join import JOIN_SECONDS, joining_within, start
 from launch.ranks.watchdog import Watchdog
 from launch.run import folder as run_folder
-from launch.run import preflight
+from launch.run import preflight, rehearsal
 from launch.run.arguments import TrainArguments
 from launch.run.assemble import begin_records, greet, make_trainer, say_what_to_expect
 from launch.run.environment import describe_environment
@@ -212,7 +212,7 @@ class Session:
         """With the run's own next batch, so after the position is known. From then on an error is no mistake in the input."""
         self.watchdog.phase("preflight: one step at full size")
         forget_peak()
-        preflight.rehearse(trainer, ranks)
+        rehearsal.rehearse(trainer, ranks)
         hosts = ranks.gather(here())  # not the GPUs that this rank sees, which may be its own alone
         say_what_to_expect(trainer, config, memory_bytes() - self.memory_before, ranks_per_node=hosts.count(hosts[0]))
         self.watchdog.training = True

@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from launch.ranks.join import compile_nothing
+from launch.ranks.builds import compile_nothing
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.balance import LoadBalancer
 from model.flash import load_kernel

@@ -18,7 +18,7 @@ from torch import nn
 from launch.benchmarks.contestants import gpu_knobs, peer_model
 from launch.benchmarks.op_count.cuda_kernels import prefers_triton
 from launch.engine import activation_checkpointing, expert_parallel
-from launch.ranks import join
+from launch.ranks.builds import compile_nothing
 from model import MoEGPTConfig, MoEGPTForCausalLM
 
 
@@ -28,7 +28,7 @@ def join_fake_group(ranks: int) -> None:
 
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-        join.compile_nothing()
+        compile_nothing()
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 

@@ -173,16 +173,6 @@ def test_a_killed_builder_s_lock_is_removed_where_torch_builds(
     assert not lock.exists() and capfd.readouterr().err.startswith(f"removing {lock}: ")
 
 
-def test_who_waits_for_a_builder_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    lock = tmp_path / "lock"
-    lock.touch()
-    monkeypatch.setattr(time, "sleep", lambda _: lock.unlink())
-    join.wait_for_builds(tmp_path)
-    assert capfd.readouterr().err == f"waiting for {lock}, which another process may hold\n"
-
-
 @pytest.mark.parametrize(
     "found, address",
     [("10.0.0.7", "10.0.0.7"), ("127.0.1.1", "node7"), ("fd00::7", "fd00::7"), ("::1", "node7"), (None, "node7")],
@@ -207,16 +197,6 @@ def test_ranks_that_mpi_does_not_join_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1))))
     with pytest.raises(UserError, match="the launcher started 2 ranks and MPI sees 1"):
         set_environment()
-
-
-def test_the_next_builder_s_lock_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = tmp_path / "lock"
-    lock.touch()
-    answers = iter([True, True, None])  # waited for, and then gone
-    monkeypatch.setattr(join, "_may_be_held", lambda _: next(answers))
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    join.wait_for_builds(tmp_path)
-    assert lock.exists()
 
 
 def test_who_has_joined_is_not_ended_and_who_waits_too_long_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def test_the_plan_is_of_the_ranks_of_a_host_whatever_a_rank_sees(monkeypatch: py
     """Slurm's --gpus-per-task shows each rank one GPU: the plan had every exchange go over the network."""
     planned: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(session.preflight, "rehearse", lambda *_: None)
+    monkeypatch.setattr(session.rehearsal, "rehearse", lambda *_: None)
     monkeypatch.setattr(assemble, "job_of_run", lambda _, ranks_per_node: planned.append(ranks_per_node))
     for name in ("memory_line", "duration_line"):
         monkeypatch.setattr(assemble, name, lambda *_, **__: None)
@@ -184,7 +184,7 @@ def test_the_memory_beside_the_plan_is_the_rehearsals(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1.0e9))
-    monkeypatch.setattr(session.preflight, "rehearse", lambda *_: peak.__setitem__(0, max(peak[0], 6.5e9)))
+    monkeypatch.setattr(session.rehearsal, "rehearse", lambda *_: peak.__setitem__(0, max(peak[0], 6.5e9)))
     monkeypatch.setattr(session, "say_what_to_expect", lambda *given, **_: measured.append(given[2]))
     run: Any = SimpleNamespace(watchdog=SimpleNamespace(phase=lambda _: None), memory_before=0.0)
     trainer: Any = None
