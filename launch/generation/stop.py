@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria
 from data.cli import UserError
 from data.tokens.encoder import naming_what_has_no_id
 
-TAIL = 64  # tokens looked at for a stop string; each new one has at least a byte of it
+TAIL = 64  # tokens looked at for a stop string, or as many as its bytes: each has one of them at least
 
 
 def unescape(text: str) -> str:
@@ -70,6 +70,7 @@ class StopStrings(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[Sequence[str]], prompt_length: int) -> None:
         self.text, self.stops, self.prompt_length = NewText(tokenizer), stops, prompt_length
+        self.tail = max([TAIL, *(len(stop.encode("utf-8", "surrogatepass")) for row in stops for stop in row)])
         self.done: Tensor | None = None
         self.last: list[int] = []  # token of each row's prompt
 
@@ -77,7 +78,7 @@ class StopStrings(StoppingCriteria):
         if self.done is None:
             self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
             self.last = input_ids[:, self.prompt_length - 1].tolist()
-        start = max(self.prompt_length, input_ids.shape[1] - TAIL)
+        start = max(self.prompt_length, input_ids.shape[1] - self.tail)
         for row, stops in enumerate(self.stops):
             if stops and not self.done[row]:
                 text = self.text.of(input_ids[row, start:].tolist(), last=self.last[row])
