@@ -179,6 +179,8 @@ def test_folders_of_which_nothing_is_read_are_known(tmp_path: Path) -> None:
     data = PackedDataset([a, b], split="train", sequence_length=8)
     assert [stream.folder for stream in data.too_short] == [b]
     assert not PackedDataset([a], split="train", sequence_length=8).too_short
+    with pytest.raises(UserError, match=r"the train split of .*b has 3 tokens, a sample of 8 needs 9"):
+        PackedDataset([(a, 0.9), (b, 0.1)], split="train", sequence_length=8)  # its share could not be read
 
 
 def test_validation_is_always_the_same(tmp_path: Path) -> None:
@@ -188,6 +190,14 @@ def test_validation_is_always_the_same(tmp_path: Path) -> None:
     assert len(one) == len(two) and torch.equal(one.batch(range(len(one)))["input_ids"], two.batch(range(len(two)))["input_ids"])
     with pytest.raises(IndexError):
         one[len(one)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_sample_comes_before_the_first(split: str, folder: Path) -> None:
+    """numpy would count from the end: of a batch one row alone would be another sample."""
+    data = PackedDataset([folder], split=split, sequence_length=8)
+    with pytest.raises(IndexError, match="sample numbers start at 0"):
+        data.batch([3, -1])
 
 
 def test_the_first_validation_samples_stand_for_every_folder(tmp_path: Path) -> None:
@@ -220,11 +230,14 @@ def test_facts_for_training(folder: Path, stream: list[int], tmp_path: Path) -> 
 
 
 def test_whatever_decides_a_sample_is_in_the_fingerprint(tmp_path: Path) -> None:
-    """A run that goes on compares nothing else of its data: folders, their order, their weights, the length."""
+    """A run that goes on compares nothing else of its data: folders, their order, their weights, the length, the tokenizer."""
     a, b = make(tmp_path / "a", random_documents(1)), make(tmp_path / "b", random_documents(2))
     sources: list[list[Any]] = [[a], [a, b], [b, a], [(a, 0.5), (b, 0.5)], [(a, 0.4), (b, 0.6)], [(b, 0.4), (a, 0.6)]]
     found = [PackedDataset(given, split="train", sequence_length=16).fingerprint for given in sources]
     found.append(PackedDataset([a], split="train", sequence_length=8).fingerprint)
+    found.append(
+        PackedDataset([make(tmp_path / "c", random_documents(1), fingerprint="g")], split="train", sequence_length=16).fingerprint
+    )
     assert len(set(found)) == len(found)
 
 
@@ -244,7 +257,7 @@ def test_mistakes_are_sentences(folder: Path, tmp_path: Path) -> None:
     for sources, message in [
         ([folder, other], "same tokenizer"),
         ([(folder, 1.0), tmp_path / "b"], "every shard folder a weight"),
-        ([(folder, -1.0)], "weights must be from 0.001"),
+        *[([(folder, 1.0), (folder, weight)], "weights must be from 0.001") for weight in (-1.0, 0.0009, 1e6, math.inf, math.nan)],
         ([tmp_path / "nowhere"], "no shards at"),
         ([corpus], rf"^{re.escape(str(corpus))} is a file, not a folder of shards; .* --input {re.escape(str(corpus))} --output"),
         ([], "no shards given"),

@@ -93,6 +93,7 @@ def test_weights_are_taken_literally(weights: list[float], counts: list[int]) ->
         ([0.3333, 0.5433, 0.1234], [333, 543, 124]),  # 333.3, 543.3 and 123.4 of a thousand: one is left
         ([0.3333, 0.3338, 0.3329], [333, 334, 333]),  # 333.3, 333.8 and 332.9: two are
         ([0.99999, 0.00001], [999, 1]),
+        ([0.99997, 0.00001, 0.00001, 0.00001], [999, 1, 1, 1]),  # one each is two too many: the period is longer
     ],
 )
 def test_a_blend_without_a_short_period_goes_by_largest_remainders(weights: list[float], counts: list[int]) -> None:

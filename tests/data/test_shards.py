@@ -68,6 +68,7 @@ def test_an_index_that_is_none_of_ours_is_named(data: bytes, message: str, tmp_p
     [
         (34, b"\x06\0\0\0\0\0\0\0", "document 1 has no token"),  # sizes 6, 0, 2: together as many
         (34, b"\x04", "documents of 7 tokens together, the manifest says 8"),
+        (46, b"\x02", "offsets that are not the sums of the sizes before them"),
         (54, b"\x0c", "offsets that are not the sums of the sizes before them"),
         (78, b"\x02", "document numbers that do not count up"),
     ],
