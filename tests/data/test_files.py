@@ -12,8 +12,10 @@ import pytest
 import xxhash
 
 from data.files import (
+    check_replaceable,
     differing,
     hash_file,
+    is_file_table,
     is_inside,
     leaves,
     make_folder,
@@ -109,6 +111,32 @@ def test_what_is_no_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_could_not_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    """By the name of what is wrong; nothing is made meanwhile."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    check_replaceable(tmp_path / "file")
+    check_replaceable(tmp_path / "new")
+    for path, kind, named in (
+        (tmp_path, IsADirectoryError, tmp_path),
+        (tmp_path / "none" / "x", FileNotFoundError, tmp_path / "none"),
+        (tmp_path / "file" / "x", FileNotFoundError, tmp_path / "file"),
+        (tmp_path / "pipe", OSError, tmp_path / "pipe"),
+    ):
+        with pytest.raises(kind) as refused:
+            check_replaceable(path)
+        assert refused.value.filename == str(named)
+    assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
+
+
+def test_a_table_of_files_has_a_size_and_a_hash_of_each() -> None:
+    right = {"bytes": 1, "xxh3_128": "0"}
+    assert is_file_table({}) and is_file_table({"a": right, "b": right})
+    for wrong in (None, [], "x", {}, {"bytes": 1}, {"xxh3_128": "0"}, right | {"bytes": "1"}, right | {"xxh3_128": 0}):
+        assert not is_file_table({"a": right, "b": wrong})
+    assert not is_file_table(None) and not is_file_table([right])
+
+
 def test_hashes_are_the_libraries_(tmp_path: Path) -> None:
     data = bytes(range(256)) * 20_000  # several blocks and a part
     (tmp_path / "x").write_bytes(data)
@@ -129,6 +157,9 @@ def test_names_that_lead_out(name: object) -> None:
 def test_a_small_file_is_read_only_if_it_is_one(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"x": 1}')
     assert small_file(tmp_path / "a.json") == b'{"x": 1}' and read_json(tmp_path / "a.json") == {"x": 1}
+    assert small_file(tmp_path / "a.json", most=8) == b'{"x": 1}'
+    with pytest.raises(OSError, match="not a regular file of at most 7 bytes"):
+        small_file(tmp_path / "a.json", most=7)
     os.mkfifo(tmp_path / "fifo")  # an open of which waits for a writer
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "sparse").touch()
@@ -164,8 +195,12 @@ def test_an_object_that_may_be_lacking_is_empty(content: bytes | None, tmp_path:
 
 def test_json_knows_no_nan(tmp_path: Path) -> None:
     """A loss that was not finite must not make a file that jq and browsers refuse."""
-    replace_json(tmp_path / "result.json", {"loss": float("nan"), "worst": [float("inf"), 1.5]})
+    replace_json(tmp_path / "result.json", {"loss": float("nan"), "worst": [float("inf"), 1.5], "pair": (2, float("nan"))})
     text = (tmp_path / "result.json").read_text()
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == {"loss": None, "worst": [None, 1.5]}
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == {
+        "loss": None,
+        "worst": [None, 1.5],
+        "pair": [2, None],
+    }
     assert text.endswith("}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

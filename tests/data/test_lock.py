@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -66,6 +67,40 @@ def test_whether_a_folder_is_held_is_told_without_taking_it(tmp_path: Path) -> N
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     assert is_held(tmp_path) is None
+    path.unlink()
+    os.mkfifo(path)  # an open of which waits for a writer
+    assert is_held(tmp_path) is None
+
+
+def test_a_look_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks holds the lock as well, for a moment: others who ask do not see it, and who takes the folder waits for it."""
+    taken = FolderLock(tmp_path)
+    taken.take()
+    taken.release()
+    real, looks = lock.fcntl.flock, [1, 2, 3]
+    with open(tmp_path / ".lock") as looking:
+        real(looking, fcntl.LOCK_SH)
+        assert is_held(tmp_path) is False
+
+        def flock(file: Any, kind: int) -> None:
+            if looks and looks.pop() == 1:
+                real(looking, fcntl.LOCK_UN)
+            real(file, kind)
+
+        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        assert taken.take() and not looks
+    taken.release()
+
+
+def test_a_refusal_for_want_of_permission_is_a_lock_that_another_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fcntl(2): EACCES or EAGAIN, by the file system."""
+
+    def held(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(lock.fcntl, "flock", held)
+    with pytest.raises(LockHeld):
+        FolderLock(tmp_path).take()
 
 
 def test_a_lock_that_its_holder_removed_meanwhile_keeps_out_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

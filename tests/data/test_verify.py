@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -118,6 +119,16 @@ def test_verify_names_what_is_wrong(shards: Path, damage: Any, resummed: bool, m
     faults = verify(shards)
     assert any(re.search(message, fault) for fault in faults), faults
     assert all(not re.search("sha256", fault) for fault in faults) or not resummed
+
+
+@pytest.mark.parametrize("read", ["small_file", "hash_file"])
+def test_a_limit_of_this_process_is_no_damage(read: str, sound_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(path: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(f"data.verify.{read}", scarce)
+    with pytest.raises(OSError, match="Too many open files"):
+        verify(sound_shards)
 
 
 def test_an_id_below_zero_is_named(tmp_path: Path) -> None:
