@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from data_helpers import contents, json_lines, read_documents, write_rows
 
+from data.cli import UserError
 from data.pipeline import inputs, job
 from data.sources import blocks
 
@@ -211,6 +212,30 @@ def test_the_middle_of_a_large_file_is_held_by_its_time(tmp_path: Path) -> None:
     then = inputs.InputFile.of(str(small))
     os.utime(small, ns=(1, 1))
     assert then.change(inputs.InputFile.of(str(small))) is None
+
+
+def test_a_file_whose_ends_are_all_of_it_is_not_held_by_its_time(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    for size, change in ((2 * inputs.END_BYTES, None), (2 * inputs.END_BYTES + 1, "has another time of modification")):
+        path.write_bytes(bytes(size))
+        before = inputs.InputFile.of(str(path))
+        os.utime(path, ns=(1, 1))
+        assert before.change(inputs.InputFile.of(str(path))) == change
+
+
+def test_files_in_another_order_are_another_input(tmp_path: Path) -> None:
+    """They would be other documents at the same place."""
+    files = [inputs.InputFile(name, 1, 1, "0") for name in "ab"]
+    inputs.write_inputs(tmp_path, files)
+    inputs.check_inputs(tmp_path, files)
+    with pytest.raises(UserError, match="its files are in another order"):
+        inputs.check_inputs(tmp_path, files[::-1])
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # which would wait for a writer
+    for name in ("fifo", "nowhere", "."):
+        assert inputs.InputFile.of(str(tmp_path / name)) == (str(tmp_path / name), -1, 0, "")
 
 
 def test_the_ends_are_both_hashed(tmp_path: Path) -> None:

@@ -11,13 +11,18 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from data_helpers import command, contents, environment, read_documents, run, write_rows
 from tokenizers import Tokenizer
 
+from data.pipeline.job import Job
+from data.shards import SPLITS
 from data.sources import blocks
 
 
@@ -76,6 +81,30 @@ def test_twenty_kills_at_random_moments_end_with_the_same_bytes(expected: Path, 
     done = run(*flags, "--output", output, "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert contents(output) == contents(expected)
+
+
+@pytest.mark.parametrize("full", SPLITS)
+def test_the_end_of_a_shard_of_either_split_is_told(full: str) -> None:
+    """The job saves its state then, for a shard is hours of work."""
+
+    class Writer:
+        def __init__(self, split: str) -> None:
+            self.split = split
+
+        def add(self, tokens: np.ndarray, sizes: np.ndarray, text_bytes: np.ndarray) -> bool:
+            assert len(tokens) == len(sizes) == len(text_bytes) == 1
+            return self.split == full
+
+    ones = np.ones(2, np.int32)
+    result: Any = SimpleNamespace(
+        tokens=ones, sizes=ones, parts=ones, text_bytes=ones, rearranged=ones, validation=np.array([True, False]),
+        rejected=[], removed=[], read=2, cut=0, after=None, done_bytes=0,
+    )  # fmt: skip
+    one: Any = SimpleNamespace(
+        check_readable=list, reject=list, counts=Counter(), writers={split: Writer(split) for split in SPLITS},
+        duplicates=SimpleNamespace(fresh=lambda _: np.ones(2, bool)),
+    )  # fmt: skip
+    assert Job.consume(one, result) is True and one.counts["fill_in_the_middle"] == 2
 
 
 def crash_points(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -118,20 +118,21 @@ def test_nobody_begins_in_a_folder_that_is_being_cleared(
 
 
 def test_nobody_begins_while_the_last_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock went before the state, which a job that began in between read, and then lost."""
+    """The lock went before the state, which a job that began in between read, and then lost. And without its state what else a
+    killed job left would be a stranger's."""
     for name in (ledger.STATE, ledger.KEY_JOURNAL):
         (tmp_path / name).touch()
     held, real, seen = take_folder(tmp_path, "job"), Path.unlink, []
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
-        if path.name == ".lock":
+        if path.name in (ledger.STATE, ".lock"):
             seen.append(sorted(other.name for other in tmp_path.iterdir()))
         real(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", unlink)
     ledger.clear(tmp_path)
     held.release()
-    assert seen == [[".lock"]] and not list(tmp_path.iterdir())
+    assert seen == [[".lock", ledger.STATE], [".lock"]] and not list(tmp_path.iterdir())
 
 
 def test_two_jobs_on_one_folder(tmp_path: Path, flags: list[object], preprocess: Any) -> None:

@@ -27,6 +27,19 @@ def mpiexec() -> str:
     return found
 
 
+def test_a_fault_of_rank_0_is_every_rank_s() -> None:
+    """They wait for its options, and for its exit code."""
+    heard: list[Any] = []
+    comm = SimpleNamespace(Get_size=lambda: 2, bcast=lambda value, root: heard.append(value))
+
+    def fault(_: Any) -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        mpi.lead(comm, fault)
+    assert mpi.lead(comm, lambda _: 2) == 2 and heard == [None, 1, None, 2]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bytes_do_not_depend_on_mpi_ranks(expected: Path, flags: list[object], tmp_path: Path, ranks: int) -> None:
     done = run(*flags, "--output", tmp_path / "out", prefix=(mpiexec(), "-n", str(ranks)))

@@ -90,12 +90,13 @@ def test_running_out_of_memory_is_a_sentence(workers: int, tmp_path: Path, corpu
 
 
 def test_ctrl_c_while_workers_start_is_kept() -> None:
-    inside = False
+    inside, handler = False, signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), pool._without_interrupts():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         inside = True
-    assert inside
+    assert inside and signal.getsignal(signal.SIGINT) == handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, []), "the next one comes at once"
 
 
 def test_a_worker_killed_before_the_first_block_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
