@@ -149,6 +149,9 @@ def test_a_fast_encoder_that_errs_is_caught_at_run_time(tokenizer_text: str) -> 
         lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0),  # a sequence of one, which splits no digits
         lambda c: c["model"].update(dropout=0.1),
         lambda c: c["model"].update(ignore_merges=True),
+        lambda c: c["model"].update(byte_fallback=True),
+        lambda c: c["model"].update(continuing_subword_prefix="##"),
+        lambda c: c["model"].update(end_of_word_suffix="</w>"),
         lambda c: c["added_tokens"][0].update(special=False),
     ],
 )

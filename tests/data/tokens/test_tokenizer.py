@@ -115,9 +115,8 @@ def test_fingerprint_is_of_what_decides_the_ids(tokenizer_text: str) -> None:
     assert tokenizers.fingerprint(json.dumps(content, indent=3)) == known
     content["model"]["merges"] = content["model"]["merges"][1:]
     assert tokenizers.fingerprint(json.dumps(content)) != known
-    other = json.loads(tokenizer_text)
-    other["pre_tokenizer"] = None
-    assert tokenizers.fingerprint(json.dumps(other)) != known
+    for key, value in (("pre_tokenizer", None), ("normalizer", {"type": "NFC"}), ("added_tokens", [])):
+        assert tokenizers.fingerprint(json.dumps(json.loads(tokenizer_text) | {key: value})) != known
 
 
 def test_what_is_no_tokenizer_is_refused(tokenizer_text: str) -> None:
