@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ from launch.engine import strategy
 from launch.planning.devices import find_device
 from launch.planning.job import Job, job_from
 from launch.planning.scale import COUNTS, curve
-from launch.planning.search import as_deepspeed, candidate, changes, least_change, search, variants
+from launch.planning.search import Candidate, _order, as_deepspeed, candidate, changes, least_change, search, variants
 from model.sizes import load_sizes
 
 
@@ -35,6 +37,33 @@ def test_what_is_proposed_fits_and_nothing_that_fits_is_faster(gpu: str) -> None
     assert len({(c.job.ep_size, c.job.zero_stage, c.job.offloads_optimizer) for c in found}) == len(found)
 
 
+def test_of_two_as_fast_the_simpler_comes_first() -> None:
+    """Half a token a second is no reason for another ZeRO stage, nor for recomputation."""
+    job, device = planned("800m", "ep8_zero2.json"), find_device("h200")
+
+    def layout(speed: float, stage: int, mode: str, memory: float) -> Candidate:
+        size: Any = SimpleNamespace(total=memory)
+        time: Any = SimpleNamespace(tokens_per_second=lambda _: speed)
+        one = dataclasses.replace(job, zero_stage=stage, activation_checkpointing=mode)
+        return Candidate(job=one, device=device, memory=size, time=time)
+
+    wanted = [layout(1100, 3, "full", 9), layout(1000, 1, "none", 5), layout(1000, 1, "none", 6)]
+    wanted += [layout(1000.5, 1, "selective", 1), layout(1000.5, 1, "full", 1), layout(1000.5, 2, "none", 1)]
+    assert sorted(wanted[::-1], key=_order) == wanted
+
+
+def test_a_layout_fits_at_an_even_load_at_the_worst_or_with_a_margin() -> None:
+    job, device = planned("800m", "ep8_zero2.json"), find_device("h200")
+    memory = candidate(job, device).memory
+    whole = memory.total + memory.worst
+    assert memory.worst > 0
+    found = []
+    for room in (0.99 * memory.total, memory.total + memory.worst / 2, 1.01 * whole, 1.01 * whole / 0.85):
+        one = candidate(job, dataclasses.replace(device, memory_gib=room / 2**30))
+        found.append((one.fits, one.fits_at_worst, one.is_safe))
+    assert found == [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+
+
 def test_what_does_not_fit_is_helped_by_another_layout() -> None:
     """The 4b preset's state and activations at micro-batch 8 are beyond 40 GB; smaller micro-batches are not."""
     job, device = planned("4b", "ep8_zero2.json"), find_device("a100-40gb")
@@ -49,6 +78,9 @@ def test_the_least_change_that_helps() -> None:
     assert found is not None and found.is_safe
     fewest = min(changes(job, v) for v in variants(job) if candidate(v, device).is_safe)
     assert changes(job, found.job) == fewest == 1
+    alike = [c for c in (candidate(v, device) for v in variants(job) if changes(job, v) == fewest) if c.is_safe]
+    speeds = [c.tokens_per_second for c in alike]
+    assert found.tokens_per_second == max(speeds) > min(speeds)
     # The optimizer's kernel and the accumulation follow from two of them.
     smaller = dataclasses.replace(job, micro_batch_size=4, accumulation_steps=8)
     assert changes(job, dataclasses.replace(smaller, offloads_optimizer=True, fused_optimizer=False)) == 2
@@ -91,6 +123,24 @@ def test_the_advice_names_every_key_that_the_written_file_changes(file: str, cha
 
 def obeyed(base: dict, written: dict) -> dict[str, object]:
     return {key: new for key, _, new in differing(base, written)}
+
+
+def test_experts_are_exchanged_within_a_node() -> None:
+    assert {one.ep_size for one in variants(planned("800m", "ep4_zero2.json", gpus=4, nodes=2))} == {1, 2, 4}
+    assert {one.ep_size for one in variants(planned("800m", "ep8_zero2.json", gpus=8))} == {1, 2, 4, 8}
+
+
+def test_a_sequence_beyond_what_a_micro_batch_should_have_is_one_alone() -> None:
+    long = dataclasses.replace(planned("800m", "ep8_zero2.json"), sequence_length=131_072)
+    assert {one.micro_batch_size for one in variants(long)} == {1}
+
+
+def test_parameters_that_were_offloaded_stay_on_the_card() -> None:
+    """The plan counts them there."""
+    base = strategy.read_config(strategy.CONFIG_FOLDER / "ep8_zero3.json")
+    base["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    for variant in variants(planned("800m", "ep8_zero3.json")):
+        assert "offload_param" not in as_deepspeed(candidate(variant, find_device("h200")), base)["zero_optimization"]
 
 
 def test_a_written_zero_2_has_what_autoep_wants_there() -> None:
