@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,7 +194,8 @@ def test_values_cross_as_they_are(isolation: Isolation, values: str) -> None:
 
 
 def test_large_integers_cross(isolation: Isolation) -> None:
-    assert judged(isolation, "def same(x): return x * 10", "assert same(10**6000) == 10**6001", "same").passed
+    test = "assert same(10**6000) == 10**6001 and same(-(10**6000)) == -(10**6001)"
+    assert judged(isolation, "def same(x): return x * 10", test, "same").passed
 
 
 def test_objects_and_changes_cross(isolation: Isolation) -> None:
@@ -238,7 +241,9 @@ PROTOCOLS = {
         "a, b = [], {'new': set()}\nx = [a, b, None]\nf(x)\nassert x == [[1], {'new': {2}}, ([1], 3), [1]]\n"
         "assert x[0] is a is x[3] is x[2][0] and x[1] is b",
     ),
-    "what lies in a tuple": ("def f(x): x[0][1].append(1)", "a = deque()\nf(((0, a),))\nassert a == deque([1])"),
+    "what lies in a tuple": ("def f(x): x[0][1].append(1)", "a = deque([5])\nf(((0, a),))\nassert a == deque([5, 1])"),
+    "what lies in a deque": ("def f(x): x[0].append(1)", "a = []\nx = deque([a])\nf(x)\nassert a == [1] and x[0] is a"),
+    "a class": ("class C:\n    def __init__(self, n): self.n = n\ndef f(): return C", "assert f()(5).n == 5"),
     "inner lists that change places": (
         "def f(x): x.sort()",
         "a, b = [2], [1]\nx = [a, b]\nf(x)\nassert x[0] is b and x[1] is a == [2]",
@@ -478,6 +483,59 @@ def test_a_look_at_a_program_does_not_read_all_of_proc(monkeypatch: pytest.Monke
     for one in by_scan:
         os.kill(one, signal.SIGKILL)
     top.process.wait()
+
+
+def test_a_program_and_its_judge_have_users_of_their_own_and_both_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[str, int]] = []
+
+    def begun(*_: Any, role: str, slot: int, **__: Any) -> Any:
+        return SimpleNamespace(end=lambda: ended.append((role, slot)))
+
+    monkeypatch.setattr(execution, "start", begun)
+    monkeypatch.setattr(execution, "read_verdict", lambda *_: Verdict(passed=True, result="passed"))
+    job, level = Job(program="", test="", entry_point="f"), Level(name="limits", user_namespace=True, python="python")
+    for slot in (0, 3):
+        assert execution.attempt(job, level=level, limits=LIMITS, slot=slot).passed
+    assert sorted(ended) == [("candidate", 0), ("candidate", 6), ("judge", 1), ("judge", 7)]
+
+
+def test_no_two_programs_run_in_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, at_once, lock = list[int](), list[int](), threading.Lock()
+
+    def execute(job: Job, *, slot: int, **_: Any) -> Verdict:
+        with lock:
+            assert slot not in running
+            running.append(slot)
+            at_once.append(len(running))
+        time.sleep(0.005)
+        with lock:
+            running.remove(slot)
+        return Verdict(passed=True, result="passed")
+
+    monkeypatch.setattr(execution, "execute", execute)
+    jobs = [Job(program="", test="", entry_point="f")] * 20
+    level = Level(name="limits", user_namespace=False, python="python")
+    assert len(list(execute_all(jobs, level=level, limits=LIMITS, workers=3))) == 20 and max(at_once) == 3
+
+
+@pytest.mark.parametrize("greedy", ["candidate", "judge"])
+def test_either_may_use_more_than_it_is_allowed(greedy: str) -> None:
+    """The judge too: by what its candidate answers."""
+    silent = shell("echo; exec sleep 60")
+    of = {
+        name: SimpleNamespace(process=silent.process, excess=lambda name=name: "memory" if name == greedy else None)
+        for name in ("judge", "candidate")
+    }
+    said = read_verdict(of["judge"], of["candidate"], 60.0)  # type: ignore[arg-type]
+    assert said.result == "failed: more memory than the sandbox allows"
+    silent.process.kill()
+    silent.process.wait()
+
+
+def test_a_text_is_handed_over_as_it_is() -> None:
+    """Half a surrogate pair is no question mark, with which a wrong program might be a right one."""
+    with execution.held_text("é\ud800") as file:
+        assert file.read() == b"\xc3\xa9\xed\xa0\x80"
 
 
 def test_many_at_once_in_order(isolation: Isolation) -> None:

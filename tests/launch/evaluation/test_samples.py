@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from data.cli import UserError
+from launch.evaluation import samples as samples_module
 from launch.evaluation.arguments import parse_arguments
 from launch.evaluation.command import sample_file
 from launch.evaluation.generation import check_infilling, complete, generate_samples, prompt_of, short_of_context
@@ -168,6 +170,46 @@ def test_samples_of_anything_else_are_not_gone_on_with(changed: str, problems: l
     with contextlib.closing(another), pytest.raises(UserError, match=r"s\.jsonl has samples with another"):
         another.begin(2)
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2
+
+
+def test_samples_are_whole_and_on_the_disk(tmp_path: Path, synced: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write of the system's may take a part of what it is given."""
+
+    class Short(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:7])
+
+    path = tmp_path / "s.jsonl"
+    monkeypatch.setattr(samples_module, "open", lambda name, mode, buffering: Short(name, mode), raising=False)
+    SampleFile(path, {"total": 2}).append([("a", "x = 1\n"), ("b", "")])
+    monkeypatch.undo()
+    assert [json.loads(line)["task_id"] for line in path.read_text().splitlines()] == ["a", "b"]
+    assert path in synced
+
+
+def test_settings_are_those_of_the_samples_that_are_there(tmp_path: Path) -> None:
+    """Left by an evaluation that ended before its first sample, they bind nobody; samples without any are somebody else's."""
+    path = tmp_path / "s.jsonl"
+    for total in (2, 3):
+        with contextlib.closing(SampleFile(path, {"total": total})) as file:
+            assert file.begin(1) == 0
+    with contextlib.closing(SampleFile(path, {"total": 3})) as file:
+        file.append([("a", "x")])
+        assert file.begin(1) == 1
+        (tmp_path / "s.jsonl.settings.json").unlink()
+        with pytest.raises(UserError, match=r"another total \(None, now 3\)"):
+            file.begin(1)
+    assert path.read_text().count("\n") == 1
+
+
+def test_samples_of_others_are_read_as_they_are(problems: list[Problem], tmp_path: Path) -> None:
+    """Not escaped: what ends a line to `str.splitlines`, and half a surrogate pair, which a model's bytes can be."""
+    texts = ["a\u2028b\x85c\x0c\x1c", "\ud800", "plain"]
+    names = [problem.task_id for problem in problems]
+    rows = [json.dumps({"task_id": n, "completion": t}, ensure_ascii=False) for n, t in zip(names, texts, strict=True)]
+    (tmp_path / "s.jsonl").write_bytes("\n".join(rows).encode("utf-8", "surrogatepass"))
+    found = read_samples(tmp_path / "s.jsonl", {problem.task_id: problem for problem in problems})
+    assert found == list(zip(names, texts, strict=True))
 
 
 def test_two_evaluations_do_not_write_one_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -60,8 +61,8 @@ def test_an_interrupted_judging_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     texts = ["right 0", "wrong 1", "wrong 1", "right \ud800", "wrong 3", "right 4"]
     path, problems = write_samples(tmp_path / "s.jsonl", [("p", text) for text in texts]), {"p": problem("p", "")}
 
-    def judge(seconds: int = 10) -> list[dict[str, Any]]:
-        level = Level(name="limits", user_namespace=False, python="python")
+    def judge(seconds: int = 10, name: str = "limits") -> list[dict[str, Any]]:
+        level = Level(name=name, user_namespace=False, python="python")
         isolation = Isolation(level=level, holds={}, reason="")
         score(path, problems, isolation=isolation, limits=Limits(seconds=seconds), workers=1)
         return [json.loads(line) for line in (tmp_path / "s.jsonl_results.jsonl").read_text().splitlines()]
@@ -88,6 +89,41 @@ def test_an_interrupted_judging_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     interrupted_after = -1
     ran.clear()
     assert judge(seconds=20) == rows and ran == [*dict.fromkeys(texts)]
+    for other in ("sandbox", "judge"):
+        interrupted_after = 2
+        ran.clear()
+        with pytest.raises(KeyboardInterrupt):
+            judge()
+        interrupted_after = -1
+        if other == "judge":  # an update of this program
+            monkeypatch.setattr("launch.evaluation.scoring.program_text", lambda: "another")
+        assert judge(name="bwrap" if other == "sandbox" else "limits") == rows
+        assert ran == ["right 0", "wrong 1", *dict.fromkeys(texts)]
+
+
+def test_verdicts_stay_until_the_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are hours of work, and a disk may be full."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    verdict = Verdict(passed=True, result="passed")
+    monkeypatch.setattr("launch.evaluation.scoring.execute_all", lambda jobs, **_: (verdict for _ in jobs))
+    monkeypatch.setattr("launch.evaluation.scoring.write_results", full)
+    path = write_samples(tmp_path / "s.jsonl", [("p", "a"), ("p", "b")])
+    isolation = Isolation(level=Level(name="limits", user_namespace=False, python="python"), holds={}, reason="")
+    with pytest.raises(OSError, match="No space"):
+        score(path, {"p": problem("p", "")}, isolation=isolation, limits=Limits(), workers=1)
+    assert len((tmp_path / "s.jsonl.verdicts").read_bytes().splitlines()) == 2
+
+
+def test_a_completion_of_white_space_is_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = Verdict(passed=False, result="timed out")
+    monkeypatch.setattr("launch.evaluation.scoring.execute_all", lambda jobs, **_: (verdict for _ in jobs))
+    path = write_samples(tmp_path / "s.jsonl", [("p", text) for text in ("", " \n", "x")])
+    isolation = Isolation(level=Level(name="limits", user_namespace=False, python="python"), holds={}, reason="")
+    found = score(path, {"p": problem("p", "", solution="")}, isolation=isolation, limits=Limits(), workers=1)
+    assert (found["samples"], found["empty"], found["timed_out"]) == (3, 2, 3)
 
 
 def test_each_worker_has_users_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
