@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,23 @@ class AfterFour(StoppingCriteria):
         done = torch.zeros(len(input_ids), dtype=torch.bool)
         done[1:2] = input_ids.shape[1] >= 7 + 4
         return done
+
+
+def test_what_is_drawn_from_is_float32() -> None:
+    """In bf16 two logits of 20 and 20.05 are one number: transformers has its processors work on float32 as well."""
+    seen: list[torch.dtype] = []
+
+    def model(ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=torch.zeros(len(ids), 1, 9, dtype=torch.bfloat16))
+
+    def processor(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores.dtype)
+        return scores
+
+    settings: Any = SimpleNamespace(_pad_token_tensor=None, do_sample=True)
+    ended: Any = lambda ids, _: torch.tensor([ids.shape[1] >= 5])  # noqa: E731
+    found = decode(model, torch.tensor([[1, 2]]), processor, ended, settings, past_key_values=None)  # type: ignore[arg-type]
+    assert found.shape == (1, 5) and seen == [torch.float32] * 3
 
 
 @pytest.mark.parametrize("make", [of_ours, of_transformers])

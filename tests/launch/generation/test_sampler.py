@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError
 from launch.generation import sampler
-from launch.generation.sampler import batches, complete, left_padded
+from launch.generation.sampler import TextPenalty, batches, check_length, complete, left_padded
 from launch.generation.sampling import LEAST_TEMPERATURE, Sampling
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.cache import GrowingCache
@@ -163,7 +163,8 @@ def test_padding_stands_on_the_left() -> None:
         {"repetition_penalty": 1e-40},
         {"repetition_penalty": 1e6},
         {"num_return_sequences": 0},
-        {"seed": 1 << 64},
+        {"seed": 1 << 63},
+        {"seed": -(1 << 63) - 1},
     ],
     ids=str,
 )
@@ -176,6 +177,35 @@ def test_limits_are_refused_by_name(wrong: dict[str, Any]) -> None:
 def test_equal_sequences_are_not_made_many_times() -> None:
     with pytest.raises(UserError, match="needs --temperature above 0"):
         Sampling(temperature=0, num_return_sequences=2)
+
+
+def test_each_copy_of_a_prompt_has_its_own_padding() -> None:
+    padded = torch.tensor([[True, False], [False, False]])
+    ids = torch.tensor([[5, 7]] * 4)  # 5: the end token, which pads the first prompt and is said in the second
+    scores = TextPenalty(2.0, padded, copies=2)(ids, torch.ones(4, 9))
+    assert scores[:, 7].tolist() == [0.5] * 4 and scores[:, 5].tolist() == [1, 1, 0.5, 0.5]
+
+
+def test_new_text_is_read_behind_its_own_prompt(
+    model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind an added token it begins with a blank, behind another not."""
+    read: list[int] = []
+
+    class Text:
+        def __init__(self, _: Any) -> None: ...
+
+        def of(self, ids: list[int], *, last: int) -> str:
+            read.append(last)
+            return ""
+
+    monkeypatch.setattr(sampler, "NewText", Text)
+    complete(model, words, PROMPTS, Sampling(max_new_tokens=1, temperature=1.0, num_return_sequences=2))
+    assert read == [13, 13, 46, 46, 7, 7]
+
+
+def test_a_context_may_be_filled(model: MoEGPTForCausalLM) -> None:
+    check_length(model, 1000, 24)
 
 
 def test_too_long_a_prompt(model: MoEGPTForCausalLM, words: PreTrainedTokenizerFast) -> None:

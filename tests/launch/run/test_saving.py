@@ -130,6 +130,27 @@ def test_a_best_that_fails_is_told(run: Run) -> None:
     assert lost == [5]
 
 
+def test_only_what_was_to_be_the_best_is_told(run: Run) -> None:
+    lost: list[int] = []
+    run.saving.on_best_lost = lambda: lost.append(run.checkpoints.asked[-1][0])  # type: ignore[misc]
+    run.saving.save(*now(4), is_best=True)
+    run.checkpoints.failing = 1
+    run.saving.save(*now(5))
+    run.saving.finish_pending_save(6)
+    assert run.told == ["step_4"] and run.saving.last_failure is not None and not lost, "the best is there"
+
+
+def test_the_state_is_asked_for_once_the_save_before_is_over() -> None:
+    """What is the best so far may change with it."""
+    run, best = Run(background=True), [4]
+    run.saving.on_best_lost = best.clear  # type: ignore[misc]
+    run.checkpoints.failing = 1
+    run.saving.save(*now(4), is_best=True)
+    seen: list[list[int]] = []
+    run.saving.save(5, lambda: (seen.append(best[:]), state(5))[1])
+    assert seen == [[]]
+
+
 def test_a_failure_that_is_heard_later_leaves_the_present_step_to_be_saved() -> None:
     """The save of step 4 failed in the background, which is heard at step 5: as the best this was not written, and counted."""
     run = Run(background=True)
@@ -149,8 +170,10 @@ def test_a_run_does_not_end_well_on_a_save_that_failed(run: Run) -> None:
 
 
 def test_what_was_loaded_is_saved_already_and_trains_by_the_json(run: Run) -> None:
+    load = run.checkpoints.load
+    run.checkpoints.load = lambda *given: (run.applied.append("weights"), load(*given))[1]  # type: ignore[method-assign]
     run.saving.load(choice(4))
-    assert run.applied == ["settings"]
+    assert run.applied == ["weights", "settings"], "a checkpoint brings the settings that it was saved with"
     run.saving.save(*now(4))
     run.saving.save(*now(5))
     assert run.checkpoints.asked == [(5, False)]

@@ -44,13 +44,32 @@ def test_norms_spread_by_factors() -> None:
     assert one.reason_to_skip(2.0, math.exp(mean + 6.01 * deviation))
 
 
+def test_a_norm_of_zero_is_none_that_is_far_out() -> None:
+    """All experts' gradients may vanish for a step, and zero has no logarithm."""
+    one = guard()
+    for _ in range(50):
+        one.accept_step(2.0, 0.5)
+    assert one.reason_to_skip(2.0, 0.0) is None
+    one.accept_step(2.0, 0.0)
+    assert one.reason_to_skip(2.0, 0.5) is None and one.reason_to_skip(2.0, 1e30)
+
+
+def test_a_search_for_the_loss_scale_is_no_row_of_spikes() -> None:
+    one = guard(rollback_after=2)
+    one.skip_step()
+    assert not any(one.skip_step(in_a_row=False) for _ in range(5))
+    assert (one.skipped_in_a_row, one.skipped_in_all) == (1, 6) and one.skip_step()
+
+
 def test_forgetting_begins_anew() -> None:
     one = guard()
     for _ in range(50):
         one.accept_step(2.0, 0.5)
     assert one.reason_to_skip(4.0, 0.5)
+    one.skip_step()
     one.forget_history()
     assert one.reason_to_skip(4.0, 0.5) is None and one.reason_to_skip(math.nan, 0.5)
+    assert [one.skip_step() for _ in range(3)] == [False, False, True], "and a row of skipped steps too"
 
 
 def test_non_finite_is_refused_from_the_first_step() -> None:
