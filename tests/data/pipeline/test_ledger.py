@@ -135,6 +135,17 @@ def test_nobody_begins_while_the_last_files_go(tmp_path: Path, monkeypatch: pyte
     assert seen == [[".lock", ledger.STATE], [".lock"]] and not list(tmp_path.iterdir())
 
 
+def test_what_was_rejected_is_on_the_disk_before_the_manifest(
+    tmp_path: Path, tokenizer_file: Path, preprocess: Any, synced: list[Path]
+) -> None:
+    """Its job is complete then: nothing would write the last rows again after a power cut."""
+    path = write_rows(tmp_path / "x.jsonl", [{"content": 5}, {"content": "a = 1\n"}])
+    flags = ["--input", path, "--tokenizer", tokenizer_file, "--validation_fraction", 0]
+    assert preprocess(*flags, "--output", tmp_path / "out")[0] == 0
+    names = [path.name for path in synced]
+    assert names.index("rejected.jsonl") < names.index(".manifest.json.tmp")
+
+
 def test_two_jobs_on_one_folder(tmp_path: Path, flags: list[object], preprocess: Any) -> None:
     """The first is stopped as soon as it holds the folder; killed, it holds it no longer, whatever its workers do."""
     first = subprocess.Popen(
