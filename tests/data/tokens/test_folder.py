@@ -137,6 +137,14 @@ def test_a_vocabulary_beyond_what_shards_hold_is_refused(number: int, sentence: 
         tokenizers.facts("x", TokenizerFiles(json.dumps(content)))
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(with_two_ends: Path, tokenizer_text: str) -> None:
+    """Editors on Windows begin files with one, and the library refuses it."""
+    (with_two_ends / "tokenizer.json").write_text("\ufeff" + tokenizer_text)
+    (with_two_ends / "tokenizer_config.json").write_text('\ufeff{"eos_token": "<fim_pad>"}')
+    found = load(str(with_two_ends))
+    assert (found.text, found.end_token) == (tokenizer_text, "<fim_pad>")
+
+
 def test_a_huge_file_is_not_read(with_two_ends: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match=r"tokenizer.json has .* bytes; no tokenizer is larger"):
