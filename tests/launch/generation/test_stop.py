@@ -116,12 +116,6 @@ def test_a_long_stop_string_ends_a_row(bytewise: PreTrainedTokenizerFast) -> Non
     assert StopStrings(bytewise, [(stop,)] * 2, prompt_length=2)(rows, torch.empty(0)).tolist() == [True, False]
 
 
-def test_a_text_ends_before_the_first_stop_string_whichever_it_is() -> None:
-    for stops in (("b", "c"), ("c", "b"), ("cb", "bc")):
-        assert cut("a, bcb", stops) == ("a, ", True)
-    assert cut("a", ("b",)) == ("a", False)
-
-
 def test_escapes_as_one_types_them() -> None:
     assert unescape(r"\n\ndef") == "\n\ndef" and unescape(r"a\\n") == "a\\n" and unescape("\\") == "\\" and unescape(r"\d") == r"\d"
 
