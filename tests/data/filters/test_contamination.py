@@ -25,3 +25,10 @@ def test_contamination_is_the_slow_formula(tasks: list[str], text: str, data: An
 def test_a_task_of_just_ten_words_is_found_at_the_end_of_a_document() -> None:
     task = "def add_two numbers first second return the sum of both"
     assert Contamination({"bench": [task]})("x = 1\n" + task, {}) == "overlaps bench"
+    assert Contamination({"bench": [task]})(task, {}) == "overlaps bench"
+
+
+def test_numbers_of_any_kind_are_no_names() -> None:
+    table = "0x1f 1e5 2L 3rd 0b11 data = [first, second, third, fourth"
+    assert not Contamination({"bench": [table]})(table, {})
+    assert Contamination({"bench": [table.replace("3rd", "rd3")]})(table.replace("3rd", "rd3"), {}) == "overlaps bench"
