@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from data_helpers import changed, kept_and_removed, words, write_rows
 
 
@@ -45,6 +46,18 @@ def test_a_copy_of_a_near_duplicate_is_an_exact_one(
     rows = [{"content": t} for t in (texts[3], near, near)]
     kept, removed = kept_and_removed(tmp_path, preprocess, tokenizer_file, rows, "--dedup", "near")
     assert kept == [texts[3]] and removed == {"near duplicate": 1, "exact duplicate": 1}
+
+
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_long_documents_that_begin_alike_are_no_duplicates(
+    kind: str, tmp_path: Path, preprocess: Any, tokenizer_file: Path
+) -> None:
+    """They are cut at line ends; all parts count, not the first ones, which are equal."""
+    start = "".join(f"line_{i} = {i}\n" for i in range(30))
+    texts = [start + "".join(f"{name}_{i} = {i * i}\n" for i in range(90)) for name in ("one", "other")]
+    rows, flags = [{"content": text} for text in texts], ["--dedup", kind, "--max_document_bytes", 300]
+    kept, removed = kept_and_removed(tmp_path, preprocess, tokenizer_file, rows, *flags)
+    assert removed == {} and "".join(kept) == "".join(texts) and kept.count(kept[0]) == 2
 
 
 def test_every_removed_document_is_listed_with_its_reason(
