@@ -45,7 +45,7 @@ def test_norms_spread_by_factors() -> None:
 
 
 def test_a_norm_of_zero_is_none_that_is_far_out() -> None:
-    """All experts' gradients may vanish for a step, and zero has no logarithm."""
+    """Zero has no logarithm."""
     one = guard()
     for _ in range(50):
         one.accept_step(2.0, 0.5)
