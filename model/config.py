@@ -83,6 +83,8 @@ class MoEGPTConfig(PreTrainedConfig):
         for alias, field in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, field, kwargs.pop(alias))
+        self.head_dim, self.moe_intermediate_size = self.head_dim or 0, self.moe_intermediate_size or 0  # null is 0
+        self._check_whole_numbers(least=0)  # with which the next lines calculate
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         if not self.head_dim and self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -114,11 +116,14 @@ class MoEGPTConfig(PreTrainedConfig):
             rope = {"rope_type": "default", "rope_theta": 10_000.0}
         return {**rope, **{key: value for key, value in given.items() if value is not None}}
 
-    def _check(self) -> None:
+    def _check_whole_numbers(self, least: int = 1) -> None:
         for field in _POSITIVE_FIELDS:
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+
+    def _check(self) -> None:
+        self._check_whole_numbers()
         if self.num_hidden_layers > MOST_LAYERS:
             raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {self.num_hidden_layers}")
         if self.is_encoder_decoder:
@@ -126,13 +131,16 @@ class MoEGPTConfig(PreTrainedConfig):
         for field in _FINITE_FIELDS:
             if not _is_number(getattr(self, field)):
                 raise ValueError(f"{field} must be a finite number of at least 0, got {getattr(self, field)!r}")
+        for field in _BOOLEAN_FIELDS:  # "false" is a text, which Python takes for true
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
         self._check_token_ids()
         self._check_attention()
         self._check_routing()
         for field in ("expert_dropout", "z_loss_weight", "router_bias_rate", "router_bias_average", "router_aux_loss_coef"):
-            if not 0 <= getattr(self, field) < 1:
+            if not _is_number(getattr(self, field)) or getattr(self, field) >= 1:
                 raise ValueError(f"{field} must be at least 0 and below 1, got {getattr(self, field)!r}")
-        if not 0 <= self.router_bias_decay <= 1:
+        if not _is_number(self.router_bias_decay) or self.router_bias_decay > 1:
             raise ValueError(f"router_bias_decay must be at least 0 and at most 1, got {self.router_bias_decay!r}")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act must be 'silu' (the experts are SwiGLU), got {self.hidden_act!r}")
@@ -240,4 +248,5 @@ _FINITE_FIELDS = (
     "embedding_initializer_range",
     "router_initializer_range",
 )
+_BOOLEAN_FIELDS = ("norm_topk_prob", *(field.name for field in fields(ModelSizes) if field.type == "bool"))
 _POSITIVE_FIELDS = (*(field.name for field in fields(ModelSizes) if field.type == "int"), "n_group", "topk_group")
