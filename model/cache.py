@@ -34,10 +34,13 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _is_front(self, held: int) -> bool:
-        """Whether keys and values still lie in the storage: reordering beams or selecting rows makes new tensors of them."""
+        """Whether keys and values still lie in the storage: reordering beams or selecting rows makes new tensors of them.
+
+        None that are held lie nowhere, and the rows to come may be fewer than the storage has.
+        """
         assert self.storage is not None and self.keys is not None and self.values is not None
         pairs = zip((self.keys, self.values), self.storage, strict=True)
-        return held == 0 or all(x.data_ptr() == s.data_ptr() and x.stride() == s.stride() for x, s in pairs)
+        return held > 0 and all(x.data_ptr() == s.data_ptr() and x.stride() == s.stride() for x, s in pairs)
 
     @staticmethod
     def _grown(old: Tensor | None, new: Tensor, held: int, needed: int) -> Tensor:

@@ -67,6 +67,14 @@ def test_a_reset_cache_takes_another_batch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(cache.update(*new, 0), new, strict=True))
 
 
+def test_an_emptied_cache_takes_another_batch() -> None:
+    """transformers' own fails where rows were cropped to nothing; the old storage would have one row stand in three."""
+    cache, new = GrowingCache(), [x[:1] for x in step(2)]
+    cache.update(*step(5), 0)
+    cache.crop(-5)
+    assert all(torch.equal(a, b) for a, b in zip(cache.update(*new, 0), new, strict=True))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"num_return_sequences": 3, "num_beams": 3}, {"prompt_lookup_num_tokens": 3}]
 )
