@@ -61,6 +61,20 @@ def test_against_the_formula_in_float64(name: str, heads: int, key_heads: int, l
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_the_sinks_alone_can_be_trained(name: str) -> None:
+    q, k, v = (x.detach() for x in inputs(2, 20, 4, 2, 16, torch.float64))
+    sinks, allowed = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.ones(2, 20, 20, dtype=torch.bool).tril()
+    found = [
+        torch.autograd.grad(out.square().sum(), sinks)[0]
+        for out in (
+            ALL[name](q, k, v, sinks, causal_mask((2, 20), 0, CPU)),
+            reference.attention_with_sinks(q, k, v, sinks, allowed),
+        )
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_bf16_is_as_close_as_its_rounding(name: str) -> None:
     q, k, v = inputs(2, 200, 4, 2, 64, torch.bfloat16)
     sinks = torch.tensor([-2.3, 0.7, 1.3, 20.3]).requires_grad_()  # none exact in bf16
@@ -179,6 +193,20 @@ def test_no_scores_are_held_on_a_gpu(dtype: torch.dtype, masked: bool, heads: in
     assert seen == [(heads, heads, heads == 2)]
 
 
+def test_heads_that_are_repeated_for_a_gpu_are_their_groups_own() -> None:
+    """On the CPU, by queries that claim to lie on a GPU."""
+
+    class Claimed(Tensor):
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda")
+
+    q, k, v = (x.detach() for x in inputs(2, 16, 6, 2, 8, torch.float64))
+    allowed = torch.ones(2, 16, 16, dtype=torch.bool).tril()
+    out = _sdpa(q.as_subclass(Claimed), k, v, allowed[:, None], False, 8**-0.5).as_subclass(Tensor)
+    torch.testing.assert_close(out, reference.attention_with_sinks(q, k, v, None, allowed), rtol=1e-10, atol=1e-12)
+
+
 def test_a_kernel_by_its_name_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("model.attention.load_kernel", asked.append)
@@ -188,20 +216,24 @@ def test_a_kernel_by_its_name_is_the_one_asked_for(monkeypatch: pytest.MonkeyPat
     assert asked == ["FlashAttention-9"]
 
 
+PACKED = {"position_ids": torch.tensor([[0, 1, 0, 1]])}
+
+
 @pytest.mark.parametrize(
-    ("implementation", "kernel", "packed", "made"),
+    ("implementation", "kernel", "given", "made"),
     [
-        ("eager", None, False, True),
-        ("sdpa", None, False, False),
-        ("sdpa", None, True, True),
-        ("flash", "one", True, False),
-        ("flash", None, True, True),
+        ("eager", None, {}, True),
+        ("sdpa", None, {}, False),
+        ("sdpa", None, PACKED, True),
+        ("flash", "one", PACKED, False),
+        ("flash", "one", {"attention_mask": torch.tensor([[0, 1, 1, 1]])}, True),
+        ("flash", None, PACKED, True),
     ],
 )
 def test_the_masks_tensor_is_made_before_the_layers_that_read_it(
-    implementation: str, kernel: str | None, packed: bool, made: bool, monkeypatch: pytest.MonkeyPatch
+    implementation: str, kernel: str | None, given: dict[str, Tensor], made: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.attention.pick_kernel", lambda *_: kernel)
-    mask = causal_mask((1, 4), 0, CPU, position_ids=torch.tensor([[0, 1, 0, 1]]) if packed else None)
+    mask = causal_mask((1, 4), 0, CPU, **given)
     prepare(implementation, torch.empty(1), 16, mask)
     assert ("allowed_B1SL" in vars(mask)) is made

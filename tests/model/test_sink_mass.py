@@ -10,8 +10,10 @@ from model.attention import attention_and_weights
 from model.sinks import watching_sink_mass
 
 
-def test_the_share_is_what_the_probabilities_lack() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_share_is_what_the_probabilities_lack(packed: bool) -> None:
     torch.manual_seed(0)
+    positions = torch.cat((torch.arange(13), torch.arange(35))).expand(2, -1) if packed else None
     config = MoEGPTConfig.preset("tiny", num_hidden_layers=2, vocab_size=64)
     config._attn_implementation = "flash"
     model = MoEGPTForCausalLM(config).eval()
@@ -27,14 +29,14 @@ def test_the_share_is_what_the_probabilities_lack() -> None:
 
     ids, found = torch.randint(0, 64, (2, 48)), list[torch.Tensor]()
     with torch.no_grad(), watching_sink_mass(found.append):
-        model(ids)
+        model(ids, position_ids=positions)
     from model import attention
 
     flash = attention.ATTENTION["flash"]
     attention.ATTENTION["flash"] = with_eager  # type: ignore[assignment]
     try:
         with torch.no_grad():
-            model(ids)
+            model(ids, position_ids=positions)
     finally:
         attention.ATTENTION["flash"] = flash
     assert len(found) == len(expected) == 2 and min(float(mass_T.mean()) for mass_T in expected) > 0.05
