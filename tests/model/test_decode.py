@@ -6,10 +6,12 @@ import pytest
 import torch
 from reference import attention_with_sinks, mixture
 from torch import Tensor
+from transformers import DynamicCache
 
 from model import MoEGPTConfig, MoEGPTForCausalLM, decode
+from model.attention import Attention
 from model.cache import GrowingCache
-from model.mask import AttentionMask
+from model.mask import AttentionMask, causal_mask
 from model.moe import MoE
 
 B, L, N, M, D = 3, 11, 4, 2, 8
@@ -32,6 +34,38 @@ def test_attention_of_one_query(sinks: bool, padded: bool) -> None:
     out = decode.attend_one(q, k, v, sink, mask)
     expected = attention_with_sinks(q, k, v, sink, keep[:, None])
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_of_one_query_in_bf16(padded: bool) -> None:
+    """As near to float64 as its rounding, of each head: scores, sinks and softmax are fp32."""
+    q, k, v = (torch.randn(B, length, heads, D).bfloat16() for length, heads in ((1, N), (300, M), (300, M)))
+    sinks, keep = torch.tensor([-2.3, 0.7, 12.3, 20.3]), torch.ones(B, 300, dtype=torch.bool)  # none exact in bf16
+    keep[:, 0] = not padded
+    mask = AttentionMask(queries=1, keys=300, device=q.device, padding_BL=keep if padded else None)
+    expected = attention_with_sinks(*(x.double() for x in (q, k, v, sinks)), keep[:, None])
+    out = decode.attend_one(q, k, v, sinks, mask)
+    assert out.dtype == torch.bfloat16
+    lost_N, size_N = (torch.linalg.vector_norm(x, dim=(0, 1, 3)) for x in (out.double() - expected, expected))
+    assert (lost_N < 0.02 * size_N).all(), lost_N / size_N  # a sink of 20.25 would be off by 5 %
+
+
+def test_one_query_with_gradients_keeps_the_way_of_training() -> None:
+    """This one's kernel drops the gradient of its logsumexp, on which the sinks' share depends."""
+    attention = Attention(MoEGPTConfig.preset("tiny", attn_implementation="sdpa"), 0).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, rope = torch.randn(2, 3, attention.config.hidden_size, dtype=torch.float64), (torch.ones(1, 3, 64), torch.zeros(1, 3, 64))
+    found = []
+    for only in (True, False):  # the last position after a cache, and in the whole
+        cache, parts = DynamicCache(), ((0, 2), (2, 3)) if only else ((0, 3),)
+        for a, b in parts:
+            mask = causal_mask((2, b - a), a, x.device)
+            out, _ = attention(x[:, a:b], tuple(table[:, a:b] for table in rope), mask, cache)
+        found.append(torch.autograd.grad(out[:, -1].square().sum(), list(attention.parameters())))
+    for one, whole in zip(*found, strict=True):
+        torch.testing.assert_close(one, whole, rtol=1e-9, atol=1e-12)
+        assert whole.any()
 
 
 @pytest.mark.parametrize("tokens", [1, decode.FEW_TOKENS])
