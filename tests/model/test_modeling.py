@@ -145,6 +145,8 @@ def test_loss_forms_agree() -> None:
     summed = model(ids, shift_labels=shifted, num_items_in_batch=10).loss
     torch.testing.assert_close(summed, plain * 58 / 10, rtol=1e-6, atol=0)
     assert model(ids, logits_to_keep=1).logits.shape == (2, 1, 97)
+    for keep in (3, torch.tensor([27, 28, 29])):
+        torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, logits[:, 27:], rtol=1e-5, atol=1e-6)
 
 
 def test_documents_are_isolated_through_all_layers() -> None:
@@ -214,6 +216,17 @@ def test_initial_weights() -> None:
     tied = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", tie_word_embeddings=True))
     assert float(tied.lm_head.weight.std()) == pytest.approx(0.02, rel=0.06)
     assert float(tied(ids, labels=ids).loss) == pytest.approx(8.318, abs=0.5)
+
+
+def test_counters_begin_at_zero() -> None:
+    """Where a model is made on `meta` and read from a folder, its buffers are what their memory held before."""
+    model = MoEGPTForCausalLM(small(router_balance="quantile"))
+    gate = model.model.layers[0].mlp.gate
+    for buffer in gate.buffers():
+        buffer.fill_(3)
+    gate._is_hf_initialized = False
+    model._init_weights(gate)
+    assert [bool(buffer.any()) for buffer in gate.buffers()] == [False] * 4
 
 
 def test_saving_and_loading(tmp_path: Path) -> None:
@@ -294,3 +307,6 @@ def test_bad_input_is_one_sentence() -> None:
     model = MoEGPTForCausalLM(small())
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=model.model.embed_tokens(ids))

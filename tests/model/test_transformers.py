@@ -100,6 +100,9 @@ def test_attentions_whatever_the_implementation(attention: str) -> None:
     model.set_attn_implementation("eager")
     expected = model(**inputs, output_attentions=True).attentions
     assert all(torch.equal(a, b) for a, b in zip(outputs.attentions, expected, strict=True)) and len(expected) == 2
+    model.config.output_attentions = True  # for all forwards; a configuration takes it beside `eager` only
+    model.set_attn_implementation(attention)
+    assert all(torch.equal(a, b) for a, b in zip(model(**inputs).attentions, expected, strict=True))
 
 
 def test_return_dict_false_is_the_tuple() -> None:
@@ -131,6 +134,9 @@ def test_keywords_that_would_change_the_result_are_refused(caplog: pytest.LogCap
     with pytest.raises(ValueError, match="no paged attention for continuous batching"):  # what generate_batch's forwards pass
         model(**inputs, read_index=[torch.arange(11)], write_index=[torch.arange(11)])
     model(**inputs, output_router_logits=False, is_causal=True, cache_position=torch.arange(11))
+    packed = {"position_ids": torch.cat((torch.arange(4), torch.arange(7))).expand(2, -1)}  # as a flattening collator gives them
+    ours, theirs = model(**inputs, **packed), model(**inputs, **packed, cu_seq_lens_q=torch.tensor([0, 4, 11, 15, 22]))
+    assert torch.equal(ours.logits, theirs.logits)
 
 
 def test_a_misspelt_keyword_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +155,8 @@ def test_the_cache_follows_the_configuration_but_not_in_training() -> None:
     model, inputs = made(), prompt()
     assert isinstance(model(**inputs).past_key_values, DynamicCache)
     assert model(**inputs, use_cache=False).past_key_values is None
-    assert model(**inputs, labels=inputs["input_ids"]).past_key_values is None  # a loss needs none
+    for name in ("labels", "shift_labels"):  # a loss needs none
+        assert model(**inputs, **{name: inputs["input_ids"]}).past_key_values is None
     model.config.use_cache = False
     assert model(**inputs).past_key_values is None and model(**inputs, use_cache=True).past_key_values is not None
     model.config.use_cache = True
@@ -176,6 +183,16 @@ def test_a_static_cache_gives_the_same_logits() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_that_is_given_counts_without_use_cache() -> None:
+    """As where a loss of a continuation is asked for."""
+    model, ids = made(), prompt()["input_ids"]
+    filled = model(ids[:, :4]).past_key_values
+    found = model(ids[:, 4:], labels=ids[:, 4:], past_key_values=filled)
+    expected = model(ids, labels=torch.where(torch.arange(11) > 4, ids, -100))
+    torch.testing.assert_close(found.logits, expected.logits[:, 4:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+
+
 def test_a_cache_by_its_newer_name() -> None:
     """transformers 5.24 gives `cache` where 5.23 gave `past_key_values`."""
     model, inputs = made(), prompt(False)
@@ -184,6 +201,8 @@ def test_a_cache_by_its_newer_name() -> None:
     expected = model(torch.cat((inputs["input_ids"], new), dim=1), use_cache=False).logits[:, -1]
     found = model(new, cache=filled.past_key_values).logits[:, -1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    empty = DynamicCache()  # whose length, and so its truth, is that of its layers
+    assert model(**inputs, cache=empty).past_key_values is empty and empty.get_seq_length() == 11
     with pytest.raises(ValueError, match="give one of cache and past_key_values"):
         model(new, past_key_values=filled.past_key_values, cache=filled.past_key_values)
 
@@ -327,6 +346,10 @@ def test_checkpointing_drops_an_empty_cache_and_refuses_a_filled_one() -> None:
     assert outputs.past_key_values is None
     with pytest.raises(ValueError, match="past_key_values with tokens"):
         model(ids[:, 4:], past_key_values=filled)
+    with pytest.raises(ValueError, match="has 14 columns for 11 keys, and no cache has the others"):
+        model(ids, attention_mask=torch.ones(2, 14), past_key_values=DynamicCache(config=model.config))
+    evaluated = model.eval()(ids[:, 4:], past_key_values=filled)  # where nothing is recomputed, the cache counts
+    torch.testing.assert_close(evaluated.logits, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-4)
 
 
 def test_generating_between_checkpointed_steps() -> None:
