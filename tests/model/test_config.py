@@ -40,6 +40,18 @@ def test_it_survives_json(tmp_path: Path) -> None:
         ({"qk_norm": 0}, "qk_norm must be true or false, got 0"),
         ({"expert_dropout": "0.1"}, "expert_dropout must be at least 0 and below 1, got '0.1'"),
         ({"router_bias_decay": None}, "router_bias_decay must be at least 0 and at most 1, got None"),
+        ({"z_loss_weight": -0.1}, "z_loss_weight must be at least 0 and below 1, got -0.1"),
+        ({"router_bias_rate": 1.0}, "router_bias_rate must be at least 0 and below 1"),
+        ({"router_aux_loss_coef": 1.0}, "router_aux_loss_coef must be at least 0 and below 1"),
+        ({"router_bias_decay": 1.5}, "router_bias_decay must be at least 0 and at most 1, got 1.5"),
+        ({"embedding_initializer_range": -1.0}, "embedding_initializer_range must be a finite number"),
+        ({"router_initializer_range": float("inf")}, "router_initializer_range must be a finite number"),
+        ({"initializer_range": -0.02}, "initializer_range must be a finite number"),
+        ({"n_group": 0}, "n_group must be a whole number of at least 1, got 0"),
+        ({"pad_token_id": "0"}, "pad_token_id must be the number of a token, got '0'"),
+        ({"bos_token_id": [1]}, r"bos_token_id must be the number of a token, got \[1\]"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id must be the number of a token"),
+        ({"rope_parameters": {"factor": 4.0, "attention_factor": 0}}, "attention_factor must be a finite number above 0"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"n_group": 3}, "must divide n_routed_experts"),
         ({"n_group": 8, "topk_group": 4}, "groups of 2 or more"),
@@ -77,6 +89,16 @@ def test_wrong_values_are_named(fields: dict, sentence: str) -> None:
         MoEGPTConfig.preset("tiny", **fields)
 
 
+def test_values_at_the_ends_are_taken() -> None:
+    yarn = {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0, "attention_factor": 0.9}
+    config = MoEGPTConfig.preset("tiny", router_bias_decay=1.0, eos_token_id=[1, 2], head_dim=None, rope_parameters=yarn)
+    assert (config.router_bias_decay, config.eos_token_id, config.head_dim) == (1.0, [1, 2], 64)
+    assert config.rope_parameters["attention_factor"] == 0.9
+    assert MoEGPTConfig(max_position_embeddings=800, rope_parameters={"factor": 4.0}).rope_parameters == {
+        **MoEGPTConfig().rope_parameters, "factor": 4.0, "original_max_position_embeddings": 200
+    }  # fmt: skip
+
+
 def test_unknown_preset_names_the_presets() -> None:
     with pytest.raises(ValueError, match="unknown preset '3b'; the presets are 4b, 60m, 800m, tiny"):
         MoEGPTConfig.preset("3b")
@@ -90,6 +112,8 @@ def test_older_names_of_rope_are_read() -> None:
     older, kept = MoEGPTConfig(rope_theta=1e6, rope_scaling=yarn), dict(yarn)
     today = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
     assert older.rope_parameters == MoEGPTConfig(rope_parameters=today).rope_parameters and yarn == kept
+    both = MoEGPTConfig(rope_theta=1e6, rope_scaling=yarn, rope_parameters={"rope_type": "default"})
+    assert both.rope_parameters == older.rope_parameters
     assert MoEGPTConfig(rope_theta=1e6, rope_scaling=None).rope_parameters["rope_theta"] == 1e6
     plain = MoEGPTConfig(rope_parameters={"type": "default", "rope_theta": 500.0})
     assert plain.rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
@@ -111,5 +135,9 @@ def test_rope_factor() -> None:
     assert longer.with_rope_factor(4).to_dict() == longer.to_dict()
     assert longer.with_rope_factor(1).rope_parameters == config.rope_parameters
     assert MoEGPTConfig.preset("tiny").with_rope_factor(4).max_position_embeddings == 2048
+    plain = MoEGPTConfig(max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert plain.with_rope_factor(4).rope_parameters == {
+        **config.rope_parameters, "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 512
+    }  # fmt: skip
     with pytest.raises(ValueError, match="at least 1"):
         config.with_rope_factor(0.5)
