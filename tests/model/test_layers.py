@@ -1,11 +1,13 @@
 """RMSNorm against its formula: statistics and product in fp32, rounded once. Several projections of one input."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import layers
-from model.layers import Project, ResidualLinear, RMSNorm, project
+from model.layers import FusedNorm, Project, ResidualLinear, RMSNorm, project
 from tests import reference
 
 
@@ -42,6 +44,35 @@ def test_what_is_cast_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not layers._is_plain(layer, x)
 
 
+@pytest.mark.parametrize("used", ["both", "stream", "norm"])
+@pytest.mark.parametrize("frozen", ["none", "x", "added"])
+def test_gradients_of_the_fused_norm(used: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of stream and norm is gone on with; in float64, with kernels written out by autograd."""
+
+    def norm(x: Tensor, added: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        stream = x if added is None else x + added
+        return stream, reference.rms_norm(stream, weight_H, eps)
+
+    def norm_backward(dout: Tensor, beside: Tensor | None, stream: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        leaves = [stream.detach().requires_grad_(), weight_H.detach().requires_grad_()]
+        with torch.enable_grad():
+            dstream, dweight = torch.autograd.grad(reference.rms_norm(*leaves, eps), leaves, dout)
+        return dstream if beside is None else dstream + beside, dweight
+
+    given = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(2)] + [torch.rand(6, dtype=torch.float64)]
+    leaves = [x.requires_grad_() for x, name in zip(given, ("x", "added", "weight"), strict=True) if name != frozen]
+    douts = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(2)]
+    x, added, weight_H = given
+    monkeypatch.setattr(layers, "ops", SimpleNamespace(norm=norm, norm_backward=norm_backward))
+    found = []
+    for way in (lambda: FusedNorm.apply(x, added, weight_H, 1e-5), lambda: norm(x, added, weight_H, 1e-5)):
+        stream, out = way()
+        kept = {"both": (stream, out), "stream": (stream,), "norm": (out,)}[used]
+        found.append(torch.autograd.grad(kept, leaves, douts[: len(kept)], allow_unused=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2)])
 def test_projections_of_one_input_are_three_layers(frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients; in float64 on a CPU, made to go the way of a GPU."""
@@ -69,6 +100,10 @@ def test_a_layer_that_does_more_is_called(monkeypatch: pytest.MonkeyPatch) -> No
         return isinstance(project(x, *ours)[0].grad_fn, Project._backward_cls)
 
     plain = nn.Linear(6, 8, bias=False)
+    for way in ("forward_pre", "full_backward", "full_backward_pre"):
+        watched = nn.Linear(6, 8, bias=False)
+        getattr(watched, f"register_{way}_hook")(lambda *given: None)
+        assert not joined(plain, watched), way
     hooked, gathered = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
     hooked.register_forward_hook(lambda module, given, out: out * 2)
     gathered.weight.ds_id = 0  # type: ignore[attr-defined]

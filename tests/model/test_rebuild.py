@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections import Counter
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.modeling import Block
-from model.rebuild import rebuildable, rebuilding, rebuilt
+from model.rebuild import is_rebuilding, rebuildable, rebuilding, rebuilt
 
 #: What must not run twice: products, attention, the choice of experts and the order of their rows.
 DEAR = {"mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu", "topk", "sort", "native_dropout"}
@@ -133,6 +134,66 @@ def test_made_again_once_for_all_who_ask_and_let_go() -> None:
     assert torch.allclose(a.grad, (2 * x).T @ torch.ones(4, 4)) and torch.allclose(
         b.grad[1:], (2 * x.T[:, 1:]).T @ torch.ones(4, 4)
     )
+
+
+def test_what_leads_to_nobody_holds_nothing() -> None:
+    """Two steps on from what is saved, of which the backward wants neither: it asks once, and lets go."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def double(x: Tensor) -> Tensor:
+        out = x * 2
+        made.append(weakref.ref(out))
+        return out
+
+    def negative(x: Tensor) -> Tensor:
+        return -x
+
+    x, a = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    with rebuilding():
+        y = rebuildable(double(x), double, x)
+        one = rebuildable(negative(y), negative, y)
+        two = rebuildable(negative(one), negative, one)
+        loss = (y @ a).sum() + two.sum()
+        del y, one, two
+    loss.backward(retain_graph=True)  # the graph, and the recipes with it, stay
+    assert len(made) == 2 and made[1]() is None
+
+
+def test_a_weight_that_is_taken_away_is_kept_for_what_is_made_of_it() -> None:
+    """ZeRO 3 takes it after its module's call, and brings it back for that module's backward alone."""
+    weight, x = nn.Parameter(torch.randn(4)), torch.randn(3, 4)
+    weight.ds_id = 0  # type: ignore[attr-defined]
+    other, expected = torch.randn(4, 5, requires_grad=True), x * weight.detach()
+    with rebuilding():
+        normed = rebuildable(x * weight, torch.mul, x, weight)
+        loss = (normed @ other).sum()
+        del normed
+    weight.data = torch.empty(0)
+    (found,) = torch.autograd.grad(loss, other)
+    torch.testing.assert_close(found, expected.T @ torch.ones(3, 5))
+
+
+def test_a_frozen_input_has_no_gradient_of_anothers() -> None:
+    frozen, trained = torch.randn(3), torch.randn(3, requires_grad=True)
+    with rebuilding():
+        out = rebuilt(lambda a, b: a.sin() * b.cos(), frozen, trained)
+    (found,) = torch.autograd.grad(out.sum(), trained)
+    torch.testing.assert_close(found, -frozen.sin() * trained.sin())
+
+
+def test_it_is_open_in_its_thread_and_until_its_end() -> None:
+    seen = [is_rebuilding()]
+    with rebuilding():
+        other = threading.Thread(target=lambda: seen.append(is_rebuilding()))
+        other.start()
+        other.join()
+        with pytest.raises(RuntimeError, match="stop"), rebuilding():
+            raise RuntimeError("stop")
+        assert is_rebuilding()
+    seen.append(is_rebuilding())
+    with pytest.raises(RuntimeError, match="stop"), rebuilding():
+        raise RuntimeError("stop")
+    assert [*seen, is_rebuilding()] == [False] * 4
 
 
 def test_outside_of_it_nothing_is_made_again() -> None:
