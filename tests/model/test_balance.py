@@ -62,10 +62,12 @@ def test_balancer_sums_over_ranks_in_one_reduction_and_updates_in_place(rule: st
         assert tensor.dtype == torch.int64
         calls.append(tensor.shape)
         tensor[:, :8] += other_rank
+        tensor[:, 8] += 5000 * 1024  # its logits' squares
 
     balancer = LoadBalancer(layers, rate=0.01, all_reduce=all_reduce, rule=rule)
     metrics = balancer.step()
     assert len(calls) == 1
+    assert balancer.load_YE is not None and torch.equal(balancer.load_YE, torch.stack(loads) + other_rank)
     for layer, gate in enumerate(layers):
         total = loads[layer] + other_rank[layer]
         expected = RULES[rule][1]([0.0] * 8, total.tolist(), 0.01)
@@ -74,8 +76,14 @@ def test_balancer_sums_over_ranks_in_one_reduction_and_updates_in_place(rule: st
         assert int(gate.load_E.sum()) == 0 and float(gate.logit_square_sum) == 0
         share = total.double() / total.sum()
         assert metrics["load_max_over_mean"][layer] == pytest.approx(float(share.max() * 8))
-        rms = (squares[layer] * 2 / (float(total.sum()) * 8)) ** 0.5
+        rms = ((squares[layer] + 5000) * 2 / (float(total.sum()) * 8)) ** 0.5
         assert metrics["router_logit_rms"][layer] == pytest.approx(rms, rel=1e-3)
+
+
+def test_what_is_not_measured_is_balanced_all_the_same() -> None:
+    (gate,) = gates(1)
+    gate(torch.randn(100, 32))
+    assert LoadBalancer([gate], 0.01).step(measure=False) == {} and gate.e_score_correction_bias.any()
 
 
 def test_it_flattens_a_skewed_load_and_rate_zero_does_not() -> None:
@@ -109,6 +117,27 @@ def test_health_of_even_and_collapsed_loads() -> None:
     assert numbers["unused_experts"] == pytest.approx([0, 0.75])
     assert numbers["bias_range"] == pytest.approx([0, 0.4])
     assert numbers["router_logit_rms"] == pytest.approx([2.0, 0])  # 160 over 10 tokens x 4 experts is 4
+
+
+def test_health_of_no_load_is_a_number() -> None:
+    """As of a layer whose router no token of a step has met."""
+    numbers = router_health(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4), torch.zeros(1), top_k=2)
+    assert {name: value for name, (value,) in numbers.items()} == {
+        "load_max_over_mean": 0, "load_entropy": 0, "unused_experts": 1, "bias_range": 0, "router_logit_rms": 0
+    }  # fmt: skip
+
+
+def test_small_logits_are_measured() -> None:
+    """Of a new router: the squares of all logits of a step come to less than one, and travel among integers."""
+    (gate,) = gates(1)
+    with torch.no_grad():
+        gate.weight.mul_(0.005)
+    x_TH = torch.randn(100, 32)
+    gate(x_TH)
+    expected = float((x_TH @ gate.weight.detach().T).square().mean().sqrt())
+    assert float(gate.logit_square_sum) < 1
+    (rms,) = LoadBalancer([gate], 0.0).step()["router_logit_rms"]
+    assert rms == pytest.approx(expected, rel=0.01)
 
 
 def test_health_of_a_single_expert_is_a_number() -> None:

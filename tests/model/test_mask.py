@@ -16,6 +16,7 @@ def test_what_needs_no_mask_is_plain_causal() -> None:
     assert causal_mask((2, 8), 0, CPU, position_ids=torch.arange(8)[None]).plain_causal
     assert causal_mask((2, 1), 7, CPU).plain_causal
     assert not causal_mask((2, 3), 5, CPU).plain_causal
+    assert not causal_mask((2, 8), 0, CPU, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool)).plain_causal
 
 
 def test_documents_are_read_off_the_positions() -> None:
@@ -127,6 +128,8 @@ def test_accelerate_moves_it_with_what_else_a_block_gets(given: dict[str, torch.
         (torch.ones(2, 1, 4, 8), "4-D attention_mask must be"),
         (torch.ones(2, 4, 8, 8), "4-D attention_mask must be"),
         (torch.full((2, 1, 8, 8), -1.5), "adds no bias"),
+        (torch.tensor([0.0, -1.5] + [LOWEST] * 6).expand(2, 1, 8, 8), "adds no bias"),
+        (torch.ones(2, 1, 8, 1, dtype=torch.bool), "4-D attention_mask must be"),
         (torch.ones(2, 1, 8, 8, dtype=torch.long), "must be bool"),
     ],
 )

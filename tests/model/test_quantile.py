@@ -236,6 +236,16 @@ def test_the_balancer_averages_as_the_configuration_says() -> None:
     torch.testing.assert_close(found[1], found[0] / 4, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_quantile_is_the_share_that_a_token_chooses(top_k: int) -> None:
+    """Of eight experts so many, whatever the number of groups (two are chosen)."""
+    (gate,) = gates(1, num_experts_per_tok=top_k)
+    gate(torch.randn(200, 32))
+    expected = quantile_step(gate.e_score_correction_bias.clone(), gate.lift_EN.clone(), top_k / 8)
+    LoadBalancer([gate], 0.0, rule="quantile").step()
+    assert torch.equal(gate.e_score_correction_bias, expected.float())
+
+
 def test_no_balancing_leaves_the_bias() -> None:
     config = MoEGPTConfig.preset("tiny", hidden_size=32, router_balance="none")
     gate = Gate(config)
