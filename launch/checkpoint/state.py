@@ -62,7 +62,7 @@ def read_state(checkpoint: Path) -> SavedState:
     wrong = _first_nonsense(body, checkpoint.name)
     if wrong:
         raise UserError(f"{path}: {wrong}; its checksum is right, so it was written so: restore the checkpoint or move it away")
-    best, best_step = body["best_loss"], body.get("best_step")
+    best, best_step = body.get("best_loss"), body.get("best_step")
     if best is None or not math.isfinite(best):  # NaN was kept as the best by older versions
         best, best_step = None, None
     training = TrainingState(
@@ -92,6 +92,8 @@ def _first_nonsense(body: Any, name: str) -> str:
     for key in ("extra", "identity", "optimizer"):
         if not isinstance(body.get(key), dict):
             return f"{key} must be an object, not {_shown(body.get(key))}"
+    if not isinstance(model := body["identity"].get("model", {}), dict):
+        return f"identity.model must be an object, not {_shown(model)}"
     return _first_nonsense_of_the_optimizer(body["optimizer"])
 
 

@@ -24,6 +24,7 @@ NONSENSE = [
     ({"optimizer": {"lr": 10**400, "state": []}}, "optimizer.lr must be a finite number"),
     ({"extra": [1]}, "extra must be an object"),
     ({"identity": None}, "identity must be an object, not null"),
+    ({"identity": {"model": [8]}}, "identity.model must be an object, not [8]"),
     ({"optimizer": {"lr": float("nan"), "state": []}}, "optimizer.lr must be a finite number"),
     ({"optimizer": {"lr": 0.1, "state": "exp_avg"}}, "optimizer.state must be a list of names"),
     ({"optimizer": {"lr": 0.1, "state": [], "parameters": [1]}}, "optimizer.parameters must be a list of names"),
@@ -76,3 +77,6 @@ def test_whose_the_best_loss_is_comes_back_and_of_an_older_version_is_not_known(
     del body["best_step"]
     replace_file(folder, STATE, to_json(body))
     assert read_state(folder).training == replace(state(3), best_loss=2.5)
+    del body["best_loss"]
+    replace_file(folder, STATE, to_json(body))
+    assert read_state(folder).training == state(3)
