@@ -67,6 +67,9 @@ def test_the_loss_scale_is_the_next_steps(
     engine.step = step
     of.step(lambda found: reason if math.isfinite(found) else "not finite")
     assert seen == [8.0] and scaler.loss_scale == after
+    engine.step = lambda: None  # not at a boundary: no step, so that nothing follows from the one before
+    of.step(lambda found: reason)
+    assert scaler.loss_scale == after
 
 
 @pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
@@ -104,21 +107,28 @@ def test_zero_1_in_bf16_asks_the_judge_in_a_step_alone() -> None:
     """By a function of DeepSpeed's module, which every engine of the process shares."""
     theirs, seen = bf16_optimizer.is_invalid_grad_norm, []
     optimizer = object.__new__(BF16_Optimizer)
-    optimizer.step = lambda: seen.append(bf16_optimizer.is_invalid_grad_norm(torch.tensor(0.5)))
+    found = [0.5, 0.5, math.nan]
+    optimizer.step = lambda: seen.append(bf16_optimizer.is_invalid_grad_norm(torch.tensor(found[len(seen)])))
     engine: Any = SimpleNamespace(optimizer=optimizer, was_step_applied=lambda: True)
     engine.step = lambda: optimizer.step()
     of = StepHook(engine)
     assert of.step(lambda norm: None) is None and of.step(lambda norm: "a spike") == "a spike"
     assert seen == [False, True] and of.grad_norm == 0.5
+    of.step(lambda norm: None)
+    assert seen[2], "what DeepSpeed itself finds invalid stays so"
     assert bf16_optimizer.is_invalid_grad_norm is theirs
 
 
 @pytest.mark.parametrize("clip", [0.0, 2.0, 8.0])
-def test_without_zero_the_gradients_are_clipped_here(clip: float) -> None:
-    module = torch.nn.Linear(1, 2, bias=False)
-    module.weight.grad = torch.tensor([[3.0], [-4.0]])
+def test_without_zero_the_gradients_are_clipped_here(clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert's and the others', but for a parameter without one."""
+    module = torch.nn.ParameterList([torch.ones(1), torch.ones(1), torch.ones(1)])
+    module[0].grad, module[1].grad = torch.tensor([3.0]), torch.tensor([-4.0])
+    module[1].allreduce, module[1].group_name = False, "ep_size_1"
+    monkeypatch.setattr("deepspeed.utils.groups._get_expert_parallel_group", lambda name: name)
+    monkeypatch.setattr(step_hook.dist, "all_reduce", lambda square, group: None)
     taken: list[list[float]] = []
-    optimizer = SimpleNamespace(step=lambda: taken.append(module.weight.grad.flatten().tolist()))
+    optimizer = SimpleNamespace(step=lambda: taken.append([float(module[n].grad) for n in (0, 1)]))
     engine: Any = SimpleNamespace(optimizer=optimizer, module=module, was_step_applied=lambda: True)
     engine.step = lambda: optimizer.step()
     of = StepHook(engine, clip=clip)
@@ -144,3 +154,22 @@ def test_a_norm_without_zero_counts_other_ranks_experts(monkeypatch: pytest.Monk
     monkeypatch.setattr(step_hook.dist, "all_reduce", all_reduce)
     assert unsharded_grad_norm(module) == 6  # of 4 + (9 + 16 + 7)
     assert reduced == [(25.0, "group of ep_size_2")]
+
+
+def test_a_large_norm_without_zero_is_not_infinite() -> None:
+    """The square of 1e20 is, in fp32: it was an overflow."""
+    (parameter,) = module = torch.nn.ParameterList([torch.ones(2)])
+    parameter.grad = torch.full((2,), 1e20)
+    assert unsharded_grad_norm(module) == pytest.approx(2**0.5 * 1e20)
+
+
+def test_groups_of_experts_are_summed_in_one_order_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in that of a set of names, which is another in every process."""
+    names, reduced = [f"ep_size_{2**n}" for n in range(9)], list[str]()
+    module = torch.nn.ParameterList([torch.ones(1) for _ in names])
+    for parameter, name in zip(module, names[::2] + names[1::2], strict=True):
+        parameter.grad, parameter.allreduce, parameter.group_name = torch.ones(1), False, name
+    monkeypatch.setattr("deepspeed.utils.groups._get_expert_parallel_group", lambda name: name)
+    monkeypatch.setattr(step_hook.dist, "all_reduce", lambda square, group: reduced.append(group))
+    unsharded_grad_norm(module)
+    assert reduced == sorted(names)
