@@ -1,0 +1,65 @@
+"""What the DeepSpeed JSON's section switches in the model's blocks, and in DeepSpeed's checkpoint function."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import pytest
+
+from launch.engine import activation_checkpointing
+from model import MoEGPTConfig, MoEGPTForCausalLM
+from model.modeling import Block
+
+SECTION = {
+    "partition_activations": "partition_activations",
+    "contiguous_memory_optimization": "contiguous_checkpointing",
+    "number_checkpoints": "num_checkpoints",
+    "cpu_checkpointing": "checkpoint_in_cpu",
+    "synchronize_checkpoint_boundary": "synchronize",
+    "profile": "profile",
+}
+
+
+@pytest.fixture
+def model() -> MoEGPTForCausalLM:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16, "vocab_size": 64}
+    return MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", **sizes))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What DeepSpeed is told, on a GPU."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(deepspeed.checkpointing, "configure", lambda _, **settings: found.update(settings))
+    monkeypatch.setattr(activation_checkpointing, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    return found
+
+
+@pytest.mark.parametrize(("mode", "rebuilds", "recomputes"), [("none", 0, 0), ("selective", 2, 0), ("full", 0, 2)])
+def test_a_mode_switches_every_block(
+    mode: str, rebuilds: int, recomputes: int, model: MoEGPTForCausalLM, told: dict[str, Any]
+) -> None:
+    activation_checkpointing.enable(model, mode, {})
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    assert sum(block.rebuilds for block in blocks) == rebuilds
+    assert sum(block.gradient_checkpointing for block in blocks) == recomputes
+    assert bool(told) == (mode == "full")
+
+
+@pytest.mark.parametrize("key", SECTION)
+def test_a_key_of_the_section_reaches_deepspeed_under_its_name_there(
+    key: str, model: MoEGPTForCausalLM, told: dict[str, Any]
+) -> None:
+    activation_checkpointing.enable(model, "full", {"activation_checkpointing": {key: True}})
+    assert {name for name, value in told.items() if value} == {SECTION[key]}
+
+
+def test_on_a_cpu_nothing_is_moved_to_the_host(
+    model: MoEGPTForCausalLM, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there, and DeepSpeed's copy would free the tensor that it aliases."""
+    monkeypatch.setattr(activation_checkpointing, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+    activation_checkpointing.enable(model, "full", {"activation_checkpointing": {"cpu_checkpointing": True}})
+    assert told["checkpoint_in_cpu"] is False
