@@ -1,12 +1,20 @@
-"""The model's router and experts inside AutoEP's layers: two ranks, EP 2, ZeRO-2, bf16."""
+"""The model's router and experts inside AutoEP's layers: two ranks, EP 2, ZeRO-2, bf16. And what is found wrong with such layers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import deepspeed.module_inject.auto_ep_layer as auto_ep_layer
 import pytest
+import torch
 from nursery import Nursery
+from torch import nn
+
+from launch.engine.expert_parallel import check_swapped, model_parts
+from launch.engine.moe_layer import MoELayer
+from model import MoEGPTConfig
+from model.router import Gate
 
 TOKENS, TOP_K, LAYERS, STEPS = 2 * 64, 2, 2, 3
 
@@ -55,3 +63,40 @@ def test_each_token_is_counted_once(ranks: list[dict], mode: str) -> None:
 def test_router_and_bias_are_fp32_in_a_bf16_engine(ranks: list[dict]) -> None:
     bf16, fp32 = "torch.bfloat16", "torch.float32"
     assert ranks[0]["dtypes"] == {"weights": fp32, "router_input": bf16, "output": bf16, "bias": fp32, "gate": bf16}
+
+
+CONFIG = MoEGPTConfig.preset("tiny", num_hidden_layers=2)
+
+
+def swapped() -> nn.ModuleList:
+    """Two layers as `check_swapped` looks at them."""
+    layers = nn.ModuleList()
+    for _ in range(2):
+        layer = MoELayer.__new__(MoELayer)
+        nn.Module.__init__(layer)
+        layer.router, layer.shared_experts = Gate(CONFIG), nn.Identity()
+        layers.append(layer)
+    return layers
+
+
+def test_a_layer_that_was_swapped_otherwise_is_refused() -> None:
+    check_swapped(layers := swapped(), CONFIG)
+    layers[1].router._buffers["e_score_correction_bias"] = torch.zeros(8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"layer 1: the correction bias must be an fp32 buffer, it is torch\.bfloat16"):
+        check_swapped(layers, CONFIG)
+    (layers := swapped())[1].router._buffers.clear()
+    layers[1].router.e_score_correction_bias = nn.Parameter(torch.zeros(8))
+    with pytest.raises(RuntimeError, match="layer 1: the correction bias must be an fp32 buffer, it is missing"):
+        check_swapped(layers, CONFIG)
+    (layers := swapped())[1].router = nn.Linear(1, 1)
+    with pytest.raises(RuntimeError, match="layer 1: AutoEP built its own router, Linear"):
+        check_swapped(layers, CONFIG)
+
+
+def test_autoep_is_its_own_again_also_after_an_error() -> None:
+    names = ("TokenChoiceTopKRouter", "GroupedExperts", "AutoEPMoELayer")
+    before = [getattr(auto_ep_layer, name) for name in names]
+    with pytest.raises(KeyError), model_parts(CONFIG):
+        assert auto_ep_layer.AutoEPMoELayer is MoELayer
+        raise KeyError
+    assert [getattr(auto_ep_layer, name) for name in names] == before

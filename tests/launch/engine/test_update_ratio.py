@@ -45,6 +45,12 @@ def test_ratios_by_group(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(found) == {"decay", "no_decay"}
 
 
+def test_groups_without_a_name_are_told_apart() -> None:
+    fake = engine(["", ""], [torch.ones(3), torch.ones(2)])
+    fake.optimizer.optimizer.param_groups = [{}, {}]
+    assert [len(parts) for parts in fp32_weights(fake).values()] == [1, 1]
+
+
 def test_all_ranks_parts_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another rank's part of the group, of size 1, stays where it is."""
     monkeypatch.setattr(update_ratio.dist, "all_reduce", lambda sums: sums.add_(torch.tensor([[0.0, 1.0]])))
