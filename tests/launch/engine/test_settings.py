@@ -11,7 +11,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.lr_schedules import WarmupCosineLR
 
-from launch.engine.settings import EngineSettings
+from launch.engine.settings import EngineSettings, counting, give_own_steps
 
 
 def engine(
@@ -74,16 +74,28 @@ def test_changed_values_hold_from_the_first_step_on(clip: float) -> None:
     assert resumed.lr_scheduler.last_batch_iteration == saved.lr_scheduler.last_batch_iteration
 
 
+def test_changed_betas_hold() -> None:
+    """A schedule that cycles them owns them; any other does not."""
+    saved, resumed = engine(), engine()
+    train(saved, 2)
+    for group in resumed.optimizer.param_groups:
+        group["betas"] = (0.8, 0.99)
+    settings = EngineSettings(resumed)
+    load(resumed, saved)
+    settings.apply()
+    assert [group["betas"] for group in groups(resumed)] == [(0.8, 0.99)] * 2
+
+
 def test_without_a_schedule_the_rate_is_the_json_s() -> None:
     saved, resumed = engine(lr=0.01), engine(lr=0.2)
     for of, lr in ((saved, 0.01), (resumed, 0.2)):
         of.lr_scheduler = None
-        for group in of.optimizer.param_groups:
-            group["lr"] = lr  # which the schedule had warmed up from 0
+        for group, times in zip(of.optimizer.param_groups, (1, 3), strict=True):  # Muon's are two rates
+            group["lr"] = times * lr  # which the schedule had warmed up from 0
     settings = EngineSettings(resumed)
     resumed.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
     settings.apply()
-    assert [group["lr"] for group in groups(resumed)] == [0.2, 0.2]
+    assert [group["lr"] for group in groups(resumed)] == [0.2, 3 * 0.2]
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
@@ -106,7 +118,7 @@ TORCHS = {
     "MultiStepLR": {"milestones": [2, 5]},
     "PolynomialLR": {"total_iters": 20},
     "CosineAnnealingLR": {"T_max": 20},
-    "CosineAnnealingWarmRestarts": {"T_0": 6},
+    "CosineAnnealingWarmRestarts": {"T_0": 3, "T_mult": 2},
     "OneCycleLR": {"max_lr": 0.1, "total_steps": 20},
 }
 
@@ -160,6 +172,7 @@ def test_changed_milestones_hold() -> None:
     load(resumed, saved)
     settings.apply()
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    assert resumed.lr_scheduler.get_last_lr() == [group["lr"] for group in groups(resumed)], "or another is logged"
 
 
 def test_loss_scaling() -> None:
@@ -180,6 +193,24 @@ def test_loss_scaling() -> None:
     load(static, saved)
     settings.apply()
     assert static.optimizer.loss_scaler.cur_scale == 128.0
+    dynamic = engine(scaler=new)
+    settings = EngineSettings(dynamic)
+    load(dynamic, static)
+    settings.apply()
+    assert dynamic.optimizer.loss_scaler is new, "the static one of the file would never adapt"
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["in ZeRO's", "without ZeRO"])
+def test_the_steps_that_count_are_of_the_adam_inside(wrapped: bool) -> None:
+    weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+    adam = torch.optim.AdamW([weight], capturable=True)
+    muon: Any = torch.optim.SGD([weight])
+    muon.aux_optimizer = adam
+    assert counting(SimpleNamespace(optimizer=muon) if wrapped else muon) is adam
+    assert counting(SimpleNamespace(optimizer=adam) if wrapped else adam) is adam
+    adam.state[weight], adam.state[torch.empty(1)] = {"step": torch.tensor(5.0)}, {}
+    give_own_steps(adam)
+    assert adam.state[weight]["step"].device.type == "meta", "a step in a graph of a GPU counts there"
 
 
 @pytest.mark.parametrize("fused", [True, False])
