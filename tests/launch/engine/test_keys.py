@@ -122,6 +122,7 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("bfloat16", {"enabled": True}, 'bfloat16 is DeepSpeed\'s older name of "bf16", which is read here'),
         ("steps_per_print", "10", "steps_per_print must be a whole number"),
         ("optimizer.params.lr", float("inf"), "optimizer.params.lr must be a finite number, not inf"),
+        ("gradient_clipping", float("nan"), "gradient_clipping must be a finite number, not nan"),
         ("optimizer.params.lr", None, "optimizer.params.lr must be a number, not null"),
         ("optimizer.params.lr", -1, "AdamW refuses them: Invalid learning rate: -1"),
         ("optimizer.params.eps", "1e-8", 'optimizer.params.eps must be a number, not "1e-8"'),
@@ -141,6 +142,7 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("scheduler.params.warmup_num_steps", 0, "WarmupCosineLR refuses them: warmup_num_steps must be a positive integer, got 0"),
         ("scheduler.params.total_num_steps", 0, "scheduler.params.total_num_steps must be at least 1, not 0"),
         ("scheduler", {"type": "StepLR", "params": {}}, "StepLR refuses them"),
+        ("scheduler", {"type": "ReduceLROnPlateau", "params": {}}, "ReduceLROnPlateau refuses them"),  # not before its first step
         ("data_types", "fp32", "data_types must be an object"),
         ("data_types.grad_accum_dtype", "float33", 'must be one of "fp16", "fp32", "int8", "bf16", not "float33"'),
         ("expert_parallel.preset_model", "mixtral", 'expert_parallel.preset_model must be "deepseek_v3"'),
@@ -212,11 +214,13 @@ AUTOEP_DEFAULTS = [
         ("tensor_parallel", {"autotp_size": 1}),
         ("optimizer", {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}),
         ("optimizer", {"type": "Lion", "params": {"lr": 0.1, "betas": [0.9, 0.99]}}),
+        ("optimizer", {"type": "Lion", "params": {"lr": 0.1, "set_grad_none": True}}),  # of its second class alone
         ("optimizer", {"type": "Adam", "params": {"lr": 0.1, "adam_w_mode": True, "bias_correction": True}}),
         ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}),
         ("scheduler", {"type": "StepLR", "params": {"step_size": 10}}),
         ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": None}}),
         ("scheduler", {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}),
+        ("scheduler", {"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 20}}),
         ("optimizer.params.fused", None),
         ("communication_data_type", None),
         ("expert_parallel.disable_triton_grouped_mm", True),
@@ -226,6 +230,16 @@ AUTOEP_DEFAULTS = [
 )
 def test_what_deepspeed_reads_is_not_refused(section: str, value: Any) -> None:
     check(changed(section, value))
+
+
+@pytest.mark.parametrize("device", ["cpu", "none"])
+def test_an_optimizer_on_the_host_takes_what_its_own_class_takes(device: str) -> None:
+    """DeepSpeed's CPU Adam, and not its fused one."""
+    config = read_config(CONFIG_FOLDER / "ep8_zero2_offload.json")
+    config["zero_optimization"]["offload_optimizer"]["device"] = device
+    config["optimizer"]["params"]["set_grad_none"] = True
+    with pytest.raises(UserError, match='unknown key "optimizer.params.set_grad_none"') if device == "cpu" else nullcontext():
+        check(config)
 
 
 @pytest.mark.parametrize(("kind", "device", "refused"), [("Muon", "cpu", True), ("Muon", "none", False), ("AdamW", "cpu", False)])
