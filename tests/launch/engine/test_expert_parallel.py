@@ -1,4 +1,4 @@
-"""The model's router and experts inside AutoEP's layers: two ranks, EP 2, ZeRO-2, bf16. And what is found wrong with such layers."""
+"""The model's router and experts inside AutoEP's layers: two ranks, EP 2, ZeRO-2, bf16. And such layers as are refused."""
 
 from __future__ import annotations
 

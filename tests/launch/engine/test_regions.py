@@ -67,15 +67,19 @@ def test_selective_of_compiled_regions_is_warned_of() -> None:
     assert "only the experts' half" in str(said.pop((True, "selective"))) and set(said.values()) == {None}
 
 
-@pytest.mark.parametrize("traceable", [True, False])
-def test_a_kernel_that_cannot_be_traced_is_refused(traceable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("attention", "traceable"), [("flash", True), ("flash", False), ("sdpa", False), ("eager", False)], ids=str
+)
+def test_a_kernel_that_cannot_be_traced_is_refused(attention: str, traceable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn 4 on a B200, which dynamo would end in at the first step."""
-    model = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", num_hidden_layers=1))
-    kernel = SimpleNamespace(name="flash-attn 4", traceable=traceable)
-    monkeypatch.setattr(regions, "pick_kernel", lambda *_: kernel)
+    model = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", num_hidden_layers=1, attn_implementation=attention)).bfloat16()
+    kernel, asked = SimpleNamespace(name="flash-attn 4", traceable=traceable), list[tuple[Any, ...]]()
+    monkeypatch.setattr(regions, "pick_kernel", lambda *of: asked.append(of) or kernel)
     refused = pytest.raises(UserError, match=r"autoep_non_moe cannot trace flash-attn 4, .* --no-compile leaves it out")
-    with nullcontext() if traceable else refused:
+    with nullcontext() if traceable or attention != "flash" else refused:
         assert len(compile_regions(model)) == 1
+    wanted = (torch.device("cpu"), torch.bfloat16, model.config.head_dim)
+    assert asked == [wanted] * (attention == "flash")
 
 
 def test_a_region_that_is_not_one_graph_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
