@@ -79,6 +79,33 @@ def test_a_newer_format_is_refused_not_called_damaged(tmp_path, monkeypatch):
     assert not isinstance(caught.value, DamagedError)
 
 
+@pytest.mark.parametrize("format", ["1", None])
+def test_a_manifest_that_says_no_format_is_refused(tmp_path, monkeypatch, format):
+    monkeypatch.setattr(manifest, "MANIFEST_FORMAT", format)
+    folder = complete(tmp_path / "step_1", state=b"{}")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"has format {format}, made by a newer version"):
+        manifest.read_manifest(folder)
+
+
+def test_a_file_in_the_place_of_a_folder_is_damage(tmp_path):
+    """An older checkpoint may serve; an error of the system would be tried again and end the start."""
+    (folder := tmp_path / "step_1" / "zero").mkdir(parents=True)
+    record = manifest.write_durably(folder / "x.pt", b"x")
+    (folder / "x.pt").unlink()
+    folder.rmdir()
+    folder.write_bytes(b"")
+    with pytest.raises(DamagedError, match=r"zero/x\.pt is missing"):
+        manifest.check_files(folder.parent, {"zero/x.pt": record}, hashed=())
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", b"3"])
+def test_a_manifest_that_is_no_object_is_damage(tmp_path, content):
+    (tmp_path / manifest.MANIFEST).write_bytes(content)
+    with pytest.raises(DamagedError, match=r"manifest\.json is damaged"):
+        manifest.read_manifest(tmp_path)
+
+
 def test_the_checksum_is_of_what_was_meant_to_be_written(tmp_path):
     tensors = {"a": torch.randn(1000), "b": torch.arange(7)}
     file = manifest.HashingFile(tmp_path / "x.pt")
