@@ -20,6 +20,13 @@ def test_only_what_belongs_to_the_state_is_kept() -> None:
     assert set(persistent_buffers(module())) == {"bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
+def test_a_weight_that_has_two_names_is_no_buffer() -> None:
+    """As a head that is the embedding: the optimizer's file has it."""
+    made = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    made[1].weight = made[0].weight
+    assert persistent_buffers(made) == {}
+
+
 def test_they_come_back_in_place() -> None:
     one, other = module(), module()
     one.bias.copy_(torch.tensor([0.3, 1e-30]))

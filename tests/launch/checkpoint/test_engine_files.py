@@ -5,13 +5,15 @@ from __future__ import annotations
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from launch.checkpoint import manifest
-from launch.checkpoint.engine_files import CheckpointFiles, going_through, host_copy
+from launch.checkpoint.engine_files import CheckpointFiles, going_through, host_copy, state_bytes
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -29,11 +31,24 @@ def test_a_file_holds_the_state_of_when_it_was_saved(tmp_path: Path, later: bool
 
 def test_a_copy_shares_nothing_and_is_compact() -> None:
     weight = torch.arange(10.0)
-    state = {"view": weight[2:4], "list": [weight], "tuple": (weight, 3), "flag": True}
+    scaler = DynamicLossScaler(8.0, 1000, 1.0, 2, False)
+    state = {"view": weight[2:4], "list": [weight], "tuple": (weight, 3), "flag": True, "scaler": scaler}
     copied = host_copy(state)
     weight.zero_()
+    scaler.cur_scale = 4.0  # which it keeps outside of tensors
+    assert copied["scaler"].cur_scale == 8.0
     assert copied["view"].tolist() == [2, 3] and copied["view"].untyped_storage().nbytes() == 8
     assert copied["list"][0][9] == 9 and isinstance(copied["tuple"], tuple) and copied["flag"] is True
+
+
+def test_the_size_of_a_save_is_of_masters_moments_and_weights() -> None:
+    """Under ZeRO the masters are no weights of the module. By formula: a disk that is too small is seen before a save."""
+    module = torch.nn.Linear(10, 3, dtype=torch.bfloat16)
+    master = torch.nn.Parameter(torch.zeros(33))
+    optimizer = torch.optim.AdamW([master])
+    optimizer.state[master] = {"exp_avg": torch.zeros(33), "exp_avg_sq": torch.zeros(33), "step": 3}
+    engine: Any = SimpleNamespace(module=module, optimizer=optimizer)
+    assert state_bytes(engine) == 33 * (4 + 4 + 4 + 2)
 
 
 def test_the_first_error_is_kept_for_the_end(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_the_padding_of_zero_3_may_hold_anything():
         ("a", [1.0, 2.0]), ("a (exp_avg)", [1.0, 2.0]), ("b", [4.0]), ("b (exp_avg)", [4.0]),
     ]  # fmt: skip
     check_finite(padded, "x.pt", shapes=shapes)
+    check_finite(padded, "x.pt")  # without shapes nothing says where the padding is
     with pytest.raises(ValueError, match="b holds"):
         check_finite(shard([1.0, 2.0, 0.0, math.inf]), "x.pt", shapes=shapes)
 
@@ -111,6 +112,26 @@ def test_muons_momentum_of_whole_matrices_is_looked_at():
     momentum[8] = math.nan
     with pytest.raises(ValueError, match=r"a file: q_proj\.weight \(momentum_buffer\) holds"):
         check_finite({"optimizer_state_dict": shard}, "a file")
+
+
+@pytest.mark.parametrize(("nested", "name"), [({"a": [torch.ones(1)]}, r"a\[0\]"), ((torch.ones(1), {"b": 3}), r"\[0\]")])
+def test_tensors_are_found_in_whatever_holds_them(nested, name):
+    check_finite(nested, "a file")
+    (tensor,) = (value for _, value in named_tensors(nested, None))
+    tensor[0] = math.nan
+    with pytest.raises(ValueError, match=f"a file: {name} holds"):
+        check_finite(nested, "a file")
+
+
+def test_the_last_ranks_of_zero_3_may_hold_nothing_of_a_parameter():
+    """Two numbers over four ranks: rank 3 has padding alone, and behind it the whole of its next part."""
+    shapes = [{"a": torch.Size([2]), "b": torch.Size([8])}]
+    state = {
+        "fp32_flat_groups": [torch.tensor([math.nan, 1.0, 2.0])],
+        "ds_zero_partition_groups": [{"partition_count": 4, "partition_rank": 3}],
+    }
+    found = {name: value.tolist() for name, value in named_tensors({"optimizer_state_dict": state}, shapes)}
+    assert found == {"a": [], "b": [1.0, 2.0]}
 
 
 def test_every_number_of_a_long_tensor_is_looked_at():

@@ -25,6 +25,7 @@ def test_differences_by_path() -> None:
 
 
 def test_it_reads_back_as_itself() -> None:
+    assert RunIdentity.from_json({}) == RunIdentity(model={})
     read = RunIdentity.from_json({**json.loads(json.dumps(HELD.to_json())), "command": ["train"]})
     assert read.to_json() == HELD.to_json() and not read.conflicts(HELD)
 
