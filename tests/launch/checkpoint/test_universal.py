@@ -2,19 +2,23 @@
 
 import errno
 import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.checkpoint.zero_checkpoint import ZeROCheckpoint
+from deepspeed.utils.tensor_fragment import fragment_address
+from stub_engine import replace_file
 from training_process import launch_ranks
 
 from data.cli import UserError
 from launch.checkpoint import manifest
 from launch.checkpoint.converter import give_moments
+from launch.checkpoint.state import STATE
 from launch.checkpoint.universal import _is_whole, _rates, convert, link_or_copy
-from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights
+from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights, numbered, whole_momenta
 from launch.engine.settings import give_own_steps
 
 QUICK = [  # (ranks, source, ZeRO stage, dtype, EP size); sources are of two ranks with EP 2
@@ -105,6 +109,27 @@ def test_a_run_that_begins_with_a_conversion_has_a_folder_that_survives(run, tmp
     assert synced == [tmp_path / "new"]
 
 
+@pytest.mark.parametrize(("held", "times"), [(["exp_avg", "exp_avg_sq"], 2), (["exp_avg", "exp_avg_sq", "momentum_buffer"], 4)])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_conversion_needs_room_for_what_it_writes(run, tmp_path, monkeypatch, held, times, fits):
+    """Of Muon's groups the converter first writes moments of zeros."""
+
+    class BegunError(Exception):
+        pass
+
+    def begin(_):
+        raise BegunError
+
+    source = run / "checkpoints" / "step_3"
+    body = json.loads((source / STATE).read_bytes())
+    replace_file(source, STATE, manifest.to_json({**body, "optimizer": {**body["optimizer"], "state": held}}))
+    size = sum(record["bytes"] for record in manifest.read_manifest(source)["files"].values())
+    monkeypatch.setattr("launch.checkpoint.universal.shutil.disk_usage", lambda _: SimpleNamespace(free=times * size - (not fits)))
+    monkeypatch.setattr("launch.checkpoint.universal.check_source", begin)
+    with pytest.raises(BegunError) if fits else pytest.raises(UserError, match=r"converting .*step_3 needs"):
+        convert(source, tmp_path / "step_3.universal")
+
+
 def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path):
     """After a rollback a step is saved again, with other weights under the same name."""
     folder = tmp_path / "step_3.universal"
@@ -138,6 +163,43 @@ def test_an_experts_slices_are_those_of_the_ranks_that_share_it():
     assert torch.equal(_assemble("norm", (24,), [first, second], ep_size=1), whole.flatten())
     with pytest.raises(ValueError, match=r"shards of \[7, 12\] numbers do not make 2 x \(2, 3, 2\)"):
         _assemble("experts.w1", (2, 3, 2), [first[:7], second, None, None], ep_size=2)
+
+
+def test_files_are_in_the_order_of_their_numbers(tmp_path):
+    """As strings 10 comes before 9, and experts and slices would be put together in another order."""
+    names = [f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt" for layer in (2, 10) for expert in (0, 9, 10)]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert [path.name for path in numbered(tmp_path, "layer_*_expert_*_model_states.pt")] == names
+
+
+def save_momenta(folder: Path, *ranks: dict[str, list[float]]) -> None:
+    """Muon's momenta of a checkpoint of EP 2, by rank: whole matrices of 2 x 2, end to end."""
+    shapes = {"m.experts.w1": torch.Size([1, 2, 2]), "q_proj.weight": torch.Size([2, 2])}
+    torch.save({"param_shapes": [shapes], "ds_autoep_layers": [{"ep_size": 2}]}, folder / "mp_rank_00_model_states.pt")
+    for number, held in enumerate(ranks):
+        mapping = {name: fragment_address(numel=2, start=2 * i) for i, name in enumerate(held)}
+        momentum = torch.tensor([value for values in held.values() for value in values])
+        state = {
+            "single_partition_of_fp32_groups": [torch.zeros(4)],
+            "param_slice_mappings": [mapping],
+            "base_optimizer_state": {"state": {0: {"momentum_buffer": momentum}}},
+        }
+        torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt")
+
+
+def test_muons_momentum_is_whole_or_refused(tmp_path):
+    ones, twos, q = [1.0] * 4, [2.0] * 4, [5.0, 6.0, 7.0, 8.0]
+    save_momenta(tmp_path, {"m.experts.w1": ones}, {"m.experts.w1": twos, "q_proj.weight": q}, {"q_proj.weight": q})
+    found = {name: value.tolist() for name, value in whole_momenta(tmp_path)}
+    assert found == {"m.experts.w1": [[[1, 1], [1, 1]], [[2, 2], [2, 2]]], "q_proj.weight": [[5, 6], [7, 8]]}
+    save_momenta(tmp_path, {"m.experts.w1": ones}, {"q_proj.weight": q}, {"q_proj.weight": q})
+    with pytest.raises(UserError, match=r"Muon's momentum of m\.experts\.w1 is on 1 of 2 EP ranks"):
+        dict(whole_momenta(tmp_path))
+    for wrong in (q[:-1], [*q, 9.0]):
+        save_momenta(tmp_path, {"q_proj.weight": wrong})
+        with pytest.raises(UserError, match=rf"Muon's momentum has {len(wrong)} elements, and its matrices have \[4\]"):
+            dict(whole_momenta(tmp_path))
 
 
 @pytest.mark.parametrize("padding", [0, 2])
@@ -174,6 +236,10 @@ def test_a_master_is_the_weight_but_for_rounding():
     for master_, weight in ((master, other), (master, master.roll(1)), (master[1:], other)):
         with pytest.raises(UserError, match="step_3: w in the optimizer's files is not the weight that the model computed with"):
             check_master(master_, weight, Path("step_3"), "w")
+    small = 1e-4 * master  # as a new run's last layers
+    check_master(small, small.to(torch.bfloat16), Path("step_3"), "w")
+    with pytest.raises(UserError, match="is not the weight that the model computed with"):
+        check_master(small, small.roll(1), Path("step_3"), "w")
     master[-1] = float("nan")  # `check_finite` names it as that
     check_master(master, other, Path("step_3"), "w")
 
