@@ -1,11 +1,13 @@
 """What is saved, what is kept of it, and what a full disk or a kill in the middle of a save leaves. One process and a stub engine;
 the faults that need real ranks are in `test_ranks.py`."""
 
+import contextlib
 import os
 import random
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,9 @@ import torch
 from killed_at import in_child
 from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps, whole
 
+from data.cli import UserError
 from launch.checkpoint import publish
-from launch.checkpoint.engine_files import state_bytes
+from launch.checkpoint.engine_files import CheckpointFiles, state_bytes
 from launch.checkpoint.manager import CheckpointManager
 from launch.checkpoint.restore import random_state_name, restore
 
@@ -86,6 +89,72 @@ def test_saving_a_step_again_replaces_it(run):
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step_1", "step_2", "step_3"]
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda checkpoints: checkpoints.newest(),
+        lambda checkpoints: checkpoints.choose("auto"),
+        lambda checkpoints: checkpoints.load(StubEngine(), checkpoints._chooser.choose("step_3")),
+        lambda checkpoints: checkpoints.save(StubEngine(), state(5)),
+    ],
+    ids=["newest", "choose", "load", "save"],
+)
+def test_whoever_asks_gets_the_answer_of_after_the_save_under_way(run, monkeypatch, ask):
+    """In the background. A rollback would go further back than it must, and a load leave a branch that is still growing."""
+    gate, flush = threading.Event(), CheckpointFiles.flush
+    monkeypatch.setattr(CheckpointFiles, "flush", lambda self: gate.wait(30) and flush(self))
+    checkpoints = CheckpointManager(run, keep_last=0, keep_every=0, identity=manager(run).identity, background=True)
+    path = checkpoints.save(StubEngine(), state(4))
+    assert not path.exists() and not checkpoints.written()
+    threading.Timer(0.2, gate.set).start()
+    answered = ask(checkpoints)
+    assert whole(path)
+    assert getattr(answered, "path", path) == path
+    checkpoints.wait()
+
+
+def test_what_a_save_in_the_background_failed_with_is_said_once(run, monkeypatch):
+    """And the next one is saved."""
+    monkeypatch.setattr(CheckpointFiles, "flush", lambda self: (_ for _ in ()).throw(UserError("no space")))
+    checkpoints = CheckpointManager(run, keep_last=0, keep_every=0, identity=manager(run).identity, background=True)
+    checkpoints.save(StubEngine(), state(4))
+    with pytest.raises(ValueError, match="no space"):
+        checkpoints.newest()
+    monkeypatch.undo()
+    assert checkpoints.newest().path.name == "step_3"
+    checkpoints.save(StubEngine(), state(4))
+    checkpoints.wait()
+    assert steps(run) == [1, 2, 3, 4] and not publish.leftovers(run / "checkpoints")
+
+
+def test_what_deepspeed_does_not_load_is_no_resume(run, monkeypatch):
+    choice = manager(run).choose("auto")
+    monkeypatch.setattr(StubEngine, "load_checkpoint", lambda *_, **__: (None, {}))
+    with pytest.raises(ValueError, match=r"DeepSpeed found nothing to load in .*step_3"):
+        manager(run).load(StubEngine(), choice)
+
+
+def test_a_fault_of_the_program_in_a_load_is_no_mistake_of_a_user(run, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shape mismatch")
+
+    choice = manager(run).choose("auto")
+    monkeypatch.setattr(StubEngine, "load_checkpoint", fail)
+    with pytest.raises(RuntimeError, match="shape mismatch") as caught:
+        manager(run).load(StubEngine(), choice)
+    assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_ranks_that_load_one_after_the_other_do_not_wait_for_each_other_at_a_file(run, one_by_one):
+    """With `pipeline_loading_checkpoint`: each has its turn inside DeepSpeed."""
+    choice, engine, together = manager(run).choose("auto"), StubEngine(), []
+    engine._config.zero_config.pipeline_loading_checkpoint = one_by_one
+    ranks = SimpleNamespace(rank=0, run_everywhere=lambda action: [together.append(action())])
+    restore(engine, choice, choice.path, ranks)
+    assert len(together) == (0 if one_by_one else 2)
+
+
 # ---------------------------------------------------------------------- a full disk
 
 
@@ -104,6 +173,15 @@ def test_the_space_that_is_needed_is_that_of_all_ranks(run, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1.5 * state_bytes(engine)))
     with pytest.raises(ValueError, match=r"step_4 needs .* GB free; make room"):
         checkpoints.save(engine, state(4))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_save_needs_a_little_more_than_its_tensors(run, monkeypatch, fits):
+    """Its files have headers, buffers, random states."""
+    engine = StubEngine()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(1.051 if fits else 1.049) * state_bytes(engine)))
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"step_4 needs .* GB free; make room"):
+        manager(run).save(engine, state(4))
 
 
 @pytest.mark.parametrize("limit", [1, 500, 1500, 2500, 4000])
