@@ -338,6 +338,16 @@ def test_a_best_that_is_gone_is_looked_for_anew(tmp_path):
     assert branch.folder.pointed("best") == "step_2"
 
 
+def test_a_best_that_nobody_can_read_is_none(tmp_path):
+    """It need not be whole for the run to go on."""
+    run = tmp_path / "run"
+    for step in (1, 2):
+        manager(run).save(StubEngine(), replace(state(step), best_loss=3.0, best_step=1), is_best=step == 1)
+    (run / "checkpoints/step_1/state.json").write_text("{")
+    again = manager(run)
+    assert again.load(StubEngine(), again.choose("auto")).best_loss is None
+
+
 def test_a_fresh_start_writes_over_nothing_that_was_left(run):
     """`--resume never` looked past it, and so did auto, once what a left step had led to was gone."""
     begin(run, "step_1")
@@ -427,6 +437,18 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(run, tmp_path):
     with pytest.raises(ValueError, match=r"momentum_buffer.*only Adam's moments and Muon's momentum convert"):
         manager(tmp_path / "sgd", ep_size=2).choose("auto")
     assert isinstance(manager(tmp_path / "sgd").choose("auto"), ResumeFrom)
+
+
+def test_what_is_no_adams_or_not_in_fp32_is_not_converted_whichever_side_it_is_on():
+    adams, layout = {"state": ["exp_avg", "exp_avg_sq"]}, {"world_size": 2, "ep_size": 1}
+    without = {**layout, "zero_stage": 0, "dtype": "bfloat16"}
+    sharded = {**layout, "zero_stage": 2, "dtype": "bfloat16"}
+    for saved, wanted in ((without, sharded), (sharded, without)):
+        with pytest.raises(UserError, match="ZeRO 0 converts in float32 only"):
+            universal.check_convertible(Path("step_3"), saved, wanted, adams)
+    amsgrads = {"state": [*adams["state"], "max_exp_avg_sq"]}
+    with pytest.raises(UserError, match=r"max_exp_avg_sq\) that only resumes in the layout"):
+        universal.check_convertible(Path("step_3"), sharded, {**sharded, "world_size": 4}, amsgrads)
 
 
 @pytest.mark.parametrize(("stages", "facts"), [((2, 3), {}), ((0, 2), {}), ((2, 2), {"offloaded": True})])

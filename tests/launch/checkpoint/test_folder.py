@@ -90,6 +90,14 @@ def test_a_branch_that_was_left_is_neither_tried_nor_counted_nor_deleted(tmp_pat
     assert (tmp_path / LEFT).read_text().split() == ["step_10", "step_5"]
 
 
+def test_a_disk_that_fails_does_not_bring_a_branch_back(tmp_path: Path) -> None:
+    """Unread, what was left would be taken for none."""
+    folder = folder_with(tmp_path, 1, 2, latest="step_2")
+    (tmp_path / LEFT).mkdir()
+    with pytest.raises(OSError, match="left"):
+        folder.newest_first()
+
+
 def test_what_a_rollback_will_go_to_is_kept(tmp_path: Path) -> None:
     """Of a row of skipped steps with a save in it, all that --keep_last 1 left was saved in the row."""
     folder = folder_with(tmp_path, 3, 4, 7, 8, latest="step_8")
