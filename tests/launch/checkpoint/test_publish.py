@@ -50,6 +50,14 @@ def test_a_death_between_the_two_renames_is_undone(tmp_path, monkeypatch):
     assert (final / "state").read_bytes() == b"old"
 
 
+def test_what_was_replaced_is_not_put_back_where_the_new_one_is(tmp_path):
+    """The process died between its second rename and the old one's deletion."""
+    new = folder_with(tmp_path / "step_1", state=b"new")
+    folder_with(old := publish.working_name(new, "replaced"), state=b"old")
+    publish.recover(tmp_path)
+    assert (new / "state").read_bytes() == b"new" and publish.leftovers(tmp_path) == [old]
+
+
 def test_what_is_put_back_is_there_after_a_power_cut_too(tmp_path, synced):
     publish.working_name(tmp_path / "step_1", "replaced").mkdir()
     publish.recover(tmp_path)

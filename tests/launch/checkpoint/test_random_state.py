@@ -6,9 +6,11 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from support import ROOT
 
+from launch.checkpoint import random_state as module
 from launch.checkpoint.random_state import random_state, set_random_state
 from launch.checkpoint.unpickle import load_file
 
@@ -34,6 +36,23 @@ def test_what_is_drawn_after_is_the_same(tmp_path: Path) -> None:
     draw()
     set_random_state(load_file(tmp_path / "rng.pt", mmap=False))
     assert [draw(), draw()] == expected
+
+
+def test_a_gpus_state_is_kept_and_set_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a GPU is also loaded on a CPU."""
+    was_set: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", was_set.append)
+    of_cpu = random_state()
+    monkeypatch.setattr(module, "on_gpu", lambda: True)
+    of_gpu = random_state()
+    assert "cuda" not in of_cpu
+    for state in (of_cpu, of_gpu):
+        set_random_state(state)
+    assert was_set == [of_gpu["cuda"]] == [torch.tensor([7])]
+    monkeypatch.setattr(module, "on_gpu", lambda: False)
+    set_random_state(of_gpu)
+    assert len(was_set) == 1
 
 
 def test_a_state_of_an_older_checkpoint_is_read() -> None:

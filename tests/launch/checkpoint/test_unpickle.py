@@ -79,6 +79,14 @@ def test_what_is_no_such_file_is_a_sentence(tmp_path, content):
         load_file(path)
 
 
+def test_a_folder_whose_name_is_no_text_is_read(tmp_path):
+    """torch maps a file by its name alone, which it wants as text."""
+    (folder := tmp_path / os.fsdecode(b"run\xff")).mkdir()
+    with open(folder / "x.pt", "wb") as file:
+        torch.save({"w": torch.ones(2)}, file)
+    assert load_file(folder / "x.pt")["w"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()], ids=["disk", "memory"])
 def test_a_disk_or_memory_that_fails_says_nothing_about_the_file(tmp_path, monkeypatch, error):
     def fail(*_, **__):
