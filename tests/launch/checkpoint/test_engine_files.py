@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,22 @@ def test_the_first_error_is_kept_for_the_end(tmp_path: Path) -> None:
     assert not (tmp_path / "y.pt").exists(), "what comes after it is in vain"
     with pytest.raises(ValueError, match=r"writing step_1 failed: .*File too large"):
         files.flush()
+
+
+def test_under_zero_3_the_optimizers_file_is_looked_at_by_the_models_shapes(tmp_path: Path) -> None:
+    """DeepSpeed reads the model's before; without them nothing tells numbers from padding."""
+    state = {
+        "fp32_flat_groups": [torch.tensor([1.0, torch.nan, 2.0, torch.nan])],
+        "ds_zero_partition_groups": [{"partition_count": 2, "partition_rank": 1}],
+    }
+    torch.save({"optimizer_state_dict": state}, tmp_path / "optim.pt")
+    for sizes, named in (([3, 4], "b"), ([3, 2], "")):
+        shapes = [{name: torch.Size([size]) for name, size in zip("ab", sizes, strict=True)}]
+        torch.save({"param_shapes": shapes}, tmp_path / "model.pt")
+        files = CheckpointFiles(tmp_path, name="step_1")
+        files.load(str(tmp_path / "model.pt"))
+        with pytest.raises(ValueError, match=f"{named} holds numbers that are not finite") if named else nullcontext():
+            files.load(str(tmp_path / "optim.pt"))
 
 
 def test_the_engine_writes_through_us_and_nothing_beside(tmp_path: Path) -> None:

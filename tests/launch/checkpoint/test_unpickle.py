@@ -10,9 +10,10 @@ import pytest
 import torch
 from stub_engine import MODEL, Payload, StubEngine, manager, replace_file
 
+from data.cli import UserError
 from launch.checkpoint import universal
 from launch.checkpoint.converter import run_converter
-from launch.checkpoint.unpickle import FORCE, FORCE_NOT, load_file, no_code_from_files, save_stages_by_value
+from launch.checkpoint.unpickle import FORCE, FORCE_NOT, expecting_sense, load_file, no_code_from_files, save_stages_by_value
 
 KINDS = [
     "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
@@ -69,6 +70,20 @@ def test_loads_that_ask_for_everything_are_restricted_while_ours_last(tmp_path, 
     assert (os.environ.get(FORCE), os.environ.get(FORCE_NOT)) == (None, "1"), "the environment is as it was"
     torch.load(path, weights_only=False)
     assert marker.exists(), "the payload was to strike outside"
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), IndexError("b"), TypeError(), AttributeError("c"), ValueError("d")], ids=repr)
+def test_content_of_another_shape_is_a_sentence(error):
+    said = r"^step_3 does not hold what a checkpoint holds, though its checksums are right"
+    with pytest.raises(UserError, match=said), expecting_sense(Path("step_3")):
+        raise error
+
+
+@pytest.mark.parametrize("error", [UserError("a sentence"), RuntimeError("a fault")], ids=repr)
+def test_a_sentence_or_a_fault_of_the_program_stays_what_it_is(error):
+    with pytest.raises(type(error)) as caught, expecting_sense(Path("step_3")):
+        raise error
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle at all", b"\x80\x02." * 9])
