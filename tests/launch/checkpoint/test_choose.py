@@ -179,6 +179,14 @@ def test_a_run_with_checkpoints_of_its_own_goes_on_from_them(run, tmp_path):
     assert begin(second, str(run))[1].path == second / "checkpoints/step_2", "once more, where the path is gone since"
 
 
+def test_a_rollback_does_not_go_beyond_what_latest_names(run):
+    """Not where that one is damaged either: what lies beyond is of a branch that was left."""
+    (run / "checkpoints/latest").write_text("step_1")
+    assert manager(run).newest().path.name == "step_1"
+    hurt(run / "checkpoints/step_1/state.json", "flip")
+    assert manager(run).newest() is None
+
+
 def test_a_branch_that_was_left_does_not_come_back(run):
     """Before the first save of the new one a rollback, and the next start, took what lies beyond where it began."""
     branch, _ = begin(run, "step_1")

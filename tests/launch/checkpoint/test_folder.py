@@ -39,6 +39,8 @@ def test_the_order_begins_at_what_latest_names_and_ends_beyond_it(tmp_path: Path
     assert [path.name for path in folder.newest_first()] == ["step_2", "step_1", "step_10", "step_9"]
     folder.point(LATEST, "step_77")
     assert [path.name for path in folder.newest_first()] == ["step_10", "step_9", "step_2", "step_1"]
+    folder.point(LATEST, "step_5")  # nor is one that is gone a place in the order
+    assert [path.name for path in folder.newest_first()] == ["step_10", "step_9", "step_2", "step_1"]
 
 
 def test_where_a_run_began_is_kept_for_the_same_command(tmp_path: Path) -> None:
