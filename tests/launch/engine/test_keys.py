@@ -220,7 +220,6 @@ AUTOEP_DEFAULTS = [
         ("scheduler", {"type": "StepLR", "params": {"step_size": 10}}),
         ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": None}}),
         ("scheduler", {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}),
-        ("scheduler", {"type": "OneCycleLR", "params": {"max_lr": 0.1, "total_steps": 20}}),
         ("optimizer.params.fused", None),
         ("communication_data_type", None),
         ("expert_parallel.disable_triton_grouped_mm", True),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from nursery import Nursery
+
+from launch.engine.moe_layer import MoELayer
 
 #: Relative, of outputs and gradients: both sum the same products, in fp32, in another order.
 TOLERANCE = 1e-6
@@ -61,6 +65,20 @@ def test_dropout_and_replay(ranks: list[dict], what: str) -> None:
 def test_what_the_layer_does_not_do_is_refused(ranks: list[dict]) -> None:
     """It would weigh the rows after the experts all the same."""
     assert all("score_apply 'post'); got comm_backend 'comm' and score_apply 'pre'" in result["refusal"] for result in ranks)
+
+
+@pytest.mark.parametrize(
+    ("backend", "applied", "logits", "fits"),
+    [("comm", "post", False, True), ("deepep", "post", False, False), ("comm", "pre", False, False), ("comm", "post", True, False)],
+)
+def test_a_layer_that_would_do_otherwise_is_not_made(
+    backend: str, applied: str, logits: bool, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no JSON was looked at."""
+    made = {"comm_backend": backend, "score_apply": applied, "return_router_logits": logits}
+    monkeypatch.setattr(AutoEPMoELayer, "__init__", lambda self: vars(self).update(made))
+    with nullcontext() if fits else pytest.raises(ValueError, match="this model's layer exchanges by"):
+        MoELayer()
 
 
 def test_a_layer_without_its_shared_experts_is_refused(ranks: list[dict]) -> None:
