@@ -100,7 +100,7 @@ def test_saving_a_step_again_replaces_it(run):
     ids=["newest", "choose", "load", "save"],
 )
 def test_whoever_asks_gets_the_answer_of_after_the_save_under_way(run, monkeypatch, ask):
-    """In the background. A rollback would go further back than it must, and a load leave a branch that is still growing."""
+    """In the background. Else a rollback would go further back than it must, and a load begin while files are still written."""
     gate, flush = threading.Event(), CheckpointFiles.flush
     monkeypatch.setattr(CheckpointFiles, "flush", lambda self: gate.wait(30) and flush(self))
     checkpoints = CheckpointManager(run, keep_last=0, keep_every=0, identity=manager(run).identity, background=True)

@@ -43,6 +43,7 @@ def test_a_gpus_state_is_kept_and_set_where_there_is_one(monkeypatch: pytest.Mon
     was_set: list[torch.Tensor] = []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
     monkeypatch.setattr(torch.cuda, "set_rng_state", was_set.append)
+    monkeypatch.setattr(module, "on_gpu", lambda: False)
     of_cpu = random_state()
     monkeypatch.setattr(module, "on_gpu", lambda: True)
     of_gpu = random_state()

@@ -35,7 +35,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_what_is_frozen_is_in_no_group() -> None:
-    """Weight decay would move it."""
+    """Under ZeRO weight decay would move it: in a partition there is no parameter without a gradient."""
     model = small_model()
     frozen = [model.model.embed_tokens.weight.requires_grad_(False), model.model.norm.weight.requires_grad_(False)]
     trained = [parameter for group in build.parameter_groups(model, 0.01) for parameter in group["params"]]

@@ -157,7 +157,7 @@ def test_a_norm_without_zero_counts_other_ranks_experts(monkeypatch: pytest.Monk
 
 
 def test_a_large_norm_without_zero_is_not_infinite() -> None:
-    """The square of 1e20 is, in fp32: it was an overflow."""
+    """The square of 1e20 is, in fp32, and a step with such a norm is skipped."""
     (parameter,) = module = torch.nn.ParameterList([torch.ones(2)])
     parameter.grad = torch.full((2,), 1e20)
     assert unsharded_grad_norm(module) == pytest.approx(2**0.5 * 1e20)
