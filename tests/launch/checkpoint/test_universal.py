@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,10 @@ from stub_engine import replace_file
 from training_process import launch_ranks
 
 from data.cli import UserError
-from launch.checkpoint import manifest
+from launch.checkpoint import manifest, publish
 from launch.checkpoint.converter import give_moments
 from launch.checkpoint.state import STATE
-from launch.checkpoint.universal import _is_whole, _rates, convert, link_or_copy
+from launch.checkpoint.universal import _is_whole, _rates, convert, link_or_copy, load
 from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights, numbered, whole_momenta
 from launch.engine.settings import give_own_steps
 
@@ -128,6 +129,42 @@ def test_a_conversion_needs_room_for_what_it_writes(run, tmp_path, monkeypatch, 
     monkeypatch.setattr("launch.checkpoint.universal.check_source", begin)
     with pytest.raises(BegunError) if fits else pytest.raises(UserError, match=r"converting .*step_3 needs"):
         convert(source, tmp_path / "step_3.universal")
+
+
+@pytest.mark.parametrize(("stage", "compared"), [(1, True), (2, True), (3, False)])
+def test_a_conversion_compares_masters_with_the_weights_that_lie_beside_them(run, tmp_path, monkeypatch, stage, compared):
+    """Under ZeRO 3 the masters are all there is."""
+    source = run / "checkpoints" / "step_3"
+    body = json.loads((source / STATE).read_bytes())
+    replace_file(source, STATE, manifest.to_json({**body, "identity": {**body["identity"], "zero_stage": stage}}))
+
+    def converter(_, target, on_phase):
+        (target / "zero" / "w").mkdir(parents=True)
+        torch.save({"param": torch.ones(2)}, target / "zero" / "w" / "fp32.pt")
+
+    for name, stand_in in {
+        "check_source": lambda _: None,
+        "run_converter": converter,
+        "_complete": lambda *_: None,
+        "module_weights": lambda _: [("w", torch.zeros(2))],
+    }.items():
+        monkeypatch.setattr(f"launch.checkpoint.universal.{name}", stand_in)
+    with pytest.raises(UserError, match="w in the optimizer's files is not the weight") if compared else nullcontext():
+        convert(source, tmp_path / "step_3.universal")
+    assert (tmp_path / "step_3.universal").exists() != compared and not publish.leftovers(tmp_path)
+
+
+def test_groups_keep_this_runs_settings_but_for_the_rate(tmp_path):
+    """DeepSpeed takes all from the checkpoint, by position."""
+
+    def load_checkpoint(*_, **__):
+        for group in optimizer.param_groups:
+            group.update(lr=5e-4, weight_decay=0.7)
+
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "weight_decay": decay} for decay in (0.1, 0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    load(SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 2, load_checkpoint=load_checkpoint), tmp_path)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(5e-4, 0.1), (5e-4, 0.0)]
 
 
 def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path):
