@@ -25,7 +25,7 @@ def test_a_file_holds_the_state_of_when_it_was_saved(tmp_path: Path, later: bool
     files.write("note", b"text")
     weight.fill_(-1)  # training goes on
     records = files.flush()
-    assert set(records) == {"x.pt", "note"}
+    assert set(records) == {"x.pt", "note"} and not files._waiting, "a copy of the state, which is as large as it"
     manifest.check_files(tmp_path, records, records)
     assert files.load(str(tmp_path / "x.pt"))["w"].tolist() == [0, 1, 2, 3]
 
@@ -67,6 +67,17 @@ def test_the_first_error_is_kept_for_the_end(tmp_path: Path) -> None:
     assert not (tmp_path / "y.pt").exists(), "what comes after it is in vain"
     with pytest.raises(ValueError, match=r"writing step_1 failed: .*File too large"):
         files.flush()
+
+
+def test_a_fault_of_the_program_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reports both as the same; without a write that failed nothing would say that a file is missing."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("cannot be pickled")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="cannot be pickled"):
+        CheckpointFiles(tmp_path, name="step_1").save({"w": torch.ones(1)}, str(tmp_path / "x.pt"))
 
 
 def test_under_zero_3_the_optimizers_file_is_looked_at_by_the_models_shapes(tmp_path: Path) -> None:
