@@ -2,6 +2,7 @@
 the faults that need real ranks are in `test_ranks.py`."""
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -18,6 +19,7 @@ from killed_at import in_child
 from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps, whole
 
 from data.cli import UserError
+from data.terminal import drain
 from launch.checkpoint import publish
 from launch.checkpoint.engine_files import CheckpointFiles, state_bytes
 from launch.checkpoint.manager import CheckpointManager
@@ -153,6 +155,32 @@ def test_ranks_that_load_one_after_the_other_do_not_wait_for_each_other_at_a_fil
     ranks = SimpleNamespace(rank=0, run_everywhere=lambda action: [together.append(action())])
     restore(engine, choice, choice.path, ranks)
     assert len(together) == (0 if one_by_one else 2)
+
+
+def test_nothing_is_written_where_it_should_not_be_any_more(run):
+    """The run's folder was moved away, and a save would make another."""
+
+    def refuse():
+        raise UserError("the folder is another")
+
+    checkpoints = CheckpointManager(run, keep_last=1, keep_every=0, identity=manager(run).identity, before_save=refuse)
+    shutil.rmtree(run)
+    with pytest.raises(ValueError, match="the folder is another"):
+        checkpoints.save(StubEngine(), state(4))
+    assert not run.exists()
+
+
+def test_a_save_does_not_fail_over_what_is_no_longer_kept(run, monkeypatch, capsys):
+    """It is mounted, or somebody else's; the new one is whole and named."""
+
+    def refuse(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("launch.checkpoint.manager.discard", refuse)
+    manager(run, keep_last=1).save(StubEngine(), state(4))
+    assert steps(run) == [1, 2, 3, 4] and (run / "checkpoints/latest").read_text() == "step_4"
+    drain()
+    assert capsys.readouterr().err.count("is no longer kept and cannot be deleted (Permission denied)") == 3
 
 
 # ---------------------------------------------------------------------- a full disk

@@ -1,5 +1,6 @@
 """A folder gets its name whole or not at all, whatever was there and whenever the process dies."""
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -81,7 +82,9 @@ def test_a_folder_is_no_checkpoint_any_more_when_its_files_go(tmp_path, monkeypa
 
 def test_only_our_own_leftovers_are_found(tmp_path):
     ours = [publish.working_name(tmp_path / "step_7", kind) for kind in ("tmp", "trash", "replaced")]
-    others = [tmp_path / name for name in (".tmp-mine", ".git", "step_7", ".trash", "tmp-step_7-0123abcd")]
+    others = [
+        tmp_path / name for name in (".tmp-mine", ".git", "step_7", ".trash", "tmp-step_7-0123abcd", ".tmp-step_7-0123abcd.kept")
+    ]
     for folder in (*ours, *others):
         folder.mkdir()
     assert publish.leftovers(tmp_path) == sorted(ours)
@@ -106,6 +109,21 @@ def test_of_a_link_the_name_goes_and_what_it_points_to_stays(tmp_path, capsys, r
     assert (kept / "state").read_bytes() == b"old"
     drain()
     assert capsys.readouterr().err.count(f" was a link; what it points to is kept: {kept}\n") == 2
+
+
+def test_a_folder_that_may_not_be_renamed_stays(tmp_path, monkeypatch):
+    """Only where the file system renames no folders is the old one deleted before the new one has its name."""
+    final, temporary = folder_with(tmp_path / "step_1", state=b"old"), folder_with(tmp_path / "new", state=b"new")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(publish, "exchange", lambda *_: False)
+    monkeypatch.setattr(publish.os, "rename", refuse)
+    for action in (lambda: publish.publish(temporary, final), lambda: publish.discard(final)):
+        with pytest.raises(PermissionError):
+            action()
+    assert (final / "state").read_bytes() == b"old" and (temporary / "state").read_bytes() == b"new"
 
 
 @pytest.fixture
