@@ -273,7 +273,7 @@ def test_a_master_is_the_weight_but_for_rounding():
     for master_, weight in ((master, other), (master, master.roll(1)), (master[1:], other)):
         with pytest.raises(UserError, match="step_3: w in the optimizer's files is not the weight that the model computed with"):
             check_master(master_, weight, Path("step_3"), "w")
-    small = 1e-4 * master  # as a new run's last layers
+    small = 1e-4 * master[:1000]  # as a new run's last layers
     check_master(small, small.to(torch.bfloat16), Path("step_3"), "w")
     with pytest.raises(UserError, match="is not the weight that the model computed with"):
         check_master(small, small.roll(1), Path("step_3"), "w")
