@@ -163,7 +163,8 @@ def test_nothing_is_written_where_it_should_not_be_any_more(run):
     def refuse():
         raise UserError("the folder is another")
 
-    checkpoints = CheckpointManager(run, keep_last=1, keep_every=0, identity=manager(run).identity, before_save=refuse)
+    checkpoints = CheckpointManager(run, keep_last=1, keep_every=0, identity=manager(run).identity)
+    checkpoints.before_save = refuse
     shutil.rmtree(run)
     with pytest.raises(ValueError, match="the folder is another"):
         checkpoints.save(StubEngine(), state(4))

@@ -71,7 +71,7 @@ def test_the_typed_view_says_what_the_file_says(path: Path) -> None:
     theirs = DeepSpeedZeroConfig(**raw["zero_optimization"])
     offloads = theirs.offload_optimizer is not None and theirs.offload_optimizer.device != "none"
     assert (strategy.zero_stage, strategy.offloads_optimizer) == (int(theirs.stage), offloads)
-    assert (strategy.ep_size, strategy.dtype) == (size, "bfloat16" if raw["bf16"]["enabled"] else "float32")
+    assert (strategy.ep_size, strategy.dtype) == (size, "bfloat16" if raw.get("bf16", {}).get("enabled") else "float32")
     assert strategy.weight_decay == raw["optimizer"]["params"]["weight_decay"] and strategy.optimizer == raw["optimizer"]["type"]
     assert strategy.activation_checkpointing == raw["activation_checkpointing"]["mode"]
     assert strategy.activation_checkpointing in CHECKPOINTING_MODES
