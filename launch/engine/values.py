@@ -36,6 +36,11 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     # the rehearsal trains.
     "zero_optimization.compute_grad_norm": ((True,), _JUDGED),
     "bf16.check_grad_overflow": ((True,), _JUDGED),
+    "managed_gradient_accumulation": (
+        (True,),
+        "DeepSpeed then takes a step after every micro-batch: of a part of the global batch, unseen by whoever refuses steps",
+    ),
+    "gradient_allreduce_op": (("mean",), "every gradient would be as many times as large as there are ranks"),
     "zero_optimization.round_robin_gradients": (
         (False,),
         "DeepSpeed then writes down another order of the weights than they have, and what is exported or converted is wrong",
