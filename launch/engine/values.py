@@ -99,15 +99,20 @@ def check_values(config: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"
         )
-    chosen = Strategy.of(config)
-    if is_muon(chosen.optimizer) and chosen.offloads_optimizer:
-        raise UserError(
-            f"{path}: zero_optimization.offload_optimizer does not go with Muon: DeepSpeed then moves the momentum before a step "
-            "can be refused, and a resume is not the run that was stopped; leave it out, or take AdamW"
-        )
+    _check_muon(Strategy.of(config), path)
     _check_expert_parallel(config["expert_parallel"], path)
     _check_grad_accum(config, path)
     _check_schedule(config.get("scheduler"), path)
+
+
+def _check_muon(chosen: Strategy, path: Path) -> None:
+    if not is_muon(chosen.optimizer) or (chosen.zero_stage < 3 and not chosen.offloads_optimizer):
+        return
+    wrong, right = ("offload_optimizer", "leave it out") if chosen.offloads_optimizer else ("stage 3", "take stage 2")
+    raise UserError(
+        f"{path}: zero_optimization.{wrong} does not go with Muon: DeepSpeed then moves the momentum before a step can be refused, "
+        f"and a resume is not the run that was stopped; {right}, or take AdamW"
+    )
 
 
 def _check_expert_parallel(section: dict[str, Any], path: Path) -> None:

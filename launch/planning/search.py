@@ -78,8 +78,8 @@ def _order(found: Candidate) -> tuple[float, int, int, float]:
 
 def variants(job: Job) -> Iterator[Job]:
     """Every layout that training takes, at the same sequence length and global batch."""
-    # DeepSpeed 0.19.8 refuses Muon with ZeRO 3's reduce-scatter, its default; without it no step of the two was seen to end here.
-    # Its offload is refused by training (`engine/values.py`), and ZeRO 1 with sums in a type of their own by BF16_Optimizer.
+    # Muon's offload and ZeRO 3 are refused by training (`engine/values.py`), and ZeRO 1 with sums in a type of their own by
+    # BF16_Optimizer.
     muon = job.is_muon
     first = [(1, False)] * (not muon or job.gradient_bytes == job.weight_bytes)
     stages = first + [(2, False)] + [(2, True)] * (not muon) + [(3, False)] * (not muon and not job.compiles)

@@ -103,9 +103,9 @@ def test_mistakes_after_joining(mistake: str, flags: list, forked_train) -> None
 
 APART: dict[str, dict] = {
     "pre-scale gradients is not yet supported with ZeRO-2": {"prescale_gradients": True},
-    "Muon and reduce scatter cannot be used together": {
+    "BF16 Muon currently requires FP32 accumulation, dense DP and eager execution": {
         "optimizer": {"type": "Muon", "params": {"lr": 0.001, "torch_adam": True}},
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 1},
     },
 }
 

@@ -243,11 +243,19 @@ def test_an_optimizer_on_the_host_takes_what_its_own_class_takes(device: str) ->
         check(config)
 
 
-@pytest.mark.parametrize(("kind", "device", "refused"), [("Muon", "cpu", True), ("Muon", "none", False), ("AdamW", "cpu", False)])
-def test_muon_does_not_go_with_offload(kind: str, device: str, refused: bool) -> None:
+MUON = [
+    ("Muon", 2, "cpu", "zero_optimization.offload_optimizer does not go with Muon: .* leave it out"),
+    ("Muon", 3, "none", "zero_optimization.stage 3 does not go with Muon: .* take stage 2"),
+    ("Muon", 2, "none", ""),
+    ("AdamW", 3, "cpu", ""),
+]
+
+
+@pytest.mark.parametrize(("kind", "stage", "device", "said"), MUON)
+def test_muon_does_not_go_with_offload_or_stage_3(kind: str, stage: int, device: str, said: str) -> None:
     """Its momentum moved in the rehearsal and in every step that was refused."""
     config = read_config(CONFIG_FOLDER / "ep8_zero2_muon.json")
     config["optimizer"] = {"type": kind, "params": config["optimizer"]["params"] if kind == "Muon" else {"lr": 1e-3}}
-    config["zero_optimization"]["offload_optimizer"] = {"device": device}
-    with pytest.raises(UserError, match="offload_optimizer does not go with Muon") if refused else nullcontext():
+    config["zero_optimization"].update(stage=stage, offload_optimizer={"device": device}, reduce_scatter=False)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
         check(config)
