@@ -99,10 +99,11 @@ def check_values(config: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"
         )
-    _check_muon(Strategy.of(config), path)
+    chosen = Strategy.of(config)
+    _check_muon(chosen, path)
     _check_expert_parallel(config["expert_parallel"], path)
     _check_grad_accum(config, path)
-    _check_schedule(config.get("scheduler"), path)
+    _check_schedule(config.get("scheduler"), chosen, path)
 
 
 def _check_muon(chosen: Strategy, path: Path) -> None:
@@ -157,10 +158,15 @@ def check_optimizer_values(kind: str, takes: type, params: Mapping[str, Any], pa
         raise UserError(f"{path}: optimizer.params: {kind} refuses them: {sentence(error)}") from error
 
 
-def _check_schedule(section: Any, path: Path) -> None:
+def _check_schedule(section: Any, chosen: Strategy, path: Path) -> None:
     if not isinstance(section, dict):
         return
     kind, params = str(section["type"]), section.get("params") or {}
+    if not hasattr(lr_schedules, kind) and (chosen.zero_stage or chosen.dtype != "float32"):
+        raise UserError(
+            f"{path}: scheduler.type {kind} is PyTorch's, which takes no optimizer that DeepSpeed wraps for ZeRO or half precision; "
+            f"take one of DeepSpeed's ({', '.join(lr_schedules.VALID_LR_SCHEDULES)}), or zero_optimization.stage 0 in fp32"
+        )
     takes = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind)
     _check_kinds("scheduler.params", takes, params, path)
     if params.get("warmup_type", WARMUP_TYPES[0]) not in WARMUP_TYPES:

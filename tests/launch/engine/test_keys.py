@@ -143,8 +143,7 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("scheduler.params.cos_min_ratio", None, "scheduler.params.cos_min_ratio must be a number, not null"),
         ("scheduler.params.warmup_num_steps", 0, "WarmupCosineLR refuses them: warmup_num_steps must be a positive integer, got 0"),
         ("scheduler.params.total_num_steps", 0, "scheduler.params.total_num_steps must be at least 1, not 0"),
-        ("scheduler", {"type": "StepLR", "params": {}}, "StepLR refuses them"),
-        ("scheduler", {"type": "ReduceLROnPlateau", "params": {}}, "ReduceLROnPlateau refuses them"),  # not before its first step
+        ("scheduler", {"type": "WarmupDecayLR", "params": {}}, "WarmupDecayLR refuses them"),
         ("data_types", "fp32", "data_types must be an object"),
         ("data_types.grad_accum_dtype", "float33", 'must be one of "fp16", "fp32", "int8", "bf16", not "float33"'),
         ("expert_parallel.preset_model", "mixtral", 'expert_parallel.preset_model must be "deepseek_v3"'),
@@ -219,7 +218,6 @@ AUTOEP_DEFAULTS = [
         ("optimizer", {"type": "Lion", "params": {"lr": 0.1, "set_grad_none": True}}),  # of its second class alone
         ("optimizer", {"type": "Adam", "params": {"lr": 0.1, "adam_w_mode": True, "bias_correction": True}}),
         ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}),
-        ("scheduler", {"type": "StepLR", "params": {"step_size": 10}}),
         ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": None}}),
         ("scheduler", {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}),
         ("optimizer.params.fused", None),
@@ -240,6 +238,22 @@ def test_an_optimizer_on_the_host_takes_what_its_own_class_takes(device: str) ->
     config["zero_optimization"]["offload_optimizer"]["device"] = device
     config["optimizer"]["params"]["set_grad_none"] = True
     with pytest.raises(UserError, match=r'unknown key "optimizer\.params\.set_grad_none"') if device == "cpu" else nullcontext():
+        check(config)
+
+
+@pytest.mark.parametrize(("stage", "bf16", "refused"), [(0, False, False), (0, True, True), (1, False, True), (3, False, True)])
+def test_a_schedule_of_torch_s_takes_only_an_optimizer_of_torch_s(stage: int, bf16: bool, refused: bool) -> None:
+    """With the others every rank ended in a traceback while the engine was built."""
+    config = changed("scheduler", {"type": "StepLR", "params": {"step_size": 10}})
+    config["zero_optimization"]["stage"], config["bf16"] = stage, {"enabled": bf16}
+    said = "scheduler.type StepLR is PyTorch's, .*; take one of DeepSpeed's .*WarmupCosineLR"
+    with pytest.raises(UserError, match=said) if refused else nullcontext():
+        check(config)
+    config["scheduler"]["params"] = {"step_size": "ten"}
+    with pytest.raises(UserError, match="StepLR is PyTorch's" if refused else "StepLR refuses them"):
+        check(config)
+    config["scheduler"] = {"type": "ReduceLROnPlateau", "params": {}}  # at its first step
+    with pytest.raises(UserError, match="ReduceLROnPlateau is PyTorch's" if refused else "ReduceLROnPlateau refuses them"):
         check(config)
 
 
