@@ -10,9 +10,11 @@ the model's blocks:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 
@@ -38,4 +40,16 @@ def enable(model: PreTrainedModel, mode: str, deepspeed_config: dict[str, Any]) 
         synchronize=section.get("synchronize_checkpoint_boundary", False),
         profile=section.get("profile", False),
     )
-    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=deepspeed.checkpointing.checkpoint)
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpoint)
+
+
+def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """DeepSpeed's, within what autocast was in the forward: the backward, where it recomputes the block, is outside of the engine's."""
+    device = get_accelerator().device_name()
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    def computed_alike(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype, enabled):
+            return block(*args, **kwargs)
+
+    return deepspeed.checkpointing.checkpoint(computed_alike, *args, **kwargs)

@@ -7,15 +7,13 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 
 from launch.engine import activation_checkpointing
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.modeling import Block
 
 SECTION = {
-    "partition_activations": "partition_activations",
-    "contiguous_memory_optimization": "contiguous_checkpointing",
-    "number_checkpoints": "num_checkpoints",
     "cpu_checkpointing": "checkpoint_in_cpu",
     "synchronize_checkpoint_boundary": "synchronize",
     "profile": "profile",
@@ -63,3 +61,27 @@ def test_on_a_cpu_nothing_is_moved_to_the_host(
     monkeypatch.setattr(activation_checkpointing, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
     activation_checkpointing.enable(model, "full", {"activation_checkpointing": {"cpu_checkpointing": True}})
     assert told["checkpoint_in_cpu"] is False
+
+
+def gradients(mode: str, *, autocast: bool) -> list[torch.Tensor]:
+    """Forward within autocast, backward outside of it, as DeepSpeed's engine has them."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16, "vocab_size": 64}
+    torch.manual_seed(0)
+    model = MoEGPTForCausalLM(MoEGPTConfig.preset("tiny", **sizes)).train()
+    activation_checkpointing.enable(model, mode, {})
+    ids = torch.randint(0, 64, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_what_is_recomputed_is_what_the_loss_was_computed_from(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `torch_autocast` blocks were computed again in fp32, and their gradients were others."""
+    monkeypatch.setattr(activation_checkpointing.deepspeed.checkpointing, "configure", lambda *_, **__: None)  # wants ranks
+    plain, full = gradients("none", autocast=autocast), gradients("full", autocast=autocast)
+    assert len(plain) == len(full) > 10 and all(map(torch.equal, plain, full))
+    other = gradients("none", autocast=not autocast)
+    assert not any(map(torch.equal, plain, other)), "autocast made no difference"
