@@ -32,9 +32,6 @@ def enable(model: PreTrainedModel, mode: str, deepspeed_config: dict[str, Any]) 
     section = deepspeed_config.get("activation_checkpointing", {})
     deepspeed.checkpointing.configure(
         None,
-        partition_activations=section.get("partition_activations", False),
-        contiguous_checkpointing=section.get("contiguous_memory_optimization", False),
-        num_checkpoints=section.get("number_checkpoints"),
         # On a CPU they are there already, and DeepSpeed's copy would free the tensor that it aliases.
         checkpoint_in_cpu=section.get("cpu_checkpointing", False) and get_accelerator().device_name() != "cpu",
         synchronize=section.get("synchronize_checkpoint_boundary", False),

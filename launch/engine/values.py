@@ -41,6 +41,11 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
         "DeepSpeed then takes a step after every micro-batch: of a part of the global batch, unseen by whoever refuses steps",
     ),
     "gradient_allreduce_op": (("mean",), "every gradient would be as many times as large as there are ranks"),
+    "activation_checkpointing.partition_activations": (
+        (False,),
+        "DeepSpeed's checkpoint then passes no gradient on below the last block, which alone would learn",
+    ),
+    "activation_checkpointing.contiguous_memory_optimization": ((False,), "it needs partition_activations, which is refused"),
     "zero_optimization.round_robin_gradients": (
         (False,),
         "DeepSpeed then writes down another order of the weights than they have, and what is exported or converted is wrong",
