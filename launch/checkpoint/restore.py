@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from data.cli import UserError, sentence
 from launch.checkpoint import universal
@@ -61,6 +62,12 @@ def _load_plainly(engine: DeepSpeedEngine, folder: Path) -> None:
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag=".")
     except RuntimeError as error:
+        if "same parameter placement" in str(error):
+            default = DeepSpeedZeroConfig.model_fields["sub_group_size"].default
+            raise UserError(
+                f"{folder} was saved with another zero_optimization.sub_group_size than {engine.zero_sub_group_size():,}, by which "
+                f"ZeRO 3 lays out its state; give it as it was then ({default:,} where the JSON did not name it)"
+            ) from error
         if "parameter_alignment" not in str(error):
             raise
         raise UserError(f"{folder}: {sentence(error)}") from error
