@@ -41,7 +41,7 @@ def enable(model: PreTrainedModel, mode: str, deepspeed_config: dict[str, Any]) 
 
 
 def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """DeepSpeed's, within what autocast was in the forward: the backward, where it recomputes the block, is outside of the engine's."""
+    """DeepSpeed's, which recomputes the block outside of the engine's autocast: here within what that was in the forward."""
     device = get_accelerator().device_name()
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 

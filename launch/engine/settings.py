@@ -6,7 +6,9 @@ ignored without a word, while the schedule computes with the new one: the first 
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 SCHEDULE_STATE = ("last_batch_iteration", "last_epoch", "_step_count", "_last_lr", "T_cur", "T_i")
 #: In a group, by whichever optimizer.
 MOMENTUM = ("betas", "momentum")
+#: How torch's optimizers compute; none keeps another state for it.
+WAYS = {"capturable", "differentiable", "foreach", "fused"}
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
@@ -76,6 +80,32 @@ def _settings(of: Any, state: tuple[str, ...]) -> dict[str, Any]:
     if of is None:
         return {}
     return {k: v for k, v in vars(of).items() if k not in state and isinstance(v, PLAIN)}
+
+
+def missing_state(kind: str, held: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What an optimizer with the parameters `now` needs of its state that one with those of `held` did not keep, as `amsgrad` does.
+
+    By a step of one weight. None of DeepSpeed's own classes keeps more for any parameter; AdamW stands for them.
+    """
+    takes = getattr(torch.optim, kind, torch.optim.AdamW)
+    before, after = _stepped(takes, held), _stepped(takes, now)
+    settings = {key: value for key, value in after.param_groups[0].items() if key != "params"}
+    after.load_state_dict(before.state_dict())
+    after.param_groups[0].update(settings)
+    try:
+        after.step()
+    except KeyError as error:
+        return str(error.args[0])
+    return None
+
+
+def _stepped(takes: type[torch.optim.Optimizer], params: Mapping[str, Any]) -> torch.optim.Optimizer:
+    weight = torch.nn.Parameter(torch.zeros(1, 1))
+    weight.grad = torch.ones(1, 1)
+    accepted = inspect.signature(takes).parameters.keys() - WAYS
+    optimizer = takes([weight], **{name: value for name, value in params.items() if name in accepted})
+    optimizer.step()
+    return optimizer
 
 
 def counting(optimizer: Any) -> torch.optim.Optimizer:

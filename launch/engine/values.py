@@ -169,7 +169,7 @@ def _check_schedule(section: Any, chosen: Strategy, path: Path) -> None:
     kind, params = str(section["type"]), section.get("params") or {}
     if not hasattr(lr_schedules, kind) and (chosen.zero_stage or chosen.dtype != "float32"):
         raise UserError(
-            f"{path}: scheduler.type {kind} is PyTorch's, which takes no optimizer that DeepSpeed wraps for ZeRO or half precision; "
+            f"{path}: scheduler.type {kind} is PyTorch's, which takes no optimizer that is wrapped for ZeRO or half precision; "
             f"take one of DeepSpeed's ({', '.join(lr_schedules.VALID_LR_SCHEDULES)}), or zero_optimization.stage 0 in fp32"
         )
     takes = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind)

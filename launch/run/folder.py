@@ -12,6 +12,7 @@ from data.redact import redact
 from data.terminal import say
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
+from launch.engine.settings import missing_state
 from launch.engine.strategy import settings_of_run
 
 
@@ -40,7 +41,7 @@ def changed_settings(folder: Path, deepspeed: dict[str, Any], *, deterministic: 
     """How the DeepSpeed JSON differs from that of the run in `folder`, as `optimizer.params.lr: 0.001 -> 0.01`; and
     `deterministic`, without which GPUs round otherwise.
 
-    Raises UserError for another optimizer: the state of one is not the other's.
+    Raises UserError for another optimizer, or one that keeps more: the state of one is not the other's.
     """
     try:
         config = read_json(folder / "config.json")
@@ -48,10 +49,17 @@ def changed_settings(folder: Path, deepspeed: dict[str, Any], *, deterministic: 
         before, now = held["optimizer"]["type"], deepspeed["optimizer"]["type"]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # a checkpoint that was taken out of its run
+    or_begin_anew = "or start a new run from an export with --init_from"
     if str(before).lower() != str(now).lower():
         raise UserError(
             f"{folder} was trained with optimizer.type {before}, and {now}, which the JSON asks for, cannot go on from its state; "
-            f"keep {before}, or start a new run from an export with --init_from"
+            f"keep {before}, {or_begin_anew}"
+        )
+    params, wanted = (lookup(of, "optimizer.params") or {} for of in (held, deepspeed))
+    if params != wanted and (missing := missing_state(now, params, wanted)) is not None:
+        raise UserError(
+            f"{folder} was trained with other optimizer.params ({listed(differences(params, wanted))}), and its state has no "
+            f"{missing}, which those of the JSON need; leave them as they were, {or_begin_anew}"
         )
     return differences({**held, "--deterministic": was}, {**deepspeed, "--deterministic": deterministic})
 

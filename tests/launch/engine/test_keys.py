@@ -113,7 +113,11 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("managed_gradient_accumulation", False, "accumulation must be true, not false: DeepSpeed then takes a step after every"),
         ("gradient_allreduce_op", "sum", 'gradient_allreduce_op must be "mean", not "sum": every gradient would be as many times'),
         ("activation_checkpointing.partition_activations", True, "must be false, not true: DeepSpeed's checkpoint then passes no"),
-        ("activation_checkpointing.contiguous_memory_optimization", True, "must be false, not true: it needs partition_activations"),
+        (
+            "activation_checkpointing.contiguous_memory_optimization",
+            True,
+            "must be false, not true: it needs partition_activation",
+        ),
         ("zero_optimization.elastic_checkpoint", True, "elastic_checkpoint must be false, not true: DeepSpeed cannot load what"),
         ("zero_optimization.load_from_fp32_weights", False, "load_from_fp32_weights must be true, not false: a resume would begin"),
         ("zero_optimization.cpu_offload", True, "cpu_offload must be false or null, not true: it is DeepSpeed's older name of"),

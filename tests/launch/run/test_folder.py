@@ -9,14 +9,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT
 
+from data.cli import UserError
 from data.lock import take_folder
 from launch.checkpoint.identity import RunIdentity
 from launch.run import folder as run_folder
-from launch.run.folder import FolderWatch, check_same_run, write_config
+from launch.run.folder import FolderWatch, changed_settings, check_same_run, write_config
 
 HOLD = """
 import sys, time
@@ -98,6 +100,42 @@ def test_what_is_missing_beside_a_config_is_made_anew(tmp_path: Path) -> None:
     (run / "config.json").write_text("{}")
     write_config(run, {}, tmp_path / "source")
     assert [path.name for path in (run / "tokenizer").iterdir()] == ["tokenizer.json"] and not (run / ".tokenizer").exists()
+
+
+def optimizer(kind: str, **params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": kind, "params": {"lr": 0.001, **params}}}
+
+
+NOT_IN_THE_STATE = [
+    (optimizer("AdamW", fused=True), optimizer("AdamW", fused=True, amsgrad=True), r"amsgrad: null -> true\), .* max_exp_avg_sq"),
+    (optimizer("Adam", amsgrad=False), optimizer("Adam", amsgrad=True), r"amsgrad: false -> true\), .* max_exp_avg_sq"),
+    (optimizer("RMSprop"), optimizer("RMSprop", momentum=0.9), r"momentum: null -> 0.9\), .* momentum_buffer"),
+    (optimizer("RMSprop"), optimizer("RMSprop", lr=1, centered=True), r"centered: null -> true; lr: 0.001 -> 1\), .* grad_avg"),
+]
+
+
+@pytest.mark.parametrize(("held", "asked", "said"), NOT_IN_THE_STATE)
+def test_settings_that_the_state_has_nothing_for_are_refused(held: dict, asked: dict, said: str, tmp_path: Path) -> None:
+    """They were a KeyError in the first step, once `config.json` had them."""
+    (tmp_path / "config.json").write_text(json.dumps({"deepspeed": held}))
+    with pytest.raises(UserError, match=rf"was trained with other optimizer\.params \({said}, which those of the JSON need"):
+        changed_settings(tmp_path, asked, deterministic=False)
+    assert changed_settings(tmp_path, held, deterministic=False) == []
+
+
+IN_THE_STATE = [
+    (optimizer("AdamW", amsgrad=True), optimizer("AdamW", amsgrad=False)),
+    (optimizer("AdamW", torch_adam=True, fused=True), optimizer("AdamW", lr=0.1, betas=[0.8, 0.9], weight_decay=0.5, eps=1e-6)),
+    (optimizer("SGD"), optimizer("SGD", momentum=0.9, nesterov=True)),  # which begins at the first gradient
+    (optimizer("Muon", muon_lr=0.02, momentum=0.95), optimizer("Muon", muon_lr=0.01, momentum=0.9)),
+    (optimizer("Lion", betas=[0.9, 0.99]), optimizer("Lion", betas=[0.95, 0.98])),
+]
+
+
+@pytest.mark.parametrize(("held", "asked"), IN_THE_STATE)
+def test_settings_that_the_state_has_all_for_are_told(held: dict, asked: dict, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"deepspeed": held}))
+    assert changed_settings(tmp_path, asked, deterministic=False)
 
 
 def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
