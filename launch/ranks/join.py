@@ -57,7 +57,7 @@ def raise_open_files() -> None:
 
 
 def set_environment() -> tuple[int, int]:
-    """Fill in the five variables; returns (rank, world size)."""
+    """Fill in the five variables; returns (rank, world size). Raises UserError for some that no launcher sets so."""
     env = os.environ
     if "RANK" not in env and _is_srun_s(env):
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
@@ -65,6 +65,7 @@ def set_environment() -> tuple[int, int]:
             raise UserError("under srun MASTER_ADDR must be set; launch/templates/slurm.sh shows how")
     elif "RANK" not in env and any(int(env.get(name, "1")) > 1 for name in MPI_VARIABLES):
         _environment_from_mpi()
+    _check_numbers(env)
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")
@@ -72,6 +73,20 @@ def set_environment() -> tuple[int, int]:
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(free_port() if env["WORLD_SIZE"] == "1" else 29500)
     return int(env["RANK"]), int(env["WORLD_SIZE"])
+
+
+def _check_numbers(env: Mapping[str, str]) -> None:
+    """A WORLD_SIZE that was left in the shell would have this process wait for ranks that nobody starts."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not env.get(name, "0").isdecimal():
+            raise UserError(
+                f"{name} in the environment is {env[name]!r} and must be a whole number; unset it, or let a launcher set it"
+            )
+    if "RANK" not in env and int(env.get("WORLD_SIZE", "1")) != 1:
+        raise UserError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} in the environment and RANK is not set: no launcher started this rank; unset "
+            "WORLD_SIZE, or start with deepspeed or torchrun"
+        )
 
 
 def _is_srun_s(env: Mapping[str, str]) -> bool:

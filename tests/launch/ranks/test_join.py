@@ -33,6 +33,24 @@ def test_a_plain_start_is_one_rank() -> None:
     assert set_environment() == (0, 1)
 
 
+def test_a_world_size_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left in the shell, it would have the run wait ten minutes for ranks that nobody starts."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="WORLD_SIZE is 8 in the environment and RANK is not set: no launcher started this rank"):
+        set_environment()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert set_environment() == (0, 1)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["", "two", "-1", "1.5"])
+def test_no_whole_number_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for one, usual in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), (name, value)):
+        monkeypatch.setenv(one, usual)
+    with pytest.raises(UserError, match=f"^{name} in the environment is '{value}' and must be a whole number"):
+        set_environment()
+
+
 def test_slurm_s_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SLURM_NTASKS", "16"), ("SLURM_PROCID", "9"), ("SLURM_LOCALID", "1"), ("MASTER_ADDR", "node1")):
         monkeypatch.setenv(name, value)
