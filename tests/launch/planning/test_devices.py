@@ -41,11 +41,12 @@ def test_every_share_and_cost_says_where_it_is_from() -> None:
     [
         ("NVIDIA A100-SXM4-80GB", "a100-80gb", 312e12),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb", 312e12),
-        ("NVIDIA A100 80GB PCIe", "a100-80gb", 312e12),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb-pcie", 312e12),
         ("NVIDIA A100-SXM-64GB", "a100-40gb", 312e12),  # the peak is right, memory is not overstated
-        ("NVIDIA A100-PCIE-40GB", "a100-40gb", 312e12),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb-pcie", 312e12),
+        ("NVIDIA A100-PCIE-80GB", "a100-80gb-pcie", 312e12),
         ("NVIDIA A800-SXM4-80GB", "a800", 312e12),
-        ("NVIDIA A800 80GB PCIe", "a800", 312e12),
+        ("NVIDIA A800 80GB PCIe", "a800-pcie", 312e12),
         ("NVIDIA H800", "h800", 989e12),
         ("NVIDIA A40", "a40", 149.7e12),
         ("NVIDIA A10", "a10", 125e12),
@@ -71,6 +72,8 @@ def test_the_drivers_names(driver_name: str, name: str, peak: float) -> None:
     found = device_of(driver_name)
     assert found is not None and found.name == name and found.peak == pytest.approx(peak)
     assert find_device(driver_name) == find_device(name.upper().replace("-", "_")) == found
+    if "PCIE" in driver_name.upper():  # a board's link is half of what a plan says of its speed
+        assert found.link.startswith("PCIe") and found.link_gbs <= 64
 
 
 @pytest.mark.parametrize(
@@ -94,5 +97,8 @@ def test_a_part_or_a_variant_of_a_card_is_not_the_card(driver_name: str) -> None
 def test_an_unknown_card_is_refused_with_the_known_ones() -> None:
     for name in ("NVIDIA GeForce GTX 1080", "Tesla V100-SXM2-32GB", "NVIDIA RTX 9999", None):
         assert device_of(name) is None
-    with pytest.raises(UserError, match="--gpu v100 is not known; known are a100-40gb, a100-80gb, a800, a40"):
+    with pytest.raises(
+        UserError,
+        match="--gpu v100 is not known; known are a100-40gb, a100-80gb, a100-40gb-pcie, a100-80gb-pcie, a800, a800-pcie, a40",
+    ):
         find_device("v100")
