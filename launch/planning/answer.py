@@ -20,6 +20,9 @@ from launch.planning.time import USUAL_LOAD
 from model.accounting import count_parameters, training_flops_per_token
 from model.sizes import ModelSizes, load_sizes
 
+#: How far a global batch may move for a better micro-batch: far less than changes a learning rate (as the square root of it).
+NEAR = 0.05
+
 
 def answer(arguments: PlanArguments) -> dict[str, Any]:
     """What `arguments` ask for. Raises `UserError`; writes the JSON of `--write`."""
@@ -63,17 +66,30 @@ def with_batch_for(base: dict[str, Any], ranks: int) -> tuple[dict[str, Any], di
     """`base` with a batch that `ranks` can share out, and what of it had to change, `[from, to]` by key.
 
     Training refuses a batch that was made for another number of GPUs; a plan shows what it would have to be. The global batch
-    stays where every rank gets as many sequences of it, else it becomes the nearest that does.
+    stays where every rank gets as many sequences of it, else it becomes one near it that does (`share_near`).
     """
     train, micro, accumulation = strategy.given_batch(base)
     unit = ranks * (micro or 1) * (accumulation or 1)
     if train is None or train == unit or (train % unit == 0 and None in (micro, accumulation)):
         return base, {}
-    share = max(1, round(train / ranks))
+    share = share_near(train / ranks, micro)
     fitting = max(micro_batches(share, micro or share))
     wanted = (share * ranks, micro and fitting, accumulation and share // fitting)
     pairs = {name: [base[name], new] for name, new in zip(strategy.BATCH, wanted, strict=True) if new and base[name] != new}
     return {**base, **{name: new for name, (_, new) in pairs.items()}}, pairs
+
+
+def share_near(exact: float, micro: int | None) -> int:
+    """Sequences of a step that each rank gets, for an `exact` share that may be no whole number.
+
+    Not merely the nearest: that may be a prime, 37 for 256 sequences on 7 GPUs, which only micro-batches of one sequence divide.
+    So the one that the largest micro-batch up to `micro` divides, as long as it is near.
+    """
+    nearest = max(1, round(exact))
+    if micro is None or exact == nearest:
+        return nearest
+    multiples = (size * round(exact / size) for size in range(min(micro, nearest), 0, -1))
+    return next((share for share in multiples if abs(share - exact) <= NEAR * exact), nearest)
 
 
 def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], path: Path) -> Job:

@@ -15,6 +15,7 @@ import pytest
 from support import ROOT, metrics
 
 from data.cli import UserError
+from launch.planning.answer import share_near
 from launch.planning.expectation import beside_measured, duration_line, job_of_run
 from launch.planning.memory import plan_memory
 from launch.planning.past import rest_of
@@ -107,6 +108,26 @@ def test_a_batch_made_for_fewer_gpus_is_planned_as_it_could_train(flags: tuple, 
     key, (old, new) = next(iter(batch.items()))
     assert f"does not train on {found['gpus']} GPUs as it is; planned with" in said and f"{key} from {old} to {new}" in said
     assert answer(*USUAL)["to_train"] == {}
+
+
+@pytest.mark.parametrize(
+    ("train", "ranks", "micro", "share"),
+    [
+        (256, 7, 8, 35),  # not 37, a prime
+        (256, 6, 8, 42),  # not 43, a prime
+        (256, 84, 8, 3),
+        (256, 512, 8, 1),
+        (222, 6, 8, 37),  # shared out evenly: stays
+        (256, 7, None, 37),  # no micro-batch to keep to
+    ],
+)
+def test_a_share_that_micro_batches_divide_comes_before_the_nearest(train: int, ranks: int, micro: int | None, share: int) -> None:
+    assert share_near(train / ranks, micro) == share
+
+
+def test_seven_gpus_keep_a_usable_micro_batch() -> None:
+    found = answer(*USUAL, "--num_gpus", 7, "--deepspeed_config", "ds_configs/ep1_zero2.json")
+    assert found["batch"]["micro_batch"] > 1 and abs(found["batch"]["global_batch"] - 256) <= 0.05 * 256
 
 
 def test_answers_at_once_and_without_torch() -> None:
