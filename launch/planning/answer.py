@@ -18,7 +18,7 @@ from launch.planning.scale import ScalingPoint, curve
 from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidate, least_change, search
 from launch.planning.time import USUAL_LOAD
 from model.accounting import count_parameters, training_flops_per_token
-from model.sizes import ModelSizes, load_sizes
+from model.sizes import ModelSizes, find_model, load_sizes
 
 #: How far a global batch may move for a better micro-batch: far less than changes a learning rate (as the square root of it).
 NEAR = 0.05
@@ -100,7 +100,10 @@ def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], 
     """
     length = arguments.sequence_length or sizes.usual_context
     if length > sizes.max_position_embeddings:
-        raise UserError(f"--sequence_length {length} is beyond the {sizes.max_position_embeddings} positions of {arguments.model}")
+        raise UserError(
+            f"--sequence_length {length} is beyond the {sizes.max_position_embeddings} positions of {arguments.model}; copy the "
+            f'model\'s config.json ({find_model(arguments.model)}) with "max_position_embeddings": {length}'
+        )
     resolved = strategy.resolve_config(base, path, world_size=arguments.ranks, num_experts=sizes.n_routed_experts, max_steps=1000)
     strategy.check_precision(resolved, path)
     return job_from(

@@ -20,6 +20,7 @@ from launch.evaluation.problems import ProblemFile
 from launch.model_config import extended, load_model_config
 from launch.run.arguments import TrainArguments, parse_source
 from model import MoEGPTConfig
+from model.sizes import find_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,11 @@ def fit_model(config: MoEGPTConfig, arguments: TrainArguments, train: PackedData
         config = extended(config, arguments.rope_factor)
     if arguments.sequence_length > config.max_position_embeddings:
         mend = "--rope_factor extends them"
+        if not arguments.init_from and not may_resume(arguments):  # random weights have no context to extend
+            mend = (
+                f'copy the model\'s config.json ({find_model(arguments.model)}) with "max_position_embeddings": '
+                f"{arguments.sequence_length}; --rope_factor is for a trained model (--init_from)"
+            )
         if arguments.rope_factor:
             first = (config.rope_parameters or {})["original_max_position_embeddings"]
             mend = f"--rope_factor {arguments.rope_factor:g} counts from the {first} it was first trained at; take a larger one"
@@ -118,6 +124,11 @@ def fit_model(config: MoEGPTConfig, arguments: TrainArguments, train: PackedData
             f"{arguments.model}; {mend}"
         )
     return config
+
+
+def may_resume(arguments: TrainArguments) -> bool:
+    """Whether the weights may come from a checkpoint; `choose` says later which."""
+    return arguments.resume != "never" and (arguments.resume != "auto" or (arguments.output / "checkpoints").is_dir())
 
 
 def resolve_settings(

@@ -64,7 +64,12 @@ MISTAKES = {
     "preset": ({"model": "7b"}, "--model 7b is neither a preset (4b, 60m, 800m, tiny) nor a config.json"),
     "vocabulary": ({"model": "tiny"}, "tokenizer of 512 tokens and the model tiny has a vocabulary of 4096"),
     "init's model": ({"model": "tiny", "init_from": "hf"}, "to go on from hf name its model, --model hf/config.json"),
-    "context": ({"sequence_length": 4096}, "beyond the 1024 positions"),
+    "context": ({"sequence_length": 4096}, "1024 positions of {model}; copy the model's config.json ({model}) with"),
+    "context of a trained model": (
+        {"sequence_length": 4096, "init_from": "hf"},
+        "1024 positions of {model}; --rope_factor extends them",
+    ),
+    "context of a run": ({"sequence_length": 4096, "resume": "elsewhere"}, "{model}; --rope_factor extends them"),
     "factor": ({"sequence_length": 4096, "rope_factor": 4}, "2048 positions of {model}; --rope_factor 4 counts from the 512 it"),
     "json": ({"deepspeed_config": "ds_configs/none.json"}, "is not a file; ds_configs/ has cpu_ep1_zero2.json"),
     "steps": ({"max_steps": 0}, "--max_steps must be at least 1"),

@@ -155,7 +155,10 @@ def test_answers_at_once_and_without_torch() -> None:
             ["--gpu", "h200", "--num_gpus", 4, "--deepspeed_config", "ds_configs/ep8_zero2.json"],
             "autoep_size 8 does not divide the 4 ranks",
         ),
-        (["--gpu", "h200", "--sequence_length", 4096], "--sequence_length 4096 is beyond the 2048 positions of 800m"),
+        (
+            ["--gpu", "h200", "--sequence_length", 4096],
+            "--sequence_length 4096 is beyond the 2048 positions of 800m; copy the model's config.json",
+        ),
         (["--gpu", "h200", "--tokens", "nan"], "--tokens must be at least 1"),
         (["--gpu", "h200", "--tokens", "14.5B"], "--tokens: '14.5B' must be a number such as 14.5e9"),
         (["--gpu", "h200", "--price", -1], "--price must be 0 or more"),
