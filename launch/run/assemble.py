@@ -105,6 +105,11 @@ def too_short_hint(data: PackedDataset) -> str | None:
     return None
 
 
+def when_saved(save_interval: int, *, evaluates: bool) -> str:
+    """Those of a new best count for `--keep_last` too, and push the others out while the loss still falls."""
+    return f"a checkpoint every {save_interval:,}" + (" and at each new best validation loss" if evaluates else "")
+
+
 def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice) -> None:
     """The first lines: what is trained, on what, from where."""
     arguments, monitor = trainer.arguments, trainer.monitor
@@ -119,7 +124,7 @@ def greet(trainer: Trainer, run: ResolvedRun, choice: ResumeChoice) -> None:
     monitor.say(
         f"{samples:,} samples of {arguments.sequence_length:,} tokens; {tokens:,} tokens a step, "
         f"{arguments.max_steps * trainer.global_batch / samples:,.2f} epochs in {arguments.max_steps:,} steps, "
-        f"a checkpoint every {arguments.save_interval:,}"
+        f"{when_saved(arguments.save_interval, evaluates=run.validation_data is not None)}"
     )
     hints = (
         compile_hint(run.strategy),
