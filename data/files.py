@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeGuard
+from typing import IO, Any, BinaryIO, NamedTuple
 
 #: More than any manifest or configuration has; one that is larger is something else.
 SMALL_BYTES = 1 << 28
@@ -236,21 +236,6 @@ def is_open_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-class FileRecord(TypedDict):
-    """What a manifest says about one file."""
-
-    bytes: int
-    xxh3_128: str
-
-
-def is_file_table(files: object) -> TypeGuard[dict[str, FileRecord]]:
-    """Whether a manifest's `files` has a record of each; whether the names are those of files in its folder `is_inside` says."""
-    return isinstance(files, dict) and all(
-        isinstance(record, dict) and isinstance(record.get("bytes"), int) and isinstance(record.get("xxh3_128"), str)
-        for record in files.values()
-    )
 
 
 def is_inside(name: object) -> bool:

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     check(arguments)
     make_quiet()
-    from launch.exported import load_exported
+    from launch.exported.model import load_exported
     from launch.generation.answer import answer, converse
     from launch.generation.prompts import check_filling_in, read_prompts
     from launch.generation.stop import unescape

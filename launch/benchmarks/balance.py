@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def observed(arguments: argparse.Namespace, rows: int) -> tuple[MoEGPTForCausalLM, Tensor, Tensor]:
     """The model, its routers' scores `[Y, T, E]` on so many rows, and their biases `[Y, E]`."""
-    from launch.exported import load_exported
+    from launch.exported.model import load_exported
 
     model, _ = load_exported(arguments.model, device="cpu")
     if not isinstance(model, MoEGPTForCausalLM):

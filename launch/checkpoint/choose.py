@@ -15,10 +15,10 @@ from data.cli import NotFound, UserError
 from launch.checkpoint import universal
 from launch.checkpoint.folder import LATEST, RESUMED, CheckpointFolder, step_of
 from launch.checkpoint.identity import RunIdentity, listed
-from launch.checkpoint.manifest import find_manifest, first_damage, share
 from launch.checkpoint.publish import recover
 from launch.checkpoint.state import TrainingState, read_state
 from launch.cli import AgreedError
+from launch.manifest import find_manifest, first_damage, share
 from launch.ranks.control_group import ControlGroup
 
 

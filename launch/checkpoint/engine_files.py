@@ -23,10 +23,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from data.cli import UserError, sentence
-from data.files import FileRecord
 from launch.checkpoint.finite import check_finite, tensors_in
-from launch.checkpoint.manifest import HashingFile, read_verified
 from launch.checkpoint.unpickle import load_file, save_stages_by_value
+from launch.manifest import FileRecord, HashingFile, read_verified
 
 
 class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types

@@ -22,7 +22,7 @@ from pathlib import Path
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from data.cli import UserError
-from data.files import FileRecord, make_folder
+from data.files import make_folder
 from data.terminal import say
 from launch.checkpoint import universal
 from launch.checkpoint.buffers import BUFFERS, persistent_buffers
@@ -30,12 +30,12 @@ from launch.checkpoint.choose import CheckpointChooser, ResumeChoice, ResumeFrom
 from launch.checkpoint.engine_files import CheckpointFiles, going_through, state_bytes
 from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder
 from launch.checkpoint.identity import RunIdentity
-from launch.checkpoint.manifest import to_json, write_manifest
 from launch.checkpoint.publish import discard, leftovers, publish, recover, working_name
 from launch.checkpoint.random_state import random_state
 from launch.checkpoint.restore import random_state_name, restore
 from launch.checkpoint.state import STATE, SavedState, TrainingState, read_state
 from launch.cli import AgreedError
+from launch.manifest import FileRecord, to_json, write_manifest
 from launch.ranks.control_group import ControlGroup
 
 SPACE_MARGIN = 1.05

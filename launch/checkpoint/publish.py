@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.files import sync_folder
 from data.terminal import say
-from launch.checkpoint.manifest import MANIFEST
+from launch.manifest import MANIFEST
 
 #: Folders that only this module makes: being written, on the way to deletion, replaced by another of the same name.
 _OURS = re.compile(r"\.(?:tmp|trash|replaced)-(.+)-[0-9a-f]{8}")

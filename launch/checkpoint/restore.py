@@ -16,10 +16,10 @@ from launch.checkpoint import universal
 from launch.checkpoint.buffers import BUFFERS, restore_buffers
 from launch.checkpoint.choose import ResumeFrom
 from launch.checkpoint.engine_files import CheckpointFiles, going_through
-from launch.checkpoint.manifest import read_manifest
 from launch.checkpoint.random_state import set_random_state
 from launch.checkpoint.unpickle import expecting_sense, no_code_from_files
 from launch.checkpoint.weights import check_master
+from launch.manifest import read_manifest
 from launch.ranks.control_group import ControlGroup
 
 

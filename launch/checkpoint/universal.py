@@ -21,11 +21,10 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from data.cli import UserError
-from data.files import FileRecord, make_folder
+from data.files import make_folder
 from launch.checkpoint.buffers import BUFFERS
 from launch.checkpoint.converter import run_converter
 from launch.checkpoint.finite import check_finite
-from launch.checkpoint.manifest import find_manifest, first_damage, read_manifest, record_all, write_manifest
 from launch.checkpoint.publish import publish, working_name
 from launch.checkpoint.state import STATE, read_state
 from launch.checkpoint.unpickle import load_file, save_stages_by_value
@@ -40,6 +39,7 @@ from launch.checkpoint.weights import (
     whole_momenta,
 )
 from launch.engine.settings import counting, give_own_steps
+from launch.manifest import FileRecord, find_manifest, first_damage, read_manifest, record_all, write_manifest
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: More parameter groups than an optimizer of ours has; DeepSpeed pairs them by position and stops at the shorter list.

@@ -60,7 +60,7 @@ def with_model(arguments: EvaluateArguments, problems: dict[str, Problem]) -> di
     result would be replaced by it alone.
     """
     from launch.evaluation.generation import check_infilling, generate_samples, short_of_context
-    from launch.exported import load_exported
+    from launch.exported.model import load_exported
     from launch.generation.sampling import Sampling
     from launch.toolchain import default_device
 
@@ -112,7 +112,7 @@ def loss_of(arguments: EvaluateArguments, model: Any) -> dict[str, Any]:
 
 def sample_file(arguments: EvaluateArguments, problems: dict[str, Problem]) -> SampleFile:
     """Noted with it: all that the samples depend on."""
-    from launch.exported_files import weights_hash
+    from launch.exported.files import weights_hash
 
     settings = {
         "task": arguments.task,

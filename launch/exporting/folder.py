@@ -16,10 +16,10 @@ from data.lock import FolderLock, LockHeld
 from data.terminal import say
 from data.tokens import tokenizer as tokenizers
 from data.tokens.folder import CONFIG, TOKENIZER
-from launch.checkpoint import manifest
+from launch import manifest
 from launch.checkpoint.folder import run_of
 from launch.checkpoint.publish import discard, leftovers, made_for, publish, working_name
-from launch.exported_files import KIND
+from launch.exported.files import KIND
 from launch.exporting.card import fim_rate, model_card
 from launch.exporting.formats import CODE
 from launch.generation.sampling import Sampling

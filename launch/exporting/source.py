@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from data.cli import NotFound, UserError, sentence
 from data.files import read_json
 from data.redact import redact
-from launch.checkpoint import manifest
+from launch import manifest
 from launch.checkpoint.folder import BEST, LATEST, CheckpointFolder, run_of, step_of
 
 if TYPE_CHECKING:

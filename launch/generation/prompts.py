@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.cli import UserError, check_utf8
 from data.files import read_object
-from launch.exported_files import MANIFEST
+from launch.manifest import MANIFEST
 
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # in the order in which data/preprocess.py writes them (PSM)
 PROMPT_MOST = 1 << 24  # characters, or bytes of a file

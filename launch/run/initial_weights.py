@@ -13,8 +13,8 @@ from torch import Tensor
 
 from data.cli import UserError
 from launch.checkpoint.finite import is_finite
-from launch.exported import check_arithmetic
-from launch.exported_files import check_weights
+from launch.exported.files import check_weights
+from launch.exported.model import check_arithmetic
 from model import MoEGPTForCausalLM
 from model.glm4_moe import expert_name, expert_place
 

@@ -12,7 +12,7 @@ from typing import Any
 from nursery import ROOT, Nursery, Ranks
 from support import metrics
 
-from launch.checkpoint import manifest
+from launch import manifest
 
 TRAIN = str(ROOT / "launch" / "train.py")
 PAUSING = str(ROOT / "tests" / "faults" / "pausing.py")  # the same, stopped at a place

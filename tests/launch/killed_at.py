@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.checkpoint import publish
-from launch.checkpoint.manifest import HashingFile
+from launch.manifest import HashingFile
 
 
 class KilledAt:

@@ -29,7 +29,8 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_opti
 from stub_engine import replace_file  # noqa: E402
 
 from data.cli import UserError  # noqa: E402
-from launch.checkpoint import choose, manifest  # noqa: E402
+from launch import manifest  # noqa: E402
+from launch.checkpoint import choose  # noqa: E402
 from launch.checkpoint.identity import RunIdentity  # noqa: E402
 from launch.checkpoint.manager import CheckpointManager  # noqa: E402
 from launch.checkpoint.state import TrainingState  # noqa: E402

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.checkpoint import manifest
+from launch import manifest
 from launch.checkpoint.identity import RunIdentity
 from launch.checkpoint.manager import CheckpointManager
 from launch.checkpoint.state import TrainingState

@@ -19,7 +19,7 @@ from training_process import launch_ranks
 from transformers import PreTrainedTokenizerFast
 
 from data.terminal import drain
-from launch.checkpoint import manifest
+from launch import manifest
 from launch.checkpoint.publish import working_name
 from launch.export import main
 from launch.exporting.formats import exported_config, fill

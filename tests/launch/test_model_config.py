@@ -13,7 +13,7 @@ from transformers import Glm4MoeConfig
 from data.cli import UserError
 from launch.engine import hardware
 from launch.engine.build import check_room
-from launch.exported import own_config
+from launch.exported.model import own_config
 from launch.exporting.formats import exported_config
 from launch.model_config import load_model_config
 from model import MoEGPTConfig

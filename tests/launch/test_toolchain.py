@@ -11,7 +11,8 @@ import torch
 
 from data.cli import UserError
 from data.terminal import drain
-from launch import exported, toolchain
+from launch import toolchain
+from launch.exported import model as exported
 from model import MoEGPTConfig
 
 

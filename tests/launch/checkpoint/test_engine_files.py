@@ -13,7 +13,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from launch.checkpoint import manifest
+from launch import manifest
 from launch.checkpoint.engine_files import CheckpointFiles, going_through, host_copy, state_bytes
 
 

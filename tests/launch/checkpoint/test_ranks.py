@@ -8,7 +8,7 @@ import time
 import pytest
 from training_process import launch_ranks, start_ranks
 
-from launch.checkpoint import manifest
+from launch import manifest
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from stub_engine import manager, replace_file, state
 
-from launch.checkpoint.manifest import to_json
 from launch.checkpoint.state import STATE, read_state
+from launch.manifest import to_json
 
 NONSENSE = [
     ({"step": "3; x"}, 'step must be a whole number from 0 up, not "3; x"'),

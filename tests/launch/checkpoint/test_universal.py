@@ -15,7 +15,8 @@ from stub_engine import replace_file
 from training_process import launch_ranks
 
 from data.cli import UserError
-from launch.checkpoint import manifest, publish
+from launch import manifest
+from launch.checkpoint import publish
 from launch.checkpoint.converter import give_moments
 from launch.checkpoint.state import STATE
 from launch.checkpoint.universal import _is_whole, _rates, convert, link_or_copy, load

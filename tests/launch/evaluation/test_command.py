@@ -131,7 +131,7 @@ def test_what_is_refused_is_before_the_loss_is_measured_which_is_kept(
         with pytest.raises(UserError, match="--infilling needs a model"):
             patch.setattr("launch.generation.prompts.FIM", ("<nowhere>",))
             evaluated(task="infilling")
-        patch.setattr("launch.exported.load_exported", unwanted)
+        patch.setattr("launch.exported.model.load_exported", unwanted)
         with pytest.raises(UserError, match="--top_p must be above 0"):
             evaluated("--top_p", 2)
     with monkeypatch.context() as patch:

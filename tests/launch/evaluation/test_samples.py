@@ -27,7 +27,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 
 @pytest.fixture(scope="module")
 def loaded(exported: Path) -> tuple[Any, Any]:
-    from launch.exported import load_exported
+    from launch.exported.model import load_exported
 
     return load_exported(exported, device="cpu", attn_implementation="sdpa")
 

@@ -14,7 +14,7 @@ import torch
 from stub_engine import replace_file
 
 from data.cli import NotFound, UserError
-from launch.checkpoint import manifest
+from launch import manifest
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.unpickle import save_stages_by_value
 from launch.exporting.card import model_card

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.checkpoint.manifest import record_all, write_manifest
+from launch.manifest import record_all, write_manifest
 from launch.run.initial_weights import load_weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
 

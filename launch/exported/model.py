@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from data.cli import NotFound, UserError, sentence
 from data.tokens.folder import read_text
 from data.tokens.tokenizer import library_tokenizer
-from launch.exported_files import check_weights, refuse_pointer
+from launch.exported.files import check_weights, refuse_pointer
 from launch.model_config import OtherModel, extended, read_model_config
 from launch.toolchain import check_toolchain
 from model import MoEGPTConfig, MoEGPTForCausalLM

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 
 from data.cli import NotFound, UserError
-from data.files import FileRecord, hash_file, is_file_table, is_inside, pointer, read_json, small_file
+from data.files import hash_file, is_inside, pointer, read_json, small_file
+from launch.manifest import HASH, MANIFEST, DamagedError, FileRecord, read_manifest
 
 KIND = "export"  # in the manifest of an exported folder: only such a one may be replaced
-MANIFEST = "manifest.json"  # what launch/checkpoint/manifest.py writes last
 POINTER_BYTES = 1024  # what git-LFS limits its own to
 INDEX_BYTES = 1 << 28  # of an index: 100 bytes a weight
 
@@ -32,7 +32,7 @@ def check_weights(folder: Path) -> set[str]:
         if not path.is_file():
             raise UserError(f"{path} is missing; export it again")
         refuse_pointer(path)
-        if path.stat().st_size != record["bytes"] or hash_file(path, "xxh3_128") != record["xxh3_128"]:
+        if path.stat().st_size != record["bytes"] or hash_file(path, HASH) != record["xxh3_128"]:
             raise UserError(f"{path} is damaged: it is not the file that was exported; export it again")
     _check_shards(folder)
     names = _names_in_headers(folder)
@@ -47,21 +47,19 @@ def weights_hash(folder: Path) -> str:
     """
     recorded = _recorded(folder)
     paths = sorted((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")))
-    hashes = [(p.name, recorded[p.name]["xxh3_128"] if p.name in recorded else hash_file(p, "xxh3_128")) for p in paths]
+    hashes = [(p.name, recorded[p.name]["xxh3_128"] if p.name in recorded else hash_file(p, HASH)) for p in paths]
     return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
 def _recorded(folder: Path) -> dict[str, FileRecord]:
     """What `launch/export.py` recorded of weights and tokenizer; nothing for a folder of somebody else."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        files = manifest["files"] if manifest["kind"] == KIND else {}
-    except FileNotFoundError:
+    if not (folder / MANIFEST).exists():
         return {}
-    except (ValueError, KeyError, TypeError):
-        files = None
-    if not is_file_table(files) or not all(map(is_inside, files)):
-        raise UserError(f"{folder / MANIFEST} is damaged; export it again")
+    try:
+        manifest = read_manifest(folder)
+    except DamagedError as error:
+        raise UserError(f"{error}; export it again") from None
+    files: dict[str, FileRecord] = manifest["files"] if manifest.get("kind") == KIND else {}
     return {name: record for name, record in files.items() if name.endswith(".safetensors") or name == "tokenizer.json"}
 
 

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models
 from transformers import Glm4MoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from data.cli import UserError
-from launch import exported_files
-from launch.checkpoint import manifest
-from launch.exported import check_arithmetic, load_exported, load_model, load_tokenizer
-from launch.exported_files import check_weights, weights_hash
+from launch import manifest
+from launch.exported import files
+from launch.exported.files import check_weights, weights_hash
+from launch.exported.model import check_arithmetic, load_exported, load_model, load_tokenizer
 from launch.exporting.formats import build, exported_config
 from launch.run.initial_weights import load_weights
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -120,11 +120,32 @@ TABLES += [{"../other/model.safetensors": RECORD}, {"/model.safetensors": RECORD
 
 @pytest.mark.parametrize("files", TABLES, ids=str)
 def test_a_manifest_without_records_of_files_inside_is_a_sentence(files: Any, tmp_path: Path) -> None:
-    """Somebody else's, which would have files outside of the folder read."""
-    (tmp_path / manifest.MANIFEST).write_text(json.dumps({"kind": "export", "files": files}))
+    """Somebody else's, which would have files outside of the folder read; with a right sum."""
+    body = {"format": 1, "kind": "export", "files": files}
+    body["checksum"] = manifest._checksum(body)
+    (tmp_path / manifest.MANIFEST).write_bytes(manifest.to_json(body))
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         check_weights(tmp_path)
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        weights_hash(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("of", "says"),
+    [("damage", r"damaged: its own checksum is wrong; export it again"), ("newer", r"has format 2, made by a newer")],
+)
+def test_an_exports_manifest_is_held_to_its_checksum_and_format(
+    of: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flipped digit of a record was taken for damaged weights, whose names may be what has flipped."""
+    if of == "newer":
+        monkeypatch.setattr(manifest, "MANIFEST_FORMAT", 2)
+    manifest.write_manifest(tmp_path, {}, kind="export", step=1)
+    monkeypatch.undo()
+    if of == "damage":
+        path = tmp_path / manifest.MANIFEST
+        path.write_text(path.read_text().replace('"step": 1', '"step": 3'))
+    with pytest.raises(UserError, match=says):
         weights_hash(tmp_path)
 
 
@@ -139,8 +160,8 @@ def test_what_a_user_may_edit_is_not_checked(tmp_path: Path) -> None:
 def test_weights_are_read_once_for_their_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the manifest, which the loading has compared with the files, or from them: the same, and another for other weights."""
     hashed: list[str] = []
-    hash_file = exported_files.hash_file
-    monkeypatch.setattr(exported_files, "hash_file", lambda path, kind: hashed.append(path.name) or hash_file(path, kind))
+    hash_file = files.hash_file
+    monkeypatch.setattr(files, "hash_file", lambda path, kind: hashed.append(path.name) or hash_file(path, kind))
     written(tmp_path / "hf", trained(), "moe_gpt", shard="200KB")
     check_weights(tmp_path / "hf")
     names = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
@@ -148,7 +169,7 @@ def test_weights_are_read_once_for_their_hash(tmp_path: Path, monkeypatch: pytes
     hashed.clear()
     recorded = weights_hash(tmp_path / "hf")
     assert hashed == []
-    (tmp_path / "hf" / exported_files.MANIFEST).unlink()
+    (tmp_path / "hf" / manifest.MANIFEST).unlink()
     assert weights_hash(tmp_path / "hf") == recorded and hashed == names
     written(tmp_path / "hf", trained(), "moe_gpt", shard="200KB")
     assert weights_hash(tmp_path / "hf") != recorded

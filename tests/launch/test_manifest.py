@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.files import FileRecord, hash_file
-from launch.checkpoint import manifest
-from launch.checkpoint.manifest import DamagedError
+from data.files import hash_file
+from launch import manifest
+from launch.manifest import DamagedError, FileRecord
 
 
 def complete(folder: Path, **contents: bytes) -> Path:

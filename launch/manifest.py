@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypedDict, TypeGuard, TypeVar
 
 import xxhash
 
 from data.cli import UserError, sentence
-from data.files import FileRecord, hash_file, is_file_table, is_inside, small_file, sync_folder
+from data.files import hash_file, is_inside, small_file, sync_folder
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -31,6 +31,21 @@ HASH = "xxh3_128"
 RETRY_AFTER: tuple[float, ...] = (0.1, 0.5, 2.0)
 
 T = TypeVar("T")
+
+
+class FileRecord(TypedDict):
+    """What a manifest says about one file."""
+
+    bytes: int
+    xxh3_128: str
+
+
+def is_file_table(files: object) -> TypeGuard[dict[str, FileRecord]]:
+    """Whether a manifest's `files` has a record of each; whether the names are those of files in its folder `is_inside` says."""
+    return isinstance(files, dict) and all(
+        isinstance(record, dict) and isinstance(record.get("bytes"), int) and isinstance(record.get("xxh3_128"), str)
+        for record in files.values()
+    )
 
 
 class DamagedError(UserError):
@@ -115,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        body = json.loads(_reading(path, partial(small_file, path), missing="is missing: the checkpoint was never completed"))
+        body = json.loads(_reading(path, partial(small_file, path), missing="is missing: its folder was never completed"))
         checksum = body.pop("checksum")
         good = checksum == _checksum(body)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
