@@ -113,14 +113,6 @@ def one_line(text: str) -> str:
     return re.sub(r"[\0-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], printable(text))
 
 
-def check_utf8(text: str, name: str) -> None:
-    """Raises UserError for half a surrogate pair, which is how Python holds bytes that are no UTF-8. `name`: what the text is."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is no UTF-8: character {error.start} is half a surrogate pair, {text[error.start]!r}") from None
-
-
 def hold_standard_streams() -> None:
     """Opens /dev/null as those of the descriptors 0, 1 and 2 that this process was started without (`<&-`, some daemons).
 

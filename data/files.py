@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO
 
 #: More than any manifest or configuration has; one that is larger is something else.
 SMALL_BYTES = 1 << 28
@@ -153,34 +153,6 @@ def replace_json(path: Path, value: Any) -> None:
     replace_file(path, (json.dumps(finite(value), indent=2) + "\n").encode())
 
 
-def lookup(config: dict[str, Any], dotted: str, default: Any = None) -> Any:
-    """`lookup(config, "zero_optimization.stage")`; `default` where a part of the path is missing."""
-    value: Any = config
-    for key in dotted.split("."):
-        if not isinstance(value, dict) or key not in value:
-            return default
-        value = value[key]
-    return value
-
-
-def leaves(value: Any, dotted: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested objects that is no object, or an empty one."""
-    if not isinstance(value, dict) or not value:
-        yield dotted, value
-        return
-    for key, inner in value.items():
-        yield from leaves(inner, f"{dotted}.{key}" if dotted else str(key))
-
-
-def differing(old: Any, new: Any, dotted: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) where two values of JSON differ, by key; None stands for what is not there."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differing(old.get(key), new.get(key), f"{dotted}.{key}" if dotted else str(key))
-    elif old != new:
-        yield dotted, old, new
-
-
 def finite(value: Any) -> Any:
     """`value` as JSON can hold it, which knows no NaN and no infinity: null stands for them."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -205,29 +177,6 @@ def new_hash(algorithm: str) -> Any:
 
         return xxhash.xxh3_128()
     return hashlib.new(algorithm)
-
-
-class Pointer(NamedTuple):
-    """A small text file that stands for data which somebody has to fetch first."""
-
-    magic: bytes
-    name: str
-    remedy: str
-
-
-POINTERS = (
-    Pointer(b"version https://git-lfs.github.com/spec/", "git-LFS pointer", "fetch the file itself with git lfs pull"),
-    Pointer(b"version https://hawser.github.com/spec/", "git-LFS pointer", "fetch the file itself with git lfs pull"),
-    Pointer(b"# xet version 0", "Xet pointer", "fetch the file itself with git xet or the hub's client"),
-    Pointer(b"/annex/objects/", "git-annex pointer", "fetch the file itself with git annex get"),
-    Pointer(b"../.git/annex/objects/", "git-annex pointer", "fetch the file itself with git annex get"),
-    Pointer(b".git/annex/objects/", "git-annex pointer", "fetch the file itself with git annex get"),
-)
-
-
-def pointer(head: bytes) -> Pointer | None:
-    """What a file that begins with `head` stands for, if it is not the file itself."""
-    return next((known for known in POINTERS if head.startswith(known.magic)), None)
 
 
 def is_open_at(handle: int, path: Path) -> bool:

@@ -65,6 +65,14 @@ def check_rope_factor(factor: float | None) -> None:
         raise UserError(f"--rope_factor must be from 1 to {MOST_POSITIONS:,}, not {factor}")
 
 
+def check_utf8(text: str, name: str) -> None:
+    """Raises UserError for half a surrogate pair, which is how Python holds bytes that are no UTF-8. `name`: what the text is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is no UTF-8: character {error.start} is half a surrogate pair, {text[error.start]!r}") from None
+
+
 def speak(error: BaseException, rank: int) -> int:
     """Say why this rank ends, unless rank 0 says it for all; returns the exit code."""
     if rank and isinstance(error, AgreedError) and not os.environ.get("MOE_TRACEBACK"):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import orjson
 
-from data.files import pointer
+from data.pointers import pointer
 from data.sources.blocks import Fault
 
 #: What is looked at: longer than most first lines, and not more than a reader holds anyway.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.cli import NotFound, UserError
-from data.files import pointer
+from data.pointers import pointer
 from data.terminal import say, stdout
 
 TOKENIZER, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"

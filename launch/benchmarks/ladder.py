@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from data.cli import UserError
-from data.words import short
 from launch.benchmarks.svg import svg_path
 from launch.benchmarks.svg_curves import Curve, draw
 from launch.benchmarks.training_runs import small_runs
@@ -34,6 +33,7 @@ from launch.benchmarks.training_runs.small_runs import SmallRun, train_in_turns
 from launch.benchmarks.training_runs.trials import announce, judged, plan_trials
 from launch.benchmarks.training_runs.trials import in_words as trials_in_words
 from launch.planning.ladder import Ladder, Law, active_parameters, in_words
+from launch.words import short
 from model import MoEGPTConfig
 from model.accounting import training_flops_per_token
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from data.cli import UserError, counted
 from data.terminal import say
-from data.words import short
 from launch.benchmarks.svg import svg_path
 from launch.benchmarks.svg_curves import Curve, draw
 from launch.benchmarks.training_runs import small_runs
@@ -30,6 +29,7 @@ from launch.benchmarks.training_runs.small_runs import SmallRun, train_in_turns
 from launch.benchmarks.training_runs.variants import Variant, built_in, chosen_variants
 from launch.engine.strategy import read_config
 from launch.model_config import load_model_config
+from launch.words import short
 from model import MoEGPTConfig
 
 Runs = dict[str, list[SmallRun]]  # by variant, one for each seed

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from data.cli import UserError
-from data.files import lookup
 from data.flags import at_least_one
 from launch.benchmarks.measure import print_table, settings_of
 from launch.benchmarks.op_count import cases
@@ -29,6 +28,7 @@ from launch.benchmarks.svg import svg_path
 from launch.benchmarks.svg_bars import draw
 from launch.engine import strategy
 from launch.model_config import load_model_config
+from launch.nested import lookup
 from launch.planning.communication import traffic
 from launch.planning.devices import Device, find_device
 from launch.planning.job import Job, job_from

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.words import short
 from launch.benchmarks import svg
+from launch.words import short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 330, 56, 20, 44, 46
 BETWEEN = 44  # the least between two numbers on the x axis

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from data.files import differing
+from launch.nested import differing
 from model import MoEGPTConfig
 
 #: How the state lies over the ranks: another value means a conversion, not a refusal.

@@ -23,10 +23,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import BaseModel, ValidationError
 
 from data.cli import UserError, sentence
-from data.files import lookup
 from launch.engine.kinds import another_kind, shown
 from launch.engine.strategy import BATCH, Strategy
 from launch.engine.values import SWITCHES, check_optimizer_values, check_values
+from launch.nested import lookup
 
 #: Held as a whole by DeepSpeed and handed to a class: checked by that class's signature.
 SIGNATURES = ("optimizer.params", "scheduler.params")

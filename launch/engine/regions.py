@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from data.cli import UserError
-from data.files import lookup
 from launch.engine.strategy import Strategy
+from launch.nested import lookup
 from model.flash import pick_kernel
 from model.modeling import Block
 

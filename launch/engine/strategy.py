@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import NotFound, UserError
-from data.files import lookup, read_json
+from data.files import read_json
 from launch.engine.kinds import NUMBER, OBJECT, SWITCH, TEXT, WHOLE, is_kind, shown
+from launch.nested import lookup
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 #: From no recomputation of activations to the most.

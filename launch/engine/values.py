@@ -21,9 +21,9 @@ from deepspeed.runtime.config import ADAM_W_MODE, TORCH_ADAM_PARAM, DtypeEnum
 from torch.optim.lr_scheduler import LRScheduler
 
 from data.cli import UserError, sentence
-from data.files import leaves, lookup
 from launch.engine.kinds import SWITCH, another_kind, is_kind, shown
 from launch.engine.strategy import AUTO, Strategy, is_muon
+from launch.nested import leaves, lookup
 
 WARMUP_TYPES = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
 #: What DeepSpeed takes out of an Adam's parameters before it makes one.

@@ -18,7 +18,8 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
-from data.cli import NotFound, UserError, check_utf8
+from data.cli import NotFound, UserError
+from launch.cli import check_utf8
 from launch.evaluation.job import Job
 
 TASKS = ("humaneval", "mbpp", "infilling")

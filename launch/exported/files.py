@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from data.cli import NotFound, UserError
-from data.files import hash_file, is_inside, pointer, read_json, small_file
+from data.files import hash_file, is_inside, read_json, small_file
+from data.pointers import pointer
 from launch.manifest import HASH, MANIFEST, DamagedError, FileRecord, read_manifest
 
 KIND = "export"  # in the manifest of an exported folder: only such a one may be replaced

@@ -10,8 +10,9 @@ from typing import IO, AnyStr
 
 from transformers import PreTrainedTokenizerFast
 
-from data.cli import UserError, check_utf8
+from data.cli import UserError
 from data.files import read_object
+from launch.cli import check_utf8
 from launch.manifest import MANIFEST
 
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # in the order in which data/preprocess.py writes them (PSM)

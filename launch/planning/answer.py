@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import differing, replace_json
-from data.words import SECONDS_PER_DAY
+from data.files import replace_json
 from launch.engine import strategy
+from launch.nested import differing
 from launch.planning.arguments import PlanArguments
 from launch.planning.devices import Device, find_device
 from launch.planning.job import Job, job_from, micro_batches
@@ -17,6 +17,7 @@ from launch.planning.memory import GB, WORST_LOAD
 from launch.planning.scale import ScalingPoint, curve
 from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidate, least_change, search
 from launch.planning.time import USUAL_LOAD
+from launch.words import SECONDS_PER_DAY
 from model.accounting import count_parameters, training_flops_per_token
 from model.sizes import ModelSizes, find_model, load_sizes
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.words import duration
 from launch.engine.strategy import settings_of_run
 from launch.planning.devices import device_of
 from launch.planning.job import Job, job_from
 from launch.planning.memory import GB, plan_memory
 from launch.planning.time import plan_time
+from launch.words import duration
 from model.sizes import ModelSizes
 
 

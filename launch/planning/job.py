@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from data.files import lookup
 from launch.engine.strategy import Strategy, is_muon
+from launch.nested import lookup
 from model.accounting import count_parameters
 from model.sizes import ModelSizes
 

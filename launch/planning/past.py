@@ -9,7 +9,6 @@ import numpy as np
 
 from data.cli import UserError, counted, sentence
 from data.files import read_json
-from data.words import SECONDS_PER_DAY, duration
 from launch.engine.kinds import OBJECT, WHOLE, is_kind
 from launch.planning.answer import expense
 from launch.planning.arguments import PlanArguments
@@ -20,6 +19,7 @@ from launch.planning.show import wrapped
 from launch.planning.time import plan_time
 from launch.reporting.columns import Columns
 from launch.reporting.read import Collector
+from launch.words import SECONDS_PER_DAY, duration
 from model.accounting import count_parameters
 
 #: Logged steps that the speed is the median of: the last ones, without the slow first.

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data.files import lookup
 from launch.engine.strategy import CHECKPOINTING_MODES
+from launch.nested import lookup
 from launch.planning.devices import Device
 from launch.planning.job import Job, micro_batches
 from launch.planning.memory import Memory, plan_memory

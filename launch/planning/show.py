@@ -7,10 +7,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from data.words import BILLIONS, SECONDS_PER_DAY, duration, short
 from launch.engine.kinds import shown
 from launch.planning.ladder import in_words
 from launch.planning.time import WAITS
+from launch.words import BILLIONS, SECONDS_PER_DAY, duration, short
 
 #: The parts of a rank's memory, in the order in which they are shown, and what each is.
 PARTS = {

@@ -6,7 +6,7 @@ import json
 from pathlib import PurePath
 from typing import Any
 
-from data.files import leaves, lookup
+from launch.nested import leaves, lookup
 from launch.reporting.read import Run
 
 #: Differ between any two runs and explain nothing.

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import lookup
 from data.lock import is_held
-from data.words import BILLIONS, duration, short
+from launch.nested import lookup
 from launch.reporting.checks import is_finite
 from launch.reporting.columns import Floats, to_number
 from launch.reporting.curves import per_layer_columns, training_hours
 from launch.reporting.read import Run
+from launch.words import BILLIONS, duration, short
 
 RECENT = 20
 QUIET_SECONDS = 15 * 60  # without a new line a run is no longer said to run, where its lock cannot tell

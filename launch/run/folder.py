@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import lookup, make_folder, read_json, replace_file, replace_json, small_file, sync_folder
+from data.files import make_folder, read_json, replace_file, replace_json, small_file, sync_folder
 from data.redact import redact
 from data.terminal import say
 from launch.checkpoint.folder import CheckpointFolder
 from launch.checkpoint.identity import RunIdentity, differences, listed
 from launch.engine.settings import missing_state
 from launch.engine.strategy import settings_of_run
+from launch.nested import lookup
 
 
 def check_same_run(folder: Path, identity: RunIdentity) -> None:

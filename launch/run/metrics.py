@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from data.files import finite, is_open_at, replace_file
 from data.terminal import PLAIN_SECONDS, say, stderr
-from launch.run.progress import coloured, count, interval, progress_line
+from launch.run.progress import coloured, progress_line
 from launch.run.trackers import Tracked, Tracker, start_trackers
+from launch.words import brief_duration, step_of_last
 
 METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
 
@@ -144,10 +145,11 @@ class Monitor:
         if not self.enabled:
             return
         now = time.monotonic()
-        left = interval((now - self._begin) / max(1, step - self._first) * (self._last - step))
+        left = brief_duration((now - self._begin) / max(1, step - self._first) * (self._last - step))
         if self._bar is not None:
             width = shutil.get_terminal_size().columns - 1
-            self._bar.set_description_str(coloured(progress_line(count(step, self._last), shown, left, width)), refresh=False)
+            line = progress_line(step_of_last(step, self._last), shown, left, width)
+            self._bar.set_description_str(coloured(line), refresh=False)
             self._bar.update(step - self._bar.n)
         elif force or now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now

@@ -21,28 +21,9 @@ def progress_line(done: str, values: dict[str, str], left: str, width: int) -> s
     return line[:width]
 
 
-def count(step: int, last: int) -> str:
-    """`1200/100k`."""
-    return f"{step}/{last // 1000}k" if last >= 10_000 and last % 1000 == 0 else f"{step}/{last}"
-
-
 def coloured(line: str) -> str:
     """The count in bold and the rest as it is; not where NO_COLOR is set (no-color.org) or the terminal is dumb."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return line
     done, space, rest = line.partition(" ")
     return f"\033[1m{done}\033[0m{space}{rest}"
-
-
-def gigabytes(size: float) -> str:
-    """28GB, 1.2GB."""
-    return f"{size / 1e9:.0f}GB" if size >= 9.95e9 else f"{size / 1e9:.1f}GB"
-
-
-def interval(seconds: float) -> str:
-    """Two units: 4d03h, 3h05m, 2m10s."""
-    total = round(seconds)
-    for high, low, size, part in (("d", "h", 86_400, 3600), ("h", "m", 3600, 60)):
-        if total >= size:
-            return f"{total // size}{high}{total % size // part:02d}{low}"
-    return f"{total // 60}m{total % 60:02d}s"

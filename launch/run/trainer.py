@@ -20,7 +20,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from data.cli import UserError
 from data.dataset import PackedDataset
-from data.words import short
 from launch.checkpoint.state import TrainingState
 from launch.cli import AgreedError
 from launch.engine.step_hook import StepHook
@@ -32,11 +31,11 @@ from launch.run.checkpoint_eval import CheckpointEvaluator
 from launch.run.health import Health, memory_bytes
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
-from launch.run.progress import gigabytes
 from launch.run.saving import Saving
 from launch.run.spikes import SpikeDetector
 from launch.run.stop import StopRequest
 from launch.run.validation import Validation
+from launch.words import gigabytes, short
 from model.balance import LoadBalancer
 
 #: To the same checkpoint; then the run ends, for it would never come past the place.

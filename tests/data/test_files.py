@@ -13,11 +13,8 @@ import xxhash
 
 from data.files import (
     check_replaceable,
-    differing,
     hash_file,
-    is_file_table,
     is_inside,
-    leaves,
     make_folder,
     read_json,
     read_object,
@@ -129,14 +126,6 @@ def test_what_could_not_be_written_is_refused_before_the_work(tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
 
 
-def test_a_table_of_files_has_a_size_and_a_hash_of_each() -> None:
-    right = {"bytes": 1, "xxh3_128": "0"}
-    assert is_file_table({}) and is_file_table({"a": right, "b": right})
-    for wrong in (None, [], "x", {}, {"bytes": 1}, {"xxh3_128": "0"}, right | {"bytes": "1"}, right | {"xxh3_128": 0}):
-        assert not is_file_table({"a": right, "b": wrong})
-    assert not is_file_table(None) and not is_file_table([right])
-
-
 def test_hashes_are_the_libraries_(tmp_path: Path) -> None:
     data = bytes(range(256)) * 20_000  # several blocks and a part
     (tmp_path / "x").write_bytes(data)
@@ -171,17 +160,6 @@ def test_a_small_file_is_read_only_if_it_is_one(tmp_path: Path) -> None:
         (tmp_path / "b.json").write_bytes(nonsense)
         with pytest.raises(ValueError, match=r"."):
             read_json(tmp_path / "b.json")
-
-
-def test_leaves_of_nested_objects() -> None:
-    nested = {"a": {"b": 1, "c": {"d": [{"e": 2}]}}, "f": {}, "g": None}
-    assert list(leaves(nested)) == [("a.b", 1), ("a.c.d", [{"e": 2}]), ("f", {}), ("g", None)]
-    assert list(leaves({})) == [("", {})] and list(leaves(3)) == [("", 3)]
-
-
-def test_what_differs_is_named_by_its_key() -> None:
-    old, new = {"same": {"x": 1}, "a": {"b": 1}, "c": {"d": 2}, "e": None}, {"same": {"x": 1}, "a": {"b": 2, "z": 0}, "f": {"g": 3}}
-    assert list(differing(old, new)) == [("a.b", 1, 2), ("a.z", None, 0), ("c", {"d": 2}, None), ("f", None, {"g": 3})]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"[" * 100_000, b"\xff", None])

@@ -200,3 +200,11 @@ def test_a_read_that_fails_is_tried_again_and_then_refused_but_no_damage(tmp_pat
     with pytest.raises(manifest.UnreadableError, match=r"step_1/state cannot be read .*also when tried again"):
         manifest.first_damage(folder, manifest.read_manifest(folder)["files"], ["state"])
     assert always.hits == 3
+
+
+def test_a_table_of_files_has_a_size_and_a_hash_of_each() -> None:
+    right = {"bytes": 1, "xxh3_128": "0"}
+    assert manifest.is_file_table({}) and manifest.is_file_table({"a": right, "b": right})
+    for wrong in (None, [], "x", {}, {"bytes": 1}, {"xxh3_128": "0"}, right | {"bytes": "1"}, right | {"xxh3_128": 0}):
+        assert not manifest.is_file_table({"a": right, "b": wrong})
+    assert not manifest.is_file_table(None) and not manifest.is_file_table([right])

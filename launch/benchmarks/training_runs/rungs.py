@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from data.cli import UserError
-from data.files import lookup
 from launch.benchmarks.training_runs.small_runs import SmallRun, check_counts, check_seeds
 from launch.benchmarks.training_runs.variants import merged
 from launch.engine.strategy import read_config
+from launch.nested import lookup
 from model import MoEGPTConfig
 
 RATE = "optimizer.params.lr"

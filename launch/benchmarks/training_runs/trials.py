@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from data.cli import counted
-from data.files import lookup
 from data.terminal import say
 from launch.benchmarks.training_runs.rungs import RATE, Rungs, longest_of, rate_of
 from launch.benchmarks.training_runs.small_runs import SmallRun
 from launch.benchmarks.training_runs.variants import merged
+from launch.nested import lookup
 
 Trials = dict[tuple[int, float, int], SmallRun]  # by width, the rate as the smallest width has it, and samples a step
 

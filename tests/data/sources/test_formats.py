@@ -22,7 +22,7 @@ import pyarrow.ipc as ipc
 import pytest
 from data_helpers import compress, json_lines, read_file, skippable_frame, zstd_frame
 
-from data.files import POINTERS
+from data.pointers import POINTERS
 from data.sources.formats import NOT_READ
 
 TEXTS = [f"def f{i}(a, b):\n    return a * {i} + b\n" * 5 for i in range(100)]

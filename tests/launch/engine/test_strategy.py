@@ -15,7 +15,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from data.cli import UserError
-from data.files import lookup
 from launch.engine.strategy import (
     CHECKPOINTING_MODES,
     CONFIG_FOLDER,
@@ -26,6 +25,7 @@ from launch.engine.strategy import (
     resolve_config,
     schedule_hint,
 )
+from launch.nested import lookup
 
 SHIPPED = sorted(CONFIG_FOLDER.glob("*.json"))
 

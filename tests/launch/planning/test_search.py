@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from data.files import differing
 from launch.engine import strategy
+from launch.nested import differing
 from launch.planning.devices import find_device
 from launch.planning.job import Job, job_from
 from launch.planning.scale import COUNTS, curve

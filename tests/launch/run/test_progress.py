@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from launch.run.progress import coloured, count, interval, progress_line
+from launch.run.progress import coloured, progress_line
+from launch.words import step_of_last
 
 VALUES = {
     "loss": "loss 4.123",
@@ -26,7 +27,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def test_everything_fits_into_80_columns() -> None:
-    line = progress_line(count(99_999, 100_000), VALUES, "4d03h", 79)  # tqdm leaves the last column free
+    line = progress_line(step_of_last(99_999, 100_000), VALUES, "4d03h", 79)  # tqdm leaves the last column free
     assert len(line) <= 79
     assert all(text in line for text in VALUES.values()) and line.startswith("99999/100k ") and line.endswith(" ETA 4d03h")
 
@@ -39,13 +40,6 @@ def test_what_matters_stays(width: int) -> None:
         assert "loss 4.123" in line and "ETA 3h05m" in line
     if width < 60:
         assert "28GB" not in line  # what goes first
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(4, "0m04s"), (130, "2m10s"), (3600, "1h00m"), (11_100, "3h05m"), (356_400, "4d03h"), (59.9, "1m00s")]
-)
-def test_intervals(seconds: float, said: str) -> None:
-    assert interval(seconds) == said
 
 
 def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:

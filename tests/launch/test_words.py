@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from data.words import BILLIONS, duration, short
+from launch.words import BILLIONS, brief_duration, duration, short
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,13 @@ from data.words import BILLIONS, duration, short
 )
 def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(4, "0m04s"), (130, "2m10s"), (3600, "1h00m"), (11_100, "3h05m"), (356_400, "4d03h"), (59.9, "1m00s")]
+)
+def test_brief_durations(seconds: float, said: str) -> None:
+    assert brief_duration(seconds) == said
 
 
 @pytest.mark.parametrize(
