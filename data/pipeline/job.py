@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,18 +21,17 @@ from data.pipeline.duplicates import Duplicates
 from data.pipeline.inputs import InputFile, check_inputs, check_unchanged, list_inputs, write_inputs
 from data.pipeline.ledger import REJECTED, REMOVED, Ledger, check_flags, check_same, clear_leftovers, input_listing
 from data.pipeline.pool import Team
-from data.pipeline.tokenizer_text import sample_texts
+from data.pipeline.tokenizer import check_tokenizer, prepare_tokenizer
+from data.pipeline.told import report, say_left_out, say_notes
 from data.pipeline.worker import Result, WorkOptions
 from data.pipeline.writer import SplitWriter
 from data.shards import FORMAT_NAME, FORMAT_VERSION, MANIFEST, SPLITS, dtype_for, load_manifest
-from data.sources.blocks import CANNOT_BE_READ, Block, Position, ReadOptions, Rejection
-from data.sources.discover import Source, describe_endings, find_sources
+from data.sources.blocks import CANNOT_BE_READ, Position, ReadOptions, Rejection
+from data.sources.discover import Source, find_sources
 from data.sources.documents import EMPTY
 from data.sources.read import read_blocks
 from data.terminal import Progress, say, stdout
-from data.tokens import tokenizer as tokenizers
 from data.tokens.fim import FimOptions
-from data.tokens.folder import CONFIG, TokenizerFiles, load
 from data.tokens.tokenizer import TokenizerFacts
 
 #: At most this much work is lost to a kill; the end of a shard is saved at once.
@@ -72,44 +69,6 @@ def run(args: PreprocessArguments, team: Team | None = None) -> None:
         finally:
             job.close()
     report(manifest, args, time.monotonic() - started)
-
-
-def check_tokenizer(args: PreprocessArguments) -> None:
-    """Raises UserError where the file of --tokenizer is another one than that whose copy the folder has, and goes on with."""
-    copy = args.output / "tokenizer"
-    if args.tokenizer is None or not os.path.exists(args.tokenizer) or not (copy / CONFIG).is_file():
-        return
-    now, then = load(args.tokenizer), load(str(copy))
-    changed = now.end_token not in (None, then.end_token)
-    if now.text != then.text:  # saved anew, a file has other white space or a post-processor, and the same ids
-        tokenizers.library_tokenizer(args.tokenizer, now.text)
-        changed |= tokenizers.fingerprint(now.text) != tokenizers.fingerprint(then.text)
-    if changed:
-        raise UserError(f"--tokenizer {args.tokenizer} was written to since {args.output} was begun; name another --output")
-
-
-def prepare_tokenizer(args: PreprocessArguments, sources: list[Source]) -> tuple[str, TokenizerFacts]:
-    """Load or train it, and keep a copy in `tokenizer/`; a job that goes on uses that copy."""
-    folder = args.output / "tokenizer"
-    name = args.tokenizer or f"trained, {args.train_tokenizer} tokens"
-    if (folder / CONFIG).is_file():
-        files = load(str(folder))
-    elif args.train_tokenizer is None:
-        files = load(name)
-    else:
-        say(f"training a tokenizer of {args.train_tokenizer:,} tokens on a sample of the input", stdout)
-        files = TokenizerFiles(tokenizers.train(sample_texts(args, sources), args.train_tokenizer))
-    tokenizer = tokenizers.library_tokenizer(name, files.text)
-    facts = tokenizers.facts(name, files, tokenizer)
-    tokenizers.save(folder, files.text, facts)
-    say(f"documents end with {facts.eos_token!r} (id {facts.eos_token_id}{', ' if files.named_by else ''}{files.named_by})", stdout)
-    fim = (facts.fim or {}) if args.fim_rate else {}
-    tokenizers.check_reach(name, files.text, {facts.eos_token: facts.eos_token_id, **{f"<fim_{t}>": i for t, i in fim.items()}})
-    if fim:
-        tokenizers.check_cuts(name, tokenizer)
-    if lossy := tokenizers.lossy_example(tokenizer):
-        say(f"warning: tokenizer {name} does not keep text: {lossy[0]!r} comes back as {lossy[1]!r}")
-    return files.text, facts
 
 
 def work_options(args: PreprocessArguments, text: str, facts: TokenizerFacts, contamination: Contamination | None) -> WorkOptions:
@@ -168,7 +127,7 @@ class Job:
         blocks = read_blocks(self.sources, read_options(self.args), self.position)
         saved_at = time.monotonic()
         with team.start(options) as results_of:
-            for result in results_of(_say_notes(blocks)):
+            for result in results_of(say_notes(blocks)):
                 closed = self.consume(result)
                 read = self.counts["read"] - read_before
                 progress.update(result.done_bytes, f"{read:,} documents, {read / progress.seconds:,.0f} documents/s")
@@ -274,43 +233,3 @@ class Job:
     def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
-
-
-def say_left_out(sources: list[Source]) -> None:
-    """What of the folders and trees is not read, so that nobody learns it from the result."""
-    for source in sources:
-        if source.left_out:
-            where = source.name if source.kind == "tree" else os.path.dirname(source.name)
-            hint = "; --suffixes names the endings of source files" if source.kind == "tree" else ""
-            say(one_line(f"note: {where}: {describe_endings(source.left_out)} left out{hint}"), stdout)
-
-
-def _say_notes(blocks: Iterable[Block]) -> Iterator[Block]:
-    """What of archives is not read is known when they are."""
-    for block in blocks:
-        if block.note:
-            say(one_line(f"note: {block.note}"), stdout)
-        yield block
-
-
-def report(manifest: dict[str, Any], args: PreprocessArguments, seconds: float) -> None:
-    """What was made, for a person."""
-    output = args.output
-    for split in SPLITS:
-        s = manifest["splits"][split]
-        size = f"{s['documents']:,} documents, {s['tokens']:,} tokens, {s['text_bytes']:,} bytes of text"
-        say(f"{split}: {size}, {len(s['shards'])} shards", stdout)
-    counts = manifest["documents"]
-    for reason, count in counts["rejected"].items():
-        say(f"rejected {count:,}: {reason} (see {output / 'rejected.jsonl'})", stdout)
-    for reason, count in counts["removed"].items():
-        say(f"removed {count:,}: {reason} (see {output / 'removed.jsonl'})", stdout)
-    for file in args.decontaminate:
-        if (reason := f"overlaps {Path(file).name}") not in counts["removed"]:
-            say(f"removed 0: {reason}", stdout)
-    if "fill_in_the_middle" in counts:
-        say(f"rearranged for fill-in-the-middle: {counts['fill_in_the_middle']:,} documents or parts of long ones", stdout)
-    rate = sum(s["tokens"] for s in manifest["splits"].values()) / max(seconds, 1e-9)
-    say(f"{output}: {counts['read']:,} documents read in {seconds:.1f} s, {rate:,.0f} tokens/s", stdout)
-    if not manifest["splits"]["validation"]["documents"]:
-        say("note: no document fell into the validation split; raise --validation_fraction to evaluate on these shards", stdout)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from data_helpers import write_rows
 
-from data.pipeline import tokenizer_text
+from data.pipeline import tokenizer
 from data.pipeline.arguments import PreprocessArguments
-from data.pipeline.tokenizer_text import sample_texts, spread
+from data.pipeline.tokenizer import sample_texts, spread
 from data.sources.discover import find_sources
 
 
@@ -22,7 +22,7 @@ def test_spread_takes_at_most_so_many_at_equal_distances(count: int) -> None:
 
 
 def test_every_source_gives_an_equal_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_text, "SAMPLE_BYTES", 3000)
+    monkeypatch.setattr(tokenizer, "SAMPLE_BYTES", 3000)
     for letter in "abc":
         write_rows(tmp_path / f"{letter}.jsonl", [{"content": letter * 90}] * 100)
     args = PreprocessArguments(input=(str(tmp_path),), output=tmp_path / "out", train_tokenizer=300)
