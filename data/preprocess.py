@@ -19,6 +19,7 @@ if __name__ == "__main__" and not __package__:  # or a `data` on PYTHONPATH woul
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import ONE_THREAD, hold_standard_streams
+from data.launchers import MPI_SIZES
 from data.pipeline.arguments import parse
 from data.terminal import exit_code, leave
 
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 
     from data.pipeline.pool import Team
 
-#: Set by MPICH and Intel MPI (Hydra), Open MPI, and Slurm's PMI.
-LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+#: Of launchers that may not say how many ranks there are.
 LAUNCHER_MARKS = ("MPI_LOCALNRANKS", "PMIX_RANK")
 INTERRUPTED = "interrupted; run the same command again, it goes on from what is there"
 
@@ -49,7 +49,7 @@ def is_launched(environment: Mapping[str, str]) -> bool:
 
     A shell that Slurm started has the marks of a rank too (`srun --pty bash`), and is one alone.
     """
-    if sizes := [environment[name] for name in LAUNCHER_SIZES if name in environment]:
+    if sizes := [environment[name] for name in MPI_SIZES if name in environment]:
         return any(size != "1" for size in sizes)
     return any(name in environment for name in LAUNCHER_MARKS) and environment.get("SLURM_STEP_NUM_TASKS") != "1"
 

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from data.cli import Exit, UserError
+from data.launchers import MPI_SIZES
 from launch.ranks.builds import compile_nothing, wait_for_builds
 
 #: For all ranks to join: hosts of one job may start minutes apart.
@@ -32,7 +33,6 @@ MOST_OPEN_FILES = 1 << 16
 #: By which launchers say what a rank is.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS")
-MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def environment_of_no_rank() -> dict[str, str]:
@@ -63,7 +63,7 @@ def set_environment() -> tuple[int, int]:
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         if "MASTER_ADDR" not in env:
             raise UserError("under srun MASTER_ADDR must be set; launch/templates/slurm.sh shows how")
-    elif "RANK" not in env and any(int(env.get(name, "1")) > 1 for name in MPI_VARIABLES):
+    elif "RANK" not in env and any(int(env.get(name, "1")) > 1 for name in MPI_SIZES):
         _environment_from_mpi()
     _check_numbers(env)
     env.setdefault("RANK", "0")
@@ -107,7 +107,7 @@ def _environment_from_mpi() -> None:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    started = max(int(os.environ.get(name, "1")) for name in MPI_VARIABLES)
+    started = max(int(os.environ.get(name, "1")) for name in MPI_SIZES)
     if world.size != started:  # each rank would train by itself
         raise UserError(
             f"the launcher started {started} ranks and MPI sees {world.size}: mpi4py was built for another MPI, or srun's PMI is "

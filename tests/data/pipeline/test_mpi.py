@@ -66,6 +66,8 @@ def test_an_error_in_the_middle_under_mpi_ends_all_ranks(tmp_path: Path, tokeniz
         ({"PMI_SIZE": "4", "MPI_LOCALNRANKS": "1"}, True),  # one rank a host
         ({"PMI_SIZE": "1", "MPI_LOCALNRANKS": "1"}, False),
         ({"OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, True),  # mpirun below srun --pty bash
+        ({"MV2_COMM_WORLD_SIZE": "2"}, True),  # mpirun_rsh: each rank would have done the job by itself
+        ({"MV2_COMM_WORLD_SIZE": "1"}, False),
         ({"PMIX_RANK": "0"}, True),
         ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "8"}, True),
         ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
