@@ -46,7 +46,7 @@ def alphanumeric(text: str) -> int:
 Find = Callable[[Mapping[str, Any], str], Any]
 
 
-def license_rule(allowed: Sequence[str], name: str, find: Find = Mapping.get) -> Rule:
+def license_rule(allowed: Sequence[str], name: str, find: Find) -> Rule:
     """Keep documents whose field `name` is an allowed license, or a list of nothing else. Case makes no difference."""
     known = {license.lower() for license in allowed}
 

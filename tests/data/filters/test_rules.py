@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.filters.rules import alphanumeric, codeparrot, license_rule
+from data.sources.blocks import field_of
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_alphanumeric_is_isalnum(text: str) -> None:
 
 
 def test_licenses() -> None:
-    rule = license_rule(["MIT", "apache-2.0"], "license")
+    rule = license_rule(["MIT", "apache-2.0"], "license", field_of)
     assert rule("x", {"license": "mit"}) is None and rule("x", {"license": ["Apache-2.0", "MIT"]}) is None
     for row in ({"license": "gpl-3.0"}, {"license": ["mit", "gpl-3.0"]}):
         assert rule("x", row) == "license not in --licenses"
