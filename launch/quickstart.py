@@ -19,10 +19,9 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
 
 from data.cli import Exit, UserError
 from data.flags import Parser, at_least_one
-from launch.cli import check_docstrings, run_command
+from launch.cli import CLONE, check_docstrings, run_command
 from launch.ranks.join import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def read_lines(path):\n"
 
 
@@ -72,19 +71,19 @@ def shown(command: list[str]) -> str:
 def preparation() -> str:
     """What a person types before the commands that are shown, so that they find the files and this Python."""
     own, found = Path(sys.executable), shutil.which("python")
-    go = f"cd {shlex.quote(str(ROOT))}"
+    go = f"cd {shlex.quote(str(CLONE))}"
     # An environment's Python is a link to one that has no packages: the folder decides too.
     if found and Path(found).parent.samefile(own.parent) and Path(found).samefile(own):
         return go
     activate = own.parent / "activate"
     if not activate.is_file():
         return f"{go} && export PATH={shlex.quote(str(own.parent))}:$PATH"
-    return f"{go} && source {shlex.quote(str(activate.relative_to(ROOT) if activate.is_relative_to(ROOT) else activate))}"
+    return f"{go} && source {shlex.quote(str(activate.relative_to(CLONE) if activate.is_relative_to(CLONE) else activate))}"
 
 
 def again() -> str:
     """The command that goes on from here."""
-    by_make = len(sys.argv) == 1 and Path(sys.executable).parent == ROOT / ".venv" / "bin"
+    by_make = len(sys.argv) == 1 and Path(sys.executable).parent == CLONE / ".venv" / "bin"
     return "make quickstart" if by_make else shlex.join(sys.orig_argv)
 
 
@@ -110,7 +109,7 @@ def main() -> int:
     at_least_one(arguments, "steps")
     check_docstrings()  # before the first station, which needs none
     folder = Path("runs/quickstart") if arguments.folder is None else from_root(arguments.folder)
-    os.chdir(ROOT)
+    os.chdir(CLONE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -120,7 +119,7 @@ def main() -> int:
 
 def from_root(folder: Path) -> Path:
     """What was meant where the command was started, as the stations find it, which run in the clone."""
-    return folder if folder.is_absolute() else Path(os.path.relpath(folder, ROOT))
+    return folder if folder.is_absolute() else Path(os.path.relpath(folder, CLONE))
 
 
 def run(folder: Path, steps: int) -> int:

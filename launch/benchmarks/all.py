@@ -19,8 +19,8 @@ from typing import Any
 
 from data.cli import UserError
 from data.terminal import say
+from launch.cli import CLONE
 
-COMMAND = Path(__file__).resolve().parents[1] / "benchmark.py"
 UNITS = {"s": 1, "m": 60, "h": 3600}
 #: Smaller than their own defaults where there is no GPU; `--full` takes the defaults. On two cores that nobody else uses each
 #: takes 5 to 25 s, so that ten minutes are enough for a busy machine.
@@ -84,7 +84,7 @@ def run_one(name: str, flags: tuple[str, ...], share: float) -> dict[str, Any]:
         return {"reason": "no time left", "seconds": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        command = [sys.executable, str(COMMAND), name, *flags, "--output", str(output)]
+        command = [sys.executable, str(CLONE / "launch" / "benchmark.py"), name, *flags, "--output", str(output)]
         try:
             done = subprocess.run(command, timeout=share, check=False)
             reason = f"exit code {done.returncode}" if done.returncode else ""

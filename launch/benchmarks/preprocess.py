@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from data.flags import at_least_one
+from launch.cli import CLONE
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 _tokenizer: Any = None
 
 
@@ -70,7 +70,7 @@ def our_way(files: list[Path], tokenizer: str, output: Path, workers: int) -> tu
     times = []
     for command in (job, ["data/verify.py", str(output)]):
         started = time.perf_counter()
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *command], cwd=CLONE, check=True, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - started)
     return read_shards(output / "train"), times[0], times[1]
 
@@ -134,5 +134,5 @@ def pack_stdlib(folder: Path) -> list[Path]:
 
 def train_tokenizer(folder: Path) -> str:
     command = ["data/preprocess.py", "--input", "stdlib", "--train_tokenizer", "4096", "--output", str(folder / "tokenizer")]
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *command], cwd=CLONE, check=True, stdout=subprocess.DEVNULL)
     return str(folder / "tokenizer" / "tokenizer")

@@ -18,9 +18,8 @@ from typing import Any
 from data.cli import UserError
 from launch.checkpoint.unpickle import no_code_from_files, save_stages_by_value
 from launch.checkpoint.weights import MOMENTUM, flat_masters, flat_moments
+from launch.cli import CLONE
 from launch.ranks.join import environment_of_no_rank
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_converter(source: Path, target: Path, on_phase: Callable[[str], None]) -> None:
@@ -30,7 +29,7 @@ def run_converter(source: Path, target: Path, on_phase: Callable[[str], None]) -
     with subprocess.Popen(
         command,
         env=environment_of_no_rank(),
-        cwd=REPOSITORY,
+        cwd=CLONE,
         text=True,
         start_new_session=True,
         stdin=subprocess.PIPE,

@@ -14,10 +14,11 @@ from typing import Any
 
 from data.cli import NotFound, UserError
 from data.files import read_json
+from launch.cli import CLONE
 from launch.engine.kinds import NUMBER, OBJECT, SWITCH, TEXT, WHOLE, is_kind, shown
 from launch.nested import lookup
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+CONFIG_FOLDER = CLONE / "ds_configs"
 #: From no recomputation of activations to the most.
 CHECKPOINTING_MODES = ("none", "selective", "full")
 #: Of which any two give the third.

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.lock import try_lock
+from launch.cli import CLONE
 
-COMMANDS = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 256
 HELD = "held"  # locked for as long as its process lives
 
@@ -53,7 +53,7 @@ def clear_dead(folder: Path) -> None:
 
 
 def call(command: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, str(COMMANDS / command), *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, str(CLONE / "launch" / command), *map(str, arguments)], check=True)
 
 
 if __name__ == "__main__":

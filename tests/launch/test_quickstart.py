@@ -25,7 +25,7 @@ def quickstart(folder: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("flags", [["--folder", "mine"], []])
 def test_a_folder_is_meant_from_where_one_stands(flags: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
-    monkeypatch.setattr(launch.quickstart, "ROOT", tmp_path / "clone")
+    monkeypatch.setattr(launch.quickstart, "CLONE", tmp_path / "clone")
     monkeypatch.setattr(launch.quickstart, "run", lambda folder, steps: made.append(folder.resolve()))
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags])
     (tmp_path / "clone").mkdir()
@@ -110,7 +110,7 @@ def test_its_last_words_begin_with_what_they_need(
     if kind != "no environment":
         (python.parent / "activate").touch()
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(launch.quickstart, "ROOT", clone)
+    monkeypatch.setattr(launch.quickstart, "CLONE", clone)
     monkeypatch.setenv("PATH", str(python.parent if kind == "active" else other))
     launch.quickstart.run(Path("folder"), 50)
     then = {"active": "", "no environment": f" && export PATH={shlex.quote(str(python.parent))}:$PATH"}

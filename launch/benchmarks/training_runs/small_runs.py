@@ -18,6 +18,7 @@ from data.files import replace_json
 from data.flags import at_least_one
 from data.terminal import say
 from launch.benchmarks.training_runs.leash import run_leashed
+from launch.cli import CLONE
 from launch.engine.strategy import CONFIG_FOLDER, resolve_config
 from launch.planning.ladder import active_parameters
 from launch.ranks.join import free_port
@@ -26,7 +27,6 @@ from launch.run.arguments import TrainArguments, parse_arguments
 from model import MoEGPTConfig
 from model.accounting import training_flops_per_token
 
-ROOT = Path(__file__).resolve().parents[3]
 #: Maps of the experts' load over a run, from which the whole run's balance is taken.
 LOAD_MAPS = 40
 SETTLED = 0.1  # of a run: what comes before counts neither for the balance nor for the gradient norms
@@ -134,7 +134,7 @@ class SmallRun:
             launcher = [sys.executable]
         else:
             launcher = ["deepspeed", "--quiet", "--num_gpus", str(self.ranks), "--master_port", str(free_port())]
-        return [*launcher, str(ROOT / "launch" / "train.py"), *self.arguments(stop_after)]
+        return [*launcher, str(CLONE / "launch" / "train.py"), *self.arguments(stop_after)]
 
     def arguments(self, stop_after: int) -> list[str]:
         """Of `launch/train.py`."""
