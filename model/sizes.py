@@ -93,7 +93,8 @@ class ModelSizes:
         """From the content of a config.json; fields that cost nothing are passed over."""
         named = {ALIASES.get(key, key): value for key, value in values.items()}
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in named.items() if key in known and value is not None})
+        left_out = [key for key, value in named.items() if value is None and key in ("head_dim", "moe_intermediate_size")]
+        return cls(**{key: value for key, value in named.items() if key in known and key not in left_out})
 
 
 def find_model(model: str) -> Path:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data.cli import Exit, UserError, sentence
+from data.launchers import MPI_SIZES
 from data.pipeline.pool import InOrder, Team, in_order, start_worker
 from data.pipeline.worker import WorkOptions
 from data.terminal import drain, report
@@ -26,6 +27,14 @@ def run(job: Callable[[Team | None], int]) -> int:
             UserError(f"a launcher's variables are set and MPI cannot be loaded ({sentence(error)}); unset them, or install it")
         )
     ranks = MPI.COMM_WORLD
+    started = max((int(size) for name in MPI_SIZES if (size := os.environ.get(name, "")).isdecimal()), default=1)
+    if ranks.Get_size() < started:  # each rank would do the whole job
+        return report(
+            UserError(
+                f"the launcher started {started} ranks and MPI sees {ranks.Get_size()}: mpi4py was built for another MPI; use that "
+                "MPI's own mpiexec, or start without a launcher"
+            )
+        )
     if ranks.Get_size() == 1:
         return job(None)
     return serve(ranks) if ranks.Get_rank() else lead(ranks, job)

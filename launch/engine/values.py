@@ -38,14 +38,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "bf16.check_grad_overflow": ((True,), _JUDGED),
     "managed_gradient_accumulation": (
         (True,),
-        "DeepSpeed then takes a step after every micro-batch: of a part of the global batch, unseen by whoever refuses steps",
+        "DeepSpeed then takes a step whenever it is called: after every micro-batch, and in the rehearsal",
     ),
     "gradient_allreduce_op": (("mean",), "every gradient would be as many times as large as there are ranks"),
-    "activation_checkpointing.partition_activations": (
-        (False,),
-        "DeepSpeed's checkpoint then passes no gradient on below the last block, which alone would learn",
-    ),
-    "activation_checkpointing.contiguous_memory_optimization": ((False,), "it needs partition_activations, which is refused"),
     "zero_optimization.round_robin_gradients": (
         (False,),
         "DeepSpeed then writes down another order of the weights than they have, and what is exported or converted is wrong",
@@ -70,6 +65,14 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "data_efficiency.enabled": ((False,), "it is for DeepSpeed's own data loader, which reads nothing here"),
     "hybrid_engine.enabled": ((False,), "it is for a model that generates while it trains"),
+}
+#: The same under mode `full`; the other modes call nothing that would read them.
+ONLY_FULL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "activation_checkpointing.partition_activations": (
+        (False,),
+        "DeepSpeed's checkpoint then passes no gradient on below the last block, which alone would learn",
+    ),
+    "activation_checkpointing.contiguous_memory_optimization": ((False,), "it needs partition_activations, which is refused"),
 }
 PRESET = "deepseek_v3"  # of AutoEP: how the model names and computes its experts
 #: Of `expert_parallel`, what the layer reads that stands in the place of AutoEP's; and what is true of it beside AutoEP's defaults.
@@ -97,14 +100,15 @@ def check_values(config: dict[str, Any], path: Path) -> None:
             raise UserError(f'{path}: {key} cannot be "auto": that is filled in for {filled}; give a value, or leave the key out')
     if (clipping := config.get("gradient_clipping", 0.0)) < 0:
         raise UserError(f"{path}: gradient_clipping must be 0 (none) or a norm, not {clipping}")
-    for key, (right, reason) in ONLY.items():
-        if (value := lookup(config, key, right[0])) not in right:
+    chosen = Strategy.of(config)
+    for key, (right, reason) in (ONLY | (ONLY_FULL if chosen.activation_checkpointing == "full" else {})).items():
+        value = lookup(config, key, right[0])
+        if (value.lower() if isinstance(value, str) else value) not in right:
             raise UserError(f"{path}: {key} must be {' or '.join(map(shown, right))}, not {shown(value)}: {reason}")
     if lookup(config, "checkpoint.writer") is not None:
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"
         )
-    chosen = Strategy.of(config)
     _check_muon(chosen, path)
     _check_expert_parallel(config["expert_parallel"], path)
     _check_grad_accum(config, path)

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from data.cli import NotFound, UserError
-from data.files import hash_file, is_inside, read_json, small_file
+from data.files import hash_file, is_inside, read_json, read_object, small_file
 from data.pointers import pointer
 from launch.manifest import HASH, MANIFEST, DamagedError, FileRecord, read_manifest
 
@@ -54,7 +54,9 @@ def weights_hash(folder: Path) -> str:
 
 def _recorded(folder: Path) -> dict[str, FileRecord]:
     """What `launch/export.py` recorded of weights and tokenizer; nothing for a folder of somebody else."""
-    if not (folder / MANIFEST).exists():
+    found = read_object(folder / MANIFEST)
+    foreign = found and found.get("kind") != KIND and not {"format", "checksum"} & found.keys()
+    if foreign or not (folder / MANIFEST).exists():
         return {}
     try:
         manifest = read_manifest(folder)

@@ -95,7 +95,9 @@ def validation_lines(run: dict[str, Any], state: dict[str, Any], judged: Judged)
         per_byte = f", {bits:.4f} bits per byte" if _is_number(bits) else ""
         lines.append(f"validation loss {mine['val_loss']:.4f} nats a token{per_byte}{_judged_on(run, state)}")
     if _is_number(best) and (mine is None or mine["val_loss"] != best):
-        at = f" at step {_number(state['best_step'])}" if state.get("best_step") else ""
+        of_rows = [number for number, row in judged.items() if row["val_loss"] == best]  # an older version did not write the step
+        at_step = state.get("best_step") or (of_rows[0] if len(of_rows) == 1 else None)
+        at = f" at step {_number(at_step)}" if at_step else ""
         lines.append(f"best validation loss of the run up to here {best:.4f} nats a token{at}")
     return lines
 

@@ -103,7 +103,8 @@ def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], 
     if length > sizes.max_position_embeddings:
         raise UserError(
             f"--sequence_length {length} is beyond the {sizes.max_position_embeddings} positions of {arguments.model}; copy the "
-            f'model\'s config.json ({find_model(arguments.model)}) with "max_position_embeddings": {length}'
+            f'model\'s config.json ({find_model(arguments.model)}) with "max_position_embeddings": {length} '
+            "and no rope_parameters (a trained model is extended by train.py --init_from with --rope_factor)"
         )
     resolved = strategy.resolve_config(base, path, world_size=arguments.ranks, num_experts=sizes.n_routed_experts, max_steps=1000)
     strategy.check_precision(resolved, path)

@@ -78,14 +78,21 @@ def set_environment() -> tuple[int, int]:
 def _check_numbers(env: Mapping[str, str]) -> None:
     """A WORLD_SIZE that was left in the shell would have this process wait for ranks that nobody starts."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        if not env.get(name, "0").isdecimal():
+        if not env.get(name, "0").strip().isdecimal():
             raise UserError(
-                f"{name} in the environment is {env[name]!r} and must be a whole number; unset it, or let a launcher set it"
+                f"{name} in the environment is {env[name]!r} and must be a whole number of at least 0; unset it, or let a launcher "
+                "set it"
             )
     if "RANK" not in env and int(env.get("WORLD_SIZE", "1")) != 1:
         raise UserError(
             f"WORLD_SIZE is {env['WORLD_SIZE']} in the environment and RANK is not set: no launcher started this rank; unset "
             "WORLD_SIZE, or start with deepspeed or torchrun"
+        )
+    rank, size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+    if rank >= size:
+        raise UserError(
+            f"RANK is {rank} in the environment and WORLD_SIZE {size}: ranks count from 0 to one less; unset both, or start with "
+            "deepspeed or torchrun"
         )
 
 

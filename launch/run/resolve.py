@@ -114,7 +114,7 @@ def fit_model(config: MoEGPTConfig, arguments: TrainArguments, train: PackedData
         if not arguments.init_from and not may_resume(arguments):  # random weights have no context to extend
             mend = (
                 f'copy the model\'s config.json ({find_model(arguments.model)}) with "max_position_embeddings": '
-                f"{arguments.sequence_length}; --rope_factor is for a trained model (--init_from)"
+                f"{arguments.sequence_length} and no rope_parameters; --rope_factor is for a trained model (--init_from)"
             )
         if arguments.rope_factor:
             first = (config.rope_parameters or {})["original_max_position_embeddings"]

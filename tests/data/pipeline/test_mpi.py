@@ -15,6 +15,7 @@ from data_helpers import contents, environment, run, write_rows
 from support import ROOT
 
 from data.cli import UserError
+from data.launchers import MPI_SIZES
 from data.pipeline import mpi
 from data.preprocess import is_launched
 from data.terminal import drain
@@ -84,6 +85,19 @@ def test_mpi_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.MonkeyPat
     assert mpi.run(lambda team: 0) == 2
     drain()
     assert "variables are set and MPI cannot be loaded" in capsys.readouterr().err
+
+
+def test_ranks_that_mpi_does_not_join_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each would have begun the whole job, and the folder's lock ended all but one."""
+    alone = SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=SimpleNamespace(Get_size=lambda: 1)))
+    monkeypatch.setitem(sys.modules, "mpi4py", alone)
+    for name in MPI_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    assert mpi.run(lambda team: 7 if team is None else 1) == 7
+    monkeypatch.setenv("MV2_COMM_WORLD_SIZE", "2")
+    assert mpi.run(lambda team: 0) == 2
+    drain()
+    assert "the launcher started 2 ranks and MPI sees 1" in capsys.readouterr().err
 
 
 class Comm:

@@ -110,14 +110,8 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
             False,
             "bf16.check_grad_overflow must be true, not false: by the norm of its gradients a step",
         ),
-        ("managed_gradient_accumulation", False, "accumulation must be true, not false: DeepSpeed then takes a step after every"),
+        ("managed_gradient_accumulation", False, "accumulation must be true, not false: DeepSpeed then takes a step whenever"),
         ("gradient_allreduce_op", "sum", 'gradient_allreduce_op must be "mean", not "sum": every gradient would be as many times'),
-        ("activation_checkpointing.partition_activations", True, "must be false, not true: DeepSpeed's checkpoint then passes no"),
-        (
-            "activation_checkpointing.contiguous_memory_optimization",
-            True,
-            "must be false, not true: it needs partition_activation",
-        ),
         ("zero_optimization.elastic_checkpoint", True, "elastic_checkpoint must be false, not true: DeepSpeed cannot load what"),
         ("zero_optimization.load_from_fp32_weights", False, "load_from_fp32_weights must be true, not false: a resume would begin"),
         ("zero_optimization.cpu_offload", True, "cpu_offload must be false or null, not true: it is DeepSpeed's older name of"),
@@ -228,6 +222,7 @@ AUTOEP_DEFAULTS = [
         ("scheduler", {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}),
         ("optimizer.params.fused", None),
         ("communication_data_type", None),
+        ("gradient_allreduce_op", "MEAN"),  # DeepSpeed takes it so too
         ("expert_parallel.disable_triton_grouped_mm", True),
         ("expert_parallel.score_apply", "post"),
         *((f"expert_parallel.{name}", value) for name, value in AUTOEP_DEFAULTS),
@@ -260,6 +255,20 @@ def test_a_schedule_of_torch_s_takes_only_an_optimizer_of_torch_s(stage: int, bf
         check(config)
     config["scheduler"] = {"type": "ReduceLROnPlateau", "params": {}}  # at its first step
     with pytest.raises(UserError, match="ReduceLROnPlateau is PyTorch's" if refused else "ReduceLROnPlateau refuses them"):
+        check(config)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", "none"])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("partition_activations", "must be false, not true: DeepSpeed's checkpoint then passes no"),
+        ("contiguous_memory_optimization", "must be false, not true: it needs partition_activations"),
+    ],
+)
+def test_what_only_recomputed_blocks_read_is_refused_for_them_alone(key: str, said: str, mode: str) -> None:
+    config = changed("activation_checkpointing", {"mode": mode, key: True})
+    with pytest.raises(UserError, match=said) if mode == "full" else nullcontext():
         check(config)
 
 

@@ -521,14 +521,17 @@ def test_no_two_programs_run_in_one_slot(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_either_may_use_more_than_it_is_allowed(greedy: str) -> None:
     """The judge too: by what its candidate answers."""
     silent = shell("echo; exec sleep 60")
+    assert silent.process.stdout and select.select([silent.process.stdout], [], [], 20)[0]
     of = {
         name: SimpleNamespace(process=silent.process, excess=lambda name=name: "memory" if name == greedy else None)
         for name in ("judge", "candidate")
     }
-    said = read_verdict(of["judge"], of["candidate"], 60.0)  # type: ignore[arg-type]
+    try:
+        said = read_verdict(of["judge"], of["candidate"], 60.0)  # type: ignore[arg-type]
+    finally:
+        silent.process.kill()
+        silent.process.wait()
     assert said.result == "failed: more memory than the sandbox allows"
-    silent.process.kill()
-    silent.process.wait()
 
 
 def test_a_text_is_handed_over_as_it_is() -> None:

@@ -130,6 +130,14 @@ def test_a_manifest_without_records_of_files_inside_is_a_sentence(files: Any, tm
         weights_hash(tmp_path)
 
 
+@pytest.mark.parametrize("body", ['{"schemaVersion": 2, "layers": []}', '{"kind": "model", "files": {}}'])
+def test_another_programs_manifest_records_nothing(body: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    without = weights_hash(tmp_path)
+    (tmp_path / manifest.MANIFEST).write_text(body)
+    assert weights_hash(tmp_path) == without
+
+
 @pytest.mark.parametrize(
     ("of", "says"),
     [("damage", r"damaged: its own checksum is wrong; export it again"), ("newer", r"has format 2, made by a newer")],

@@ -5,12 +5,14 @@ tensor_parallel_worker.py FOLDER OUTPUT
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 from transformers.distributed import DistributedConfig
 
 
@@ -20,6 +22,9 @@ def whole(x: Any) -> torch.Tensor:
 
 def main() -> None:
     folder, output = sys.argv[1:]
+    # Its environment variable was read when the nursery imported transformers; two ranks would copy into one folder.
+    modules = Path(output).parent / f"modules_{os.environ['RANK']}"
+    dynamic_module_utils.HF_MODULES_CACHE = str(modules)
     plan = DistributedConfig(tp_plan="auto", tp_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, distributed_config=plan)
     ids = torch.load(f"{folder}/ids.pt")

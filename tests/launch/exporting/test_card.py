@@ -66,6 +66,8 @@ def test_the_loss_is_this_checkpoints_and_can_be_repeated(checkpoint: Path) -> N
     assert "- best validation loss of the run up to here 4.5000 nats a token at step 3\n" in card_of(checkpoint)
     edit(checkpoint / "state.json", best_step=None)  # an older version's
     assert "- best validation loss of the run up to here 4.5000 nats a token\n" in card_of(checkpoint)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert "4.5000 nats a token at step 3\n" in card_of(checkpoint), "one row alone has it"
 
 
 def test_the_context_is_what_it_was_trained_on_and_how_far_it_reaches(checkpoint: Path) -> None:

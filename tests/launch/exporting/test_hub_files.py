@@ -12,6 +12,7 @@ import pytest
 import torch
 from nursery import Nursery
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from launch.exporting.formats import AUTO_MAP, CODE, build, exported_config
 from launch.exporting.hub import configuration_moe_gpt, modeling_moe_gpt
@@ -252,6 +253,7 @@ def test_every_tensor_parallel_rule_names_a_module() -> None:
     assert plan - names <= unused
 
 
+@pytest.mark.skipif("local_params" not in ALL_PARALLEL_STYLES, reason="transformers knows this style of a plan from 5.23 on")
 def test_tensor_parallel_ranks_have_the_gradients_of_one(nursery: Nursery, tmp_path: Path) -> None:
     """Under Glm4Moe's plan each rank kept its own heads' share of the gradients of q's and k's norms, half of it off."""
     torch.manual_seed(0)
@@ -260,9 +262,8 @@ def test_tensor_parallel_ranks_have_the_gradients_of_one(nursery: Nursery, tmp_p
     for name in CODE:
         shutil.copy(HUB / name, tmp_path / "hf" / name)
     torch.save(ids, tmp_path / "hf" / "ids.pt")
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     worker, output = "tests/launch/exporting/tensor_parallel_worker.py", tmp_path / "out.pt"
-    ranks = nursery.start(2, worker, tmp_path / "hf", output, log=tmp_path / "log", env=environment)
+    ranks = nursery.start(2, worker, tmp_path / "hf", output, log=tmp_path / "log")
     assert ranks.wait(120) == [0, 0], ranks.text()[-3000:]
     found = torch.load(output)
     out = hub(ids, labels=ids)

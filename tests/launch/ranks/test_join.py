@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from data.cli import Exit, UserError
+from data.launchers import MPI_SIZES
 from launch.ranks import join
 from launch.ranks.join import device_index, set_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-NAMES += ("SLURM_STEP_NUM_TASKS", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+NAMES += ("SLURM_STEP_NUM_TASKS", "PMI_RANK", "OMPI_COMM_WORLD_RANK", *MPI_SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,18 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plain_start_is_one_rank() -> None:
     assert set_environment() == (0, 1)
+
+
+def test_a_rank_beyond_the_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waited ten minutes for a rank 0 that is nowhere; spaces around a number are none of it."""
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError, match="RANK is 3 in the environment and WORLD_SIZE 1: ranks count from 0"):
+        set_environment()
+    monkeypatch.setenv("WORLD_SIZE", " 4")
+    assert set_environment() == (3, 4)
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(UserError, match="RANK is 4 in the environment and WORLD_SIZE 4"):
+        set_environment()
 
 
 def test_a_world_size_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
