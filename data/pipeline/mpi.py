@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data.cli import Exit, UserError, sentence
-from data.launchers import MPI_SIZES
+from data.launchers import mpi_ranks
 from data.pipeline.pool import InOrder, Team, in_order, start_worker
 from data.pipeline.worker import WorkOptions
 from data.terminal import drain, report
@@ -27,7 +27,7 @@ def run(job: Callable[[Team | None], int]) -> int:
             UserError(f"a launcher's variables are set and MPI cannot be loaded ({sentence(error)}); unset them, or install it")
         )
     ranks = MPI.COMM_WORLD
-    started = max((int(size) for name in MPI_SIZES if (size := os.environ.get(name, "")).isdecimal()), default=1)
+    started = mpi_ranks(os.environ)
     if ranks.Get_size() < started:  # each rank would do the whole job
         return report(
             UserError(

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from data.cli import Exit, UserError
-from data.launchers import MPI_SIZES
+from data.launchers import mpi_ranks
 from launch.ranks.builds import compile_nothing, wait_for_builds
 
 #: For all ranks to join: hosts of one job may start minutes apart.
@@ -63,7 +63,7 @@ def set_environment() -> tuple[int, int]:
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         if "MASTER_ADDR" not in env:
             raise UserError("under srun MASTER_ADDR must be set; launch/templates/slurm.sh shows how")
-    elif "RANK" not in env and any(int(env.get(name, "1")) > 1 for name in MPI_SIZES):
+    elif "RANK" not in env and mpi_ranks(env) > 1:
         _environment_from_mpi()
     _check_numbers(env)
     env.setdefault("RANK", "0")
@@ -114,7 +114,7 @@ def _environment_from_mpi() -> None:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    started = max(int(os.environ.get(name, "1")) for name in MPI_SIZES)
+    started = mpi_ranks(os.environ)
     if world.size != started:  # each rank would train by itself
         raise UserError(
             f"the launcher started {started} ranks and MPI sees {world.size}: mpi4py was built for another MPI, or srun's PMI is "

@@ -34,6 +34,11 @@ def test_a_plain_start_is_one_rank() -> None:
     assert set_environment() == (0, 1)
 
 
+def test_an_empty_size_of_a_launcher_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "")
+    assert set_environment() == (0, 1)
+
+
 def test_a_rank_beyond_the_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waited ten minutes for a rank 0 that is nowhere; spaces around a number are none of it."""
     monkeypatch.setenv("RANK", "3")
