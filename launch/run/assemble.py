@@ -24,6 +24,7 @@ from launch.ranks.watchdog import Watchdog
 from launch.run.arguments import TrainArguments
 from launch.run.checkpoint_eval import CheckpointEvaluator
 from launch.run.health import Health
+from launch.run.judging import Judging
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
 from launch.run.resolve import ResolvedRun
@@ -50,7 +51,7 @@ def make_trainer(
     evaluator = CheckpointEvaluator(
         output=arguments.output, files=run.task_files, problems=arguments.eval_problems, monitor=monitor
     )
-    held_out = run.validation_data
+    judging = make_judging(arguments, run, engine, monitor, watchdog)
     clip = run.strategy.gradient_clipping
     device = device_of(gpu_name())
     trainer = Trainer(
@@ -59,12 +60,16 @@ def make_trainer(
         step_hook=StepHook(engine, clip=clip),
         health=Health(clip=clip, interval=arguments.health_interval),
         train_data=run.train_data,
-        validation=make_validation(arguments, held_out, engine, watchdog) if held_out is not None else None,
-        tasks={name: make_validation(arguments, data, engine, watchdog) for name, data in run.task_data.items()},
+        judging=judging,
         balancer=LoadBalancer.of(run.model, engine.module, dist.all_reduce),
         evaluator=evaluator,
         saving=Saving(
-            engine=engine, settings=EngineSettings(engine), checkpoints=checkpoints, monitor=monitor, on_saved=evaluator.begin
+            engine=engine,
+            settings=EngineSettings(engine),
+            checkpoints=checkpoints,
+            monitor=monitor,
+            on_saved=evaluator.begin,
+            on_best_lost=judging.take_back,
         ),
         monitor=monitor,
         spikes=SpikeDetector(sigma=arguments.spike_sigma, window=arguments.spike_window, rollback_after=arguments.spike_rollback),
@@ -92,9 +97,20 @@ def make_profile(trainer: Trainer) -> StepProfile:
     return StepProfile(trainer.arguments.output, trainer.arguments.profile, trainer.engine.module, methods, trainer.monitor)
 
 
-def make_validation(arguments: TrainArguments, data: PackedDataset, engine: DeepSpeedEngine, watchdog: Watchdog) -> Validation:
-    samples = min(len(data), arguments.eval_batches * engine.train_batch_size())
-    return Validation(engine=engine, data=data, samples=samples, on_phase=watchdog.phase)
+def make_judging(
+    arguments: TrainArguments, run: ResolvedRun, engine: DeepSpeedEngine, monitor: Monitor, watchdog: Watchdog
+) -> Judging:
+    def validation(data: PackedDataset) -> Validation:
+        samples = min(len(data), arguments.eval_batches * engine.train_batch_size())
+        return Validation(engine=engine, data=data, samples=samples, on_phase=watchdog.phase)
+
+    return Judging(
+        validation=validation(run.validation_data) if run.validation_data is not None else None,
+        tasks={name: validation(data) for name, data in run.task_data.items()},
+        patience=arguments.patience,
+        monitor=monitor,
+        watchdog=watchdog,
+    )
 
 
 def too_short_hint(data: PackedDataset) -> str | None:

@@ -30,10 +30,10 @@ class Saving:
     checkpoints: CheckpointManager
     monitor: Monitor
     on_saved: Callable[[str], None]  # told of every checkpoint that is complete, by its name
+    on_best_lost: Callable[[int], None]  # told of the step whose save was to be the best and failed
     saved_at: int = -1  # the step of the newest checkpoint that is written or pending
     last_failure: AgreedError | None = None
     failed_at: int = -1  # the step of the save that failed last
-    on_best_lost: Callable[[], None] = lambda: None  # the save that failed was to be the best
     _is_best: bool = False
     _saved_before: int = -1
     _pending: str = ""
@@ -96,7 +96,7 @@ class Saving:
             raise error
         self.last_failure, self.failed_at, self.saved_at = error, self.saved_at, self._saved_before
         if self._is_best:
-            self.on_best_lost()
+            self.on_best_lost(self.failed_at)
         self.monitor.log({"step": step, "save_failed": str(error)})
         if not self._finishing:  # which raises it at once
             self.monitor.say(f"warning: step {step}: {error}; the next save that fails ends the run")

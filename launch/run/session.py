@@ -78,7 +78,7 @@ class Session:
         self.watch_folder(trainer, checkpoints, config)
         if changes:
             trainer.monitor.say(f"changed since this checkpoint's run, and used from the first step on: {listed(changes, 8)}")
-        if isinstance(choice, ResumeFrom) and trainer.was_judged_on_others(choice.state):
+        if isinstance(choice, ResumeFrom) and trainer.judging.was_judged_on_others(choice.state):
             trainer.monitor.say("the validation samples are others than this checkpoint's run had: the best is looked for anew")
         self.rehearse(trainer, ranks, config)
         # No sooner: a start that ends for want of memory has left no branch, and taken no row out of the metrics.

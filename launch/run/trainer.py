@@ -29,12 +29,12 @@ from launch.run.arguments import TrainArguments
 from launch.run.batches import Batch, BatchLoader, StepBatches
 from launch.run.checkpoint_eval import CheckpointEvaluator
 from launch.run.health import Health, memory_bytes
+from launch.run.judging import Judging
 from launch.run.metrics import Monitor
 from launch.run.profile import StepProfile
 from launch.run.saving import Saving
 from launch.run.spikes import SpikeDetector
 from launch.run.stop import StopRequest
-from launch.run.validation import Validation
 from launch.words import gigabytes, short
 from model.balance import LoadBalancer
 
@@ -44,16 +44,11 @@ ROLLBACKS = 3
 
 @dataclass(kw_only=True)
 class Position:
-    """Where a run is: the fields of `TrainingState`, and three of its `extra`. `bad_evaluations`: in a row, without a new best;
-    `judged_on`: as loaded, what `best_loss` is on (`Validation.judged_on`), for a run without validation to hand on."""
+    """Where a run is: fields of `TrainingState`, and of its `extra` the name under which the trackers know the run."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    bad_evaluations: int = 0
-    judged_on: dict[str, Any] | None = None
     wandb_id: str = ""
 
 
@@ -65,8 +60,7 @@ class Trainer:
     engine: DeepSpeedEngine
     step_hook: StepHook
     train_data: PackedDataset
-    validation: Validation | None
-    tasks: dict[str, Validation]
+    judging: Judging
     evaluator: CheckpointEvaluator
     balancer: LoadBalancer
     health: Health
@@ -98,8 +92,6 @@ class Trainer:
         )
         self._rolled_back: list[int] = []
         self._rollback_due = False
-        self._best_before: tuple[float | None, int | None] = (None, None)
-        self.saving.on_best_lost = self.take_best_back
         self._timer, self._shown = StepTimer(), dict[str, str]()
 
     def train(self) -> str:
@@ -244,49 +236,13 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation, logs, checkpoints
 
     def validate(self) -> None:
-        """Where there is validation data: log its loss, keep the best checkpoint, count towards `--patience`."""
-        if self.validation is not None:
-            self.watchdog.at(self.position.step, "evaluation")
-            self.record_validation(self.validation.mean_loss(), self.validation)
-        if self.tasks:
-            self.measure_tasks()
-
-    def measure_tasks(self) -> None:
-        """Each of `--eval_tasks` by name, in one row. Nothing here changes what is trained, or which checkpoint is the best."""
-        row: dict[str, Any] = {"step": self.position.step}
-        for name, task in self.tasks.items():
-            self.watchdog.at(self.position.step, f"evaluation of {name}")
-            loss = task.mean_loss()
-            row |= {f"eval/{name}_loss": loss, f"eval/{name}_bits_per_byte": task.bits_per_byte(loss)}
-        self.monitor.log(row)
-        shown = ", ".join(f"{name} {row[f'eval/{name}_bits_per_byte']:.4f}" for name in self.tasks)
-        self.monitor.say(f"step {self.position.step}  bits per byte: {shown}")
-
-    def record_validation(self, loss: float, validation: Validation) -> None:
-        position = self.position
-        bits = validation.bits_per_byte(loss)
-        row: dict[str, Any] = {"step": position.step, "val_loss": loss, "val_bits_per_byte": bits}
-        if validation.sink_mass:
-            row["attention_sink_mass"] = validation.sink_mass
-        self.monitor.log(row)
-        self.monitor.say(f"step {position.step}  validation loss {loss:.4f}  {bits:.4f} bits per byte")
-        if math.isfinite(loss) and (position.best_loss is None or loss < position.best_loss):
-            self.saving.finish_pending_save(position.step)  # which the next save waits for; a best that fails is taken back
-            self._best_before = position.best_loss, position.best_step
-            position.best_loss, position.best_step, position.bad_evaluations = loss, position.step, 0
-            if position.step:
-                self.save(is_best=True)
-            return
-        if not math.isfinite(loss):
-            self.monitor.say(f"warning: step {position.step}: the validation loss is not finite; it counts for nothing")
-            return
-        position.bad_evaluations += 1
-        if self.arguments.patience and position.bad_evaluations >= self.arguments.patience:
-            self.outcome = self.outcome or f"stopped early: {position.bad_evaluations} evaluations without a new best"
-
-    def take_best_back(self) -> None:
-        """No checkpoint has it: the next evaluation below the one before it is the best."""
-        self.position.best_loss, self.position.best_step = self._best_before
+        """Keep the best checkpoint, stop where `--patience` is over; `--eval_tasks` come last."""
+        step = self.position.step
+        verdict = self.judging.judge(step)
+        if verdict.is_best and step:
+            self.save(is_best=True)
+        self.outcome = self.outcome or verdict.reason_to_stop
+        self.judging.measure_tasks(step)
 
     def is_logged(self, step: int) -> bool:
         return step % self.arguments.log_interval == 0 or step == self.last_step
@@ -320,31 +276,21 @@ class Trainer:
 
     def state(self) -> TrainingState:
         position = asdict(self.position)
-        extra = {name: position.pop(name) for name in ("bad_evaluations", "judged_on", "wandb_id")}
-        if self.validation is not None:
-            extra["judged_on"] = self.validation.judged_on()
-        return TrainingState(**position, extra={**extra, "guard": self.spikes.state()})
+        extra = {**self.judging.extra(), "wandb_id": position.pop("wandb_id"), "guard": self.spikes.state()}
+        return TrainingState(**position, best_loss=self.judging.best_loss, best_step=self.judging.best_step, extra=extra)
 
     def restore(self, state: TrainingState) -> None:
-        """Raises UserError where the checkpoint's `extra`, which only this class knows, is not what `state` made of it."""
+        """Raises UserError where the checkpoint's `extra`, which only a trainer's parts know, is not what `state` made of it."""
         try:
             self.spikes.restore(state.extra["guard"])
-            position = {name: value for name, value in vars(state).items() if name != "extra"}
-            bad, wandb_id = int(state.extra["bad_evaluations"]), _checked_id(state.extra["wandb_id"])
-            judged_on = state.extra.get("judged_on")  # older versions did not save it
-            self.position = Position(**position, bad_evaluations=bad, judged_on=judged_on, wandb_id=wandb_id)
+            self.judging.restore(state)
+            wandb_id = _checked_id(state.extra["wandb_id"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"step_{state.step}/state.json: extra is not what a run of this system saves ({type(error).__name__}: {error}); "
                 "go on from another checkpoint with --resume"
             ) from error
-        if self.was_judged_on_others(state):
-            self.position.best_loss, self.position.best_step, self.position.bad_evaluations = None, None, 0
-
-    def was_judged_on_others(self, state: TrainingState) -> bool:
-        """Is the best loss of `state` one on other samples than this run is judged on? It says nothing about these."""
-        before = state.extra.get("judged_on")
-        return self.validation is not None and before not in (None, self.validation.judged_on())
+        self.position = Position(step=state.step, samples=state.samples, tokens=state.tokens, wandb_id=wandb_id)
 
 
 def _checked_id(wandb_id: str) -> str:

@@ -101,7 +101,6 @@ HOST = {
     "float(self.stop.requested())",
     "float(self.saving.checkpoints.written())",
     "float(loss / (self.accumulation * self.world_size))",
-    "int(state.extra['bad_evaluations'])",
 }
 
 

@@ -48,6 +48,7 @@ class Run:
         self.said: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.told: list[str] = []
+        self.lost: list[int] = []
         self.applied: list[str] = []
         monitor: Any = SimpleNamespace(say=self.said.append, log=self.rows.append)
         settings: Any = SimpleNamespace(apply=lambda: self.applied.append("settings"))
@@ -58,6 +59,7 @@ class Run:
             checkpoints=checkpoints,  # type: ignore[arg-type]
             monitor=monitor,
             on_saved=self.told.append,
+            on_best_lost=self.lost.append,
         )
 
 
@@ -120,35 +122,30 @@ def test_one_failure_is_survived_and_two_in_a_row_are_not(run: Run) -> None:
 
 
 def test_a_best_that_fails_is_told(run: Run) -> None:
-    lost: list[int] = []
     for step, best in ((4, False), (5, True), (6, True)):
-        run.saving.on_best_lost = lambda step=step: lost.append(step)  # type: ignore[misc]
         run.checkpoints.failing = step < 6
         run.saving.last_failure = None
         run.saving.save(*now(step), is_best=best)
-        run.saving.finish_pending_save(step)
-    assert lost == [5]
+        run.saving.finish_pending_save(step + 1)
+    assert run.lost == [5]
 
 
 def test_only_what_was_to_be_the_best_is_told(run: Run) -> None:
-    lost: list[int] = []
-    run.saving.on_best_lost = lambda: lost.append(run.checkpoints.asked[-1][0])  # type: ignore[misc]
     run.saving.save(*now(4), is_best=True)
     run.checkpoints.failing = 1
     run.saving.save(*now(5))
     run.saving.finish_pending_save(6)
-    assert run.told == ["step_4"] and run.saving.last_failure is not None and not lost, "the best is there"
+    assert run.told == ["step_4"] and run.saving.last_failure is not None and not run.lost, "the best is there"
 
 
 def test_the_state_is_asked_for_once_the_save_before_is_over() -> None:
     """What is the best so far may change with it."""
-    run, best = Run(background=True), [4]
-    run.saving.on_best_lost = best.clear  # type: ignore[misc]
+    run = Run(background=True)
     run.checkpoints.failing = 1
     run.saving.save(*now(4), is_best=True)
     seen: list[list[int]] = []
-    run.saving.save(5, lambda: (seen.append(best[:]), state(5))[1])
-    assert seen == [[]]
+    run.saving.save(5, lambda: (seen.append(run.lost[:]), state(5))[1])
+    assert seen == [[4]]
 
 
 def test_a_failure_that_is_heard_later_leaves_the_present_step_to_be_saved() -> None:

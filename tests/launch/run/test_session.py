@@ -56,7 +56,7 @@ def trainer(tmp_path: Path) -> Iterator[Any]:
     flags = {
         "data": OLD / "tokens", "model": tmp_path / "model.json", "output": tmp_path / "run", "sequence_length": 16,
         "deepspeed_config": without_zero(tmp_path), "max_steps": 100, "stop_after": 40, "eval_interval": 5, "eval_batches": 2,
-        "log_interval": 7,
+        "log_interval": 7, "patience": 6,
         "spike_sigma": 7.5, "spike_window": 33, "spike_rollback": 4, "health_interval": 9, "tracker": "none",
     }  # fmt: skip
     arguments = parse_arguments([text for name, value in flags.items() for text in (f"--{name}", str(value))])
@@ -80,15 +80,16 @@ def trainer(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_every_setting_reaches_its_part(trainer: Any) -> None:
-    balancer, spikes, loader = trainer.balancer, trainer.spikes, trainer.loader
+    balancer, spikes, loader, judging = trainer.balancer, trainer.spikes, trainer.loader, trainer.judging
     assert (balancer.rule, balancer.rate, balancer.decay, balancer.average) == ("proportional", 0.02, 0.5, 0.25)
     assert balancer.all_reduce is dist.all_reduce and len(balancer.routers) == trainer.engine.module.config.num_hidden_layers
     assert (spikes.sigma, spikes.window, spikes.rollback_after) == (7.5, 33, 4)
     assert (trainer.health.clip, trainer.health.interval) == (CLIP, 9)
     assert trainer.last_step == 40, "the schedule's steps are 100"
     assert [step for step in range(1, 41) if trainer.is_logged(step)] == [7, 14, 21, 28, 35, 40], "and the last one"
-    assert trainer.validation.samples == 2 * trainer.global_batch == 12
-    assert trainer.validation.data.split == "validation" and trainer.train_data.split == "train" and not trainer.tasks
+    assert judging.validation.samples == 2 * trainer.global_batch == 12 and judging.patience == 6
+    assert judging.validation.data.split == "validation" and trainer.train_data.split == "train" and not judging.tasks
+    assert trainer.saving.on_best_lost == judging.take_back
     assert (loader.micro_batch, loader.accumulation, loader.global_batch) == (MICRO_BATCH, ACCUMULATION, trainer.global_batch)
 
 
@@ -214,7 +215,7 @@ def test_a_branch_is_left_once_the_rehearsal_went_well(monkeypatch: pytest.Monke
     said: list[str] = []
     trainer = SimpleNamespace(
         monitor=SimpleNamespace(say=said.append),
-        was_judged_on_others=lambda state: judged_on_others and state.step == 4,
+        judging=SimpleNamespace(was_judged_on_others=lambda state: judged_on_others and state.step == 4),
         train=lambda: done.append("train"),
     )
     choice = ResumeFrom(message="", path=Path("step_4"), state=TrainingState(step=4, samples=0, tokens=0))

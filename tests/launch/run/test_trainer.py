@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scripted_validation import HeardMonitor, ScriptedValidation, judging
 
 from data.dataset import PackedDataset
 from launch.checkpoint.state import TrainingState
@@ -33,67 +34,43 @@ SHORT_DOCUMENTS = Path(__file__).resolve().parents[2] / "fixtures" / "shards_bef
 
 def to_restore(**parts: Any) -> Any:
     """As much of a trainer as goes on from a state."""
-    parts = {"spikes": SpikeDetector(sigma=6, window=50, rollback_after=3), "validation": None, **parts}
+    parts = {"spikes": SpikeDetector(sigma=6, window=50, rollback_after=3), "judging": judging(validation=None), **parts}
     trainer: Any = SimpleNamespace(**parts)
-    trainer.was_judged_on_others = lambda state: Trainer.was_judged_on_others(trainer, state)
     trainer.restore = lambda state: Trainer.restore(trainer, state)
     return trainer
 
 
-def restored(extra: dict[str, Any], best_loss: float | None = None, **parts: Any) -> Any:
-    trainer = to_restore(**parts)
-    best_step = None if best_loss is None else 2
-    trainer.restore(TrainingState(step=4, samples=32, tokens=99, best_loss=best_loss, best_step=best_step, extra=extra))
+def restored(extra: dict[str, Any]) -> Any:
+    trainer = to_restore()
+    trainer.restore(TrainingState(step=4, samples=32, tokens=99, extra=extra))
     return trainer
 
 
 def test_a_state_comes_back() -> None:
     state = SpikeDetector(sigma=6, window=50, rollback_after=3).state()
     trainer = restored({"guard": state, "bad_evaluations": 2, "wandb_id": "x"})
-    assert (trainer.position.step, trainer.position.samples, trainer.position.bad_evaluations) == (4, 32, 2)
+    assert (trainer.position.step, trainer.position.samples, trainer.judging.bad_evaluations) == (4, 32, 2)
 
 
 def test_what_is_saved_of_a_run_is_what_it_goes_on_with() -> None:
-    """All of the position and of the guard's history, by way of JSON; a run that forgot its best loss would replace the best."""
-    judged_on = {"fingerprint": "a", "samples": 16}
-    best = {"best_loss": 1.25, "best_step": 4}
-    position = Position(step=7, samples=72, tokens=2304, **best, bad_evaluations=3, judged_on=judged_on, wandb_id="abc-1")
+    """All of the position, of the guard's history and of the best, by way of JSON."""
+    position = Position(step=7, samples=72, tokens=2304, wandb_id="abc-1")
     guard = SpikeDetector(
         sigma=6, window=50, rollback_after=3, losses=[2.0, 0.1], norms=[0.5], skipped_in_a_row=1, skipped_in_all=4
     )
+    judged = judging(1.25, 2.5)
+    for step in (4, 6):
+        judged.judge(step)
     defaults, fresh = Position(), SpikeDetector(sigma=6, window=50, rollback_after=3)
     assert all(value != getattr(defaults, name) for name, value in vars(position).items())
-    saved = Trainer.state(SimpleNamespace(position=position, spikes=guard, validation=None))  # type: ignore[arg-type]
+    saved = Trainer.state(SimpleNamespace(position=position, spikes=guard, judging=judged))  # type: ignore[arg-type]
+    assert list(saved.extra) == ["bad_evaluations", "judged_on", "wandb_id", "guard"]
     saved = TrainingState(**json.loads(json.dumps(asdict(saved))))
     trainer = to_restore(spikes=fresh)
     trainer.restore(saved)
     assert trainer.position == position and trainer.spikes == guard
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "kept"),
-    [
-        (("a", 16), ("a", 16), True),
-        (("a", 16), ("a", 8), False),  # another --eval_batches
-        (("a", 16), ("b", 16), False),  # other shards
-        (None, ("a", 16), True),  # of an older version
-        (("a", 16), None, True),  # --eval_interval 0: the next start may judge on them again
-    ],
-)
-def test_a_best_on_other_samples_is_none(before: tuple[str, int] | None, now: tuple[str, int] | None, kept: bool) -> None:
-    """Of several folders the first alone was judged: what was the best there is below all that follows, and ended runs early."""
-    mine, theirs = (dict(zip(("fingerprint", "samples"), facts, strict=True)) if facts else None for facts in (now, before))
-    validation = SimpleNamespace(judged_on=lambda: mine) if mine else None
-    extra = {"guard": {}, "bad_evaluations": 2, "wandb_id": "", **({"judged_on": theirs} if theirs else {})}
-    trainer = restored(extra, best_loss=1.25, validation=validation)
-    position = trainer.position
-    assert (position.best_loss, position.best_step, position.bad_evaluations) == ((1.25, 2, 2) if kept else (None, None, 0))
-    assert Trainer.state(trainer).extra["judged_on"] == (mine or theirs)
-
-
-def test_a_run_says_from_its_first_checkpoint_on_what_it_was_judged_on() -> None:
-    trainer = to_restore(position=Position(), validation=SimpleNamespace(judged_on=lambda: {"samples": 8}))
-    assert Trainer.state(trainer).extra["judged_on"] == {"samples": 8}
+    assert (trainer.judging.best_loss, trainer.judging.best_step, trainer.judging.bad_evaluations) == (1.25, 4, 1)
+    assert trainer.judging.extra() == judged.extra()
 
 
 @pytest.mark.parametrize("finite", [True, False])
@@ -115,7 +92,7 @@ def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place
     )
     counted_from: list[int] = []
     trainer = to_restore(
-        position=Position(step=8, samples=64, tokens=512, best_loss=1.0, wandb_id="present"),
+        position=Position(step=8, samples=64, tokens=512, wandb_id="present"),
         spikes=guard,
         saving=saving,
         monitor=SimpleNamespace(say=lambda line: None, count_from=counted_from.append),
@@ -123,7 +100,7 @@ def test_a_rollback_takes_the_state_before_the_skipped_steps_and_keeps_the_place
     )
     assert Trainer.roll_back(trainer, finite=finite)
     assert asked == [6], "the state after step 5 is as good as any"
-    assert (trainer.position.step, trainer.position.samples, trainer.position.best_loss) == (5, 64, 2.5)
+    assert (trainer.position.step, trainer.position.samples, trainer.judging.best_loss) == (5, 64, 2.5)
     assert trainer.position.tokens == 512, "both are what was consumed since the run began"
     assert counted_from == [5]
     assert trainer.position.wandb_id == "present", "the tracker was opened under it"
@@ -167,88 +144,22 @@ def test_a_state_without_sense_is_a_sentence(extra: dict[str, Any]) -> None:
         restored(extra)
 
 
-def test_an_evaluation_that_is_not_finite_is_said_and_counts_for_nothing() -> None:
-    """NaN as the first made every later loss no best, and `--patience` ended a run whose loss fell."""
-    said: list[str] = []
-    saved: list[int] = []
-    position = Position()
-    monitor = SimpleNamespace(log=lambda row: None, say=said.append)
-    validation = SimpleNamespace(bits_per_byte=lambda loss: loss, sink_mass=None)
-    trainer = SimpleNamespace(
-        position=position,
-        monitor=monitor,
-        outcome="",
-        arguments=SimpleNamespace(patience=2),
-        saving=SimpleNamespace(finish_pending_save=lambda step: None),
-        save=lambda *, is_best: saved.append(position.step),
-    )
-    for step, loss in enumerate([math.nan, 8.3, math.inf, math.nan, math.nan, 8.1]):
-        position.step = step
-        Trainer.record_validation(trainer, loss, validation)  # type: ignore[arg-type]
-    assert sum("the validation loss is not finite; it counts for nothing" in line for line in said) == 4
-    assert saved == [1, 5] and (position.best_loss, position.best_step) == (8.1, 5) and not trainer.outcome
-
-
-def test_patience_is_for_evaluations_in_a_row() -> None:
-    position = Position()
+def test_a_best_is_saved_as_such_before_the_tasks_and_a_reason_to_stop_is_the_outcome() -> None:
+    """None at step 0, where nothing is trained. What a signal has said stays said."""
+    done: list[Any] = []
+    one: Any = judging(8.0, 7.0, 7.5, 7.6, tasks={"code": ScriptedValidation(3.0, 3.0, 3.0, 3.0)}, patience=1)
     trainer: Any = SimpleNamespace(
-        position=position,
-        monitor=SimpleNamespace(log=lambda row: None, say=lambda line: None),
-        outcome="",
-        arguments=SimpleNamespace(patience=2),
-        saving=SimpleNamespace(finish_pending_save=lambda step: None),
-        save=lambda *, is_best: None,
+        position=Position(), judging=one, outcome="", save=lambda *, is_best: done.append((len(one.monitor.rows), is_best))
     )
     outcomes = []
-    for loss in (8, 9, 7, 9, 6, 7, 6):
-        Trainer.record_validation(trainer, loss, SimpleNamespace(bits_per_byte=lambda loss: loss, sink_mass=None))  # type: ignore[arg-type]
+    for step in (0, 2, 4, 6):
+        trainer.position.step = step
+        trainer.outcome = "stopped by SIGTERM" if step == 6 else ""
+        Trainer.validate(trainer)
         outcomes.append(trainer.outcome)
-    assert outcomes == [""] * 6 + ["stopped early: 2 evaluations without a new best"]
-
-
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize(
-    ("losses", "is_heard_of_between", "expected", "before"),
-    [([8.0, 7.0, 7.5, 7.6, 7.2], True, [1, 2, 4], (7.5, 2)), ([8.0, 7.0, 6.5, 6.8], False, [1, 2], (8.0, 0))],
-    ids=["between", "at_the_next_best"],
-)
-def test_a_best_that_could_not_be_saved_is_no_best(
-    losses: list[float], is_heard_of_between: bool, expected: list[int], before: tuple[float, int], background: bool
-) -> None:
-    """`best` stayed at a worse one for ever: no later loss came below that of the checkpoint that is nowhere. Where the failure is
-    heard of only at the next best, it takes back the lost one and not that."""
-    failing, pending, saved = {1}, [], []
-    position = Position()
-
-    def finish_pending_save(step: int) -> None:
-        if pending and pending.pop() in failing:
-            Trainer.take_best_back(trainer)
-
-    def save(*, is_best: bool) -> None:
-        finish_pending_save(position.step)
-        saved.append(position.step)
-        pending.append(position.step)
-        if not background:
-            finish_pending_save(position.step)
-
-    trainer: Any = SimpleNamespace(
-        position=position,
-        monitor=SimpleNamespace(log=lambda row: None, say=lambda line: None),
-        outcome="",
-        arguments=SimpleNamespace(patience=0),
-        saving=SimpleNamespace(finish_pending_save=finish_pending_save),
-        save=save,
-        _best_before=None,
-    )
-    for step, loss in enumerate(losses):
-        position.step = step
-        if step == 2 and is_heard_of_between:
-            finish_pending_save(step)
-        Trainer.record_validation(trainer, loss, SimpleNamespace(bits_per_byte=lambda loss: loss, sink_mass=None))  # type: ignore[arg-type]
-    best = min(losses[2:])
-    assert saved == expected and (position.best_loss, position.best_step) == (best, losses.index(best))
-    Trainer.take_best_back(trainer)
-    assert (position.best_loss, position.best_step) == before
+    assert done == [(3, True)], "after the row of this loss, with that of its tasks to come"
+    assert outcomes == ["", "", "stopped early: 1 evaluations without a new best", "stopped by SIGTERM"]
+    assert [row["step"] for row in one.monitor.rows if "eval/code_loss" in row] == [0, 2, 4, 6]
 
 
 def test_a_checkpoint_carries_no_best_whose_save_has_failed() -> None:
@@ -262,20 +173,24 @@ def test_a_checkpoint_carries_no_best_whose_save_has_failed() -> None:
     checkpoints = SimpleNamespace(
         background=True, wait=fail, save=lambda engine, state, **_: saved.append(state) or Path("step_25")
     )
-    monitor = SimpleNamespace(log=lambda row: None, say=lambda line: None)
-    saving: Any = Saving(engine=None, settings=None, checkpoints=checkpoints, monitor=monitor, on_saved=lambda name: None)  # type: ignore[arg-type]
-    saving._pending, saving._is_best = "step_20", True
+    one, told = judging(2.5, 2.4), HeardMonitor()
+    saving: Any = Saving(
+        engine=None, settings=None, checkpoints=checkpoints, monitor=told, on_saved=print, on_best_lost=one.take_back  # type: ignore[arg-type]
+    )  # fmt: skip
     trainer: Any = SimpleNamespace(
-        position=Position(step=25, best_loss=2.4, best_step=20),
-        validation=None,
+        position=Position(),
+        judging=one,
+        outcome="",
         spikes=SimpleNamespace(state=dict, skipped_in_a_row=0),
-        watchdog=SimpleNamespace(at=lambda step, phase: None),
+        watchdog=one.watchdog,
         saving=saving,
-        _best_before=(2.5, 10),
     )
-    saving.on_best_lost, trainer.state = partial(Trainer.take_best_back, trainer), partial(Trainer.state, trainer)
-    Trainer.save(trainer)
-    assert [(state.best_loss, state.best_step) for state in saved] == [(2.5, 10)]
+    trainer.state, trainer.save = partial(Trainer.state, trainer), partial(Trainer.save, trainer)
+    for trainer.position.step in (0, 20):
+        Trainer.validate(trainer)
+    trainer.position.step = 25
+    trainer.save()
+    assert [(state.best_loss, state.best_step) for state in saved] == [(2.4, 20), (2.5, 0)]
 
 
 def test_the_clock_counts_steps_and_not_what_lies_between() -> None:
@@ -457,7 +372,7 @@ def test_looking_for_a_loss_scale_is_no_row_of_spikes() -> None:
 def test_a_rollback_comes_after_the_steps_row_and_before_no_evaluation() -> None:
     """Step 6 was logged by the number of the step that it went back to, whose weights were evaluated and counted a second time."""
     done: list[tuple[str, int]] = []
-    position = Position(step=4, best_loss=1.0)
+    position = Position(step=4)
 
     def train_step() -> dict[str, Any]:
         position.step += 1
