@@ -57,6 +57,14 @@ def cpu_multiplies_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def trains_on_gpu() -> bool:
+    """Whether this process trains on a GPU: DeepSpeed's accelerator says so, not what the machine has. Beside a GPU ranks may train
+    on the CPU (DS_ACCELERATOR=cpu)."""
+    from deepspeed.accelerator import get_accelerator  # here: not every command loads it
+
+    return bool(get_accelerator().device_name() == "cuda")
+
+
 def default_device() -> str:
     """A GPU where there is one; where PyTorch cannot use it, the CPU, and a warning that says why."""
     if torch.cuda.is_available():

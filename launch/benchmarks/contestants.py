@@ -24,6 +24,7 @@ from launch.engine import activation_checkpointing, strategy
 from launch.engine.build import build_engine, build_model, parameter_groups, without_our_keys
 from launch.engine.strategy import Strategy
 from launch.model_config import load_model_config
+from launch.toolchain import trains_on_gpu
 from model import MoEGPTConfig
 
 SIZES = (
@@ -119,7 +120,7 @@ def gpu_knobs(capability: tuple[int, int] | None) -> dict[str, Any]:
 
 def knobs() -> dict[str, Any]:
     """Those for this device."""
-    if get_accelerator().device_name() != "cpu":
+    if trains_on_gpu():
         return gpu_knobs(None if torch.version.hip else torch.cuda.get_device_capability())
     # Grouped products, which DeepSpeed runs on a CPU once its activation does not ask for Triton.
     for name in ("apply_expert_activation", "apply_packed_expert_activation"):
@@ -134,8 +135,8 @@ class Stage:
         self.arguments = arguments
         overrides = {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
         self.config = load_model_config(arguments.model, **{k: v for k, v in overrides.items() if v})
-        ranks, on_gpu = dist.get_world_size(), get_accelerator().device_name() == "cuda"
-        gpus, experts = torch.cuda.device_count() if on_gpu else 0, self.config.n_routed_experts
+        ranks, experts = dist.get_world_size(), self.config.n_routed_experts
+        gpus = torch.cuda.device_count() if trains_on_gpu() else 0
         path = arguments.deepspeed_config or strategy.default_path(gpus, ranks, experts)
         settings = strategy.with_mode(strategy.read_config(path), arguments.activation_checkpointing)
         settings["train_batch_size"] = arguments.micro_batch * arguments.accumulation * ranks

@@ -121,12 +121,12 @@ def check_room(names: Sequence[str], stage: Any, ranks: int, arguments: argparse
     """Raises AgreedError where they do not fit onto a GPU together, with how many layers would. Collective."""
     import torch
     import torch.distributed as dist
-    from deepspeed.accelerator import get_accelerator
 
     from data.terminal import say
     from launch.cli import AgreedError
+    from launch.toolchain import trains_on_gpu
 
-    if get_accelerator().device_name() != "cuda":
+    if not trains_on_gpu():
         return
     free = torch.tensor(torch.cuda.mem_get_info()[0], dtype=torch.float64)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)

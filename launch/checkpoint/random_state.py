@@ -7,12 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 
-
-def on_gpu() -> bool:
-    """Whether this process computes on a GPU: DeepSpeed's accelerator says so, not whether the machine has one."""
-    return bool(get_accelerator().device_name() == "cuda")
+from launch.toolchain import trains_on_gpu
 
 
 def random_state() -> dict[str, Any]:
@@ -29,7 +25,7 @@ def random_state() -> dict[str, Any]:
             "numbers": [inner["pos"], numpys["has_gauss"], numpys["gauss"]],
         },
     }
-    if on_gpu():
+    if trains_on_gpu():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -41,5 +37,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss"]))
     keys = state["numpy"]["keys"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, *state["numpy"]["numbers"]))
-    if "cuda" in state and on_gpu():
+    if "cuda" in state and trains_on_gpu():
         torch.cuda.set_rng_state(state["cuda"])

@@ -18,6 +18,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 
+from launch.toolchain import trains_on_gpu
 from model.modeling import Block
 
 
@@ -33,7 +34,7 @@ def enable(model: PreTrainedModel, mode: str, deepspeed_config: dict[str, Any]) 
     deepspeed.checkpointing.configure(
         None,
         # On a CPU they are there already, and DeepSpeed's copy would free the tensor that it aliases.
-        checkpoint_in_cpu=section.get("cpu_checkpointing", False) and get_accelerator().device_name() != "cpu",
+        checkpoint_in_cpu=section.get("cpu_checkpointing", False) and trains_on_gpu(),
         synchronize=section.get("synchronize_checkpoint_boundary", False),
         profile=section.get("profile", False),
     )

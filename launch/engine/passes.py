@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from launch.toolchain import trains_on_gpu
 
 #: glibc's names in malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -18,7 +19,7 @@ PIECE = 1 << 20
 
 
 def before_engine() -> None:
-    if get_accelerator().device_name() == "cpu":
+    if not trains_on_gpu():
         keep_freed_memory()
 
 
@@ -27,7 +28,7 @@ def after_engine(optimizer: Any) -> None:
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return
     optimizer._add_to_grad_partition_buffer = _add
-    if get_accelerator().device_name() == "cpu":
+    if not trains_on_gpu():
         take_norms_in_pieces(optimizer)
 
 

@@ -168,12 +168,13 @@ def start(timeout: float, backend: str | None = None) -> None:
     """Join the process group, by default with NCCL on GPUs and gloo elsewhere. `timeout` seconds bound every collective."""
     import deepspeed
     import torch
-    from deepspeed.accelerator import get_accelerator
     from torch.distributed import DistNetworkError
     from torch.utils.cpp_extension import get_default_build_root
 
+    from launch.toolchain import trains_on_gpu
+
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", CLEAN_UP_ONLY)
-    if get_accelerator().device_name() == "cuda":  # not `torch.cuda.is_available()`: ranks on CPUs may run beside GPUs
+    if trains_on_gpu():
         device = device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
         os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes its device by it
         torch.cuda.set_device(device)

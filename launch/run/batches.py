@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from data.dataset import PackedDataset
+from launch.toolchain import trains_on_gpu
 
 Batch = dict[str, Tensor]
 #: Stays on the host: the model reads off it where documents begin, and would have to wait for a GPU to tell.
@@ -44,7 +45,7 @@ class BatchLoader:
         self.data, self.rank, self.world_size = data, rank, world_size
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.device = device
-        self.pins = get_accelerator().device_name() != "cpu"
+        self.pins = trains_on_gpu()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[StepBatches]] | None = None
 

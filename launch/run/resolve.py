@@ -19,6 +19,7 @@ from launch.engine.strategy import Strategy
 from launch.evaluation.problems import ProblemFile
 from launch.model_config import extended, load_model_config
 from launch.run.arguments import TrainArguments, parse_source
+from launch.toolchain import trains_on_gpu
 from model import MoEGPTConfig
 from model.sizes import find_model
 
@@ -78,8 +79,7 @@ def open_tasks(arguments: TrainArguments, train: PackedDataset) -> tuple[dict[st
 
 def resolve_run(arguments: TrainArguments, world_size: int) -> ResolvedRun:
     """Read and check everything that needs no other rank. Raises UserError with one sentence."""
-    # By DeepSpeed's accelerator, not by what the machine has: ranks on CPUs (DS_ACCELERATOR=cpu) want a strategy for CPUs.
-    gpus = torch.cuda.device_count() if get_accelerator().device_name() == "cuda" else 0
+    gpus = torch.cuda.device_count() if trains_on_gpu() else 0  # ranks on CPUs beside GPUs want a strategy for CPUs
     train, validation = open_data(arguments)
     config = fit_model(load_model_config(arguments.model), arguments, train)
     path = arguments.deepspeed_config or strategy.default_path(gpus, world_size, config.n_routed_experts)

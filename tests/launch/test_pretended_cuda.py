@@ -192,7 +192,6 @@ def test_nccl_out_of_memory_is_the_ranks_own_trouble() -> None:
 HERE, GPU = "tests/launch/test_pretended_cuda.py", "make gpu"
 #: Every function with a line for CUDA in it, and what runs that line.
 RUN_BY = {
-    "launch/checkpoint/random_state.py:on_gpu": HERE,
     "launch/checkpoint/random_state.py:random_state": HERE,
     "launch/checkpoint/random_state.py:set_random_state": HERE,
     "launch/cli.py:make_quiet": HERE,
@@ -201,9 +200,9 @@ RUN_BY = {
     "launch/engine/hardware.py:memory": GPU,
     "launch/engine/hardware.py:gpu_name": "tests/launch/engine/test_hardware.py",
     "launch/toolchain.py:default_device": GPU,
+    "launch/toolchain.py:trains_on_gpu": HERE,
     "launch/ranks/join.py:start": HERE,
     "launch/run/assemble.py:say_what_to_expect": GPU,
-    "launch/run/batches.py:BatchLoader.__init__": "tests/launch/run/test_batches.py",
     "launch/run/health.py:forget_peak": "tests/launch/run/test_session.py",
     "launch/run/health.py:memory_bytes": "tests/launch/run/test_session.py",
     "launch/run/resolve.py:resolve_run": HERE,
@@ -243,6 +242,5 @@ def test_every_line_for_cuda_is_run_by_something() -> None:
     """The benchmarks are what `make gpu` runs, so they are not in the list."""
     paths = [path for folder in ("model", "data", "launch") for path in (ROOT / folder).rglob("*.py")]
     found = {name for path in paths if "benchmarks" not in path.parts for name in functions_with_cuda(path)}
-    asked_of_the_accelerator = {"launch/run/batches.py:BatchLoader.__init__"}  # by `!= "cpu"`
-    assert found == RUN_BY.keys() - asked_of_the_accelerator
+    assert found == RUN_BY.keys()
     assert all((ROOT / proof).is_file() for proof in RUN_BY.values() if proof != GPU)

@@ -43,15 +43,15 @@ def test_a_gpus_state_is_kept_and_set_where_there_is_one(monkeypatch: pytest.Mon
     was_set: list[torch.Tensor] = []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
     monkeypatch.setattr(torch.cuda, "set_rng_state", was_set.append)
-    monkeypatch.setattr(module, "on_gpu", lambda: False)
+    monkeypatch.setattr(module, "trains_on_gpu", lambda: False)
     of_cpu = random_state()
-    monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(module, "trains_on_gpu", lambda: True)
     of_gpu = random_state()
     assert "cuda" not in of_cpu
     for state in (of_cpu, of_gpu):
         set_random_state(state)
     assert was_set == [of_gpu["cuda"]] == [torch.tensor([7])]
-    monkeypatch.setattr(module, "on_gpu", lambda: False)
+    monkeypatch.setattr(module, "trains_on_gpu", lambda: False)
     set_random_state(of_gpu)
     assert len(was_set) == 1
 

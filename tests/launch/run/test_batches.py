@@ -106,14 +106,12 @@ def test_on_a_gpu_memory_is_pinned_by_the_thread(data: PackedDataset, monkeypatc
     pinned: list[str] = []
 
     class Accelerator:
-        def device_name(self) -> str:
-            return "cuda"
-
         def pin_memory(self, x: torch.Tensor) -> torch.Tensor:
             pinned.append(threading.current_thread().name)
             return x
 
     monkeypatch.setattr(batches, "get_accelerator", Accelerator)
+    monkeypatch.setattr(batches, "trains_on_gpu", lambda: True)
     one = BatchLoader(data, rank=0, world_size=2, micro_batch=2, accumulation=3, device=torch.device("meta"))
     [batch, *_], _ = one.step(0)
     assert batch["input_ids"].device.type == batch["shift_labels"].device.type == "meta"
