@@ -19,7 +19,7 @@ from data.flags import Parser
 from data.terminal import say
 from launch.cli import check_rope_factor, make_quiet, run_command
 from launch.generation.sampling import Sampling
-from model.sizes import ATTENTION_IMPLEMENTATIONS
+from model.config_json import ATTENTION_IMPLEMENTATIONS
 
 DRAWN = [field.name for field in fields(Sampling) if field.name != "stop"]  # each by a flag of its name
 EXAMPLES = r"""

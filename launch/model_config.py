@@ -11,9 +11,10 @@ from transformers import AutoConfig
 
 from data.cli import NotFound, UserError, sentence
 from data.files import read_json
+from launch.cli import MOST_POSITIONS
 from model import MoEGPTConfig
+from model.config_json import PRESETS, check_fields, find_model
 from model.glm4_moe import from_glm4_moe
-from model.sizes import MOST_POSITIONS, PRESETS, check_fields, find_model
 
 T = TypeVar("T")
 MOST_BYTES = 1 << 24  # of the file; no model's has a hundredth
@@ -25,7 +26,7 @@ class OtherModel(UserError):
 
 
 def load_model_config(model: str, **overrides: Any) -> MoEGPTConfig:
-    """Of what `--model` names (`model.sizes.find_model`). Raises UserError that names the presets, or the file and its field."""
+    """Of what `--model` names (`find_model`). Raises UserError that names the presets, or the file and its field."""
     if model in PRESETS:
         return _valid(model, lambda: MoEGPTConfig.preset(model, **overrides))
     try:

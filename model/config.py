@@ -8,7 +8,8 @@ from typing import Any, NotRequired, TypedDict
 
 from transformers import PreTrainedConfig
 
-from .sizes import ALIASES, BALANCE_RULES, PRESETS, PRESETS_FOLDER, SCORING_FUNCTIONS, ModelSizes
+from .config_json import BALANCE_RULES, PRESETS, PRESETS_FOLDER, SCORING_FUNCTIONS
+from .sizes import ALIASES, ModelSizes
 
 # transformers' names of kernels: `flash` picks the best one present by itself.
 ATTENTION_ALIASES = {"flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attention_4": "flash"}

@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import Attention, prepare
 from .auxiliary import AuxiliaryLoss
 from .config import ATTENTION_ALIASES, MoEGPTConfig
+from .config_json import ATTENTION_IMPLEMENTATIONS
 from .head import LMHead, head_loss
 from .keywords import check_export, check_keywords, given_cache
 from .layers import ResidualLinear, ResidualNorm, RMSNorm
@@ -29,7 +30,6 @@ from .rebuild import rebuilding
 from .replay import RouterReplay
 from .rope import RotaryTable
 from .router import Gate
-from .sizes import ATTENTION_IMPLEMENTATIONS
 
 logger = logging.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data.flags import at_least_one
 from launch.benchmarks.contestant_processes import PHASES, TIMEOUT, Remote, contestants
 from launch.engine.strategy import CHECKPOINTING_MODES
-from model.sizes import ATTENTION_IMPLEMENTATIONS
+from model.config_json import ATTENTION_IMPLEMENTATIONS
 
 if TYPE_CHECKING:
     from launch.planning.job import Job

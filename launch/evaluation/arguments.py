@@ -13,7 +13,7 @@ from launch.evaluation.problems import TASKS
 from launch.evaluation.samples import results_path, settings_path, verdicts_path
 from launch.evaluation.sandbox.levels import LEVELS
 from launch.generation.sampling import Sampling
-from model.sizes import ATTENTION_IMPLEMENTATIONS
+from model.config_json import ATTENTION_IMPLEMENTATIONS
 
 PACKAGED = Path()  # of --humaneval without a file
 

@@ -19,7 +19,8 @@ from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidat
 from launch.planning.time import USUAL_LOAD
 from launch.words import SECONDS_PER_DAY
 from model.accounting import count_parameters, training_flops_per_token
-from model.sizes import ModelSizes, find_model, load_sizes
+from model.config_json import find_model, load_sizes
+from model.sizes import ModelSizes
 
 #: How far a global batch may move for a better micro-batch: far less than changes a learning rate (as the square root of it).
 NEAR = 0.05

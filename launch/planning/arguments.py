@@ -10,7 +10,8 @@ from pathlib import Path
 from data.cli import UserError
 from data.flags import Parser, as_dataclass, at_least_one
 from launch.engine.strategy import CHECKPOINTING_MODES
-from model.sizes import PRESETS, USUAL_CONTEXT
+from model.config_json import PRESETS
+from model.sizes import USUAL_CONTEXT
 
 EXAMPLES = """
   python launch/plan.py --model 800m --gpu a100-80gb --num_gpus 8 --deepspeed_config ds_configs/ep8_zero2.json --tokens 131e9

@@ -14,7 +14,8 @@ from data.flags import Parser, as_dataclass, at_least_one, not_negative
 from launch.cli import check_rope_factor
 from launch.engine.strategy import CHECKPOINTING_MODES, read_config
 from launch.run.spikes import LEAST_HISTORY
-from model.sizes import ATTENTION_IMPLEMENTATIONS, PRESETS, USUAL_CONTEXT, find_model, load_sizes
+from model.config_json import ATTENTION_IMPLEMENTATIONS, PRESETS, find_model, load_sizes
+from model.sizes import USUAL_CONTEXT
 
 EXAMPLES = """
 deepspeed --num_gpus 8 launch/train.py --data shards/ --output runs/first

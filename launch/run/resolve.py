@@ -21,7 +21,7 @@ from launch.model_config import extended, load_model_config
 from launch.run.arguments import TrainArguments, parse_source
 from launch.toolchain import trains_on_gpu
 from model import MoEGPTConfig
-from model.sizes import find_model
+from model.config_json import find_model
 
 
 @dataclass(frozen=True, kw_only=True)

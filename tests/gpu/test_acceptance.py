@@ -19,7 +19,7 @@ from support import ROOT
 
 from launch.benchmarks import step as benchmark
 from launch.engine import strategy
-from model.sizes import load_sizes
+from model.config_json import load_sizes
 
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 import acceptance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.planning.job import Job
-from model.sizes import load_sizes
+from model.config_json import load_sizes
 
 
 def job(model: str = "800m", **changes: object) -> Job:

@@ -18,7 +18,8 @@ from launch.exporting.formats import exported_config
 from launch.model_config import load_model_config
 from model import MoEGPTConfig
 from model.accounting import count_parameters
-from model.sizes import ModelSizes, load_sizes
+from model.config_json import load_sizes
+from model.sizes import ModelSizes
 
 HOSTILE: list[dict[str, Any]] = [
     *({"num_labels": 10**9}, {"num_labels": 10**8}, {"num_labels": "x"}, {"num_labels": 2.5}),

@@ -24,7 +24,7 @@ from launch.planning.activations import chunk_rows, kept_activations
 from launch.planning.job import Job
 from launch.planning.memory import exchange_bytes
 from model import MoEGPTConfig, MoEGPTForCausalLM, loss
-from model.sizes import load_sizes
+from model.config_json import load_sizes
 
 TOLERANCE = 0.10
 

@@ -22,7 +22,8 @@ from launch.planning.memory import plan_memory, remaining_gradients
 from launch.planning.search import candidate
 from launch.planning.time import HELD_BYTES, optimizer_seconds
 from model.accounting import count_parameters
-from model.sizes import PRESETS_FOLDER, ModelSizes
+from model.config_json import PRESETS_FOLDER
+from model.sizes import ModelSizes
 
 TOLERANCE = 0.10  # of what is measured
 #: Small buckets, so that they do not outweigh the model.

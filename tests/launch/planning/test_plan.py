@@ -19,7 +19,7 @@ from launch.planning.answer import share_near
 from launch.planning.expectation import beside_measured, duration_line, job_of_run
 from launch.planning.memory import plan_memory
 from launch.planning.past import rest_of
-from model.sizes import PRESETS_FOLDER
+from model.config_json import PRESETS_FOLDER
 
 USUAL = ("--model", "800m", "--gpu", "a100-80gb", "--num_gpus", 8, "--deepspeed_config", "ds_configs/ep8_zero2.json")
 

@@ -15,7 +15,7 @@ from launch.planning.devices import find_device
 from launch.planning.job import Job, job_from
 from launch.planning.scale import COUNTS, curve
 from launch.planning.search import Candidate, _order, as_deepspeed, candidate, changes, least_change, search, variants
-from model.sizes import load_sizes
+from model.config_json import load_sizes
 
 
 def planned(model: str, file: str, *, gpus: int = 8, nodes: int = 1, length: int = 2048, **sections: object) -> Job:

@@ -11,7 +11,7 @@ from launch.planning import time
 from launch.planning.communication import Group, Traffic, groups, ring_speed, traffic
 from launch.planning.devices import Device, find_device
 from launch.planning.time import exposed, moved_by_layer, optimizer_seconds, plan_time
-from model.sizes import load_sizes
+from model.config_json import load_sizes
 
 
 def ideal(monkeypatch: pytest.MonkeyPatch) -> Device:

@@ -7,7 +7,7 @@ import pytest
 from data.cli import UserError
 from launch.run.arguments import parse_arguments
 from model.config import MoEGPTConfig
-from model.sizes import PRESETS_FOLDER
+from model.config_json import PRESETS_FOLDER
 
 MODELS = sorted(path.stem for path in PRESETS_FOLDER.glob("*.json"))
 
