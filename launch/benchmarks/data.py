@@ -110,7 +110,7 @@ def as_datasets(ours: Any, folder: Path) -> Any:
 def make_shards(folder: Path, count: int, tokens: int, sparse: bool) -> Path:
     """A folder with a manifest and `count` train shards of `tokens` tokens; sparse ones have headers and sizes, no content."""
     from data.files import replace_json
-    from data.shards import DTYPE_CODES, HEADER, MAGIC, index_bytes, index_file_size, shard_name
+    from data.shards import DTYPE_CODES, HEADER, MAGIC, MANIFEST, index_bytes, index_file_size, shard_name
 
     documents = SHARD_DOCUMENTS if sparse else 1000
     for split in ("train", "validation"):
@@ -146,7 +146,7 @@ def make_shards(folder: Path, count: int, tokens: int, sparse: bool) -> Path:
         "tokenizer": {"name": "made up", "fingerprint": "made up", "vocab_size": 49152, "eos_token_id": 0},
         "splits": {"train": totals | {"shards": entries}, "validation": empty},
     }
-    replace_json(folder / "manifest.json", manifest)
+    replace_json(folder / MANIFEST, manifest)
     return folder
 
 

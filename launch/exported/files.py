@@ -54,16 +54,22 @@ def weights_hash(folder: Path) -> str:
 
 def _recorded(folder: Path) -> dict[str, FileRecord]:
     """What `launch/export.py` recorded of weights and tokenizer; nothing for a folder of somebody else."""
-    found = read_object(folder / MANIFEST)
-    foreign = found and found.get("kind") != KIND and not {"format", "checksum"} & found.keys()
-    if foreign or not (folder / MANIFEST).exists():
+    path = folder / MANIFEST
+    if not path.exists():
         return {}
     try:
         manifest = read_manifest(folder)
     except DamagedError as error:
+        if _is_another_programs(path):
+            return {}
         raise UserError(f"{error}; export it again") from None
     files: dict[str, FileRecord] = manifest["files"] if manifest.get("kind") == KIND else {}
     return {name: record for name, record in files.items() if name.endswith(".safetensors") or name == "tokenizer.json"}
+
+
+def _is_another_programs(path: Path) -> bool:
+    found = read_object(path)
+    return bool(found) and found.get("kind") != KIND and not {"format", "checksum"} & found.keys()
 
 
 def _check_shards(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.files import read_object, small_file
 from data.redact import redact
+from data.shards import MANIFEST
 from launch.checkpoint.folder import run_of
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def data_lines(run: dict[str, Any]) -> list[str]:
 def shard_manifests(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(folder, manifest) of the run's data, where it still lies where it was trained from."""
     folders = [str(folder) for folder in _list(_object(run, "sources"), "sources")]
-    read = [(folder, read_object(Path(folder) / "manifest.json")) for folder in folders]
+    read = [(folder, read_object(Path(folder) / MANIFEST)) for folder in folders]
     return [(folder, manifest) for folder, manifest in read if manifest]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from data.cli import UserError
 from data.dataset import PackedDataset
 from data.order import ceil_div
+from data.shards import MANIFEST
 from data.verify import verify
 from launch.ranks.control_group import ControlGroup
 
@@ -39,7 +40,7 @@ def sample_of_bytes(data: PackedDataset) -> str:
 def files_of(data: PackedDataset) -> Iterable[Path]:
     """Every file that training may read, in an order that is the same on all hosts."""
     for stream in data.streams:
-        yield stream.folder / "manifest.json"
+        yield stream.folder / MANIFEST
         for shard in stream.shards:
             for suffix in (".bin", ".idx"):
                 yield (stream.folder / stream.split / shard["name"]).with_suffix(suffix)
