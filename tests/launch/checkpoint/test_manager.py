@@ -105,10 +105,16 @@ def test_whoever_asks_gets_the_answer_of_after_the_save_under_way(run, monkeypat
     """In the background. Else a rollback would go further back than it must, and a load begin while files are still written."""
     gate, flush = threading.Event(), CheckpointFiles.flush
     monkeypatch.setattr(CheckpointFiles, "flush", lambda self: gate.wait(30) and flush(self))
-    checkpoints = CheckpointManager(run, keep_last=0, keep_every=0, identity=manager(run).identity, background=True)
+
+    def on_phase(phase):
+        if phase == "saving: waiting for the disk":  # the files are written once somebody waits for them
+            gate.set()
+
+    checkpoints = CheckpointManager(
+        run, keep_last=0, keep_every=0, identity=manager(run).identity, background=True, on_phase=on_phase
+    )
     path = checkpoints.save(StubEngine(), state(4))
-    assert not path.exists() and not checkpoints.written()
-    threading.Timer(0.2, gate.set).start()
+    assert not path.exists() and not checkpoints.written() and not gate.is_set()
     answered = ask(checkpoints)
     assert whole(path)
     assert getattr(answered, "path", path) == path

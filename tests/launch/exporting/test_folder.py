@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from transformers.trainer_utils import align_special_tokens
 
 from data.cli import NotFound, UserError
@@ -125,9 +128,26 @@ def test_what_another_name_is_written_under_is_no_leftover(checkpoint: Path, tmp
     assert set(output.parent.iterdir()) == {output, *living}
 
 
+@pytest.fixture(scope="module")
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """transformers copies a folder's code into the user's home and imports it from there: here from another place, and anew."""
+    modules = tmp_path_factory.mktemp("modules")
+
+    def forget() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "transformers_modules"}
+
+    before = forget()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+        patched.setattr(sys, "path", [str(modules), *sys.path])
+        yield modules
+    forget()
+    sys.modules.update(before)
+
+
 @pytest.mark.parametrize(("kind", "padding"), [("moe_gpt", True), ("moe_gpt", False), ("glm4_moe", True)])
 def test_special_tokens_are_the_same_in_all_files(
-    kind: str, padding: bool, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, padding: bool, checkpoint: Path, tmp_path: Path, own_modules: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else transformers' Trainer warns and writes others back, and `generate` takes no mask from a batch that is padded.
 
@@ -140,6 +160,7 @@ def test_special_tokens_are_the_same_in_all_files(
     folder.write(model, checkpoint, tmp_path / "hf", max_shard_size="1GB")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert (own_modules / "transformers_modules").is_dir()
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert ids == (0, 0, 4 if padding else 0)
     for settings in (read.config, read.generation_config):
