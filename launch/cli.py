@@ -18,9 +18,9 @@ from typing import NoReturn
 
 from data.cli import Exit, UserError, encoding_fault, hold_standard_streams
 from data.terminal import drain, leave, report
+from model.config_json import MOST_POSITIONS
 
 CLONE = Path(__file__).resolve().parent.parent
-MOST_POSITIONS = 1 << 24  # float32, in which RoPE counts, tells no more apart
 
 
 class AgreedError(UserError):

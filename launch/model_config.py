@@ -11,9 +11,8 @@ from transformers import AutoConfig
 
 from data.cli import NotFound, UserError, sentence
 from data.files import read_json
-from launch.cli import MOST_POSITIONS
 from model import MoEGPTConfig
-from model.config_json import PRESETS, check_fields, find_model
+from model.config_json import MOST_POSITIONS, PRESETS, check_fields, find_model
 from model.glm4_moe import from_glm4_moe
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ PRESETS = tuple(sorted(path.stem for path in PRESETS_FOLDER.glob("*.json")))
 ATTENTION_IMPLEMENTATIONS = ("flash", "sdpa", "eager")
 SCORING_FUNCTIONS = ("sigmoid", "softmax")
 BALANCE_RULES = ("sign", "proportional", "quantile", "none")
+MOST_POSITIONS = 1 << 24  # float32, in which RoPE counts, tells no more apart
 #: Every other field of `MoEGPTConfig`, and what transformers writes beside them.
 _OTHER = """
     hidden_act rms_norm_eps rope_parameters rope_theta rope_scaling
