@@ -20,7 +20,7 @@ if __name__ == "__main__" and not __package__:  # or what is installed, or on PY
 from data.cli import Exit, UserError
 from data.flags import Parser, at_least_one
 from launch.cli import CLONE, check_docstrings, run_command
-from launch.ranks.join import free_port
+from launch.ranks.spawn import free_port
 
 PROMPT = "def read_lines(path):\n"
 

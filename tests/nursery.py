@@ -63,7 +63,7 @@ class Nursery:
         env: dict[str, str] | None = None,
     ) -> Ranks:
         """`script ARGUMENTS` as `world_size` ranks; their output goes to `log`, stderr to `errors` (None: there too)."""
-        from launch.ranks.join import free_port
+        from launch.ranks.spawn import free_port
 
         shared = {
             "WORLD_SIZE": world_size,

@@ -20,7 +20,7 @@ OLD = ROOT / "tests" / "fixtures" / "before_the_move"
 
 def deepspeed_command(ranks: int) -> list[str]:
     """The launcher of this environment, on a port of its own so that runs can go on side by side."""
-    from launch.ranks.join import free_port
+    from launch.ranks.spawn import free_port
 
     launcher = str(Path(sys.executable).parent / "deepspeed")
     return [launcher, "--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]

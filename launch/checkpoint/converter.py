@@ -19,7 +19,7 @@ from data.cli import UserError
 from launch.checkpoint.unpickle import no_code_from_files, save_stages_by_value
 from launch.checkpoint.weights import MOMENTUM, flat_masters, flat_moments
 from launch.cli import CLONE
-from launch.ranks.join import environment_of_no_rank
+from launch.ranks.spawn import environment_of_no_rank
 
 
 def run_converter(source: Path, target: Path, on_phase: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from data.cli import Exit, UserError
 from data.launchers import mpi_ranks
 from launch.ranks.builds import compile_nothing, wait_for_builds
+from launch.ranks.spawn import free_port
 
 #: For all ranks to join: hosts of one job may start minutes apart.
 JOIN_SECONDS = 600.0
@@ -30,14 +31,7 @@ CLEAN_UP_ONLY = "2"
 LEAST_OPEN_FILES = 64
 #: Enough for any job; where a container's hard limit is 2^30, programs that a rank starts may walk through all of them.
 MOST_OPEN_FILES = 1 << 16
-#: By which launchers say what a rank is.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS")
-
-
-def environment_of_no_rank() -> dict[str, str]:
-    """For a process that a rank starts and that is none itself."""
-    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
 
 
 def raise_open_files() -> None:
@@ -138,19 +132,6 @@ def own_address() -> str:
     except socket.gaierror:
         return name
     return name if ipaddress.ip_address(found.partition("%")[0]).is_loopback else found
-
-
-#: Bound and never listened on: until this process ends the kernel gives their ports to nobody who asks for any.
-_kept: list[socket.socket] = []
-
-
-def free_port() -> int:
-    """A port that stays free for whoever listens on it with SO_REUSEADDR, as PyTorch's store does, and be it seconds from now."""
-    kept = socket.socket()
-    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    kept.bind(("", 0))
-    _kept.append(kept)
-    return int(kept.getsockname()[1])
 
 
 def check_restart() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from data.cli import sentence
 from data.files import read_json
 from launch.evaluation.problems import ProblemFile
-from launch.ranks.join import environment_of_no_rank
+from launch.ranks.spawn import environment_of_no_rank
 from launch.run.metrics import Monitor
 
 

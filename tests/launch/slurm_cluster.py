@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.ranks.join import free_port
+from launch.ranks.spawn import free_port
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 NODES = ("node1", "node2")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, metrics
 
-from launch.ranks.join import free_port
+from launch.ranks.spawn import free_port
 
 TEMPLATES = ROOT / "launch" / "templates"
 

@@ -21,7 +21,7 @@ from launch.benchmarks.training_runs.leash import run_leashed
 from launch.cli import CLONE
 from launch.engine.strategy import CONFIG_FOLDER, resolve_config
 from launch.planning.ladder import active_parameters
-from launch.ranks.join import free_port
+from launch.ranks.spawn import free_port
 from launch.reporting.read import Run, read_run
 from launch.run.arguments import TrainArguments, parse_arguments
 from model import MoEGPTConfig

@@ -149,16 +149,6 @@ def test_a_port_that_is_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
             join.start(10)
 
 
-def test_a_free_port_is_nobody_else_s_until_the_store_listens() -> None:
-    """By mpiexec it is chosen before the imports: in the seconds until rank 0 listened others took it."""
-    from torch.distributed import TCPStore
-
-    port = join.free_port()
-    with socket.socket() as other, pytest.raises(OSError, match="in use"):
-        other.bind(("", port))
-    assert TCPStore("127.0.0.1", port, 1, is_master=True).port == port
-
-
 @pytest.mark.parametrize(
     "store, count, refused", [("True", "1", True), ("True", "0", False), ("False", "2", False), (None, None, False)]
 )
