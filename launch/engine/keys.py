@@ -7,10 +7,9 @@ that DeepSpeed holds in pydantic models refuse a key by themselves; optimizer an
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, KeysView
+from collections.abc import Iterator, KeysView
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import BaseModel, ValidationError
 
 from data.cli import UserError, sentence
-from launch.engine.kinds import another_kind, shown
+from launch.engine.kinds import another_kind, hint, shown, unknown
+from launch.engine.refused import check_names_optimizer
 from launch.engine.strategy import BATCH, Strategy
 from launch.engine.values import SWITCHES, check_optimizer_values, check_values
 from launch.nested import lookup
@@ -107,7 +107,7 @@ class Section(dict[str, Any]):
 
 def check_keys(config: dict[str, Any], path: Path) -> None:
     """Every key of a resolved JSON, and its value. Raises UserError; for a key that nobody reads with the nearest right name."""
-    _check_optimizer(config.get("optimizer"), config, path)
+    _check_optimizer(config, path)
     _check_scheduler(config.get("scheduler"), path)
     last_read = ["", ""]
     # DeepSpeed checks their product against the ranks that it knows of, which have not joined yet; ours is checked already.
@@ -127,20 +127,8 @@ def check_keys(config: dict[str, Any], path: Path) -> None:
     for key, value, wanted in recorder.of_another_kind():
         raise UserError(f"{path}: {key} must be {wanted}, not {shown(value)}")
     for section, key, known in recorder.unread():
-        raise UserError(f"{path}: {_unknown(section, key, known)}")
+        raise UserError(f"{path}: {unknown(section, key, known)}")
     check_values(config, path)
-
-
-def _unknown(section: str, key: str, known: Iterable[str]) -> str:
-    whole = f"{section}.{key}" if section else key
-    return f'unknown key "{whole}", which neither DeepSpeed nor this system reads{_hint(key, set(known) - {key})}'
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    """What was meant, perhaps, whatever its case; empty where nothing is near."""
-    by_lower = {each.lower(): each for each in sorted(known)}
-    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f'; did you mean "{by_lower[nearest[0]]}"?' if nearest else ""
 
 
 def _first_complaint(error: ValidationError, section: str) -> str:
@@ -149,7 +137,7 @@ def _first_complaint(error: ValidationError, section: str) -> str:
     *outer, key = [str(part) for part in first["loc"]] or [""]
     where = ".".join([section, *outer]) if section else ".".join(outer)
     if first["type"] == "extra_forbidden":
-        return _unknown(where, key, _fields(error.title, outer))
+        return unknown(where, key, _fields(error.title, outer))
     return f"{where}.{key}: {first['msg']}".replace("..", ".")
 
 
@@ -172,17 +160,17 @@ def _models(parent: type[BaseModel]) -> Iterator[type[BaseModel]]:
         yield from _models(child)
 
 
-def _check_optimizer(section: Any, config: dict[str, Any], path: Path) -> None:
-    if not isinstance(section, dict) or "type" not in section:
-        raise UserError(f'{path}: "optimizer" must name a type, as in "optimizer": {{"type": "AdamW", "params": {{"lr": 0.001}}}}')
+def _check_optimizer(config: dict[str, Any], path: Path) -> None:
+    check_names_optimizer(config, path)
+    section = config["optimizer"]
     kind, params = str(section["type"]), dict(section.get("params") or {})
     accepted, takes = _accepted_by(kind, params, config)
     if accepted is None:
         named = {*deepspeed_config.DEEPSPEED_OPTIMIZERS, *(n for n in dir(torch.optim) if n[0].isupper())}
-        raise UserError(f'{path}: optimizer.type "{kind}" is not an optimizer of DeepSpeed or torch.optim{_hint(kind, named)}')
+        raise UserError(f'{path}: optimizer.type "{kind}" is not an optimizer of DeepSpeed or torch.optim{hint(kind, named)}')
     for key in params:
         if key not in accepted:
-            raise UserError(f"{path}: {_unknown('optimizer.params', key, accepted)}")
+            raise UserError(f"{path}: {unknown('optimizer.params', key, accepted)}")
     check_optimizer_values(kind, takes or torch.optim.AdamW, params, path)
 
 
@@ -231,11 +219,11 @@ def _check_scheduler(section: Any, path: Path) -> None:
     chosen = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
     if not inspect.isclass(chosen):
         names = [*lr_schedules.VALID_LR_SCHEDULES, *(n for n in dir(torch.optim.lr_scheduler) if n[0].isupper())]
-        raise UserError(f'{path}: scheduler.type "{kind}" is not a scheduler of DeepSpeed or torch{_hint(kind, names)}')
+        raise UserError(f'{path}: scheduler.type "{kind}" is not a scheduler of DeepSpeed or torch{hint(kind, names)}')
     accepted = _parameters(chosen)
     for key in section.get("params") or {}:
         if key not in accepted:
-            raise UserError(f"{path}: {_unknown('scheduler.params', key, accepted)}")
+            raise UserError(f"{path}: {unknown('scheduler.params', key, accepted)}")
 
 
 def _parameters(function: Any) -> set[str]:

@@ -1,8 +1,10 @@
-"""What kind of value stands in the DeepSpeed JSON, and what should: in the words of the refusals. Needs no torch."""
+"""What stands in the DeepSpeed JSON, and what should: in the words of the refusals. Needs no torch."""
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 WHOLE, NUMBER, SWITCH, TEXT, OBJECT = "a whole number", "a number", "true or false", "a string", "an object"
@@ -31,3 +33,16 @@ def another_kind(value: Any, default: Any) -> str:
 def shown(value: Any) -> str:
     """As the file has it, cut."""
     return json.dumps(value)[:60]
+
+
+def unknown(section: str, key: str, known: Iterable[str]) -> str:
+    """`known`: what is read in that section, or in any of several optimizers."""
+    whole = f"{section}.{key}" if section else key
+    return f'unknown key "{whole}", which neither DeepSpeed nor this system reads{hint(key, set(known) - {key})}'
+
+
+def hint(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """What was meant, perhaps, whatever its case; empty where nothing is near."""
+    by_lower = {each.lower(): each for each in sorted(known)}
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return f'; did you mean "{by_lower[nearest[0]]}"?' if nearest else ""

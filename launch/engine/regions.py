@@ -9,19 +9,16 @@ exchange never come into it), and is compiled once for all layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from data.cli import UserError
+from launch.engine.refused import COMPILE
 from launch.engine.strategy import Strategy
-from launch.nested import lookup
 from model.flash import pick_kernel
 from model.modeling import Block
-
-SWITCH = "compile.autoep_non_moe"
 
 
 def compile_regions(model: nn.Module, backend: str = "inductor") -> list[Block]:
@@ -39,7 +36,7 @@ def check_traceable(block: Block) -> None:
     config, x = block.self_attn.config, block.self_attn.q_proj.weight
     kernel = pick_kernel(x.device, x.dtype, config.head_dim) if config._attn_implementation == "flash" else None
     if kernel is not None and not kernel.traceable:
-        raise UserError(f"{SWITCH} cannot trace {kernel.name}, which is the attention here; --no-compile leaves it out")
+        raise UserError(f"{COMPILE} cannot trace {kernel.name}, which is the attention here; --no-compile leaves it out")
 
 
 def _in_training(block: Block, compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,19 +56,3 @@ def compile_hint(strategy: Strategy) -> str | None:
         "warning: of compiled regions the compiler chooses what is kept, so that of activation checkpointing's `selective` only "
         "the experts' half of a block is left; `full`, or --no-compile, takes less memory"
     )
-
-
-def check_compile(config: dict[str, Any], where: Path, *, documents: bool) -> None:
-    """Of a resolved DeepSpeed JSON. Raises UserError for what cannot be compiled."""
-    if lookup(config, "compile.deepcompile"):
-        raise UserError(f"{where}: compile.deepcompile takes the whole model, and AutoEP's layers cannot be traced; use {SWITCH}")
-    strategy = Strategy.of(config)
-    if not strategy.compiles:
-        return
-    if strategy.zero_stage == 3:
-        raise UserError(f"{where}: {SWITCH} needs whole weights, and ZeRO stage 3 gathers them module by module; use stage 1 or 2")
-    if documents:
-        raise UserError(
-            f"{where}: {SWITCH} and --document_mask exclude each other: every batch has documents of other lengths, and would be "
-            "compiled anew; --no-compile leaves it out"
-        )

@@ -2,13 +2,13 @@
 
 DeepSpeed's pydantic models check the values of their sections. Optimizer and schedule are not held by a model: `"false"` there is
 true, a text is noticed in the middle of the warm-up or never, an unknown kind of warm-up is replaced. So their values are compared
-with the defaults of the signatures that take them, and then given to the classes themselves, for their own checks.
+with the defaults of the signatures that take them, and then given to the classes themselves, for their own checks. What is refused
+by our own knowledge stands in `refused.py`, which asks no library.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,59 +22,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from data.cli import UserError, sentence
 from launch.engine.kinds import SWITCH, another_kind, is_kind, shown
-from launch.engine.strategy import AUTO, Strategy, is_muon
-from launch.nested import leaves, lookup
+from launch.engine.refused import check_refused
+from launch.engine.strategy import Strategy
+from launch.nested import lookup
 
 WARMUP_TYPES = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
 #: What DeepSpeed takes out of an Adam's parameters before it makes one.
 SWITCHES = {ADAM_W_MODE, TORCH_ADAM_PARAM, "fp32_optimizer_states"}
-_JUDGED = "by the norm of its gradients a step is taken or skipped"
-#: Settings that DeepSpeed takes and that are wrong here: the values that are right, and why. Each was seen to fail, or to go
-#: wrong without a word, on two or four ranks.
-ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    # Where one is off DeepSpeed takes no norm, or takes a step whose norm it was told is invalid: the `StepHook` has no veto, and
-    # the rehearsal trains.
-    "zero_optimization.compute_grad_norm": ((True,), _JUDGED),
-    "bf16.check_grad_overflow": ((True,), _JUDGED),
-    "managed_gradient_accumulation": (
-        (True,),
-        "DeepSpeed then takes a step whenever it is called: after every micro-batch, and in the rehearsal",
-    ),
-    "gradient_allreduce_op": (("mean",), "every gradient would be as many times as large as there are ranks"),
-    "zero_optimization.round_robin_gradients": (
-        (False,),
-        "DeepSpeed then writes down another order of the weights than they have, and what is exported or converted is wrong",
-    ),
-    "zero_optimization.elastic_checkpoint": (
-        (False,),
-        "DeepSpeed cannot load what it then saves, and resuming on another number of ranks does not need it",
-    ),
-    "zero_optimization.load_from_fp32_weights": (
-        (True,),
-        "a resume would begin from weights rounded to the dtype of training, and not be the run that was stopped",
-    ),
-    "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has removed it"),
-    "zero_optimization.cpu_offload": ((False, None), "it is DeepSpeed's older name of offload_optimizer, which is read here"),
-    "use_data_before_expert_parallelism": (
-        (False,),
-        "the copies of an expert then lie on other ranks than exports and conversions read them from",
-    ),
-    "tensor_parallel.autotp_size": (
-        (0, 1),  # both are none
-        "ranks share samples and experts here, no single matrix; see expert_parallel.autoep_size",
-    ),
-    "data_efficiency.enabled": ((False,), "it is for DeepSpeed's own data loader, which reads nothing here"),
-    "hybrid_engine.enabled": ((False,), "it is for a model that generates while it trains"),
-}
-#: The same under mode `full`; the other modes call nothing that would read them.
-ONLY_FULL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "activation_checkpointing.partition_activations": (
-        (False,),
-        "DeepSpeed's checkpoint then passes no gradient on below the last block, which alone would learn",
-    ),
-    "activation_checkpointing.contiguous_memory_optimization": ((False,), "it needs partition_activations, which is refused"),
-}
-PRESET = "deepseek_v3"  # of AutoEP: how the model names and computes its experts
 #: Of `expert_parallel`, what the layer reads that stands in the place of AutoEP's; and what is true of it beside AutoEP's defaults.
 READ = ("enabled", "autoep_size", "preset_model", "use_grouped_mm", "disable_triton_grouped_mm")
 ALIKE = (("score_apply", "post"),)
@@ -92,44 +46,13 @@ OF_THE_MODEL = {
 
 def check_values(config: dict[str, Any], path: Path) -> None:
     """Of a resolved JSON whose keys are known. Raises UserError with the file, the key, the value and what would be right."""
-    for key, value in leaves(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{path}: {key} must be a finite number, not {value}")
-        if value == "auto" and not key.startswith("expert_parallel."):  # of which several are so by default
-            filled = ", ".join(AUTO)
-            raise UserError(f'{path}: {key} cannot be "auto": that is filled in for {filled}; give a value, or leave the key out')
-    if (clipping := config.get("gradient_clipping", 0.0)) < 0:
-        raise UserError(f"{path}: gradient_clipping must be 0 (none) or a norm, not {clipping}")
-    chosen = Strategy.of(config)
-    for key, (right, reason) in (ONLY | (ONLY_FULL if chosen.activation_checkpointing == "full" else {})).items():
-        value = lookup(config, key, right[0])
-        if (value.lower() if isinstance(value, str) else value) not in right:
-            raise UserError(f"{path}: {key} must be {' or '.join(map(shown, right))}, not {shown(value)}: {reason}")
-    if lookup(config, "checkpoint.writer") is not None:
-        raise UserError(
-            f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"
-        )
-    _check_muon(chosen, path)
+    check_refused(config, path)
     _check_expert_parallel(config["expert_parallel"], path)
     _check_grad_accum(config, path)
-    _check_schedule(config.get("scheduler"), chosen, path)
-
-
-def _check_muon(chosen: Strategy, path: Path) -> None:
-    if not is_muon(chosen.optimizer) or (chosen.zero_stage < 3 and not chosen.offloads_optimizer):
-        return
-    wrong, right = ("offload_optimizer", "leave it out") if chosen.offloads_optimizer else ("stage 3", "take stage 2")
-    raise UserError(
-        f"{path}: zero_optimization.{wrong} does not go with Muon: DeepSpeed then moves the momentum before a step can be refused, "
-        f"and a resume is not the run that was stopped; {right}, or take AdamW"
-    )
+    _check_schedule(config.get("scheduler"), Strategy.of(config), path)
 
 
 def _check_expert_parallel(section: dict[str, Any], path: Path) -> None:
-    if (preset := section["preset_model"]) != PRESET:
-        raise UserError(
-            f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {shown(preset)}'
-        )
     defaults = vars(AutoEPConfig())
     for key, value in section.items():
         if key in READ or value == defaults.get(key) or (key, value) in ALIKE:

@@ -8,6 +8,7 @@ from typing import Any
 from data.cli import UserError
 from data.files import replace_json
 from launch.engine import strategy
+from launch.engine.refused import check_compile, check_names_optimizer, check_refused
 from launch.nested import differing
 from launch.planning.arguments import PlanArguments
 from launch.planning.devices import Device, find_device
@@ -17,6 +18,7 @@ from launch.planning.memory import GB, WORST_LOAD
 from launch.planning.scale import ScalingPoint, curve
 from launch.planning.search import SAFE_SHARE, Candidate, as_deepspeed, candidate, least_change, search
 from launch.planning.time import USUAL_LOAD
+from launch.planning.unread import check_unread
 from launch.words import SECONDS_PER_DAY
 from model.accounting import count_parameters, training_flops_per_token
 from model.config_json import find_model, load_sizes
@@ -31,6 +33,7 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
     device, sizes = find_device(arguments.gpu or ""), read_sizes(arguments.model)
     path = arguments.deepspeed_config or strategy.default_path(arguments.num_gpus, arguments.ranks, sizes.n_routed_experts)
     base = strategy.read_config(path)
+    doubts = check_unread(base, path)
     config, to_train = with_batch_for(strategy.with_mode(base, arguments.activation_checkpointing), arguments.ranks)
     planned = candidate(read_job(arguments, sizes, config, path), device)
     better = search(planned.job, device)
@@ -41,6 +44,7 @@ def answer(arguments: PlanArguments) -> dict[str, Any]:
         "num_nodes": arguments.num_nodes,
         "gpus": arguments.ranks,
         "deepspeed_config": str(path),
+        "doubts": doubts,
         "sequence_length": planned.job.sequence_length,
         **describe(planned),
         **budget(planned, arguments.tokens, arguments.price),
@@ -95,10 +99,10 @@ def share_near(exact: float, micro: int | None) -> int:
 
 
 def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], path: Path) -> Job:
-    """The job that `launch/train.py` would run under the same flags, refused where `strategy` refuses it.
+    """The job that `launch/train.py` would run under the same flags, refused where `strategy` or `refused` refuses it.
 
-    Not checked: names of keys, and all values that only DeepSpeed and torch know. Training refuses those (`engine/keys.py`), by
-    asking libraries that take seconds to import; here a misspelt key counts as left out.
+    Not checked: what only DeepSpeed and torch know of keys and values. Training refuses it (`engine/keys.py`), by asking these
+    libraries, which take seconds to import.
     """
     length = arguments.sequence_length or sizes.usual_context
     if length > sizes.max_position_embeddings:
@@ -108,6 +112,9 @@ def read_job(arguments: PlanArguments, sizes: ModelSizes, base: dict[str, Any], 
             "and no rope_parameters (a trained model is extended by train.py --init_from with --rope_factor)"
         )
     resolved = strategy.resolve_config(base, path, world_size=arguments.ranks, num_experts=sizes.n_routed_experts, max_steps=1000)
+    check_compile(resolved, path, documents=False)
+    check_names_optimizer(resolved, path)
+    check_refused(resolved, path)
     strategy.check_precision(resolved, path)
     return job_from(
         sizes,

@@ -78,7 +78,7 @@ def _order(found: Candidate) -> tuple[float, int, int, float]:
 
 def variants(job: Job) -> Iterator[Job]:
     """Every layout that training takes, at the same sequence length and global batch."""
-    # Muon's offload and ZeRO 3 are refused by training (`engine/values.py`), and ZeRO 1 with sums in a type of their own by
+    # Muon's offload and ZeRO 3 are refused by training (`engine/refused.py`), and ZeRO 1 with sums in a type of their own by
     # BF16_Optimizer.
     muon = job.is_muon
     first = [(1, False)] * (not muon or job.gradient_bytes == job.weight_bytes)

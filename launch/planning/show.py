@@ -49,6 +49,7 @@ def _head(answer: dict[str, Any]) -> str:
         f"{answer['gpus']} x {answer['gpu']}, {answer['deepspeed_config']}: EP {layout['expert_ranks']}, ZeRO "
         f"{layout['zero_stage']}, recomputation {layout['activation_checkpointing']}",
     ]
+    lines += [f"warning: {doubt}" for doubt in answer["doubts"]]
     if answer["to_train"]:
         lines.append(f"this JSON does not train on {answer['gpus']} GPUs as it is; planned with {_changed(answer['to_train'])}")
     lines.append(

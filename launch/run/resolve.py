@@ -14,7 +14,7 @@ from data.cli import UserError
 from data.dataset import PackedDataset
 from launch.engine import strategy
 from launch.engine.keys import check_keys
-from launch.engine.regions import check_compile
+from launch.engine.refused import check_compile
 from launch.engine.strategy import Strategy
 from launch.evaluation.problems import ProblemFile
 from launch.model_config import extended, load_model_config

@@ -13,6 +13,7 @@ import pytest
 from data.cli import UserError
 from launch.engine.keys import check_keys
 from launch.engine.strategy import CONFIG_FOLDER, read_config, resolve_config
+from launch.planning.unread import check_unread
 
 BASE = read_config(CONFIG_FOLDER / "ep8_zero2.json")
 PATH = Path("some.json")
@@ -240,6 +241,7 @@ def test_an_optimizer_on_the_host_takes_what_its_own_class_takes(device: str) ->
     config["optimizer"]["params"]["set_grad_none"] = True
     with pytest.raises(UserError, match=r'unknown key "optimizer\.params\.set_grad_none"') if device == "cpu" else nullcontext():
         check(config)
+    assert check_unread(changed(section, value), PATH) == [], "nor by a plan"
 
 
 @pytest.mark.parametrize(("stage", "bf16", "refused"), [(0, False, False), (0, True, True), (1, False, True), (3, False, True)])

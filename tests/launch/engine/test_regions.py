@@ -15,7 +15,8 @@ from nursery import Nursery
 from data.cli import UserError
 from launch.engine import regions
 from launch.engine.keys import check_keys
-from launch.engine.regions import check_compile, compile_hint, compile_regions
+from launch.engine.refused import check_compile
+from launch.engine.regions import compile_hint, compile_regions
 from launch.engine.strategy import CHECKPOINTING_MODES, CONFIG_FOLDER, Strategy, check_kinds, read_config, resolve_config
 from model import MoEGPTConfig, MoEGPTForCausalLM
 from model.modeling import Block

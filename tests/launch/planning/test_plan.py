@@ -192,6 +192,22 @@ def test_what_training_refuses_is_not_planned(tmp_path: Path) -> None:
         assert done.returncode == 2 and said in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients must be false, not true"),
+        ({"gradient_clipping": -1}, "gradient_clipping must be 0 (none) or a norm, not -1"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile takes the whole model"),
+        ({"optimizer": {"params": {}}}, '"optimizer" must name a type'),
+    ],
+)
+def test_a_value_that_training_refuses_is_refused_in_its_words(changes: dict, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(json.loads((ROOT / "ds_configs" / "ep8_zero2.json").read_text()) | changes))
+    done = plan(*USUAL, "--deepspeed_config", path)
+    assert done.returncode == 2 and f"{path}: " in done.stderr and said in done.stderr
+
+
 def test_a_model_that_fits_nowhere(tmp_path: Path) -> None:
     """Four times as deep as 4b, on one small card."""
     deep = json.loads((PRESETS_FOLDER / "4b.json").read_text())
