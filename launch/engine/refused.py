@@ -62,6 +62,13 @@ ONLY_FULL: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 PRESET = "deepseek_v3"  # of AutoEP: how the model names and computes its experts
 COMPILE = "compile.autoep_non_moe"
+#: Of torch.optim, what ends at its first step, and why.
+NOT_HERE = {
+    "LBFGS": "it computes the loss again within a step, which DeepSpeed's engine does not do for it",
+    "SparseAdam": "it takes sparse gradients alone, and all gradients here are dense",
+}
+#: DeepSpeed's own of these names take the switch, and end at it or do without.
+WITHOUT_AMSGRAD = ("adam", "adamw", "lamb", "adagrad")
 
 
 def check_refused(config: dict[str, Any], path: Path) -> None:
@@ -83,7 +90,7 @@ def check_refused(config: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"{path}: checkpoint.writer is not used: checkpoints are hashed as they are written, by this system; leave it out"
         )
-    _check_optimizer(chosen, path)
+    _check_optimizer(config, chosen, path)
     if (preset := config["expert_parallel"]["preset_model"]) != PRESET:
         raise UserError(
             f'{path}: expert_parallel.preset_model must be "{PRESET}", which this model is built as, not {shown(preset)}'
@@ -111,8 +118,13 @@ def check_compile(config: dict[str, Any], path: Path, *, documents: bool) -> Non
         )
 
 
-def _check_optimizer(chosen: Strategy, path: Path) -> None:
-    kind = chosen.optimizer
+def _check_optimizer(config: dict[str, Any], chosen: Strategy, path: Path) -> None:
+    kind, params = chosen.optimizer, lookup(config, "optimizer.params") or {}
+    if kind in NOT_HERE:
+        raise UserError(f"{path}: optimizer.type {kind} cannot train here: {NOT_HERE[kind]}; take AdamW")
+    if params.get("amsgrad") and kind.lower() in WITHOUT_AMSGRAD and not params.get("torch_adam"):
+        mend = ', or take PyTorch\'s with "torch_adam": true' if kind.lower() in ("adam", "adamw") else ""
+        raise UserError(f"{path}: optimizer.params.amsgrad must be false: DeepSpeed's own {kind} has none; leave it out{mend}")
     if is_muon(kind) and (chosen.zero_stage == 3 or chosen.offloads_optimizer):
         wrong, right = ("offload_optimizer", "leave it out") if chosen.offloads_optimizer else ("stage 3", "take stage 2")
         raise UserError(
