@@ -15,6 +15,8 @@ KNOWN = {
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
 }
 
+_PACKED = "holds_packed_documents"  # an attribute of a cache
+
 
 def check_keywords(keywords: dict[str, Any], position_ids: Tensor | None) -> None:
     """Raises ValueError where ignoring a keyword would change the result; warns once of one that is not known."""
@@ -38,6 +40,18 @@ def given_cache(past_key_values: Cache | None, keywords: dict[str, Any]) -> Cach
     if cache is not None and past_key_values is not None:
         raise ValueError("give one of cache and past_key_values, which are two names of the same")
     return past_key_values if cache is None else cache
+
+
+def note_documents(cache: Cache, past: int, *, packed: bool) -> None:
+    """Notes on a cache that is begun whether packed documents fill it. Raises ValueError where such a one is gone on with: nobody
+    says of which document the next token is, and it would look at all of them."""
+    held = getattr(cache, _PACKED, False)
+    if past and held:
+        raise ValueError(
+            "past_key_values holds packed documents (position_ids that restart), and which of them goes on is not said"
+        )
+    if not past and packed != held:
+        setattr(cache, _PACKED, packed)
 
 
 def check_export(dtype: torch.dtype) -> None:

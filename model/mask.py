@@ -97,7 +97,7 @@ def causal_mask(
     then known without waiting for the device.
     attention_mask `[B, L]`: 0 marks padding; or `[B or 1, 1, S, L]`, bool or added to the scores (0 or very negative).
     Columns beyond L are a static cache's free slots, where the caller has one (`cached`, or there is a past). Raises ValueError
-    for a mask of another shape or other values.
+    for a mask of another shape or other values, and for documents that begin after cached positions.
     """
     queries = shape[1]
     keys = past + queries
@@ -111,6 +111,8 @@ def causal_mask(
     document_BS = None
     if position_ids is not None and past == 0:
         document_BS = _documents(position_ids, shape, padding_BL)
+    elif position_ids is not None and queries > 1:
+        _check_goes_on(position_ids, past, padding_BL)
     seqlens = None if document_BS is None or padding_BL is not None else _seqlens(document_BS)
     cu_seqlens = None if seqlens is None else to_device(torch.tensor([0, *accumulate(seqlens)], dtype=torch.int32), device)
     return AttentionMask(
@@ -150,13 +152,32 @@ def _allowed(mask_B1SL: Tensor, queries: int, keys: int) -> Tensor:
 
 def _documents(position_ids: Tensor, shape: tuple[int, int], padding_BL: Tensor | None) -> Tensor | None:
     """Number of each token's document `[B, S]`, or None where no position restarts."""
-    if padding_BL is None:
-        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    else:
-        restarts = _restarts_beside_padding(position_ids, padding_BL.to(position_ids.device))
+    restarts = _restarts(position_ids, padding_BL)
     if not bool(restarts.any()):
         return None
     return torch.nn.functional.pad(restarts.cumsum(1), (1, 0)).expand(shape)
+
+
+def _check_goes_on(position_ids: Tensor, past: int, padding_BL: Tensor | None) -> None:
+    """Raises ValueError where a document begins after `past` cached positions. transformers' own models look for documents only
+    where there is no cache, and beside one let each token see all that was before, of whatever document."""
+    begins = position_ids == 0
+    if padding_BL is not None:  # which may have any position, and after which alone a row does begin
+        padding_BL = padding_BL.to(position_ids.device)
+        begins = begins & padding_BL[:, past:] & padding_BL[:, :past].any(dim=1, keepdim=True)
+        padding_BL = padding_BL[:, past:]
+    if bool(begins.any()) or bool(_restarts(position_ids, padding_BL).any()):
+        raise ValueError(
+            f"position_ids restart after {past} cached positions, and a cache does not say of which document these are; "
+            "give packed documents without past_key_values"
+        )
+
+
+def _restarts(position_ids: Tensor, keep_BS: Tensor | None) -> Tensor:
+    """True at each position but the first that does not go on from the one before."""
+    if keep_BS is None:
+        return position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return _restarts_beside_padding(position_ids, keep_BS.to(position_ids.device))
 
 
 def _restarts_beside_padding(position_ids: Tensor, keep_BS: Tensor) -> Tensor:

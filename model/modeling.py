@@ -21,7 +21,7 @@ from .auxiliary import AuxiliaryLoss
 from .config import ATTENTION_ALIASES, MoEGPTConfig
 from .config_json import ATTENTION_IMPLEMENTATIONS
 from .head import LMHead, head_loss
-from .keywords import check_export, check_keywords, given_cache
+from .keywords import check_export, check_keywords, given_cache, note_documents
 from .layers import ResidualLinear, ResidualNorm, RMSNorm
 from .loss import IGNORE
 from .mask import AttentionMask, causal_mask
@@ -165,6 +165,8 @@ class MoEGPTModel(MoEGPTPreTrainedModel):
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         shape, cached = (x_BSH.shape[0], x_BSH.shape[1]), given is not None and past_key_values is not None
         mask = causal_mask(shape, past, x_BSH.device, position_ids, attention_mask, cached=cached)
+        if past_key_values is not None:
+            note_documents(past_key_values, past, packed=mask.document_BS is not None)
         rope = self.rotary(position_ids, past, x_BSH.shape[1], x_BSH.device)
         prepare(self.config._attn_implementation, x_BSH, self.config.head_dim, mask)
         with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))

@@ -1,5 +1,7 @@
 """What the attention mask makes of positions, padding and masks that a caller gives."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -83,6 +85,30 @@ def test_padding_of_a_static_cache_is_read_from_its_beginning() -> None:
     keep[0, 0] = 0
     padding_BL = causal_mask((1, 3), 2, CPU, attention_mask=keep).padding_BL
     assert padding_BL is not None and padding_BL.tolist() == [[False, True, True, True, True]]
+
+
+GOES_ON = [
+    ([[5, 6, 7]], None, True),
+    ([[5, 6, 0]], None, False),
+    ([[0, 1, 2]], None, False),
+    ([[105, 106, 107]], None, True),  # an offset of the caller's
+    ([[5, 6, 9]], None, False),
+    ([[5, 6, 7], [3, 4, 5]], [[1] * 8, [0, 0, *[1] * 6]], True),
+    ([[5, 6, 7], [0, 1, 2]], [[1] * 8, [0] * 5 + [1] * 3], True),  # of the second nothing came before
+    ([[5, 6, 7], [1, 5, 6]], [[1] * 8, [*[1] * 5, 0, 1, 1]], True),
+    ([[5, 6, 7], [0, 5, 6]], [[1] * 8, [*[1] * 5, 0, 1, 1]], True),  # padding has any position
+    ([[5, 6, 7], [5, 0, 1]], [[1] * 8, [*[1] * 5, 1, 1, 1]], False),
+    ([[5, 6, 7], [1, 0, 1]], [[1] * 8, [*[1] * 5, 0, 1, 1]], False),
+    ([[0, 1, 2]], [[0, *[1] * 7]], False),
+]
+
+
+@pytest.mark.parametrize(("positions", "keep", "goes_on"), GOES_ON)
+def test_a_document_does_not_begin_after_cached_positions(positions: list, keep: list | None, goes_on: bool) -> None:
+    given = {} if keep is None else {"attention_mask": torch.tensor(keep)}
+    refused = pytest.raises(ValueError, match="position_ids restart after 5 cached positions")
+    with nullcontext() if goes_on else refused:
+        causal_mask((len(positions), 3), 5, CPU, position_ids=torch.tensor(positions), **given)
 
 
 def test_a_mask_of_four_dimensions_is_the_callers_word() -> None:

@@ -175,6 +175,22 @@ def check_isolation(config: MoEGPTConfig, rtol: float, atol: float) -> None:
     assert (unmasked[0][:, 25:] - unmasked[1][:, 25:]).abs().max() > 0.1
 
 
+def test_a_cache_of_packed_documents_is_not_gone_on_with() -> None:
+    """The next token looked at all of them. The cache that is emptied may hold anything again."""
+    model, ids = MoEGPTForCausalLM(small()).eval(), torch.randint(0, 97, (1, 6))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with torch.no_grad():
+        cache = model(ids, position_ids=positions, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="past_key_values holds packed documents"):
+            model(ids[:, :1], position_ids=torch.tensor([[3]]), past_key_values=cache)
+        cache.reset()
+        for chunk in (ids[:, :3], ids[:, 3:4]):
+            logits = model(chunk, past_key_values=cache).logits
+        torch.testing.assert_close(logits[:, -1], model(ids[:, :4]).logits[:, -1], rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="position_ids restart after 4 cached positions"):
+            model(ids[:, :3], position_ids=positions[:, :3], past_key_values=cache)
+
+
 def test_z_loss_is_for_training_only() -> None:
     model = MoEGPTForCausalLM(small(z_loss_weight=0.5))
     ids = torch.randint(0, 97, (1, 20))
