@@ -34,17 +34,29 @@ def memory_line(job: Job, measured: float, *, on_gpu: bool) -> str:
     return f"memory of a rank: {planned / GB:,.2f} GB of tensors by the plan, {what} {measured / GB:,.2f} GB in the rehearsal"
 
 
-def duration_line(job: Job, device_name: str | None, steps: int, save_interval: int) -> str | None:
-    """None for a device that the planner has no data of. `save_interval`: what a run that dies can lose is said as well."""
+def duration_line(job: Job, device_name: str | None, steps: range, *, save_interval: int, eval_interval: int = 0) -> str | None:
+    """None for a device that the planner has no data of. What a run that dies can lose is said as well: `steps` are those that are
+    left, the last of which is saved; `eval_interval` is 0 where nothing is evaluated on."""
     device = device_of(device_name)
-    if device is None or steps < 1:
+    if device is None or not steps:
         return None
     time = plan_time(job, device)
-    whole, between = duration(steps * time.total), duration(save_interval * time.total)
+
+    def every(interval: int) -> str | None:
+        """None where no multiple comes before the end."""
+        is_before = (steps.stop - 1) // interval > steps.start // interval
+        return duration(interval * time.total) if is_before else None
+
+    saved = []
+    if between := every(save_interval):
+        saved.append(f"every {between} (--save_interval {save_interval})")
+    if eval_interval and (between := every(eval_interval)):
+        saved.append(f"at a new best validation loss, looked for every {between} (--eval_interval {eval_interval})")
     return (
-        f"{steps:,} steps should take about {whole}, a checkpoint every {between} "
-        f"(--save_interval {save_interval}): {time.tokens_per_second(job):,.0f} tokens/s, "
-        f"MFU {time.mfu(job, device):.0%} by the plan for {device.name}; launch/plan.py says what it rests on"
+        f"{len(steps):,} steps should take about {duration(len(steps) * time.total)}, evaluations and saves aside, a checkpoint "
+        f"{' and '.join(saved) or f'at the end alone (--save_interval {save_interval})'}: "
+        f"{time.tokens_per_second(job):,.0f} tokens/s, MFU {time.mfu(job, device):.0%} by the plan for {device.name}; "
+        "launch/plan.py says what it rests on"
     )
 
 

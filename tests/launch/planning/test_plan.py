@@ -411,11 +411,25 @@ def test_the_job_of_a_run_has_its_nodes_and_its_attention(run_folder: Path) -> N
 def test_the_expected_time_of_a_known_card(run_folder: Path) -> None:
     config = json.loads((run_folder / "config.json").read_text())
     job = job_of_run(config, ranks_per_node=8)
-    line = duration_line(job, "NVIDIA A100-SXM4-80GB", 249_863, 1000)
+    line = duration_line(job, "NVIDIA A100-SXM4-80GB", range(249_863), save_interval=1000)
     days = answer(*USUAL, "--tokens", 249_863 * 256 * 2048)["days"]
     assert line is not None and "a checkpoint every 21 minutes (--save_interval 1000)" in line
     assert f"249,863 steps should take about {days:.1f} days" in line and "for a100-80gb" in line
-    assert duration_line(job, "NVIDIA GeForce GTX 1080", 10, 5) is None and duration_line(job, None, 10, 5) is None
+    assert duration_line(job, "NVIDIA GeForce GTX 1080", range(10), save_interval=5) is None
+    assert duration_line(job, None, range(10), save_interval=5) is None
+    for steps, evaluations, said in (
+        (
+            range(249_863),
+            100,
+            "every 21 minutes (--save_interval 1000) and at a new best validation loss, looked for every 2 minutes",
+        ),
+        (range(900), 100, "a checkpoint at a new best validation loss, looked for every 2 minutes (--eval_interval 100): "),
+        (range(1000), 1000, "a checkpoint at the end alone (--save_interval 1000): "),
+        (range(900, 1100), 0, "a checkpoint every 21 minutes (--save_interval 1000): "),
+        (range(1000, 1900), 0, "a checkpoint at the end alone (--save_interval 1000): "),
+    ):
+        line = duration_line(job, "NVIDIA A100-SXM4-80GB", steps, save_interval=1000, eval_interval=evaluations)
+        assert line is not None and said in line and f"{len(steps):,} steps" in line
     beside = beside_measured(job, "NVIDIA A100-SXM4-80GB", 1.1 * days * 86_400 / 249_863)
     assert beside is not None and beside["device"] == "a100-80gb" and beside["measured_to_predicted"] == pytest.approx(1.1)
     assert beside_measured(job, None, 1.0) is None and beside_measured(job, "NVIDIA GeForce GTX 1080", 1.0) is None
