@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,18 +33,16 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, ranks: Co
     waits for another inside DeepSpeed.
     """
     converted = bool(choice.conversions)
-    # With that setting one rank after the other reads.
-    together = None if engine._config.zero_config.pipeline_loading_checkpoint else ranks.run_everywhere
+    # With that setting one rank after the other reads; not of a conversion, see `_universal_loading`.
+    one_by_one = engine._config.zero_config.pipeline_loading_checkpoint and not converted
+    together = None if one_by_one else ranks.run_everywhere
     files = CheckpointFiles(folder, name=folder.name, records=read_manifest(folder)["files"], together=together)
     own_files = CheckpointFiles(choice.path, name=choice.path.name, records=read_manifest(choice.path)["files"])
     with _universal_loading(engine, converted), going_through(files, engine), no_code_from_files(), expecting_sense(folder):
-        try:
-            if converted:
-                universal.load(engine, folder)
-            else:
-                _load_plainly(engine, folder)
-        except pickle.UnpicklingError as error:  # of a file that DeepSpeed reads past `files`
-            raise UserError(f"{folder} holds something other than tensors, and nothing else is loaded: {error}") from error
+        if converted:
+            universal.load(engine, folder, together=ranks.run_everywhere)
+        else:
+            _load_plainly(engine, folder)
     _check_masters(engine, choice.path)
     with expecting_sense(choice.path):
         restore_buffers(engine.module, own_files.load(str(choice.path / BUFFERS)))
@@ -87,10 +84,15 @@ def _check_masters(engine: DeepSpeedEngine, path: Path) -> None:
 
 @contextmanager
 def _universal_loading(engine: DeepSpeedEngine, on: bool) -> Iterator[None]:
-    """DeepSpeed reads this from the JSON once; an engine that started from a conversion may roll back to a plain one."""
+    """DeepSpeed reads this from the JSON once; an engine that started from a conversion may roll back to a plain one.
+
+    Of a conversion no rank tells the next that it has read its part, for which `pipeline_loading_checkpoint` makes that one wait.
+    """
     config = engine._config
+    zero = config.zero_config
     before, config.load_universal_checkpoint = config.load_universal_checkpoint, on
+    pipelined, zero.pipeline_loading_checkpoint = zero.pipeline_loading_checkpoint, zero.pipeline_loading_checkpoint and not on
     try:
         yield
     finally:
-        config.load_universal_checkpoint = before
+        config.load_universal_checkpoint, zero.pipeline_loading_checkpoint = before, pipelined

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from launch.checkpoint.buffers import BUFFERS
 from launch.checkpoint.converter import run_converter
 from launch.checkpoint.finite import check_finite
 from launch.checkpoint.publish import publish, working_name
-from launch.checkpoint.state import STATE, read_state
-from launch.checkpoint.unpickle import load_file, save_stages_by_value
+from launch.checkpoint.state import STATE, SavedState, read_state
+from launch.checkpoint.unpickle import expecting_sense, load_file, save_stages_by_value
 from launch.checkpoint.weights import (
     EXPERT_WEIGHT,
     MODEL_STATES,
@@ -83,6 +85,11 @@ def check_convertible(path: Path, saved: dict[str, Any], wanted: dict[str, Any],
                 f"{path} is ZeRO {saved['zero_stage']} in {saved['dtype']}, this run ZeRO {wanted['zero_stage']} in "
                 f"{wanted['dtype']}: ZeRO 0 converts in float32 only; use zero_optimization.stage 1 or 2"
             )
+    if saved["zero_stage"] == 0 and "parameters" not in facts:
+        raise UserError(
+            f"{path / STATE} has no optimizer.parameters, the order in which ZeRO 0 saved the optimizer's state: it was changed "
+            f"since; restore the checkpoint, or resume it in the layout it was saved in ({was})"
+        )
 
 
 def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lambda _: None) -> None:
@@ -107,22 +114,27 @@ def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lam
     check_source(source)
     temporary = working_name(folder, "tmp")
     try:
-        if saved.identity.zero_stage == 0:
-            _gather_unsharded(source, temporary, saved.optimizer["parameters"])
-        else:
-            run_converter(source, temporary, on_phase)
-        muons = _rates(source) if MOMENTUM in saved.optimizer["state"] else {}
-        _complete(temporary, muons.get(False, saved.optimizer["lr"]))
-        if saved.identity.zero_stage in (1, 2):
-            for name, weight in module_weights(source):
-                check_master(load_file(temporary / "zero" / name / "fp32.pt")["param"], weight, source, name)
-        if muons:
-            _put_momenta(source, temporary, muons[True])
+        with expecting_sense(source):
+            _convert(source, temporary, saved, on_phase)
         write_manifest(temporary, record_all(temporary), made_from=made_from)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     publish(temporary, folder)
+
+
+def _convert(source: Path, temporary: Path, saved: SavedState, on_phase: Callable[[str], None]) -> None:
+    if saved.identity.zero_stage == 0:
+        _gather_unsharded(source, temporary, saved.optimizer["parameters"])
+    else:
+        run_converter(source, temporary, on_phase)
+    muons = _rates(source) if MOMENTUM in saved.optimizer["state"] else {}
+    _complete(temporary, muons.get(False, saved.optimizer["lr"]))
+    if saved.identity.zero_stage in (1, 2):
+        for name, weight in module_weights(source):
+            check_master(load_file(temporary / "zero" / name / "fp32.pt")["param"], weight, source, name)
+    if muons:
+        _put_momenta(source, temporary, muons[True])
 
 
 def check_source(source: Path) -> None:
@@ -148,17 +160,25 @@ def _is_whole(folder: Path, made_from: str) -> bool:
 
 def _gather_unsharded(source: Path, temporary: Path, names: list[str]) -> None:
     """ZeRO 0: each EP rank has saved a whole optimizer, its experts in it."""
-    shards = [load_file(p)["optimizer"]["state"] for p in numbered(source, "expp_rank_*_optim_states.pt")]
+    saved = [load_file(p)["optimizer"] for p in numbered(source, "expp_rank_*_optim_states.pt")]
+    shards = [optimizer["state"] for optimizer in saved]
     number = {name: i for i, name in enumerate(names)}
+    found = set[str]()
     for name, weight in module_weights(source):
         if name not in number:  # tied: the optimizer knows it by its first name
             continue
+        found.add(name)
         states = [shard.get(number[name], {}) for shard in (shards if EXPERT_WEIGHT.search(name) else shards[:1])]
         _save_whole(temporary, name, "fp32", weight)
         for key in MOMENTS:
             held = [state.get(key) for state in states]
             _save_whole(temporary, name, key, torch.zeros_like(weight) if None in held else torch.cat(held))
         _save(temporary / "zero" / name / "step.pt", states[0].get("step", torch.tensor(0.0)))
+    if len(names) != sum(len(group["params"]) for group in saved[0]["param_groups"]) or found != number.keys():
+        raise UserError(
+            f"{source / STATE}: optimizer.parameters does not name the weights that the optimizer has; restore the checkpoint, or "
+            "resume it in the layout it was saved in"
+        )
     shutil.copy2(source / MODEL_STATES, temporary)
 
 
@@ -231,9 +251,10 @@ def _give_shapes(zero: Path, shapes: dict[str, Any]) -> None:
                 torch.save({"param": value.view(tuple(shape)), "cat_dim": 0}, path)
 
 
-def load(engine: DeepSpeedEngine, folder: Path) -> None:
+def load(engine: DeepSpeedEngine, folder: Path, *, together: Callable[[Callable[[], None]], object] = lambda read: read()) -> None:
     """Restore parameters, moments, schedule and counters; the buffers are the caller's. `load_universal` must be on.
 
+    `together`: runs the reading of the fragments on all ranks, which raise alike.
     Each parameter group keeps this run's own hyperparameters but for the learning rate. DeepSpeed takes them from the
     checkpoint by position: a name with the checkpoint's EP size in it, and under ZeRO 3 the first group's weight decay for all.
     """
@@ -242,12 +263,30 @@ def load(engine: DeepSpeedEngine, folder: Path) -> None:
         engine._load_checkpoint(str(folder), ".", load_optimizer_states=False)  # schedule and counters
         _load_unsharded(engine, folder / "zero")
     else:
-        engine.load_checkpoint(str(folder), tag=".")
+        with _fragments_read(engine.optimizer, folder, together):
+            engine.load_checkpoint(str(folder), tag=".")
         if any(group.get("use_muon") for group in own):
             _lay_out_momenta(engine, folder / "momentum")
     for group, mine in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(mine)
     give_own_steps(counting(engine.optimizer))
+
+
+@contextmanager
+def _fragments_read(optimizer: Any, folder: Path, together: Callable[[Callable[[], None]], object]) -> Iterator[None]:
+    """DeepSpeed's optimizers read each rank's fragments in one method, past any checkpoint engine, and gather the weights right
+    after it: where a rank has failed by then, the others would wait for it."""
+    theirs = optimizer._load_universal_checkpoint
+
+    def read(*arguments: Any) -> None:
+        with expecting_sense(folder):
+            theirs(*arguments)
+
+    optimizer._load_universal_checkpoint = lambda *arguments: together(partial(read, *arguments))
+    try:
+        yield
+    finally:
+        del optimizer._load_universal_checkpoint
 
 
 def _lay_out_momenta(engine: DeepSpeedEngine, folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copyreg
 import io
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,8 @@ def _is_text(name: str) -> bool:
 
 @contextmanager
 def expecting_sense(folder: Path) -> Iterator[None]:
-    """While open, content of another shape than a checkpoint's (a list where a table should be, a key that is missing) is refused.
+    """While open, content of another shape than a checkpoint's (a list where a table should be, a key that is missing) is refused,
+    and what DeepSpeed finds in files that it reads itself.
 
     Raises UserError with the folder; MOE_TRACEBACK=1 shows the line that could not use it.
     """
@@ -81,6 +83,8 @@ def expecting_sense(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{folder} holds something other than tensors, and nothing else is loaded: {error}") from error
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{folder} does not hold what a checkpoint holds, though its checksums are right ({type(error).__name__}: "

@@ -455,6 +455,10 @@ def test_what_is_no_adams_or_not_in_fp32_is_not_converted_whichever_side_it_is_o
     for saved, wanted in ((without, sharded), (sharded, without)):
         with pytest.raises(UserError, match="ZeRO 0 converts in float32 only"):
             universal.check_convertible(Path("step_3"), saved, wanted, adams)
+    plain = {**layout, "zero_stage": 0, "dtype": "float32"}
+    with pytest.raises(UserError, match=r"step_3/state\.json has no optimizer\.parameters, the order .*it was changed since"):
+        universal.check_convertible(Path("step_3"), plain, {**plain, "world_size": 4}, adams)
+    universal.check_convertible(Path("step_3"), plain, {**plain, "world_size": 4}, {**adams, "parameters": ["w"]})
     amsgrads = {"state": [*adams["state"], "max_exp_avg_sq"]}
     with pytest.raises(UserError, match=r"max_exp_avg_sq\) that only resumes in the layout"):
         universal.check_convertible(Path("step_3"), sharded, {**sharded, "world_size": 4}, amsgrads)

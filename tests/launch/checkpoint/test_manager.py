@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +174,12 @@ def test_nothing_is_written_where_it_should_not_be_any_more(run):
     checkpoints.before_save = refuse
     shutil.rmtree(run)
     with pytest.raises(ValueError, match="the folder is another"):
+    seen = []
+    engine.load_checkpoint = lambda *_, **__: seen.append(engine._config.zero_config.pipeline_loading_checkpoint)
+    engine.optimizer._load_universal_checkpoint = None
+    restore(engine, replace(choice, conversions=("ep_size: 2 -> 1",)), choice.path, ranks)
+    assert seen == [False], "of a conversion no rank tells the next one that it is its turn"
+    assert engine._config.zero_config.pipeline_loading_checkpoint == one_by_one
         checkpoints.save(StubEngine(), state(4))
     assert not run.exists()
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import pickle
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,9 @@ from launch import manifest
 from launch.checkpoint import publish
 from launch.checkpoint.converter import give_moments
 from launch.checkpoint.state import STATE
-from launch.checkpoint.universal import _is_whole, _rates, convert, link_or_copy, load
-from launch.checkpoint.weights import CHUNK, _assemble, check_master, master_weights, numbered, whole_momenta
+from launch.checkpoint.universal import _gather_unsharded, _is_whole, _rates, convert, link_or_copy, load
+from launch.checkpoint.weights import CHUNK, MODEL_STATES, _assemble, check_master, master_weights, numbered, whole_momenta
+from launch.cli import AgreedError
 from launch.engine.settings import give_own_steps
 
 QUICK = [  # (ranks, source, ZeRO stage, dtype, EP size); sources are of two ranks with EP 2
@@ -164,8 +166,76 @@ def test_groups_keep_this_runs_settings_but_for_the_rate(tmp_path):
 
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "weight_decay": decay} for decay in (0.1, 0.0)]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    optimizer._load_universal_checkpoint = None
     load(SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 2, load_checkpoint=load_checkpoint), tmp_path)
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(5e-4, 0.1), (5e-4, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(errno.EIO, "Input/output error", "fp32.pt"), OSError),
+        (KeyError("param"), UserError),
+        (pickle.UnpicklingError("builtins.eval"), UserError),
+    ],
+)
+def test_ranks_agree_on_fragments_before_they_wait_for_each_other(tmp_path, error, seen):
+    """DeepSpeed gathers the weights right after it has read them, where the others waited for the rank that could not."""
+
+    class Optimizer(torch.optim.SGD):
+        def _load_universal_checkpoint(self, *arguments):
+            read.append(arguments)
+            if error is not None:
+                raise error
+
+    def load_checkpoint(*_, **__):
+        optimizer._load_universal_checkpoint("folder", True, False)
+        read.append("gathered")
+
+    def together(action):
+        with pytest.raises(seen) as caught:
+            action()
+        raise AgreedError("rank 1 could not read it") from caught.value
+
+    read, optimizer = [], Optimizer([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    engine = SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 2, load_checkpoint=load_checkpoint)
+    with pytest.raises(AgreedError, match="rank 1"):
+        load(engine, tmp_path, together=together)
+    assert read == [("folder", True, False)]
+    error = None
+    load(engine, tmp_path, together=lambda action: action())
+    assert read[1:] == [("folder", True, False), "gathered"]
+
+
+UNSHARDED = [
+    (["a", "b"], ""),
+    (["a"], "does not name the weights that the optimizer has"),
+    (["a", "b", "b"], "does not name"),
+    (["a", "c"], "does not name"),
+]
+
+
+@pytest.mark.parametrize(("names", "said"), UNSHARDED)
+def test_the_order_of_zero_0_names_the_weights_that_are_there(tmp_path, monkeypatch, names, said):
+    optimizer = {"state": {n: {key: torch.ones(2) for key in ("exp_avg", "exp_avg_sq")} for n in (0, 1)}}
+    optimizer["param_groups"] = [{"params": [0]}, {"params": [1]}]
+    torch.save({"optimizer": optimizer}, tmp_path / "expp_rank_0_mp_rank_00_optim_states.pt")
+    torch.save({}, tmp_path / MODEL_STATES)
+    weights = [("a", torch.zeros(2)), ("tied", torch.zeros(2)), ("b", torch.zeros(2))]
+    monkeypatch.setattr("launch.checkpoint.universal.module_weights", lambda _: iter(weights))
+    with pytest.raises(UserError, match=rf"state\.json: optimizer\.parameters {said}") if said else nullcontext():
+        _gather_unsharded(tmp_path, tmp_path / "out", names)
+
+
+def test_a_conversion_of_what_is_no_checkpoint_is_a_sentence(run, tmp_path, monkeypatch):
+    """Of a state.json that lacks the order of ZeRO 0's weights it was a KeyError."""
+    source = run / "checkpoints" / "step_3"
+    body = json.loads((source / STATE).read_bytes())
+    replace_file(source, STATE, manifest.to_json({**body, "identity": {**body["identity"], "zero_stage": 0}}))
+    monkeypatch.setattr("launch.checkpoint.universal.check_source", lambda _: None)
+    with pytest.raises(UserError, match=r"step_3 does not hold what a checkpoint holds.*KeyError: 'parameters'"):
+        convert(source, tmp_path / "step_3.universal")
+    assert not publish.leftovers(tmp_path)
 
 
 def test_a_conversion_serves_only_the_checkpoint_that_it_was_made_from(tmp_path):
