@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.cli import UserError
+from data.cli import UserError, counted
 from data.files import make_folder, replace_file, small_file
+from launch.words import gigabytes
 
 LATEST, BEST, RESUMED, LEFT = "latest", "best", "resumed", "left"
 
@@ -83,6 +85,21 @@ class CheckpointFolder:
         after = (before.union(names) & there) - {but}
         if after != before:
             replace_file(self.path / LEFT, "\n".join(sorted(after)).encode())
+
+    def left_hint(self) -> str | None:
+        """What a user should know of the disk space that nothing gives back; None where nothing was left."""
+        left = self.left()
+        names = [path.name for _, path in sorted(self.steps().items()) if path.name in left]
+        if not names:
+            return None
+        size = 0
+        with suppress(OSError):  # somebody may be deleting them
+            for name in names:
+                size += sum(file.stat().st_size for file in (self.path / name).rglob("*") if file.is_file())
+        return (
+            f"{self.path} holds {counted(len(names), 'checkpoint')} of branches that were left, {gigabytes(size)} that are never "
+            f"deleted by themselves: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        )
 
     def pointed(self, pointer: str) -> str | None:
         """What `latest` or `best` names; None where it is missing, empty or no checkpoint's name at all."""

@@ -152,6 +152,10 @@ class CheckpointManager:
     def _best_of_branch(self, choice: ResumeFrom) -> str | None:
         """The best checkpoint up to what was loaded: `best` may name one of a branch that is being left. Rank 0."""
         loaded = choice.state
+    def left_hint(self) -> str | None:
+        """What a user should know whose folder holds branches that were left; None where it holds none."""
+        return self._ranks.run_on_rank0(self.folder.left_hint)
+
         if loaded.best_step is None:
             return self._best_by_its_loss(choice)
         path = self.folder.steps().get(loaded.best_step)  # also where it was left: it may be of the branch that is taken up again

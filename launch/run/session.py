@@ -84,6 +84,8 @@ class Session:
         # No sooner: a start that ends for want of memory has left no branch, and taken no row out of the metrics.
         if isinstance(choice, ResumeFrom):
             checkpoints.begin(choice)
+        if left := checkpoints.left_hint():
+            trainer.monitor.say(left)
         begin_records(trainer, choice, config)
         outcome = trainer.train()
         return self.finish(trainer, outcome)

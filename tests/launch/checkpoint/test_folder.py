@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,20 @@ def test_a_branch_that_was_left_is_neither_tried_nor_counted_nor_deleted(tmp_pat
     (tmp_path / LEFT).write_bytes(b"step_10 step_99\n\xff")
     folder.leave(["step_5"], but="step_17")
     assert (tmp_path / LEFT).read_text().split() == ["step_10", "step_5"]
+
+
+def test_what_was_left_is_told_of_with_its_size(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 5, 10, 9, latest="step_10")
+    assert folder.left_hint() is None
+    (tmp_path / "step_10" / "zero").mkdir()
+    for name in ("a", "zero/b"):
+        (tmp_path / "step_10" / name).touch()
+        os.truncate(tmp_path / "step_10" / name, 700_000_000)  # a hole, which takes no space
+    folder.begin_at(tmp_path / "step_5", str(tmp_path / "step_5"))
+    folder.leave(["step_77"], but="step_5")  # and it is gone
+    assert folder.left_hint() == (
+        f"{tmp_path} holds 2 checkpoints of branches that were left, 1.4GB that are never deleted by themselves: step_9, step_10"
+    )
 
 
 def test_a_disk_that_fails_does_not_bring_a_branch_back(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_branch_is_left_once_the_rehearsal_went_well(monkeypatch: pytest.Monke
         train=lambda: done.append("train"),
     )
     choice = ResumeFrom(message="", path=Path("step_4"), state=TrainingState(step=4, samples=0, tokens=0))
-    checkpoints = SimpleNamespace(begin=lambda choice: done.append("begin"))
+    checkpoints = SimpleNamespace(begin=lambda choice: done.append("begin"), left_hint=lambda: "2 checkpoints of branches")
     now: Any = SimpleNamespace(
         arguments=None,
         run=None,
@@ -233,7 +233,7 @@ def test_a_branch_is_left_once_the_rehearsal_went_well(monkeypatch: pytest.Monke
     monkeypatch.setattr(session, "identify", lambda *_: None)
     monkeypatch.setattr(session, "begin_records", lambda *_: done.append("records"))
     Session.run_to_end(now)
-    assert done == ["rehearse", "begin", "records", "train"]
+    assert done == ["rehearse", "begin", "records", "train"] and "2 checkpoints of branches" in said
     assert any("validation samples are others" in line for line in said) == judged_on_others
 
 
