@@ -149,16 +149,18 @@ class CheckpointFolder:
         newest = pointed if pointed is not None and pointed in steps else max(steps, default=0)
         return [steps[s] for s in sorted(steps, key=lambda s: (s > newest, -s))]
 
-    def expendable(self, *, keep_last: int, keep_every: int, skipped: int = 0) -> list[Path]:
+    def expendable(self, *, keep_last: int, keep_every: int, skipped: int = 0, of_bests: Collection[str] = ()) -> list[Path]:
         """Checkpoints that are no longer kept, and conversions: `latest` has moved past what they were made from.
 
         `skipped`: so many steps up to `latest` were; the newest from before them is what a rollback goes to.
+        `of_bests`: names of those that were saved as a new best alone. They fill up what the others leave of `keep_last`: while
+        there are few others, something is there to go back to where `latest` is damaged, and none of these is pushed out.
         """
         steps, latest = self.present(), self.pointed(LATEST)
         newest = step_of(latest or "")
         # What was left, or lies beyond `latest` and will be: not counted, not deleted.
-        counted = sorted((s for s in steps if newest is None or s <= newest), reverse=True)
-        old = counted[keep_last:] if keep_last else []
-        before = [f"step_{s}" for s in counted if newest is not None and s <= newest - skipped][:1]
+        there = sorted((s for s in steps if newest is None or s <= newest), reverse=True)
+        old = sorted(there, key=lambda s: f"step_{s}" in of_bests)[keep_last:] if keep_last else []
+        before = [f"step_{s}" for s in there if newest is not None and s <= newest - skipped][:1]
         kept = {latest, self.pointed(BEST), *before} | {f"step_{s}" for s in old if keep_every and s % keep_every == 0}
         return [steps[s] for s in old if f"step_{s}" not in kept] + sorted(self.path.glob("step_*.universal"))

@@ -44,8 +44,8 @@ SPACE_MARGIN = 1.05
 class CheckpointManager:
     """The checkpoints of one run folder. Construction and every method are collective: all ranks call, in the same order.
 
-    keep_last: newest checkpoints to keep (0: all). keep_every: also keep each at a multiple of this step (0: none). The newest
-    and the best are always kept.
+    keep_last: newest checkpoints to keep (0: all), those of a new best alone after the others. keep_every: also keep each at a
+    multiple of this step (0: none). The newest and the best are always kept.
     identity: what a checkpoint belongs to. `choose` refuses one that belongs to another run, and converts one of another layout.
     background: `save` returns when the state is copied to host memory, and a thread writes it; call `wait` before the end.
     on_phase: told what is being done ("saving: ..."), for a watchdog.
@@ -75,9 +75,12 @@ class CheckpointManager:
         self._ranks = ControlGroup()
         self._chooser = CheckpointChooser(self.folder, identity, self._ranks)
 
-    def save(self, engine: DeepSpeedEngine, state: TrainingState, *, is_best: bool = False, skipped: int = 0) -> Path:
-        """Write `checkpoints/step_N`, point `latest` (and `best`) at it, then delete what is no longer kept. `skipped`: so many
-        steps in a row up to this one were, and what was saved before them is kept for a rollback.
+    def save(
+        self, engine: DeepSpeedEngine, state: TrainingState, *, is_best: bool = False, counted: bool = True, skipped: int = 0
+    ) -> Path:
+        """Write `checkpoints/step_N`, point `latest` (and `best`) at it, then delete what is no longer kept. `counted`: it would be
+        saved were it not the best. `skipped`: so many steps in a row up to this one were, and what was saved before them is kept
+        for a rollback.
 
         Raises AgreedError, on all ranks alike and with every older checkpoint untouched, where the disk is too full or a
         write fails on any rank. In the background a failed write is an error of the next `save`, `choose`, `load` or `wait`.
@@ -89,7 +92,7 @@ class CheckpointManager:
         temporary = self._ranks.run_on_rank0(lambda: self._prepare(final, needed))
         files = CheckpointFiles(temporary, name=final.name, later=self.background)
         self._on_phase("saving: writing")
-        self._write(engine, files, state)
+        self._write(engine, files, state, counted)
         self._on_phase("saving: publishing")
         finish = partial(self._finish, files, final, is_best, skipped)
         if self.background:
@@ -149,13 +152,13 @@ class CheckpointManager:
 
         self._ranks.run_on_rank0(on_rank0)
 
-    def _best_of_branch(self, choice: ResumeFrom) -> str | None:
-        """The best checkpoint up to what was loaded: `best` may name one of a branch that is being left. Rank 0."""
-        loaded = choice.state
     def left_hint(self) -> str | None:
         """What a user should know whose folder holds branches that were left; None where it holds none."""
         return self._ranks.run_on_rank0(self.folder.left_hint)
 
+    def _best_of_branch(self, choice: ResumeFrom) -> str | None:
+        """The best checkpoint up to what was loaded: `best` may name one of a branch that is being left. Rank 0."""
+        loaded = choice.state
         if loaded.best_step is None:
             return self._best_by_its_loss(choice)
         path = self.folder.steps().get(loaded.best_step)  # also where it was left: it may be of the branch that is taken up again
@@ -191,7 +194,7 @@ class CheckpointManager:
         temporary.mkdir()
         return temporary
 
-    def _write(self, engine: DeepSpeedEngine, files: CheckpointFiles, state: TrainingState) -> None:
+    def _write(self, engine: DeepSpeedEngine, files: CheckpointFiles, state: TrainingState, counted: bool) -> None:
         """This rank's files. Nothing raises between DeepSpeed's barriers: `files` keeps the first error."""
         with going_through(files, engine):
             engine.save_checkpoint(str(files.folder), tag=".", save_latest=False)
@@ -199,7 +202,8 @@ class CheckpointManager:
         if self._ranks.rank:
             return
         files.save(persistent_buffers(engine.module), str(files.folder / BUFFERS))
-        saved = SavedState(training=state, identity=self.identity, optimizer=universal.optimizer_facts(engine))
+        facts = universal.optimizer_facts(engine)
+        saved = SavedState(training=state, identity=self.identity, optimizer=facts, counted=counted)
         files.write(STATE, to_json(saved.to_json()))
 
     def _finish(self, files: CheckpointFiles, final: Path, is_best: bool, skipped: int) -> None:
@@ -229,7 +233,9 @@ class CheckpointManager:
         if self._loaded is not None and not is_best:
             self.folder.set_best(self._best)
         self._loaded = None
-        for old in self.folder.expendable(keep_last=self.keep_last, keep_every=self.keep_every, skipped=skipped):
+        of_bests = {path.name for path in self.folder.present().values() if not is_counted(path)}
+        last, every = self.keep_last, self.keep_every
+        for old in self.folder.expendable(keep_last=last, keep_every=every, skipped=skipped, of_bests=of_bests):
             remove(old)
 
 
@@ -239,6 +245,13 @@ def remove(folder: Path) -> None:
         discard(folder)
     except OSError as error:  # it is mounted, or somebody else's
         say(f"warning: {folder} is no longer kept and cannot be deleted ({error.strerror or error})")
+
+
+def is_counted(path: Path) -> bool:
+    """Is that checkpoint, which need not be whole, more than a new best?"""
+    with suppress(OSError, ValueError):
+        return read_state(path).counted
+    return True
 
 
 def has_best_loss(path: Path, loss: float | None) -> bool:

@@ -39,14 +39,18 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedState:
-    """All of `state.json`. `optimizer`: what a conversion must know beforehand, see `universal.optimizer_facts`."""
+    """All of `state.json`. `optimizer`: what a conversion must know beforehand, see `universal.optimizer_facts`.
+
+    `counted`: False where it was saved as a new best alone, which pushes none of the others out (`--keep_last`).
+    """
 
     training: TrainingState
     identity: RunIdentity
     optimizer: dict[str, Any]
+    counted: bool = True  # older versions, which did not write it, counted all
 
     def to_json(self) -> dict[str, Any]:
-        about = {"identity": self.identity.to_json(), "optimizer": self.optimizer}
+        about = {"identity": self.identity.to_json(), "optimizer": self.optimizer, "counted": self.counted}
         return {"format": STATE_FORMAT, **asdict(self.training), **about}
 
 
@@ -68,7 +72,8 @@ def read_state(checkpoint: Path) -> SavedState:
     training = TrainingState(
         **{name: body[name] for name in ("step", "samples", "tokens", "extra")}, best_loss=best, best_step=best_step
     )
-    return SavedState(training=training, identity=RunIdentity.from_json(body["identity"]), optimizer=body["optimizer"])
+    identity = RunIdentity.from_json(body["identity"])
+    return SavedState(training=training, identity=identity, optimizer=body["optimizer"], counted=body.get("counted", True))
 
 
 def _first_nonsense(body: Any, name: str) -> str:
@@ -92,6 +97,8 @@ def _first_nonsense(body: Any, name: str) -> str:
     for key in ("extra", "identity", "optimizer"):
         if not isinstance(body.get(key), dict):
             return f"{key} must be an object, not {_shown(body.get(key))}"
+    if not isinstance(counted := body.get("counted", True), bool):
+        return f"counted must be true or false, not {_shown(counted)}"
     if not isinstance(model := body["identity"].get("model", {}), dict):
         return f"identity.model must be an object, not {_shown(model)}"
     return _first_nonsense_of_the_optimizer(body["optimizer"])

@@ -180,7 +180,13 @@ def _add_when(p: argparse._ArgumentGroup) -> None:
 
 def _add_output(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--save_interval", type=int, default=50_000, metavar="N", help="steps between two checkpoints")
-    p.add_argument("--keep_last", type=int, default=3, metavar="N", help="checkpoints to keep; 0: all")
+    p.add_argument(
+        "--keep_last",
+        type=int,
+        default=3,
+        metavar="N",
+        help="checkpoints to keep beside the best; those of a new best push no other out; 0: all",
+    )
     p.add_argument("--keep_every", type=int, default=0, metavar="N", help="also keep those at multiples of this step; 0: none")
     p.add_argument(
         "--async_save",

@@ -122,7 +122,7 @@ def too_short_hint(data: PackedDataset) -> str | None:
 
 
 def when_saved(save_interval: int, *, evaluates: bool) -> str:
-    """Those of a new best count for `--keep_last` too, and push the others out while the loss still falls."""
+    """Those of a new best push none of the others out: see `CheckpointFolder.expendable`."""
     return f"a checkpoint every {save_interval:,}" + (" and at each new best validation loss" if evaluates else "")
 
 

@@ -48,8 +48,10 @@ class Saving:
         self.saved_at, self.failed_at = state.step if choice.is_own else -1, -1
         return state
 
-    def save(self, step: int, state: Callable[[], TrainingState], *, is_best: bool = False, skipped: int = 0) -> None:
-        """A checkpoint of now. `is_best` also where the step has one already. `skipped`: see `CheckpointManager.save`.
+    def save(
+        self, step: int, state: Callable[[], TrainingState], *, is_best: bool = False, counted: bool = True, skipped: int = 0
+    ) -> None:
+        """A checkpoint of now. `is_best` also where the step has one already. `counted`, `skipped`: see `CheckpointManager.save`.
 
         `state` is asked once the save before it is over: where that was the best and failed, another is the best so far.
         """
@@ -61,7 +63,8 @@ class Saving:
         self._started, self._is_best = time.monotonic(), is_best
         self._saved_before, self.saved_at = self.saved_at, step
         try:
-            self._pending = self.checkpoints.save(self.engine, state(), is_best=is_best, skipped=skipped).name
+            path = self.checkpoints.save(self.engine, state(), is_best=is_best, counted=counted, skipped=skipped)
+            self._pending = path.name
         except AgreedError as error:
             self._record_failure(error, step)
             return

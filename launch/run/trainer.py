@@ -272,7 +272,9 @@ class Trainer:
 
     def save(self, *, is_best: bool = False) -> None:
         self.watchdog.at(self.position.step, "saving")
-        self.saving.save(self.position.step, self.state, is_best=is_best, skipped=self.spikes.skipped_in_a_row)
+        step, skipped = self.position.step, self.spikes.skipped_in_a_row
+        counted = not is_best or step % self.arguments.save_interval == 0
+        self.saving.save(step, self.state, is_best=is_best, counted=counted, skipped=skipped)
 
     def state(self) -> TrainingState:
         position = asdict(self.position)

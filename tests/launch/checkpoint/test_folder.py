@@ -138,6 +138,20 @@ def test_what_may_go(tmp_path: Path) -> None:
     assert [path.name for path in folder.expendable(keep_last=0, keep_every=0)] == ["step_5.universal"]
 
 
+def test_new_bests_fill_up_what_the_others_leave_and_push_none_of_them_out(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 10, 13, 20, 24, 25, 26, latest="step_26")
+    folder.point(BEST, "step_26")
+    bests = {"step_13", "step_24", "step_25", "step_26"}
+
+    def gone(keep_last: int, **more: int) -> list[str]:
+        return [path.name for path in folder.expendable(keep_last=keep_last, keep_every=0, of_bests=bests, **more)]
+
+    assert gone(2) == ["step_25", "step_24", "step_13"]
+    assert gone(1) == ["step_10", "step_25", "step_24", "step_13"]
+    assert gone(4) == ["step_24", "step_13"], "of two others, the newest bests fill up"
+    assert gone(0) == [] and gone(1, skipped=1) == ["step_10", "step_24", "step_13"]
+
+
 def test_what_lies_where_a_save_will_write_is_refused_at_the_start(tmp_path: Path) -> None:
     """It was found at the first save, which by default is 50,000 steps later."""
     CheckpointFolder(tmp_path / "none").check()

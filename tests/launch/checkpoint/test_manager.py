@@ -65,6 +65,18 @@ def test_retention(tmp_path):
     assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_file()) == ["best", "latest"]
 
 
+def test_a_new_best_at_every_evaluation_pushes_no_other_out(tmp_path):
+    """Also where another process saved those before, and where one is damaged."""
+    run = tmp_path / "run"
+    for step in (10, 13, 16, 20, 22, 24, 26):
+        others = step % 10 == 0
+        manager(run, keep_last=2).save(StubEngine(), state(step), is_best=not others, counted=others)
+        (run / "checkpoints" / f"step_{step}" / "buffers.pt").unlink()
+    assert steps(run) == [10, 20, 26]
+    manager(run, keep_last=2).save(StubEngine(), state(30))
+    assert steps(run) == [20, 26, 30] and (run / "checkpoints/best").read_text() == "step_26"
+
+
 def test_going_on_from_an_older_one_neither_counts_nor_deletes_what_lies_beyond(run):
     checkpoints = manager(run, keep_last=1)
     (run / "checkpoints/latest").write_text("step_1")
@@ -162,6 +174,12 @@ def test_ranks_that_load_one_after_the_other_do_not_wait_for_each_other_at_a_fil
     ranks = SimpleNamespace(rank=0, run_everywhere=lambda action: [together.append(action())])
     restore(engine, choice, choice.path, ranks)
     assert len(together) == (0 if one_by_one else 2)
+    seen = []
+    engine.load_checkpoint = lambda *_, **__: seen.append(engine._config.zero_config.pipeline_loading_checkpoint)
+    engine.optimizer._load_universal_checkpoint = None
+    restore(engine, replace(choice, conversions=("ep_size: 2 -> 1",)), choice.path, ranks)
+    assert seen == [False], "of a conversion no rank tells the next one that it is its turn"
+    assert engine._config.zero_config.pipeline_loading_checkpoint == one_by_one
 
 
 def test_nothing_is_written_where_it_should_not_be_any_more(run):
@@ -174,12 +192,6 @@ def test_nothing_is_written_where_it_should_not_be_any_more(run):
     checkpoints.before_save = refuse
     shutil.rmtree(run)
     with pytest.raises(ValueError, match="the folder is another"):
-    seen = []
-    engine.load_checkpoint = lambda *_, **__: seen.append(engine._config.zero_config.pipeline_loading_checkpoint)
-    engine.optimizer._load_universal_checkpoint = None
-    restore(engine, replace(choice, conversions=("ep_size: 2 -> 1",)), choice.path, ranks)
-    assert seen == [False], "of a conversion no rank tells the next one that it is its turn"
-    assert engine._config.zero_config.pipeline_loading_checkpoint == one_by_one
         checkpoints.save(StubEngine(), state(4))
     assert not run.exists()
 

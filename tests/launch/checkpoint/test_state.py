@@ -23,6 +23,7 @@ NONSENSE = [
     ({"best_step": "3"}, 'best_step must be a step up to 3 or null, not "3"'),
     ({"optimizer": {"lr": 10**400, "state": []}}, "optimizer.lr must be a finite number"),
     ({"extra": [1]}, "extra must be an object"),
+    ({"counted": 1}, "counted must be true or false, not 1"),
     ({"identity": None}, "identity must be an object, not null"),
     ({"identity": {"model": [8]}}, "identity.model must be an object, not [8]"),
     ({"optimizer": {"lr": float("nan"), "state": []}}, "optimizer.lr must be a finite number"),
@@ -77,6 +78,6 @@ def test_whose_the_best_loss_is_comes_back_and_of_an_older_version_is_not_known(
     del body["best_step"]
     replace_file(folder, STATE, to_json(body))
     assert read_state(folder).training == replace(state(3), best_loss=2.5)
-    del body["best_loss"]
+    del body["best_loss"], body["counted"]
     replace_file(folder, STATE, to_json(body))
-    assert read_state(folder).training == state(3)
+    assert read_state(folder).training == state(3) and read_state(folder).counted

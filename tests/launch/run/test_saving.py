@@ -23,9 +23,9 @@ class Checkpoints:
         self.asked: list[tuple[int, bool]] = []
         self.failed = False
 
-    def save(self, engine: Any, state: TrainingState, *, is_best: bool, skipped: int) -> Path:
+    def save(self, engine: Any, state: TrainingState, *, is_best: bool, counted: bool, skipped: int) -> Path:
         self.asked.append((state.step, is_best))
-        self.skipped = skipped
+        self.counted, self.skipped = counted, skipped
         self.failed, self.failing = self.failing > 0, max(0, self.failing - 1)
         if self.failed and not self.background:
             raise AgreedError(f"writing step_{state.step} failed")

@@ -179,6 +179,7 @@ def test_a_checkpoint_carries_no_best_whose_save_has_failed() -> None:
     )  # fmt: skip
     trainer: Any = SimpleNamespace(
         position=Position(),
+        arguments=SimpleNamespace(save_interval=25),
         judging=one,
         outcome="",
         spikes=SimpleNamespace(state=dict, skipped_in_a_row=0),
@@ -191,6 +192,24 @@ def test_a_checkpoint_carries_no_best_whose_save_has_failed() -> None:
     trainer.position.step = 25
     trainer.save()
     assert [(state.best_loss, state.best_step) for state in saved] == [(2.4, 20), (2.5, 0)]
+
+
+@pytest.mark.parametrize(
+    ("step", "is_best", "counted"), [(20, True, False), (30, True, True), (30, False, True), (20, False, True)]
+)
+def test_a_new_best_counts_where_a_checkpoint_was_due_anyway(step: int, is_best: bool, counted: bool) -> None:
+    """20: at a rollback or the end."""
+    saved: list[dict[str, Any]] = []
+    trainer: Any = SimpleNamespace(
+        position=Position(step=step),
+        arguments=SimpleNamespace(save_interval=15),
+        spikes=SimpleNamespace(skipped_in_a_row=3),
+        watchdog=SimpleNamespace(at=lambda step, phase: None),
+        saving=SimpleNamespace(save=lambda step, state, **options: saved.append(options)),
+        state=None,
+    )
+    Trainer.save(trainer, is_best=is_best)
+    assert saved == [{"is_best": is_best, "counted": counted, "skipped": 3}]
 
 
 def test_the_clock_counts_steps_and_not_what_lies_between() -> None:
