@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO
 
@@ -164,19 +164,10 @@ def finite(value: Any) -> Any:
     return value
 
 
-def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal digest of a file's content: `sha256` (shards) or `xxh3_128` (checkpoints, at memory speed)."""
+def hash_file(path: Path, digest: str | Callable[[], Any] = "sha256") -> str:
+    """Hexadecimal digest of a file's content; `digest` as of `hashlib.file_digest`."""
     with naming(path), open(path, "rb", buffering=0) as file:
-        return str(hashlib.file_digest(file, lambda: new_hash(algorithm)).hexdigest())
-
-
-def new_hash(algorithm: str) -> Any:
-    """An empty digest with `update` and `hexdigest`."""
-    if algorithm == "xxh3_128":
-        import xxhash
-
-        return xxhash.xxh3_128()
-    return hashlib.new(algorithm)
+        return str(hashlib.file_digest(file, digest).hexdigest())
 
 
 def is_open_at(handle: int, path: Path) -> bool:

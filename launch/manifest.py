@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, TypedDict, TypeGuard, TypeVar
 import xxhash
 
 from data.cli import UserError, sentence
-from data.files import hash_file, is_inside, small_file, sync_folder
+from data.files import hash_file, is_inside, replace_file, small_file, sync_folder
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-HASH = "xxh3_128"
+HASH = xxhash.xxh3_128
 #: Seconds to wait before a file that could not be read is tried again: a network file system's hiccup lasts as long.
 RETRY_AFTER: tuple[float, ...] = (0.1, 0.5, 2.0)
 
@@ -87,16 +87,6 @@ class HashingFile:
         return {"bytes": self._bytes, "xxh3_128": self._hash.hexdigest()}
 
 
-def write_durably(path: Path, data: bytes) -> FileRecord:
-    """Write and fsync a file; returns its manifest record."""
-    file = HashingFile(path)
-    try:
-        file.write(data)
-    finally:
-        record = file.close()
-    return record
-
-
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
@@ -119,8 +109,7 @@ def write_manifest(folder: Path, files: Mapping[str, FileRecord], **about: Any) 
     body["checksum"] = _checksum(body)
     for inner in sorted({(folder / name).parent for name in files}, reverse=True):
         sync_folder(inner)
-    write_durably(folder / MANIFEST, to_json(body))
-    sync_folder(folder)
+    replace_file(folder / MANIFEST, to_json(body))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -78,20 +78,12 @@ def work_options(args: PreprocessArguments, text: str, facts: TokenizerFacts, co
             raise UserError(f"--fim_rate needs the tokens <fim_prefix>, <fim_middle> and <fim_suffix>, which {facts.name} lacks")
         fim = FimOptions(rate=args.fim_rate, spm_rate=args.fim_spm_rate, seed=args.seed, **facts.fim)
     return WorkOptions(
+        args=args,
         tokenizer_json=text,
         eos_token_id=facts.eos_token_id,
         dtype=dtype_for(facts.vocab_size),
-        text_field=args.text_field,
-        max_document_bytes=args.max_document_bytes,
-        validation_fraction=args.validation_fraction,
-        encoder=args.encoder,
-        filter=args.filter,
-        licenses=args.licenses or (),
-        license_field=args.license_field,
-        near=args.dedup == "near",
         contamination=contamination,
         fim=fim,
-        fim_validation=args.fim_validation,
     )
 
 

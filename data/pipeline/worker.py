@@ -9,6 +9,7 @@ import numpy as np
 from data.filters.contamination import Contamination
 from data.filters.near_duplicates import signatures
 from data.filters.rules import Rule, codeparrot, license_rule
+from data.pipeline.arguments import PreprocessArguments
 from data.sources.blocks import Block, Position, Rejection, field_of
 from data.sources.documents import Document, content_key, read_documents, split_document, utf8_length
 from data.tokens.encoder import make_encoder
@@ -19,20 +20,12 @@ from data.tokens.fim import FimOptions, arrange
 class WorkOptions:
     """Everything a worker needs, small enough to be sent to another host."""
 
+    args: PreprocessArguments
     tokenizer_json: str
     eos_token_id: int
     dtype: str
-    text_field: str
-    max_document_bytes: int
-    validation_fraction: float
-    encoder: str
-    filter: str
-    licenses: tuple[str, ...]
-    license_field: str
-    near: bool
     contamination: Contamination | None
     fim: FimOptions | None
-    fim_validation: bool
 
 
 @dataclass(kw_only=True)
@@ -77,13 +70,13 @@ class Worker:
     """Holds the tokenizer and the rules; `run` is a pure function of the block."""
 
     def __init__(self, options: WorkOptions) -> None:
-        self.options = options
+        self.options, self.args = options, options.args
         fim = options.fim
         ours = (options.eos_token_id, *((fim.prefix, fim.middle, fim.suffix) if fim else ()))
-        self.encoder = make_encoder(options.tokenizer_json, options.encoder, ours)
-        self.rules: list[Rule] = [codeparrot] if options.filter == "codeparrot" else []
-        if options.licenses:
-            self.rules.append(license_rule(options.licenses, options.license_field, field_of))
+        self.encoder = make_encoder(options.tokenizer_json, self.args.encoder, ours)
+        self.rules: list[Rule] = [codeparrot] if self.args.filter == "codeparrot" else []
+        if self.args.licenses:
+            self.rules.append(license_rule(self.args.licenses, self.args.license_field, field_of))
         if options.contamination:
             self.rules.append(options.contamination)
 
@@ -102,7 +95,7 @@ class Worker:
             parts=np.fromiter(map(len, kept.texts), np.int32, len(kept.texts)),
             keys=keys,
             validation=validation,
-            signatures=signatures(["".join(parts) for parts in kept.texts]) if self.options.near else [],
+            signatures=signatures(["".join(parts) for parts in kept.texts]) if self.args.dedup == "near" else [],
             origins=kept.origins,
             numbers=kept.numbers,
             rearranged=rearranged,
@@ -115,8 +108,8 @@ class Worker:
     def select(self, block: Block) -> Kept:
         """Parse the block and apply the rules; every document is kept, rejected or removed, and counted."""
         kept = Kept(rejected=list(block.rejections))
-        limit = self.options.max_document_bytes
-        for item in read_documents(block, self.options.text_field):
+        limit = self.args.max_document_bytes
+        for item in read_documents(block, self.args.text_field):
             kept.read += 1
             if not isinstance(item, Document):
                 kept.rejected.append(item)
@@ -139,7 +132,7 @@ class Worker:
     def is_validation(self, keys: np.ndarray) -> np.ndarray:
         """bool [D]: 8 bytes of a cryptographic hash as a fraction of 2^64; equal texts are in the same split of any job."""
         fraction = keys[:, :8].copy().view("<u8").reshape(-1).astype(np.float64) / 2.0**64
-        return fraction < self.options.validation_fraction
+        return fraction < self.args.validation_fraction
 
     def encode(self, kept: Kept, validation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tokens of all parts back to back, end of text after each, in the shard's dtype; number of tokens of each part; whether
@@ -148,7 +141,7 @@ class Worker:
         pieces: list[tuple[str, int]] = []
         counts = []
         for parts, key, held_out in zip(kept.texts, kept.keys, validation, strict=True):
-            fim = None if held_out and not options.fim_validation else options.fim
+            fim = None if held_out and not self.args.fim_validation else options.fim
             for number, text in enumerate(parts):
                 arranged = arrange(text, options.eos_token_id, key, number, fim)
                 pieces += arranged

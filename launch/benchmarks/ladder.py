@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -148,8 +148,8 @@ def climb(points: dict[tuple[int, float], Point], *, held_out: int | None, draws
         measured = ", ".join(f"{hidden} at {tokens:.3g}: {bits:.3f}" for (hidden, tokens), (_, _, bits) in points.items())
         raise UserError(f"{error}; bits per byte by width and tokens: {measured}") from error
     return {
-        "law": law.to_json(),
-        "bootstrap": [other.to_json() for other in bootstrap(seen, law, draws=draws)],
+        "law": asdict(law),
+        "bootstrap": [asdict(other) for other in bootstrap(seen, law, draws=draws)],
         "largest": {"active": max(p[0] for p in points.values()), "tokens": max(p[1] for p in points.values())},
         "fit_error": largest_error(law, seen),
         "held_out_error": largest_error(law, unseen) if unseen else None,

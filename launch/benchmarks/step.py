@@ -100,7 +100,6 @@ def job_of(stage: Any, ranks: int, arguments: argparse.Namespace, **sizes: int) 
         ranks=ranks,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
         sequence_length=arguments.sequence_length,
-        attention=arguments.attn_implementation,
     )
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, cast
+from unittest.mock import patch
 
 import torch
 import xxhash
@@ -149,20 +150,13 @@ def host_copy(item: Any) -> Any:
     return copy.deepcopy(item)
 
 
-@contextmanager
-def going_through(files: CheckpointFiles, engine: DeepSpeedEngine) -> Iterator[None]:
+def going_through(files: CheckpointFiles, engine: DeepSpeedEngine) -> AbstractContextManager[Any]:
     """While open, `engine.save_checkpoint` and `load_checkpoint` write and read through `files`, and nothing else is written.
 
     DeepSpeed copies a script beside its files, past any checkpoint engine and between barriers: on a full disk rank 0 would die
     there. Nobody needs it; `launch/export.py` is ours.
     """
-    theirs, engine.checkpoint_engine = engine.checkpoint_engine, files
-    engine._copy_recovery_script = lambda save_path: None
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = theirs
-        del engine._copy_recovery_script
+    return patch.multiple(engine, create=True, checkpoint_engine=files, _copy_recovery_script=lambda save_path: None)
 
 
 def state_bytes(engine: DeepSpeedEngine) -> int:

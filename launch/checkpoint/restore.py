@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -88,11 +89,7 @@ def _universal_loading(engine: DeepSpeedEngine, on: bool) -> Iterator[None]:
 
     Of a conversion no rank tells the next that it has read its part, for which `pipeline_loading_checkpoint` makes that one wait.
     """
-    config = engine._config
-    zero = config.zero_config
-    before, config.load_universal_checkpoint = config.load_universal_checkpoint, on
-    pipelined, zero.pipeline_loading_checkpoint = zero.pipeline_loading_checkpoint, zero.pipeline_loading_checkpoint and not on
-    try:
+    config, zero = engine._config, engine._config.zero_config
+    one_by_one = zero.pipeline_loading_checkpoint and not on
+    with patch.object(config, "load_universal_checkpoint", on), patch.object(zero, "pipeline_loading_checkpoint", one_by_one):
         yield
-    finally:
-        config.load_universal_checkpoint, zero.pipeline_loading_checkpoint = before, pipelined

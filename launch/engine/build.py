@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -70,7 +70,7 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any]) -> 
     strategy = Strategy.of(deepspeed_config)
     activation_checkpointing.enable(model, strategy.activation_checkpointing, deepspeed_config)
     groups = parameter_groups(model, strategy.weight_decay)
-    passes.before_engine()
+    passes.keep_freed_memory()
     with expert_parallel.model_parts(model.config), _without_memory_prints():
         theirs = without_our_keys(deepspeed_config, strategy)
         try:
@@ -86,15 +86,9 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any]) -> 
     return engine
 
 
-@contextmanager
-def _without_memory_prints() -> Iterator[None]:
+def _without_memory_prints() -> AbstractContextManager[Any]:
     """Under ZeRO 1 in bf16 DeepSpeed prints what memory is used, three lines a parameter group, whatever its log level."""
-    theirs = bf16_optimizer.see_memory_usage
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        bf16_optimizer.see_memory_usage = theirs
+    return patch.object(bf16_optimizer, "see_memory_usage", lambda *_, **__: None)
 
 
 def without_our_keys(deepspeed_config: dict[str, Any], strategy: Strategy) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import deepspeed.module_inject.auto_ep_layer as auto_ep_layer
@@ -73,26 +74,16 @@ def triton_products() -> Products:
     return Products(_group_gemm, lambda dout_NB, x_NA, ends_L: _grouped_dw(dout_NB, x_NA, ends_L, ends_L.numel()))
 
 
-def _experts_class(rate: float) -> type[GroupedExperts]:
-    return type("Experts", (Experts,), {"dropout": rate})
-
-
 @contextmanager
 def model_parts(config: MoEGPTConfig) -> Iterator[None]:
     """While open, AutoEP builds layers of ours, with the model's router and experts."""
-    parts = {
+    parts: dict[str, Any] = {
         "TokenChoiceTopKRouter": _router_class(config),
-        "GroupedExperts": _experts_class(config.expert_dropout),
+        "GroupedExperts": type("Experts", (Experts,), {"dropout": config.expert_dropout}),
         "AutoEPMoELayer": MoELayer,
     }
-    theirs = {name: getattr(auto_ep_layer, name) for name in parts}
-    for name, part in parts.items():
-        setattr(auto_ep_layer, name, part)
-    try:
+    with patch.multiple(auto_ep_layer, **parts):
         yield
-    finally:
-        for name, part in theirs.items():
-            setattr(auto_ep_layer, name, part)
 
 
 def moe_layers(module: nn.Module) -> list[MoELayer]:

@@ -18,11 +18,6 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 PIECE = 1 << 20
 
 
-def before_engine() -> None:
-    if not trains_on_gpu():
-        keep_freed_memory()
-
-
 def after_engine(optimizer: Any) -> None:
     """Of ZeRO 1 and 2; the results stay the same."""
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -39,8 +34,10 @@ def _add(total: torch.Tensor | None, gradient: torch.Tensor) -> None:
 
 
 def keep_freed_memory() -> None:
-    """What is freed stays with this process. By default glibc returns each block of more than 32 MiB to the kernel, and gets the
-    next one, which every step wants again, in pages that are zeroed one by one. Where the allocator is another, nothing."""
+    """On a CPU what is freed stays with this process. By default glibc returns each block of more than 32 MiB to the kernel, and
+    gets the next one, which every step wants again, in pages that are zeroed one by one. Another allocator: nothing."""
+    if trains_on_gpu():
+        return
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)

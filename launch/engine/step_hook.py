@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -102,11 +103,8 @@ class StepHook:
         """ZeRO 1 in bf16. What the parameters hold there are this rank's own gradients; those of all ranks are the optimizer's,
         and it asks a function of its module whether their norm is valid."""
         theirs = bf16_optimizer.is_invalid_grad_norm
-        bf16_optimizer.is_invalid_grad_norm = lambda norm: self._objects_to(float(norm)) or theirs(norm)
-        try:
+        with patch.object(bf16_optimizer, "is_invalid_grad_norm", lambda norm: self._objects_to(float(norm)) or theirs(norm)):
             return self._step(*args, **kwargs)
-        finally:
-            bf16_optimizer.is_invalid_grad_norm = theirs
 
     def _step_unless_objected(self, *args: Any, **kwargs: Any) -> Any:
         norm = unsharded_grad_norm(self.engine.module)

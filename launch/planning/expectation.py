@@ -21,7 +21,6 @@ def job_of_run(config: dict[str, Any], ranks_per_node: int) -> Job:
         ranks=config["world_size"],
         ranks_per_node=ranks_per_node,
         sequence_length=config["sequence_length"],
-        attention=config["arguments"].get("attn_implementation", "flash"),
     )
 
 

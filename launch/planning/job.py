@@ -39,7 +39,6 @@ class Job:
     moments: int = 2  # numbers that the optimizer keeps beside a master weight, of Muon those of its AdamW
     moment_bytes: int = 4
     master_bytes: int = 4
-    attention: str = "flash"
     compiles: bool = False  # each block's attention and norms, which ZeRO-3 does not go with
 
     @property
@@ -106,7 +105,6 @@ def job_from(
     ranks: int,
     ranks_per_node: int,
     sequence_length: int,
-    attention: str = "flash",
 ) -> Job:
     """From a resolved DeepSpeed JSON (`strategy.resolve_config`)."""
     strategy, zero = Strategy.of(config), lookup(config, "zero_optimization", {})
@@ -134,7 +132,6 @@ def job_from(
         moments=_moments(strategy.optimizer.lower(), config),
         moment_bytes=2 if lookup(config, "bf16.bf16_optimizer_states", False) else 4,
         master_bytes=2 if any(lookup(config, f"{one}.{one}_master_weights_and_grads", False) for one in ("bf16", "fp16")) else 4,
-        attention=attention,
         compiles=strategy.compiles,
     )
 

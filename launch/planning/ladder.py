@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,6 @@ class Law:
 
     def bits(self, active: float, tokens: float) -> float:
         return self.E + _power(self.A, active, self.alpha) + _power(self.B, tokens, self.beta)
-
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,9 +83,10 @@ def variants(job: Job) -> Iterator[Job]:
     muon = job.is_muon
     first = [(1, False)] * (not muon or job.gradient_bytes == job.weight_bytes)
     stages = first + [(2, False)] + [(2, True)] * (not muon) + [(3, False)] * (not muon and not job.compiles)
+    batches = micro_batches(job.global_batch // job.ranks, max(1, MOST_TOKENS // job.sequence_length))
     for ep_size in _ep_sizes(job):
         for stage, offload in stages:
-            for micro_batch in _micro_batches(job):
+            for micro_batch in batches:
                 for mode in CHECKPOINTING_MODES:
                     yield dataclasses.replace(
                         job,
@@ -103,10 +104,6 @@ def _ep_sizes(job: Job) -> list[int]:
     """Sizes that divide the experts and the ranks and stay inside a node, where the exchange has the fast links."""
     common = math.gcd(job.sizes.n_routed_experts, min(job.ranks, job.ranks_per_node))
     return [n for n in range(1, common + 1) if common % n == 0]
-
-
-def _micro_batches(job: Job) -> list[int]:
-    return micro_batches(job.global_batch // job.ranks, max(1, MOST_TOKENS // job.sequence_length))
 
 
 def changes(job: Job, other: Job) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from launch.engine.exchange import Arrival, Departure
@@ -26,14 +25,8 @@ NODE = "autograd::engine::evaluate_function: "
 
 Event = dict[str, Any]
 Interval = tuple[float, float, str]  # begin and end in microseconds, part
-
-
-@dataclass
-class Thread:
-    """What one host thread did: consecutive intervals, each with its innermost event's part, and whether that event waits."""
-
-    intervals: list[Interval] = field(default_factory=list)
-    computes: list[bool] = field(default_factory=list)
+#: What one host thread did: consecutive intervals, each with its innermost event's part, and whether that event computes.
+Thread = list[tuple[Interval, bool]]
 
 
 def seconds_by_part(events: Iterable[Event]) -> dict[str, float]:
@@ -139,8 +132,7 @@ def read_thread(events: Sequence[Event], parts: Parts) -> Thread:
         while stack and now < until:
             end, part, computes = stack[-1]
             if min(end, until) > now:
-                thread.intervals.append((now, min(end, until), part))
-                thread.computes.append(computes)
+                thread.append(((now, min(end, until), part), computes))
             now = max(now, min(end, until))
             if end <= until:
                 stack.pop()
@@ -164,7 +156,7 @@ def on_host(steps: Sequence[Event], main: Thread, collectives: Sequence[Event]) 
     under_way = union((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in collectives)
     for step in steps:
         window = float(step["ts"]), float(step["ts"]) + float(step["dur"])
-        for (begin, end, part), computes in zip(main.intervals, main.computes, strict=True):
+        for (begin, end, part), computes in main:
             begin, end = max(begin, window[0]), min(end, window[1])
             if begin >= end:
                 continue
@@ -177,7 +169,7 @@ def on_host(steps: Sequence[Event], main: Thread, collectives: Sequence[Event]) 
 def on_device(steps: Sequence[Event], kernels: Sequence[Event], parts: Parts, main: Thread) -> Iterator[Interval]:
     """From the first step's begin to the last one's end, by what the device runs."""
     gaps = [(float(steps[0]["ts"]), float(steps[-1]["ts"]) + float(steps[-1]["dur"]))]
-    running: list[list[Interval]] = [[], [], [i for i in main.intervals if i[2] == "data"]]
+    running: list[list[Interval]] = [[], [], [interval for interval, _ in main if interval[2] == "data"]]
     for kernel in kernels:
         begin, sends = float(kernel["ts"]), is_collective(kernel["name"])
         launched = parts.launched.get(kernel.get("args", {}).get("correlation", -1), "other")

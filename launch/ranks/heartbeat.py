@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -174,7 +173,3 @@ class HeartbeatStore:
             return self.rank == min(rank for rank, words in self.read(LastWords).items() if words.host == host)
         except (RuntimeError, ValueError):
             return True
-
-
-def here() -> str:
-    return socket.gethostname()

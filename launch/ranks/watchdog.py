@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import NoReturn
 from data.cli import Exit, sentence
 from data.terminal import say
 from launch.cli import end_at_once
-from launch.ranks.heartbeat import Hang, Heartbeat, HeartbeatStore, LastWords, here, is_second_hand
+from launch.ranks.heartbeat import Hang, Heartbeat, HeartbeatStore, LastWords, is_second_hand
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 60.0
@@ -71,7 +72,7 @@ class Watchdog:
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._clock = AwakeClock()
         self._step, self._phase, self._moves, self._since = 0, "joining the other ranks", 0, self._clock()
-        self._host, self._beats = here(), 0
+        self._host, self._beats = socket.gethostname(), 0
         self._heard: dict[int, tuple[Heartbeat, float]] = {}
         #: Past the start: an error is no longer a mistake in the input.
         self.training = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shlex
+import socket
 import uuid
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,6 @@ from launch.checkpoint.manager import CheckpointManager
 from launch.cli import AgreedError, end_at_once
 from launch.engine.build import build_engine, build_model, check_room
 from launch.ranks.control_group import ControlGroup
-from launch.ranks.heartbeat import here
 from launch.ranks.join import JOIN_SECONDS, joining_within, start
 from launch.ranks.watchdog import Watchdog
 from launch.run import folder as run_folder
@@ -215,7 +215,7 @@ class Session:
         self.watchdog.phase("preflight: one step at full size")
         forget_peak()
         rehearsal.rehearse(trainer, ranks)
-        hosts = ranks.gather(here())  # not the GPUs that this rank sees, which may be its own alone
+        hosts = ranks.gather(socket.gethostname())  # not the GPUs that this rank sees, which may be its own alone
         say_what_to_expect(trainer, config, memory_bytes() - self.memory_before, ranks_per_node=hosts.count(hosts[0]))
         self.watchdog.training = True
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -123,15 +124,9 @@ class WandbTracker(Tracker):
         self._run.finish()
 
 
-@contextlib.contextmanager
-def redacted_arguments() -> Iterator[None]:
+def redacted_arguments() -> contextlib.AbstractContextManager[Any]:
     """W&B notes the command line as it is in its record of the machine, beside the configuration that it was given."""
-    given = sys.argv
-    sys.argv = redact(given)
-    try:
-        yield
-    finally:
-        sys.argv = given
+    return patch.object(sys, "argv", redact(sys.argv))
 
 
 @contextlib.contextmanager

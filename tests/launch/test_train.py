@@ -162,7 +162,8 @@ def pretend_an_older_transformers(run: Path) -> None:
     (run / "config.json").write_text(json.dumps(older(config)))
     checkpoint = run / "checkpoints" / "step_3"
     state = json.loads((checkpoint / "state.json").read_text())
-    record = manifest.write_durably(checkpoint / "state.json", manifest.to_json({**state, "identity": older(state["identity"])}))
+    (checkpoint / "state.json").write_bytes(manifest.to_json({**state, "identity": older(state["identity"])}))
+    record = manifest.record_file(checkpoint / "state.json")
     manifest.write_manifest(checkpoint, {**manifest.read_manifest(checkpoint)["files"], "state.json": record})
 
 

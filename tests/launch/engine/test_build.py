@@ -71,7 +71,7 @@ def engine_of_parts(monkeypatch: pytest.MonkeyPatch) -> Any:
         return SimpleNamespace(module=model, optimizer=None), None, None, None
 
     model = small_model()
-    monkeypatch.setattr(build.passes, "before_engine", lambda: None)  # which is for a process's life
+    monkeypatch.setattr(build.passes, "keep_freed_memory", lambda: None)  # which is for a process's life
     monkeypatch.setattr(build.deepspeed, "initialize", made)
     return lambda **settings: build.build_engine(model, {**SIZES, **settings})
 
