@@ -177,7 +177,7 @@ def say_what_to_expect(trainer: Trainer, config: dict[str, Any], measured: float
     job = job_of_run(config, ranks_per_node=ranks_per_node)
     trainer.monitor.say(memory_line(job, measured, on_gpu=on_gpu))
     steps, arguments = range(trainer.position.step, trainer.last_step), trainer.arguments
-    evaluated = arguments.eval_interval if trainer.validation is not None else 0
+    evaluated = arguments.eval_interval if trainer.judging.validation is not None else 0
     expected = duration_line(job, gpu_name(), steps, save_interval=arguments.save_interval, eval_interval=evaluated)
     if expected is not None:
         trainer.monitor.say(expected)
