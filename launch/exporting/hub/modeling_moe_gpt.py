@@ -26,7 +26,14 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 
 from .configuration_moe_gpt import MoEGPTConfig
 
-WITHOUT_SINKS = ("sdpa", "flash_attention_2")  # transformers' functions that are given `s_aux` and drop it without a word
+FLASH_WITH_SINKS = ("kernels-community/vllm-flash-attn3", "flash_attention_4")
+
+
+def drops_sinks(implementation: str) -> bool:
+    """transformers hands `s_aux` to its sdpa, and to a flash kernel without a place for it in its signature, and drops it there
+    without a word. A name with a slash is a kernel of the hub's, which transformers takes whatever the class supports."""
+    name = implementation.removeprefix("paged|").split("@")[0].split(":")[0]
+    return name == "sdpa" or (("/" in name or name.startswith("flash_attention")) and name not in FLASH_WITH_SINKS)
 
 
 def eager_attention_with_sinks(
@@ -72,7 +79,7 @@ class MoEGPTAttention(Glm4MoeAttention):
         cache: Any = None,  # its name from transformers 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.config._attn_implementation.removeprefix("paged|") in WITHOUT_SINKS:  # set past transformers' own check
+        if drops_sinks(self.config._attn_implementation):  # set past transformers' own check
             raise ValueError(f"{self.config._attn_implementation} would drop this model's attention sinks; use eager")
         if not isinstance(cache, Cache | None):  # the pages of `generate_batch`, which its attention fills itself
             kwargs["cache"], cache = cache, None
@@ -133,7 +140,7 @@ class MoEGPTRouter(Glm4MoeTopkRouter):
 class MoEGPTPreTrainedModel(Glm4MoePreTrainedModel):
     config: MoEGPTConfig
     config_class = MoEGPTConfig
-    _supports_sdpa = False  # see WITHOUT_SINKS
+    _supports_sdpa = False  # see drops_sinks
     _supports_flash_attn = False
     # Glm4MoeExperts has the decorator of `experts_implementation`, which transformers looks for in this file's own text.
     _can_set_experts_implementation_cached_value = True
