@@ -172,7 +172,7 @@ def test_the_plan_is_of_the_ranks_of_a_host_whatever_a_rank_sees(monkeypatch: py
         last_step=9,
         position=SimpleNamespace(step=0),
         arguments=SimpleNamespace(save_interval=1),
-        validation=None,
+        judging=SimpleNamespace(validation=None),
     )
     run: Any = SimpleNamespace(watchdog=SimpleNamespace(phase=lambda _: None), memory_before=0.0)
     ranks: Any = SimpleNamespace(gather=lambda _: ["node0"] * 8 + ["node1"] * 8)
