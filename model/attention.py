@@ -112,9 +112,15 @@ def flash_attention(
 ATTENTION = {"sdpa": sdpa_attention, "flash": flash_attention}
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That q, k and v of `x`, or by such weights, have: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def prepare(implementation: str, x_BSH: Tensor, head_dim: int, mask: AttentionMask) -> None:
     """What every layer asks for and `torch.compile` cannot trace, before the first layer: the kernel and the mask's tensor."""
-    kernel = pick_kernel(x_BSH.device, x_BSH.dtype, head_dim) if implementation == "flash" else None
+    kernel = pick_kernel(x_BSH.device, product_dtype(x_BSH), head_dim) if implementation == "flash" else None
     masks_itself = mask.plain_causal or (kernel is not None and mask.varlen)
     if implementation == "eager" or not masks_itself:
         _ = mask.allowed_B1SL

@@ -82,7 +82,8 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any]) -> 
     if strategy.zero_stage == 3:
         expert_parallel.register_router_weights(engine.module)
     if strategy.compiles:
-        compile_regions(engine.module)
+        with torch.autocast(engine.device.type, engine.torch_autocast_dtype(), engine.torch_autocast_enabled()):
+            compile_regions(engine.module)
     return engine
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from data.cli import UserError
 from launch.engine.refused import COMPILE
 from launch.engine.strategy import Strategy
+from model.attention import product_dtype
 from model.flash import pick_kernel
 from model.modeling import Block
 
@@ -34,7 +35,7 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> list[Block]:
 def check_traceable(block: Block) -> None:
     """Raises UserError where the attention's kernel is one that dynamo cannot trace."""
     config, x = block.self_attn.config, block.self_attn.q_proj.weight
-    kernel = pick_kernel(x.device, x.dtype, config.head_dim) if config._attn_implementation == "flash" else None
+    kernel = pick_kernel(x.device, product_dtype(x), config.head_dim) if config._attn_implementation == "flash" else None
     if kernel is not None and not kernel.traceable:
         raise UserError(f"{COMPILE} cannot trace {kernel.name}, which is the attention here; --no-compile leaves it out")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import resource
 import socket
 import sys
@@ -146,10 +147,13 @@ def check_restart() -> None:
 
 
 def start(timeout: float, backend: str | None = None) -> None:
-    """Join the process group, by default with NCCL on GPUs and gloo elsewhere. `timeout` seconds bound every collective."""
+    """Join the process group, by default with NCCL on GPUs and gloo elsewhere. `timeout` seconds bound every collective.
+
+    DeepSpeed names the device, and so torch has NCCL connect here: two ranks on one GPU end in that.
+    """
     import deepspeed
     import torch
-    from torch.distributed import DistNetworkError
+    from torch.distributed import DistBackendError, DistNetworkError
     from torch.utils.cpp_extension import get_default_build_root
 
     from launch.toolchain import trains_on_gpu
@@ -157,7 +161,9 @@ def start(timeout: float, backend: str | None = None) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", CLEAN_UP_ONLY)
     if trains_on_gpu():
         device = device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
-        os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes its device by it
+        os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes its device by it, and refuses another one of Open MPI's
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+            os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device)
         torch.cuda.set_device(device)
     check_restart()
     wait_for_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
@@ -178,6 +184,12 @@ def start(timeout: float, backend: str | None = None) -> None:
         raise UserError(
             f"port {os.environ['MASTER_PORT']} is in use, by another run on this host perhaps; choose one, as in "
             "deepspeed --master_port 29501 ..."
+        ) from None
+    except DistBackendError as error:
+        if not (same := re.search(r"Duplicate GPU detected[\s:]*(rank \d+ and rank \d+)?", str(error))):
+            raise
+        raise UserError(
+            f"{same[1] or 'two ranks'} have the same GPU of host {socket.gethostname()}; start one rank a GPU"
         ) from None
 
 

@@ -55,7 +55,7 @@ def _short(value: Any) -> str:
 
 def own_devices(ranks: ControlGroup, mine: tuple[str, str | None]) -> None:
     """No two ranks have the same GPU, `mine`: its host and number. A rank that sees one alone takes it, as launchers that bind GPUs
-    want it; so too many ranks on a host with one GPU would meet only in NCCL."""
+    want it; so too many ranks on a host with one GPU meet only here, or before in NCCL (`ranks.join.start`)."""
     seen: dict[tuple[str, str | None], int] = {}
     for rank, device in enumerate(ranks.gather(mine)):
         if device[1] is not None and seen.setdefault(device, rank) != rank:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import ast
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 from support import OLD, ROOT
 from torch.library import CustomOpDef
 
+from data.cli import UserError
 from launch.checkpoint.random_state import random_state, set_random_state
 from launch.cli import make_quiet
 from launch.engine.build import build_model
@@ -81,6 +85,35 @@ def test_a_launcher_that_shows_each_rank_one_gpu(joining: dict[str, Any], monkey
     cuda = Cuda(monkeypatch, accelerator="cuda", gpus=1)
     join.start(timeout=60)
     assert cuda.device == 0 and os.environ["LOCAL_RANK"] == "0"
+
+
+def test_open_mpi_shows_each_rank_one_gpu(joining: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES by a wrapper of mpiexec's. DeepSpeed asserts that Open MPI's local rank is the one that it goes by: every
+    rank but the first of a host ended, and the sentence blamed the JSON."""
+    Cuda(monkeypatch, accelerator="cuda", gpus=1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
+    join.start(timeout=60)
+    engine: Any = SimpleNamespace()
+    DeepSpeedEngine._configure_with_arguments(engine, None, None)
+    assert engine.local_rank == 0
+
+
+def test_two_ranks_on_one_gpu_are_told_by_nccl(joining: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It connects while they join, before a check of ours could ask."""
+    said = "NCCL error in: ProcessGroupNCCL.cpp, invalid usage\nLast error:\n"
+
+    def connect(**_: Any) -> None:
+        raise torch.distributed.DistBackendError(said)
+
+    Cuda(monkeypatch, accelerator="cuda", gpus=1)
+    monkeypatch.setattr(deepspeed, "init_distributed", connect)
+    with pytest.raises(torch.distributed.DistBackendError):
+        join.start(timeout=60)
+    said += "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4f000"
+    with pytest.raises(
+        UserError, match=f"^rank 1 and rank 0 have the same GPU of host {socket.gethostname()}; start one rank a GPU"
+    ):
+        join.start(timeout=60)
 
 
 def test_ranks_on_cpus_leave_a_gpu_of_the_machine_alone(joining: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,3 +237,13 @@ def test_the_masks_tensor_is_made_before_the_layers_that_read_it(
     mask = causal_mask((1, 4), 0, CPU, **given)
     prepare(implementation, torch.empty(1), 16, mask)
     assert ("allowed_B1SL" in vars(mask)) is made
+
+
+def test_the_kernel_that_is_prepared_is_that_of_autocast_s_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fp32 stream it is another: a compiled region then traced the choice, and packed documents got a mask nobody read."""
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr("model.attention.pick_kernel", lambda device, dtype, head_dim: asked.append(dtype))
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            prepare("flash", torch.empty(1), 16, causal_mask((1, 4), 0, CPU))
+    assert asked == [torch.bfloat16, torch.float32]

@@ -68,7 +68,8 @@ def engine_of_parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`build_engine` around an engine that is not there."""
 
     def made(**_: Any) -> tuple[Any, ...]:
-        return SimpleNamespace(module=model, optimizer=None), None, None, None
+        autocast = {"torch_autocast_enabled": lambda: True, "torch_autocast_dtype": lambda: torch.bfloat16}
+        return SimpleNamespace(module=model, optimizer=None, device=torch.device("cpu"), **autocast), None, None, None
 
     model = small_model()
     monkeypatch.setattr(build.passes, "keep_freed_memory", lambda: None)  # which is for a process's life
@@ -86,7 +87,7 @@ def test_an_engine_without_our_layers_is_refused(engine_of_parts: Any) -> None:
     ("settings", "done"),
     [
         ({}, []),
-        ({"compile": {"autoep_non_moe": True}}, ["compiled"]),
+        ({"compile": {"autoep_non_moe": True}}, ["compiled in torch.bfloat16"]),
         ({"zero_optimization": {"stage": 2}}, []),
         ({"zero_optimization": {"stage": 3}}, ["registered"]),
     ],
@@ -97,7 +98,7 @@ def test_what_the_json_asks_for_is_done_to_the_engine(
     found: list[str] = []
     monkeypatch.setattr(build.expert_parallel, "check_swapped", lambda *_: None)
     monkeypatch.setattr(build.expert_parallel, "register_router_weights", lambda _: found.append("registered"))
-    monkeypatch.setattr(build, "compile_regions", lambda _: found.append("compiled"))
+    monkeypatch.setattr(build, "compile_regions", lambda _: found.append(f"compiled in {torch.get_autocast_dtype('cpu')}"))
     engine_of_parts(**settings)
     assert found == done
 

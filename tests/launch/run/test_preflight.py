@@ -48,7 +48,7 @@ def test_a_disk_that_is_not_shared_is_told_as_such(tmp_path: Path) -> None:
     ],
 )
 def test_two_ranks_on_one_gpu_are_refused(devices: list, shared: str | None) -> None:
-    """NCCL would end them, with a traceback, in the first collective."""
+    """Of an NCCL that has not said it while they joined (`test_join.py`)."""
     ranks: Any = SimpleNamespace(gather=lambda mine: devices)
     if shared is None:
         own_devices(ranks, devices[0])
