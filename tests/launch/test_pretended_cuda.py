@@ -88,8 +88,8 @@ def test_a_launcher_that_shows_each_rank_one_gpu(joining: dict[str, Any], monkey
 
 
 def test_open_mpi_shows_each_rank_one_gpu(joining: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA_VISIBLE_DEVICES by a wrapper of mpiexec's. DeepSpeed asserts that Open MPI's local rank is the one that it goes by: every
-    rank but the first of a host ended, and the sentence blamed the JSON."""
+    """CUDA_VISIBLE_DEVICES by a wrapper of mpiexec's. DeepSpeed asserts that Open MPI's local rank is the one that it goes by:
+    every rank but the first of a host ended, and the sentence blamed the JSON."""
     Cuda(monkeypatch, accelerator="cuda", gpus=1)
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
     join.start(timeout=60)
