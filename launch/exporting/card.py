@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import read_object, small_file
+from data.files import read_object
 from data.redact import redact
 from data.shards import MANIFEST
 from launch.checkpoint.folder import run_of
+from launch.reporting.read import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Judged = dict[int, dict[str, Any]]  # a row of the metrics by its step
-#: A run of a million steps logs some 500 MB at most.
-METRICS_BYTES = 1 << 30
 TITLE = "# A Mixture-of-Experts code model"
 #: To the last name of a path that begins at the root or at home, also after a flag's `=`: where it lies is the host's business.
 FOLDERS = re.compile(r"(^|=)[/~](?:[^/]*/)*(?=[^/])")
@@ -119,27 +117,18 @@ def _judged_on(run: dict[str, Any], state: dict[str, Any]) -> str:
 def logged(checkpoint: Path, state: dict[str, Any]) -> tuple[Judged, float | None]:
     """Of the run's metrics up to the checkpoint's step: evaluations, and the last training loss. Half a row is passed over."""
     judged, loss = Judged(), None
-    try:
-        lines = small_file(run_of(checkpoint) / "metrics.jsonl", METRICS_BYTES).splitlines()
-    except OSError:
+    path = run_of(checkpoint) / "metrics.jsonl"
+    if not path.is_file():
         return judged, loss
-    for line in lines:
-        row = _row(line)
-        if row is None or row["step"] > state.get("step", 0):
-            continue
-        if _is_number(row.get("val_loss")):
-            judged[row["step"]] = row
-        if _is_number(row.get("loss")):
-            loss = row["loss"]
+    with path.open("rb") as file:  # line by line: a long run's are many gigabytes, most of them the experts' load
+        for row in (parse(line) for line in file if b'loss"' in line):
+            if row is None or row["step"] > state.get("step", 0):
+                continue
+            if _is_number(row.get("val_loss")):
+                judged[row["step"]] = row
+            if _is_number(row.get("loss")):
+                loss = row["loss"]
     return judged, loss
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and _is_number(row.get("step")) else None
 
 
 def data_lines(run: dict[str, Any]) -> list[str]:

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import OLD, ROOT
 
-from launch.exporting.card import fim_rate, loading, model_card, without_folders
+from launch.exporting.card import fim_rate, loading, logged, model_card, without_folders
 from launch.exporting.formats import build, exported_config
 from launch.exporting.source import model_config, weights
 from model import MoEGPTConfig
@@ -68,6 +69,22 @@ def test_the_loss_is_this_checkpoints_and_can_be_repeated(checkpoint: Path) -> N
     assert "- best validation loss of the run up to here 4.5000 nats a token\n" in card_of(checkpoint)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
     assert "4.5000 nats a token at step 3\n" in card_of(checkpoint), "one row alone has it"
+
+
+def test_a_long_run_s_metrics_are_never_held(tmp_path: Path) -> None:
+    """Over 1 GiB they were passed over without a word, and a card had no losses."""
+    load = {"expert_load": [[1.0] * 64] * 60}
+    rows = [row for step in range(1, 201) for row in ({"step": step, "loss": 9.0 - step / 100}, {"step": step, **load})]
+    rows += [{"step": 200, "val_loss": 7.5}, {"step": 201, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 200, "loss"')
+    assert (tmp_path / "metrics.jsonl").stat().st_size > 3_000_000
+    tracemalloc.start()
+    try:
+        found = logged(tmp_path / "checkpoints/step_200", {"step": 200})
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert found == ({200: {"step": 200, "val_loss": 7.5}}, 7.0)
 
 
 def test_the_context_is_what_it_was_trained_on_and_how_far_it_reaches(checkpoint: Path) -> None:
