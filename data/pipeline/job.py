@@ -197,7 +197,7 @@ class Job:
         check_unchanged(self.args.output, self.inputs)
         for writer in self.writers.values():
             writer.close_shard()
-        summaries = {s: w.summary() for s, w in self.writers.items()}
+        summaries, near = {s: w.summary() for s, w in self.writers.items()}, self.duplicates.near
         if not any(s["documents"] for s in summaries.values()):
             why = ", ".join(f"{n} x {reason}" for reason, n in (self.rejected + self.removed).items()) or "the input is empty"
             if f"no field {self.args.text_field}" in self.rejected:
@@ -213,6 +213,7 @@ class Job:
                 "read": self.counts["read"],
                 "split_at_line_ends": self.counts["split_at_line_ends"],
                 **({"fill_in_the_middle": self.counts["fill_in_the_middle"]} if self.args.fim_rate else {}),
+                **({"not_indexed": near.not_indexed} if near and near.not_indexed else {}),
                 "rejected": dict(sorted(self.rejected.items())),
                 "removed": dict(sorted(self.removed.items())),
             },

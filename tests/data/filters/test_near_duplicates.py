@@ -83,6 +83,25 @@ def test_near_duplicates_are_deterministic_and_survive_a_journal(texts: list[str
     assert answers == [second.is_new(s) for s in more] and 5 < sum(answers) < 55
 
 
+def test_a_family_of_alike_documents_is_not_compared_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Similarity 0.68, under the threshold: each of a million would have been compared with all before it, 19 hours of it."""
+    rng = random.Random(1)
+    shared = " ".join(f"w{rng.randrange(10**6)}" for _ in range(200))
+    family = [f"{shared} " + " ".join(f"w{rng.randrange(10**6)}" for _ in range(46)) for _ in range(60)]
+    signed = signatures(family)
+    unbounded, bounded, resumed = NearDuplicates(), NearDuplicates(), NearDuplicates()
+    assert sum(map(unbounded.is_new, signed)) > 50 and unbounded.not_indexed == 0
+    most = 8
+    monkeypatch.setattr(near_duplicates, "MOST_ALIKE", most)
+    taken = [s for s in signed if bounded.is_new(s)]
+    assert bounded.not_indexed == len(taken) - len(bounded.kept) > 30 and len(bounded.kept) >= most
+    assert max(len(bounded.index.query(bounded._restore(s))) for s in signed) <= most * near_duplicates.BANDS
+    assert taken[:most] == signed[:most] and not any(map(bounded.is_new, signed[:most])), "the first are all remembered"
+    resumed.take_journal(b"".join(map(record, taken)))
+    assert (resumed.not_indexed, len(resumed.kept)) == (bounded.not_indexed, len(bounded.kept))
+    assert [resumed.is_new(s) for s in signed] == [bounded.is_new(s) for s in signed]
+
+
 def test_texts_without_words_are_not_one_another() -> None:
     """Of all files of punctuation (brainfuck, drawings of ASCII) only the first was kept."""
     near = NearDuplicates()

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from data_helpers import changed, kept_and_removed, words, write_rows
 
+from data.filters import near_duplicates
+
 
 def test_exact_duplicates_but_for_white_space_are_removed(tmp_path: Path, preprocess: Any, tokenizer_file: Path) -> None:
     rows = [{"content": t} for t in ("a = 1\n", "b = 2\n", "a = 1\n", "a=1", "a\r\n=\u3000 1", "A = 1\n")]
@@ -37,6 +39,16 @@ def test_near_duplicates_through_the_command(tmp_path: Path, preprocess: Any, to
     rows = [{"content": t} for t in (texts[3], texts[4], changed(texts[3], 0.002, 0), changed(texts[4], 0.6, 0))]
     kept, removed = kept_and_removed(tmp_path, preprocess, tokenizer_file, rows, "--dedup", "near")
     assert removed == {"near duplicate": 1} and kept == [texts[3], texts[4], rows[3]["content"]]
+
+
+def test_what_no_later_document_was_compared_with_is_said(
+    tmp_path: Path, preprocess: Any, tokenizer_file: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(near_duplicates, "MOST_ALIKE", 0)
+    path = write_rows(tmp_path / "x.jsonl", [{"content": text} for text in texts[3:6]])
+    code, out, _ = preprocess("--input", path, "--tokenizer", tokenizer_file, "--output", tmp_path / "out", "--dedup", "near")
+    assert code == 0 and "nothing was compared with 3 documents" in out
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["documents"]["not_indexed"] == 3
 
 
 def test_a_copy_of_a_near_duplicate_is_an_exact_one(
