@@ -21,6 +21,7 @@ import torch
 import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 from torch import Tensor
 
 from data.cli import UserError, sentence
@@ -160,9 +161,41 @@ def going_through(files: CheckpointFiles, engine: DeepSpeedEngine) -> AbstractCo
 
 
 def state_bytes(engine: DeepSpeedEngine) -> int:
-    """An upper estimate of what this rank writes: its optimizer shard, and the module as if no other rank had a copy."""
-    optimizer = engine.optimizer
-    held = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    held += [p for group in optimizer.param_groups for p in group["params"]]
-    held += list(engine.module.parameters())
-    return sum(t.numel() * t.element_size() for t in held)
+    """About what this rank writes, but for headers: weights that no rank before it has, and its share of the optimizer."""
+    return _weight_bytes(engine) + _optimizer_copies(engine) * _optimizer_bytes(engine)
+
+
+def _weight_bytes(engine: DeepSpeedEngine) -> int:
+    """Of the module; under ZeRO 3 it has no numbers of its own. What is tied is written under each of its names."""
+    if engine.zero_optimization_stage() == 3:
+        return 0
+    parameters = [parameter for _, parameter in engine.module.named_parameters(remove_duplicate=False)]
+    return sum(p.numel() * p.element_size() for p in parameters if _is_first_with(p, engine))
+
+
+def _is_first_with(parameter: Any, engine: DeepSpeedEngine) -> bool:
+    """Is this the first of the ranks that have it? An expert is on those of its expert-data group, any other on all."""
+    if getattr(parameter, "allreduce", True):
+        return bool(engine.global_rank == 0)
+    return bool(groups._get_expert_data_parallel_rank(parameter.group_name) == 0)
+
+
+def _optimizer_copies(engine: DeepSpeedEngine) -> int:
+    """How often this rank writes what it has of the optimizer. Without ZeRO the first rank with the same experts has a file of it,
+    and rank 0 puts it into the model's file as well."""
+    if engine.zero_optimization_stage() > 0:
+        return 1
+    first = groups._get_expert_data_parallel_rank(groups._get_max_expert_size_name()) == 0
+    return int(first) + int(engine.global_rank == 0)
+
+
+def _optimizer_bytes(engine: DeepSpeedEngine) -> int:
+    """The masters and what the optimizer keeps for each; before its first step, Adam's two moments."""
+    optimizer, weights = engine.optimizer, set(engine.module.parameters())
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    masters = getattr(optimizer, "fp32_partitioned_groups_flat", grouped)  # ZeRO 3's groups hold one part at a time
+    total: int = sum(p.numel() * p.element_size() for p in masters if p not in weights)  # in fp32 without ZeRO they are the same
+    for master in masters:
+        kept = optimizer.state.get(master, {"exp_avg": master, "exp_avg_sq": master})
+        total += sum(t.numel() * t.element_size() for t in kept.values() if isinstance(t, Tensor))
+    return total

@@ -31,6 +31,7 @@ from stub_engine import replace_file  # noqa: E402
 from data.cli import UserError  # noqa: E402
 from launch import manifest  # noqa: E402
 from launch.checkpoint import choose  # noqa: E402
+from launch.checkpoint.engine_files import state_bytes  # noqa: E402
 from launch.checkpoint.identity import RunIdentity  # noqa: E402
 from launch.checkpoint.manager import CheckpointManager  # noqa: E402
 from launch.checkpoint.state import TrainingState  # noqa: E402
@@ -320,6 +321,23 @@ def take(folder: str, cases: list[tuple[str, int, str, int]], optimizer: str = "
         found["rolled_back"] = run.train(2)
         found["folder"] = str(where)
         out[f"{source}-to-zero{stage}-{dtype}-ep{ep}"] = found
+    return out
+
+
+def sizes(folder: str, kinds: list[tuple[int, str, int, str]]) -> dict[str, list[int]]:
+    """For each (stage, dtype, EP size, optimizer): what a save is expected to take before a step and after one, and what it took.
+    Large enough that the files' headers hardly count."""
+    out = {}
+    for stage, dtype, ep, optimizer in kinds:
+        forget_expert_groups()
+        name = f"zero{stage}-{dtype}-ep{ep}-{optimizer}"
+        larger = {"hidden_size": 96, "moe_intermediate_size": 80}
+        run = SmallRun(Path(folder) / name, stage=stage, dtype=dtype, ep=ep, optimizer=optimizer, **larger)
+        first = sum(everyone(state_bytes(run.engine)))
+        run.train(1)
+        expected = sum(everyone(state_bytes(run.engine)))
+        path = run.save()
+        out[name] = [first, expected, sum(file.stat().st_size for file in path.iterdir())]
     return out
 
 

@@ -24,6 +24,8 @@ MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_opti
 
 
 class StubEngine:
+    global_rank = 0
+
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from nursery import Nursery
+from training_process import launch_ranks
 
 from launch import manifest
+from launch.checkpoint import engine_files
 from launch.checkpoint.engine_files import CheckpointFiles, going_through, host_copy, state_bytes
 
 
@@ -43,13 +46,41 @@ def test_a_copy_shares_nothing_and_is_compact() -> None:
 
 
 def test_the_size_of_a_save_is_of_masters_moments_and_weights() -> None:
-    """Under ZeRO the masters are no weights of the module. By formula: a disk that is too small is seen before a save."""
+    """Under ZeRO the masters are no weights of the module. By formula: a disk that is too small is seen before a save, and before
+    the first step, when the optimizer keeps nothing yet."""
     module = torch.nn.Linear(10, 3, dtype=torch.bfloat16)
     master = torch.nn.Parameter(torch.zeros(33))
     optimizer = torch.optim.AdamW([master])
-    optimizer.state[master] = {"exp_avg": torch.zeros(33), "exp_avg_sq": torch.zeros(33), "step": 3}
-    engine: Any = SimpleNamespace(module=module, optimizer=optimizer)
+    engine: Any = SimpleNamespace(module=module, optimizer=optimizer, global_rank=0, zero_optimization_stage=lambda: 2)
     assert state_bytes(engine) == 33 * (4 + 4 + 4 + 2)
+    optimizer.state[master] = {"momentum_buffer": torch.zeros(33, dtype=torch.bfloat16), "step": 3}
+    assert state_bytes(engine) == 33 * (4 + 2 + 2)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_weight_that_many_ranks_have_is_written_once(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 ranks, eight of which share the experts: counted on each, the estimate is far too large, and a run is refused for it."""
+    module = torch.nn.ParameterDict({"dense": torch.zeros(7), "expert": torch.zeros(11)})
+    module.expert.allreduce, module.expert.group_name = False, "ep_size_8"
+    module["tied"] = module.dense
+    optimizer = torch.optim.AdamW(list(module.parameters()) if stage == 0 else [torch.nn.Parameter(torch.zeros(5))])
+    if stage == 3:  # which empties its groups
+        optimizer.fp32_partitioned_groups_flat = optimizer.param_groups[0].pop("params")  # type: ignore[attr-defined]
+        optimizer.param_groups[0]["params"] = []
+    engine: Any = SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: stage)
+    monkeypatch.setattr(engine_files.groups, "_get_max_expert_size_name", lambda: "ep_size_8")
+    monkeypatch.setattr(engine_files.groups, "_get_expert_data_parallel_rank", lambda name: engine.global_rank // int(name[8:]))
+    total = 0
+    for engine.global_rank in range(512):
+        total += state_bytes(engine)
+    weights = 0 if stage == 3 else 4 * (2 * 7 + 8 * 11)
+    assert total == weights + ((8 + 1) * 4 * 2 * (7 + 11) if stage == 0 else 512 * 4 * 3 * 5)
+
+
+def test_a_save_takes_what_was_expected(nursery: Nursery, tmp_path: Path) -> None:
+    kinds = [(0, "float32", 1, "AdamW"), (2, "bfloat16", 2, "AdamW"), (3, "bfloat16", 1, "AdamW")]
+    for name, (before, expected, written) in launch_ranks(nursery, 2, "sizes", folder=tmp_path, kinds=kinds).items():
+        assert 1.0 <= 1.05 * expected / written <= 1.2 and 1.0 <= 1.05 * before / written <= 1.2, name
 
 
 def test_the_first_error_is_kept_for_the_end(tmp_path: Path) -> None:
