@@ -198,7 +198,7 @@ def given_batch(config: dict[str, Any]) -> tuple[int | None, int | None, int | N
 
 def _resolve_batch(config: dict[str, Any], path: Path, world_size: int) -> None:
     """train = micro x accumulation x ranks: any two give the third; a missing micro-batch size is 1."""
-    train, micro, accumulation = given_batch(config)
+    given = train, micro, accumulation = given_batch(config)
     if train is None:
         micro, accumulation = micro or 1, accumulation or 1
         train = micro * accumulation * world_size
@@ -208,11 +208,24 @@ def _resolve_batch(config: dict[str, Any], path: Path, world_size: int) -> None:
     elif accumulation is None:
         accumulation = train // (micro * world_size)
     if not micro or not accumulation or micro * accumulation * world_size != train:
-        raise UserError(
-            f"{path}: train_batch_size {train} is not train_micro_batch_size_per_gpu {micro} x "
-            f"gradient_accumulation_steps {accumulation} x {world_size} ranks; change one of them or the number of ranks"
-        )
+        raise UserError(f"{path}: {_uneven(train, *given[1:], world_size)}")
     config.update(zip(BATCH, (train, micro, accumulation), strict=True))
+
+
+def _uneven(train: int, micro: int | None, accumulation: int | None, world_size: int) -> str:
+    """A global batch that the ranks cannot share, in words, and what would do. What is "auto" is not named: nobody wrote it."""
+    if micro and accumulation:
+        return (
+            f"train_batch_size {train} is not train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} "
+            f"x {world_size} ranks; change one of them or the number of ranks"
+        )
+    name, size = (BATCH[1], micro) if micro else (BATCH[2], accumulation or 1)
+    written = f" x {name} {size}" if micro or accumulation else ""
+    lower = [n for n in range(1, size) if train % (n * world_size) == 0]
+    return (
+        f"train_batch_size {train} is no multiple of {size * world_size:,} ({world_size} ranks{written}); make it one"
+        f"{f', lower {name} to {lower[-1]}' if lower else ''} or change the number of ranks"
+    )
 
 
 def _resolve_schedule(config: dict[str, Any], max_steps: int) -> None:

@@ -160,7 +160,11 @@ def test_auto_schedule_follows_the_run(tmp_path: Path) -> None:
 MISTAKES = [
     ({"gradient_clipping": "1"}, 'gradient_clipping must be a number, not "1"'),
     ({"train_batch_size": True}, 'train_batch_size must be a whole number or "auto", not true'),
-    ({"train_batch_size": 100}, "train_batch_size 100 is not train_micro_batch_size_per_gpu 8"),
+    (
+        {"train_batch_size": 100},
+        "train_batch_size 100 is no multiple of 64 (8 ranks x train_micro_batch_size_per_gpu 8); ",
+    ),
+    ({"gradient_accumulation_steps": 3}, "not train_micro_batch_size_per_gpu 8 x gradient_accumulation_steps 3 x 8 ranks; change"),
     ({"train_batch_size": 0}, "must be at least 1"),
     ({"zero_optimization__stage": 4}, "stage must be 0, 1, 2 or 3"),
     ({"zero_optimization": 2}, "zero_optimization must be an object"),
@@ -193,6 +197,30 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict, sentence: str) -> Non
     with pytest.raises(ValueError, match=r"config\.json") as caught:
         resolve(written(tmp_path, **changes), world_size=8)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "sentence"),
+    [
+        (
+            64,
+            {},
+            "512 (64 ranks x train_micro_batch_size_per_gpu 8); make it one, lower train_micro_batch_size_per_gpu to 4 or",
+        ),
+        (512, {}, "4,096 (512 ranks x train_micro_batch_size_per_gpu 8); make it one or change the number of ranks"),
+        (512, {"train_micro_batch_size_per_gpu": "auto"}, "512 (512 ranks); make it one or change the number of ranks"),
+        (
+            128,
+            {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 4},
+            "512 (128 ranks x gradient_accumulation_steps 4); make it one, lower gradient_accumulation_steps to 2 or",
+        ),
+    ],
+)
+def test_more_ranks_than_a_batch_has_micro_batches(tmp_path: Path, world_size: int, changes: dict, sentence: str) -> None:
+    """A 0 that nobody wrote is not what is wrong."""
+    with pytest.raises(ValueError, match="is no multiple") as caught:
+        resolve(written(tmp_path, **changes), world_size=world_size)
+    assert f"train_batch_size 256 is no multiple of {sentence}" in str(caught.value)
 
 
 def test_expert_parallelism_must_divide_the_ranks(tmp_path: Path) -> None:
