@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ from launch.cli import RankFailedError
 SECOND_HAND = re.compile(
     r"(?i)gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|tcpstore|timed out|all_?reduce|all_?to_?all"
 )
+#: Ranks that are listed with their places; of more only how many there are.
+MOST_LISTED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,12 @@ def is_second_hand(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(SECOND_HAND.search(text))
 
 
+def listed(places: Sequence[tuple[int, str]]) -> str:
+    """Ranks and where they are, the first few in full: a line of 512 would be 40 kB."""
+    said = "; ".join(f"rank {rank} at {place}" for rank, place in places[:MOST_LISTED])
+    return said + (f"; and {len(places) - MOST_LISTED} more" if len(places) > MOST_LISTED else "")
+
+
 def name_culprit(heartbeats: dict[int, Heartbeat], failed: dict[int, LastWords], silent: set[int]) -> str:
     """Who ended the run: a rank with a cause of its own, else one that went without a word. "" where nobody knows.
 
@@ -86,8 +94,8 @@ def name_culprit(heartbeats: dict[int, Heartbeat], failed: dict[int, LastWords],
         others = f" (ranks {', '.join(map(str, sorted(own)))} failed likewise)" if len(own) > 1 else ""
         return f"rank {rank} failed at {own[rank].place}: {own[rank].cause}{others}"
     gone = sorted(rank for rank in silent if rank not in failed)
-    said = "; ".join(f"rank {r} at {heartbeats[r]}" if r in heartbeats else f"rank {r} at start-up" for r in gone)
     if gone:
+        said = listed([(rank, str(heartbeats[rank]) if rank in heartbeats else "start-up") for rank in gone])
         return f"died without a word (killed, out of memory, or cut off from the network): {said}"
     return ""
 
@@ -172,4 +180,11 @@ class HeartbeatStore:
         try:
             return self.rank == min(rank for rank, words in self.read(LastWords).items() if words.host == host)
         except (RuntimeError, ValueError):
+            return True
+
+    def claim_host(self, host: str) -> bool:
+        """Is this the first rank of its host to ask, whose word is enough for all of them? True where nobody can say."""
+        try:
+            return bool(self._store.add(f"speaks_on_{host}", 1) == 1)
+        except RuntimeError:
             return True

@@ -24,7 +24,7 @@ from typing import NoReturn
 from data.cli import Exit, sentence
 from data.terminal import say
 from launch.cli import end_at_once
-from launch.ranks.heartbeat import Hang, Heartbeat, HeartbeatStore, LastWords, is_second_hand
+from launch.ranks.heartbeat import Hang, Heartbeat, HeartbeatStore, LastWords, is_second_hand, listed
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 60.0
@@ -167,12 +167,12 @@ class Watchdog:
         if not store.has_alarm():
             return
         if hang := store.read_hang():
-            self._end(hang)
+            self._end(hang, heard=True)
         failed = {rank: words for rank, words in store.read(LastWords).items() if not words.second_hand}
         # A rank that has failed ends the run: whoever is not in a collective with it must not go on alone.
         if failed and not self._done.wait(PATIENCE):
             rank, words = min(failed.items())
-            self._end(Hang(cause=f"rank {rank} failed at {words.place}: {words.cause}"), code=Exit.FAULT)
+            self._end(Hang(cause=f"rank {rank} failed at {words.place}: {words.cause}"), code=Exit.FAULT, heard=True)
 
     def _watch(self) -> None:
         while not self._clock.wait(self._done, BEAT_SECONDS):
@@ -193,22 +193,25 @@ class Watchdog:
         if self.rank == 0 and all(place.seconds > self.stall for place in places.values()):
             # Who waits in a collective waits for someone who is not there: the culprit is behind.
             behind = sorted(places.items(), key=lambda item: (item[1].step, item[1].moves))
-            listed = "; ".join(f"rank {rank} at {place}" for rank, place in behind)
-            self._end(Hang(cause=f"no rank has moved for {self.stall:.0f} s: {listed}", suspect=behind[0][0]))
+            where = listed([(rank, str(place)) for rank, place in behind])
+            self._end(Hang(cause=f"no rank has moved for {self.stall:.0f} s: {where}", suspect=behind[0][0]))
 
     def _last_of_rank0(self) -> str:
         return f"; last at {self._heard[0][0]}" if 0 in self._heard else ""
 
-    def _end(self, hang: Hang, *, code: int = Exit.STALLED) -> None:
+    def _end(self, hang: Hang, *, code: int = Exit.STALLED, heard: bool = False) -> None:
+        """`heard`: of another rank, as all of this host's have; one says it."""
         if self._done.is_set():
             return
         arm_last_resort(LAST_RESORT_SECONDS)
         # Two stacks are enough, the suspect's own (where it can still speak) and that of one who waits for it.
         if self.rank in (hang.suspect, 1 if hang.suspect == 0 else 0):
             say(f"\nthreads of rank {self.rank}:\n{stacks()}")
-        say(f"error: {hang.cause}. This is rank {self.rank} at {self._heartbeat()}")
+        if not heard or self._store is None or self._store.claim_host(self._host):
+            say(f"error: {hang.cause}. This is rank {self.rank} at {self._heartbeat()}")
         if self._store is not None and self._store_answers:
             with contextlib.suppress(RuntimeError):
+                self._store.claim_host(self._host)
                 self._store.write(hang)
             if self.rank == 0:
                 time.sleep(BEAT_SECONDS + 1)  # the others read it in the store, which goes with this process

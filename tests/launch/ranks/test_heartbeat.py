@@ -43,6 +43,12 @@ def test_nobody_knows() -> None:
     assert name_culprit({0: at(5), 1: at(5)}, {0: words(at(5), "", second_hand=True)}, silent=set()) == ""
 
 
+def test_of_many_silent_ranks_a_few_are_listed_and_the_others_counted() -> None:
+    said = name_culprit({r: at(4) for r in range(512)}, {}, silent=set(range(512)))
+    assert said.count("rank ") == 8 and said.endswith("rank 7 at step 4, forward (host h); and 504 more")
+    assert name_culprit({r: at(4) for r in range(8)}, {}, silent=set(range(8))).endswith("rank 7 at step 4, forward (host h)")
+
+
 class Keys(dict):
     """As much of a TCPStore as is asked."""
 

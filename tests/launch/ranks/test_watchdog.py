@@ -13,6 +13,7 @@ import time
 import pytest
 from support import ROOT, fill_pipe
 
+from launch.ranks import watchdog
 from launch.ranks.heartbeat import Hang, Heartbeat
 from launch.ranks.watchdog import AwakeClock, Watchdog, stacks
 
@@ -32,7 +33,7 @@ def end(prepare: str, **options: object) -> subprocess.Popen[bytes]:
 
 
 def test_a_store_that_is_stuck_does_not_keep_a_rank_alive() -> None:
-    process = end('dog._store = type("Stuck", (), {"write": lambda *_: time.sleep(60)})()', stderr=subprocess.PIPE)
+    process = end('dog._store = type("Stuck", (), {"claim_host": lambda *_: time.sleep(60)})()', stderr=subprocess.PIPE)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 17
     assert b"error: nothing moves. This is rank 0 at step 0" in said and b"Thread 0x" in said
@@ -51,7 +52,7 @@ def test_a_standard_error_that_is_stuck_does_not_keep_a_rank_alive() -> None:
 def test_an_interpreter_that_is_stuck_does_not_keep_a_rank_alive() -> None:
     """A library holds the interpreter's lock for ever: no thread of ours runs again, the kernel's alarm does."""
     hold = "import ctypes; ctypes.PyDLL(None).sleep(600)"
-    process = end(f'dog._store = type("Stuck", (), {{"write": lambda *_: exec("{hold}")}})()', stderr=subprocess.DEVNULL)
+    process = end(f'dog._store = type("Stuck", (), {{"claim_host": lambda *_: exec("{hold}")}})()', stderr=subprocess.DEVNULL)
     assert process.wait(60) == -signal.SIGALRM
 
 
@@ -65,6 +66,40 @@ def test_a_run_is_ended_where_no_rank_has_moved_and_not_where_one_has(monkeypatc
         dog._heard = {1: (Heartbeat(step=3, phase="loading data", host="h", seconds=seconds, moves=1), dog._clock())}
         dog._look_for_a_hang()
     assert [hang.suspect for hang in ended] == [0], "the one that is behind"
+
+
+def test_of_many_ranks_that_stand_still_those_furthest_behind_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    dog, ended = Watchdog(stall=5), list[Hang]()
+    monkeypatch.setattr(dog, "_end", ended.append)
+    dog.rank, dog._step, dog._since = 0, 4, dog._clock() - 100
+    places = {rank: Heartbeat(step=3 if rank == 500 else 4, phase="forward", host="h", seconds=100.0) for rank in range(1, 512)}
+    dog._heard = {rank: (place, dog._clock()) for rank, place in places.items()}
+    dog._look_for_a_hang()
+    said = ended[0].cause
+    assert said.startswith("no rank has moved for 5 s: rank 500 at step 3, forward (host h); rank 0 at step 4, ")
+    assert said.count("rank ") == 1 + 8 and said.endswith("; and 504 more")
+
+
+def test_what_all_ranks_of_a_host_have_heard_one_of_them_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims, said, ended = list[str](), list[str](), list[int]()
+
+    class Store:
+        def claim_host(self, host: str) -> bool:
+            claims.append(host)
+            return claims.count(host) == 1
+
+        def write(self, message: object) -> None:
+            assert claims, "the others hear of it when this rank has said it"
+
+    for name, instead in (("say", said.append), ("end_at_once", ended.append), ("arm_last_resort", lambda _: None)):
+        monkeypatch.setattr(watchdog, name, instead)
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
+    for rank, host, heard in ((2, "a", False), (3, "a", True), (4, "a", True), (5, "b", True), (6, "b", True), (7, "b", False)):
+        dog = Watchdog(stall=5)
+        dog.rank, dog._host, dog._store = rank, host, Store()  # type: ignore[assignment]
+        dog._end(Hang(cause="nothing moves", suspect=4), heard=heard)
+    assert [text.split("This is ")[1][:6] for text in said if "error" in text] == ["rank 2", "rank 5", "rank 7"]
+    assert len(ended) == 6 and [text.split(":")[0] for text in said if "error" not in text] == ["\nthreads of rank 4"]
 
 
 def test_a_rank_that_has_finished_may_be_silent(monkeypatch: pytest.MonkeyPatch) -> None:
