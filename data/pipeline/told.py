@@ -52,7 +52,10 @@ def report(manifest: dict[str, Any], args: PreprocessArguments, seconds: float) 
         say(f"rearranged for fill-in-the-middle: {counts['fill_in_the_middle']:,} documents or parts of long ones", stdout)
     if count := counts.get("not_indexed"):
         alike = f"each is like {MOST_ALIKE:,} before it, though no near duplicate of one"
-        say(f"note: nothing was compared with {count:,} documents: {alike}; a later near duplicate of theirs may have stayed", stdout)
+        say(
+            f"note: nothing was compared with {count:,} documents: {alike}; a later near duplicate of theirs may have stayed",
+            stdout,
+        )
     rate = sum(s["tokens"] for s in manifest["splits"].values()) / max(seconds, 1e-9)
     say(f"{output}: {counts['read']:,} documents read in {seconds:.1f} s, {rate:,.0f} tokens/s", stdout)
     if not manifest["splits"]["validation"]["documents"]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,6 +27,8 @@ SECOND_HAND = re.compile(
 )
 #: Ranks that are listed with their places; of more only how many there are.
 MOST_LISTED = 8
+#: Keys of the store that no rank has for itself: a watchdog's finding, and who was at fault by what the ranks had left.
+HANG, CULPRIT = "hang", "culprit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,9 @@ class Hang:
     suspect: int | None = None
 
 
-Message = TypeVar("Message", Heartbeat, LastWords, Hang)
+Message = TypeVar("Message", Heartbeat, LastWords)
+#: Of which each rank has one.
+KINDS: tuple[type[Heartbeat | LastWords], ...] = (Heartbeat, LastWords)
 
 
 def is_second_hand(error: BaseException) -> bool:
@@ -102,36 +106,47 @@ def name_culprit(heartbeats: dict[int, Heartbeat], failed: dict[int, LastWords],
 
 class HeartbeatStore:
     """Construct it on all ranks together, after `init_process_group`; rank 0 keeps it. Every method raises RuntimeError where
-    rank 0 is gone."""
+    rank 0 is gone.
+
+    One thread answers all ranks, some 12 us for a question: of 512 ranks that each ask about each other, once for every message,
+    the last would be answered after 20 s. So a rank asks for all messages at once, and what one rank has found the others read.
+    """
 
     def __init__(self, rank: int, world_size: int, *, timeout: float) -> None:
         self.rank, self.world_size = rank, world_size
         self.hang: Hang | None = None  # once `read_hang` has found one
+        self.is_first_on_host = True  # once `find_culprit` has returned
         # A store of its own: the process group's blocks while the training thread waits in it.
         address: list[Any] = [None]
         if rank == 0:
             self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+            self._lay_out()
             address = [(os.environ.get("MASTER_ADDR", "127.0.0.1"), self._store.port)]
         dist.broadcast_object_list(address, src=0)
         if rank:
             host, port = address[0]
             self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
 
+    def _lay_out(self) -> None:
+        """Every message, empty: the store makes whoever asks for one that is not there wait for it."""
+        keys = [HANG, CULPRIT, *(_key(kind, rank) for kind in KINDS for rank in range(self.world_size))]
+        self._store.multi_set(keys, [""] * len(keys))  # type: ignore[attr-defined]  # torch's stub lacks it
+
     def write(self, message: Heartbeat | LastWords | Hang) -> None:
-        """Leave this rank's newest message of its kind."""
-        kind = type(message)
-        self._store.set(f"{kind.__name__}_{self.rank}", json.dumps(asdict(message)))
-        if kind is not Heartbeat:
+        """Leave this rank's newest message of its kind; of hangs the first that any rank has found stays."""
+        text = json.dumps(asdict(message))
+        if isinstance(message, Hang):
+            self._store.compare_set(HANG, "", text)
+        else:
+            self._store.set(_key(type(message), self.rank), text)
+        if not isinstance(message, Heartbeat):
             self._store.set("alarm", "")
 
-    def read(self, kind: type[Message], ranks: Iterable[int] | None = None) -> dict[int, Message]:
+    def read(self, kind: type[Message], ranks: Sequence[int] | None = None) -> dict[int, Message]:
         """What these ranks (None: all, this one included) have left of a kind."""
-        found = {}
-        for rank in range(self.world_size) if ranks is None else ranks:
-            key = f"{kind.__name__}_{rank}"
-            if self._store.check([key]):  # `get` would wait for it
-                found[rank] = kind(**json.loads(self._store.get(key)))
-        return found
+        ranks = range(self.world_size) if ranks is None else ranks
+        texts = self._store.multi_get([_key(kind, rank) for rank in ranks])
+        return {rank: kind(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True) if text}
 
     def has_alarm(self) -> bool:
         """Has any rank left last words or found a hang? One question, however many ranks there are."""
@@ -139,32 +154,53 @@ class HeartbeatStore:
 
     def read_hang(self) -> Hang | None:
         """What the watchdog of some rank ends the run for."""
-        found = self.read(Hang)
-        self.hang = found[min(found)] if found else None
+        text = self._store.get(HANG)
+        self.hang = Hang(**json.loads(text)) if text else None
         return self.hang
 
     def find_culprit(self, words: LastWords, patience: float) -> str:
-        """Leave this rank's last words, hear the others', and name who ended the run. Takes `patience` seconds at most."""
-        until = time.monotonic() + patience
-        everyone = set(range(self.world_size))
+        """Leave this rank's last words, hear the others', and name who ended the run. Takes `patience` seconds at most, and rank 0
+        as many more."""
         try:
             self.write(words)
-            first = self.read(Heartbeat)
-            while True:
-                failed, now, hang = self.read(LastWords), self.read(Heartbeat), self.read_hang()
-                done = {rank for rank, heartbeat in now.items() if heartbeat.done}
-                silent = {r for r in everyone if r in first and now[r].beat == first[r].beat} - done
-                waiting = everyone - failed.keys() - done
-                culprit = hang.cause if hang else name_culprit(now, failed, silent)
-                known = hang or any(not other.second_hand for other in failed.values()) or not waiting
-                if known or time.monotonic() > until:
-                    break
-                time.sleep(0.1)
+            culprit, others = self._hear(words, time.monotonic() + patience)
+            self.is_first_on_host = self.claim_host(words.host)  # before rank 0 takes the store along
         except RuntimeError:
             own = "" if words.second_hand else f"rank {self.rank} failed at {words.place}: {words.cause}"
             return own or "rank 0 is gone without a word, and with it what the ranks knew of each other"
-        self._leave_together(failed.keys() | waiting - silent, until)
+        self._leave_together(others, time.monotonic() + patience)
         return culprit
+
+    def _hear(self, words: LastWords, until: float) -> tuple[str, set[int]]:
+        """Who ended the run, and which ranks will still want to know. Rank 0 looks for it, and who has a cause of its own; the
+        others read what those found, and look for themselves when that has not come in time."""
+        looks, first = self.rank == 0 or not words.second_hand, self.read(Heartbeat)
+        while True:
+            late = time.monotonic() > until
+            if not looks and (said := self._found()):
+                return said, set()
+            if looks or late:
+                culprit, others, known = self._judge(first)
+                if known or late:
+                    if culprit:
+                        self._store.set(CULPRIT, culprit)
+                    return culprit, others
+            time.sleep(0.1)
+
+    def _found(self) -> str:
+        """What another rank has found out; "" where none has yet."""
+        hang = self.read_hang()
+        return hang.cause if hang else self._store.get(CULPRIT).decode()
+
+    def _judge(self, first: dict[int, Heartbeat]) -> tuple[str, set[int], bool]:
+        """Who ended the run by what stands in the store, who is still there, and whether more time could tell more."""
+        everyone = set(range(self.world_size))
+        failed, now, hang = self.read(LastWords), self.read(Heartbeat), self.read_hang()
+        done = {rank for rank, heartbeat in now.items() if heartbeat.done}
+        silent = {r for r in everyone if r in first and now[r].beat == first[r].beat} - done
+        waiting = everyone - failed.keys() - done
+        known = hang is not None or any(not words.second_hand for words in failed.values()) or not waiting
+        return hang.cause if hang else name_culprit(now, failed, silent), failed.keys() | waiting - silent, known
 
     def _leave_together(self, ranks: set[int], until: float) -> None:
         """Rank 0 takes the store along when it goes: it waits for those who still read."""
@@ -175,16 +211,13 @@ class HeartbeatStore:
                     return
                 time.sleep(0.05)
 
-    def is_first_on_host(self, host: str) -> bool:
-        """Is this the lowest of the ranks on its host that have left last words? One line a host is enough."""
-        try:
-            return self.rank == min(rank for rank, words in self.read(LastWords).items() if words.host == host)
-        except (RuntimeError, ValueError):
-            return True
-
     def claim_host(self, host: str) -> bool:
         """Is this the first rank of its host to ask, whose word is enough for all of them? True where nobody can say."""
         try:
             return bool(self._store.add(f"speaks_on_{host}", 1) == 1)
         except RuntimeError:
             return True
+
+
+def _key(kind: type[Heartbeat | LastWords], rank: int) -> str:
+    return f"{kind.__name__}_{rank}"

@@ -119,7 +119,7 @@ class Watchdog:
         if not is_second_hand(error) or not culprit:
             say("".join(traceback.format_exception(error)).rstrip())
             say(f"error: {culprit or f'rank {self.rank} failed at {self._heartbeat()}: {_cause(error)}'}")
-        elif self._store is None or self._store.is_first_on_host(self._host):
+        elif self._store is None or self._store.is_first_on_host:
             say(f"error: {culprit}. This is rank {self.rank} at {self._heartbeat()}")
         end_at_once(Exit.STALLED if self._store is not None and self._store.hang else Exit.FAULT)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch.distributed as dist
 
 from launch.cli import RankFailedError
-from launch.ranks.heartbeat import Heartbeat, HeartbeatStore, LastWords, is_second_hand, name_culprit
+from launch.ranks.heartbeat import CULPRIT, Hang, Heartbeat, HeartbeatStore, LastWords, is_second_hand, name_culprit
 
 
 def at(step: int, phase: str = "forward") -> Heartbeat:
@@ -50,23 +54,139 @@ def test_of_many_silent_ranks_a_few_are_listed_and_the_others_counted() -> None:
 
 
 class Keys(dict):
-    """As much of a TCPStore as is asked."""
+    """As much of a TCPStore as is asked, and how often it was."""
 
-    set = dict.__setitem__
+    asked = 0
+
+    def set(self, key: str, value: str) -> None:
+        self.asked += 1
+        self[key] = value.encode()
+
+    def multi_set(self, keys: list[str], values: list[str]) -> None:
+        self.update(zip(keys, map(str.encode, values), strict=True))
+
+    def compare_set(self, key: str, expected: str, value: str) -> None:
+        if self[key] == expected.encode():
+            self.set(key, value)
 
     def check(self, keys: list[str]) -> bool:
+        self.asked += 1
         return all(key in self for key in keys)
 
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        return self.multi_get([key])[0]
 
-def test_a_rank_that_has_finished_is_no_culprit_and_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, waits = Keys(), list[float]()
-    first, finished = (object.__new__(HeartbeatStore) for _ in range(2))
-    for rank, store in enumerate((first, finished)):
-        vars(store).update(rank=rank, world_size=2, hang=None, _store=keys)
-    first.write(at(9))
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.asked += 1
+        return [self[key] for key in keys]  # where the real one waits for a key that is not there, this raises
+
+    def add(self, key: str, amount: int) -> int:
+        self.asked += 1
+        self[key] = super().get(key, 0) + amount
+        return self[key]
+
+
+def stores(world_size: int) -> tuple[Keys, list[HeartbeatStore]]:
+    """Each with a first heartbeat in it."""
+    keys, made = Keys(), [object.__new__(HeartbeatStore) for _ in range(world_size)]
+    for rank, store in enumerate(made):
+        vars(store).update(rank=rank, world_size=world_size, hang=None, is_first_on_host=True, _store=keys)
+    made[0]._lay_out()
+    for store in made:
+        store.write(at(9))
+    return keys, made
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Time passes in sleeps alone; in each of them all that is in this list is called."""
+    clock, meanwhile = [0.0], list[Callable[[], None]]()
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        for call in meanwhile[:]:
+            call()
+
+    monkeypatch.setattr("launch.ranks.heartbeat.time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    return meanwhile
+
+
+GLOO = words(at(9), "RuntimeError: gloo", second_hand=True)
+
+
+def test_a_rank_that_has_finished_is_no_culprit_and_is_not_waited_for(sleeps: list) -> None:
+    _, (first, finished) = stores(2)
     finished.write(Heartbeat(step=9, phase="done", host="h", done=True))
-    monkeypatch.setattr("launch.ranks.heartbeat.time.sleep", waits.append)
-    assert first.find_culprit(words(at(9), "RuntimeError: gloo", second_hand=True), 0.2) == "" and not waits
+    sleeps.append(lambda: pytest.fail("waited"))
+    assert first.find_culprit(GLOO, 0.2) == ""
+
+
+def test_one_of_many_ranks_looks_and_the_others_read_what_it_found(sleeps: list) -> None:
+    """With a look through all messages by each of 512 ranks the store's one thread is behind by more than a rank's patience. What
+    rank 0 finds as its patience ends is read by the others before it goes, and with it the store."""
+    keys, ranks = stores(512)
+    said, asked = dict[int, str](), dict[int, int]()
+    silent = "died without a word (killed, out of memory, or cut off from the network): rank 7 at step 9, forward (host h)"
+
+    def others() -> None:
+        for store in ranks[1:]:
+            if store.rank != 7 and store.rank not in said and keys[CULPRIT]:
+                before = keys.asked
+                said[store.rank] = store.find_culprit(GLOO, 5.0)
+                asked[store.rank] = keys.asked - before
+
+    def alive() -> None:
+        for store in ranks[1:7] + ranks[8:]:
+            keys[f"Heartbeat_{store.rank}"] = json.dumps({**vars(at(9)), "beat": 1}).encode()
+
+    sleeps += [alive, others]
+    assert ranks[0].find_culprit(GLOO, 5.0) == silent
+    assert keys.asked - sum(asked.values()) < 1000, "not one question for every message, again and again"
+    assert said == dict.fromkeys({*range(1, 512)} - {7}, silent)
+    assert max(asked.values()) < 10
+    assert [store.is_first_on_host for store in ranks].count(True) == 2, "the first of the host, and the one that is gone"
+
+
+def test_whose_own_fault_it_was_is_said_at_once(sleeps: list) -> None:
+    """And over what others took it for."""
+    keys, ranks = stores(3)
+    keys.set(CULPRIT, "died without a word")
+    sleeps.append(lambda: pytest.fail("waited"))
+    named = "rank 2 failed at step 4, saving (host h): OSError: disk"
+    assert ranks[2].find_culprit(words(at(4, "saving"), "OSError: disk"), 5.0) == named
+    assert ranks[1].find_culprit(GLOO, 5.0) == named
+    assert ranks[0].find_culprit(GLOO, 5.0) == named
+
+
+def test_without_a_word_from_rank_0_a_rank_looks_for_itself(sleeps: list) -> None:
+    """It waits in a collective with others, and has not failed."""
+    keys, ranks = stores(3)
+    sleeps.append(lambda: keys.__setitem__("Heartbeat_0", json.dumps({**vars(at(9)), "beat": 1}).encode()))
+    assert ranks[1].find_culprit(GLOO, 5.0).endswith("rank 2 at step 9, forward (host h)")
+
+
+def test_a_hang_is_what_the_first_to_find_one_says(sleeps: list) -> None:
+    """At once: rank 0 goes three seconds after it, and whoever heard of it ends with the code of a hang."""
+    _, ranks = stores(2)
+    assert ranks[0].read_hang() is None and not ranks[0].has_alarm()
+    ranks[1].write(Hang(cause="silent", suspect=0))
+    ranks[0].write(Hang(cause="nothing moves", suspect=1))
+    assert ranks[0].has_alarm() and ranks[0].read_hang() == ranks[0].hang == Hang(cause="silent", suspect=0)
+    sleeps.append(lambda: pytest.fail("waited"))
+    assert ranks[1].find_culprit(GLOO, 5.0) == "silent" and ranks[1].hang == ranks[0].hang
+
+
+def test_the_store_of_rank_0_answers_what_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one: what no rank has left yet is empty, and nobody waits for it."""
+    monkeypatch.setattr("launch.ranks.heartbeat.dist.broadcast_object_list", lambda *_, **__: None)
+    store = HeartbeatStore(0, 2, timeout=60)
+    store.write(at(9))
+    assert store.read(Heartbeat) == {0: at(9)} and store.read(LastWords) == {} and store.read_hang() is None
+    store.write(Hang(cause="nothing moves"))
+    store.write(Hang(cause="silent"))
+    assert store.read_hang() == Hang(cause="nothing moves")
+    assert store.find_culprit(GLOO, 0.0) == "nothing moves"
+    assert not store.claim_host("h") and store.claim_host("another")
 
 
 @pytest.mark.parametrize(
