@@ -59,6 +59,20 @@ def to_number(value: Any) -> float:
     return math.nan
 
 
+def to_table(value: Any) -> NDArray[np.float32] | None:
+    """A list of equally long lists, one a layer, in a fiftieth of their memory; None for anything else."""
+    if not (isinstance(value, list) and value and all(isinstance(row, list) and len(row) == len(value[0]) for row in value)):
+        return None
+    with np.errstate(over="ignore"):
+        try:
+            table_YE = np.array(value, np.float32)
+            if table_YE.ndim == 2:
+                return table_YE
+        except (TypeError, ValueError, OverflowError):  # a cell that is no number
+            pass
+        return np.array([[to_number(cell) for cell in row] for row in value], np.float32)
+
+
 def to_columns(rows: list[Row]) -> Columns:
     """Rows as columns; a key that a row lacks is NaN there."""
     keys: dict[str, Any] = {}

@@ -1,22 +1,24 @@
 """Heat maps, packed: one byte a cell between a least and a greatest value, as base64.
 
-Shapes: N logged steps, P columns of a map, Y layers, E experts.
+Shapes: N logged steps, P columns of a map, Y layers, E experts, G rows of a layer whose experts are merged.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.reporting.columns import Floats, to_number
+from launch.reporting.columns import Floats
 from launch.reporting.curves import bucket_starts, per_layer_columns
 from launch.reporting.read import Run
 
 COLUMNS = 320
-LEAST_COLUMNS = 8  # a map that would get fewer is left out
+LEAST_COLUMNS = 8  # a map that would get fewer is left out, or has its experts merged
 CELLS = 60_000  # of one metric's maps of all runs: 80 KB in the page
 MAPS = ("max_vio", "max_vio_window", "load_entropy", "unused_experts", "bias_range", "router_logit_rms", "attention_sink_mass")
 EMPTY = 255
@@ -43,35 +45,62 @@ def layer_map(column_NY: Floats, steps: NDArray[np.int64], cells: int) -> dict[s
     if columns < min(LEAST_COLUMNS, len(steps)):
         return None
     starts = bucket_starts(len(steps), columns)
-    finite = np.isfinite(column_NY)
-    counts_PY = np.add.reduceat(finite, starts, axis=0, dtype=np.int64)
+    return pack(_means(column_NY, starts).T, _last_of(starts, steps))
+
+
+def _means(column_NX: Floats, starts: NDArray[np.int64]) -> Floats:
+    """`[P, ...]`: the mean of what is finite from each start to the next."""
+    finite = np.isfinite(column_NX)
+    counts_PX = np.add.reduceat(finite, starts, axis=0, dtype=np.int64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        cells_PY = np.add.reduceat(np.where(finite, column_NY, 0.0), starts, axis=0) / counts_PY
-    return pack(cells_PY.T, steps[np.append(starts[1:], len(steps)) - 1])
+        means_PX: Floats = np.add.reduceat(np.where(finite, column_NX, 0.0), starts, axis=0) / counts_PX
+    return means_PX
+
+
+def _last_of(starts: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    return steps[np.append(starts[1:], len(steps)) - 1]
 
 
 def expert_map(run: Run, cells: int) -> dict[str, Any] | None:
-    """Load of every expert over its fair share, layers below each other, from the snapshots that training keeps."""
-    tables = [(row["step"], _to_table(row["expert_load"])) for row in run.snapshots if _is_table(row.get("expert_load"))]
+    """Load of every expert over its fair share, layers below each other, from the snapshots that training keeps.
+
+    Where there are more experts than rows, neighbours are merged, and have two rows: the least and the greatest of their loads.
+    """
+    tables = [(row["step"], row["expert_load"]) for row in run.snapshots if "expert_load" in row]
     if not tables:
         return None
     shape = tables[-1][1].shape
     tables = [(step, load_YE) for step, load_YE in tables if load_YE.shape == shape]
-    load_NYE = np.array([load_YE for _, load_YE in tables])
+    merged = _merged(*shape, len(tables), cells)
+    if merged is None:
+        return None
+    load_NYE = np.array([load_YE for _, load_YE in tables], np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         share_NYE = load_NYE / load_NYE.mean(axis=2, keepdims=True)
-    flat = share_NYE.reshape(len(tables), -1)
-    steps = np.array([step for step, _ in tables], np.int64)
-    packed = layer_map(flat, steps, cells)
-    return {**packed, "experts": shape[1]} if packed else None
+    starts = bucket_starts(len(tables), columns_for(_rows(*shape, merged), cells))
+    cells_PYG = _least_and_greatest(_means(share_NYE, starts), merged)
+    packed = pack(cells_PYG.reshape(len(starts), -1).T, _last_of(starts, np.array([step for step, _ in tables], np.int64)))
+    return {**packed, "layers": shape[0], "experts": shape[1], "merged": merged}
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, list) and len(row) == len(value[0]) for row in value)
+def _rows(layers: int, experts: int, merged: int) -> int:
+    return layers * (experts if merged == 1 else 2 * math.ceil(experts / merged))
 
 
-def _to_table(rows: list[list[Any]]) -> Floats:
-    return np.array([[to_number(cell) for cell in row] for row in rows])
+def _merged(layers: int, experts: int, steps: int, cells: int) -> int | None:
+    """The fewest experts to a group, 1, 4, 8 ..., with which the map has columns enough; None where not even all of a layer."""
+    sizes = [1, *itertools.takewhile(lambda size: size < experts, (4 << i for i in itertools.count())), experts]
+    wanted = min(LEAST_COLUMNS, steps)
+    return next((size for size in sizes if columns_for(_rows(layers, experts, size), cells) >= wanted), None)
+
+
+def _least_and_greatest(share_PYE: Floats, merged: int) -> Floats:
+    """Of each so many experts in turn. Of means over time: an expert without a token stays dark, a pause of one does not."""
+    if merged == 1:
+        return share_PYE
+    firsts = np.arange(0, share_PYE.shape[2], merged)
+    ends = [ufunc.reduceat(share_PYE, firsts, axis=2) for ufunc in (np.fmin, np.fmax)]
+    return np.stack(ends, axis=3).reshape(*share_PYE.shape[:2], -1)
 
 
 def heat_maps_of(run: Run, cells: int = CELLS) -> dict[str, Any]:

@@ -55,14 +55,14 @@ Report.heatScale = (name) => {
 
 Report.heatCard = (index, alone) => {
   const { element, state } = Report;
-  const run = Report.data.runs[index], map = run.heat[state.heat], layers = map.experts ? map.rows / map.experts : map.rows;
+  const run = Report.data.runs[index], map = run.heat[state.heat], layers = map.layers ?? map.rows;
   const scale = Report.heatScale(state.heat), ramp = Report.ramp(Report.ramps[document.documentElement.dataset.theme][scale.two ? "two" : "one"]);
   const label = `${Report.heatTitles[state.heat]}, ${run.name}`;
   const canvas = element("canvas", { "data-heat": state.heat, tabindex: "0", role: "img", "aria-label": label }), bar = element("canvas", { width: 160, height: 1 }), tip = element("div", { class: "tip" });
   const title = Report.data.runs.length > 1 ? run.name : Report.heatTitles[state.heat];
   const height = Math.max(110, Math.min(420, map.experts ? map.rows * 5 : layers * 16));
   const card = element("section", { class: `card chart heat${alone ? " wide" : ""}` }, element("header", {}, element("h3", {}, title),
-    element("span", { class: "unit" }, map.experts ? `${layers} layers of ${map.experts} experts` : `${layers} layers, the first on top`)),
+    element("span", { class: "unit" }, map.experts ? `${layers} layers of ${map.experts} experts${map.merged > 1 ? `, least and greatest of each ${map.merged}` : ""}` : `${layers} layers, the first on top`)),
     element("div", { class: "plot" }, canvas, tip), element("div", { class: "scale" }, scale.ends[0], bar, scale.ends[1], scale.note));
   card.paint = () => {
     const pixels = bar.getContext("2d").createImageData(160, 1);
@@ -139,11 +139,19 @@ Report.heatTip = (event, canvas, tip, map) => {
   tip.style.display = inside ? "block" : "none";
   if (!inside) return;
   const value = Report.cellValue(map, row, column), { experts } = map;
-  const where = experts ? `layer ${Math.floor(row / experts)}, expert ${row % experts}` : `layer ${row}`;
+  const where = experts ? Report.expertsOf(map, row) : `layer ${row}`;
   const text = value === null ? "nothing" : Report.format(value, 3) + (experts ? " × its fair share" : "");
   tip.replaceChildren(Report.element("div", { class: "at" }, `${where}, step ${map.steps[column].toLocaleString("en")}`), Report.element("b", {}, text));
   tip.style.left = `${x + 14 + tip.offsetWidth > canvas.clientWidth ? x - tip.offsetWidth - 14 : x + 14}px`;
   tip.style.top = `${Math.max(0, event.offsetY - 18)}px`;
+};
+
+// Two rows of a layer stand for each so many experts where these are merged: the least and the greatest load.
+Report.expertsOf = (map, row) => {
+  const rows = map.rows / map.layers, layer = `layer ${Math.floor(row / rows)}`, at = row % rows;
+  if (map.merged === 1) return `${layer}, expert ${at}`;
+  const first = Math.floor(at / 2) * map.merged, last = Math.min(first + map.merged, map.experts) - 1;
+  return `${layer}, experts ${first} to ${last}, the ${at % 2 ? "greatest" : "least"}`;
 };
 
 // Arrow keys go from cell to cell, from the last column on.

@@ -13,6 +13,7 @@ import pytest
 from chromium import CHROMIUM, DRIVER, MISSING, Browser, start_browser
 from made_up_runs import CONFIG, TOKENS, Row, expected_loss, healthy_rows, write_run
 
+from launch.reporting import page as page_module
 from launch.reporting.evaluations import Evaluation, Generation
 from launch.reporting.page import build_page
 from launch.reporting.read import read_run
@@ -286,6 +287,20 @@ def test_heat_map_names_layer_expert_step_and_value(browser: Browser, tmp_path: 
         browser.devtools("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code)
     label = browser.script("return document.querySelector('.heat canvas').getAttribute('aria-label')")
     assert label.startswith("Load of every expert over its fair share, first: layer 0, expert 1, step 900") and "0.2 ×" in label
+
+
+def test_merged_experts_are_named_as_a_group(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "CELLS", 4 * 2 * 2 * 8)  # of four layers of eight experts
+    browser.open(write_page(tmp_path))
+    browser.script(
+        "const s = document.querySelector('#heat select'); s.value = 'expert_load'; s.dispatchEvent(new Event('change'));"
+    )
+    browser.hover(".heat canvas", 0.5, 0.01)
+    assert "layer 0, experts 0 to 3, the least" in browser.script("return document.querySelector('.heat .tip').innerText")
+    browser.hover(".heat canvas", 0.5, 0.81)  # below it are the steps
+    assert "layer 3, experts 4 to 7, the greatest" in browser.script("return document.querySelector('.heat .tip').innerText")
+    text = browser.script("return document.querySelector('.heat header').innerText")
+    assert "4 layers of 8 experts, least and greatest of each 4" in text
 
 
 def test_marks_are_told_where_they_happened(browser: Browser, tmp_path: Path) -> None:

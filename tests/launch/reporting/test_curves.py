@@ -139,3 +139,27 @@ def test_expert_load_is_a_share_of_the_fair_one(tmp_path: Path) -> None:
     values = found["lo"] + (found["hi"] - found["lo"]) * bytes_ / 254
     assert found["experts"] == 4 and found["steps"] == [100, 200]
     np.testing.assert_allclose(values[:, 0], [0.5, 1.5, 1, 1, 4, 0, 0, 0], atol=4 / 254)
+    assert (found["layers"], found["merged"]) == (2, 1)
+
+
+def test_more_experts_than_rows_are_merged_and_a_dead_one_still_shows(tmp_path: Path) -> None:
+    """From 7,501 layers x experts on the map was left out of the page without a word."""
+    load_YE = np.full((3, 22), 10.0)
+    load_YE[1, 9], load_YE[2, 20] = 0, 30  # in the third group of four, and in the last, of two
+    tables = [load_YE.copy() for _ in range(20)]
+    for step, table_YE in enumerate(tables):  # one in turn without a token: a mean over the column's steps of each is not dark
+        table_YE[0, step % 2] = 0
+    rows = [*healthy_rows(), *({"step": 10 * i, "expert_load": t.tolist()} for i, t in enumerate(tables, 1))]
+    found = heat_maps_of(read_run(write_run(tmp_path / "run", rows)), cells=10 * 3 * 2 * 6)["expert_load"]
+    assert {k: found[k] for k in ("layers", "experts", "merged", "rows", "columns")} == {
+        "layers": 3, "experts": 22, "merged": 4, "rows": 3 * 2 * 6, "columns": 10
+    }  # fmt: skip
+    bytes_ = np.frombuffer(base64.b64decode(found["data"]), np.uint8).reshape(3, 6, 2, 10)
+    values = found["lo"] + (found["hi"] - found["lo"]) * bytes_ / 254
+    share = load_YE / load_YE.mean(axis=1, keepdims=True)
+    expected = np.array([[[f(share[y, g : g + 4]) for f in (min, max)] for g in range(0, 22, 4)] for y in (1, 2)])
+    np.testing.assert_allclose(values[1:], np.repeat(expected[..., None], 10, axis=3), atol=3 / 254)
+    assert values[1, 2, 0].max() == 0 and values[0, 0, 0].min() > 0.5
+    whole = heat_maps_of(read_run(tmp_path / "run"), cells=3 * 2 * 8)["expert_load"]
+    assert (whole["merged"], whole["rows"]) == (22, 6)
+    assert "expert_load" not in heat_maps_of(read_run(tmp_path / "run"), cells=3 * 2 * 8 - 1)

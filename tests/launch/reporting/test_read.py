@@ -11,8 +11,8 @@ import pytest
 from made_up_runs import healthy_rows, training_row, write_run
 
 from data.cli import UserError
-from launch.reporting.columns import MOST_NAMES, join, to_columns
-from launch.reporting.read import BLOCK, read_run
+from launch.reporting.columns import MOST_NAMES, join, to_columns, to_table
+from launch.reporting.read import BLOCK, MOST_TABLES, read_run
 
 
 def test_columns_are_the_rows(tmp_path: Path) -> None:
@@ -104,6 +104,25 @@ def test_evaluations_that_come_before_the_first_row_after_a_rollback(tmp_path: P
     run = read_run(write_run(tmp_path / "run", rows))
     assert [(row["step"], row["val_loss"]) for row in run.evaluations] == [(105, 2.1)]
     assert max(row["step"] for row in run.snapshots) == 105
+
+
+def test_of_very_many_snapshots_a_map_s_worth_of_tables_is_kept(tmp_path: Path) -> None:
+    """All of them as lists took 7 GB for a million steps of 60 layers of 256 experts; `plan.py --from` held them too."""
+    rows = [{"step": s, "expert_load": [[s, 1.5], [None, 0]], "update_to_weight": {"decay": s}} for s in range(1, 3 * MOST_TABLES)]
+    run = read_run(write_run(tmp_path / "run", rows))
+    assert len(run.snapshots) == len(rows) and all("update_to_weight" in row for row in run.snapshots)
+    tables = {row["step"]: row["expert_load"] for row in run.snapshots if "expert_load" in row}
+    assert list(tables) == list(range(1, 3 * MOST_TABLES, 4)) and MOST_TABLES / 2 <= len(tables) <= MOST_TABLES
+    for step, table_YE in tables.items():
+        assert table_YE.dtype == np.float32
+        np.testing.assert_array_equal(table_YE, [[step, 1.5], [math.nan, 0]])
+
+
+@pytest.mark.parametrize("value", [[[[1, 2]]], [["1e"]], [[10**400]], [[{}]]])
+def test_a_table_s_cell_that_is_no_number_is_none(value: list) -> None:
+    table_YE = to_table(value)
+    assert table_YE is not None and table_YE.shape == (1, 1) and np.isnan(table_YE).all()
+    assert all(to_table(other) is None for other in (value[0][0], [], [1], [[1], [1, 2]], "text", None))
 
 
 def test_skipped_steps_of_a_part_that_was_repeated_are_still_told(tmp_path: Path) -> None:
