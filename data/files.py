@@ -139,10 +139,10 @@ def read_json(path: Path, most: int = SMALL_BYTES, **options: Any) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, most: int = SMALL_BYTES) -> dict[str, Any]:
     """The same where it is a JSON object; empty where the file is missing or anything else: for what may be lacking."""
     try:
-        value = read_json(path)
+        value = read_json(path, most)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -27,6 +27,8 @@ FORMAT_NAME = "moe-code-gpt-shards"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
+#: Of a manifest or a job's state, which list every shard, some 350 bytes each, and every input: twelve million shards.
+LISTING_BYTES = 1 << 32
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -113,7 +115,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         make = f"make them with python data/preprocess.py --input ... --output {folder}"
         raise NotFound(f"no shards at {folder}: {what}; {make}")
     try:
-        manifest = read_json(path)
+        manifest = read_json(path, LISTING_BYTES)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({sentence(error)})") from error
     return check_manifest(path, manifest)

@@ -14,7 +14,7 @@ from data.files import make_folder, naming, read_json, replace_file, sync_file
 from data.lock import FolderLock, take_folder
 from data.pipeline.arguments import PreprocessArguments
 from data.pipeline.inputs import INPUTS
-from data.shards import MANIFEST, SPLITS, load_manifest
+from data.shards import LISTING_BYTES, MANIFEST, SPLITS, load_manifest
 from data.sources.blocks import Rejection
 from data.sources.discover import Source
 
@@ -72,7 +72,7 @@ def check_flags(folder: Path, wanted: dict[str, Any]) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """Raises UserError: checkpoints and data sets saved by others have a file of this name too."""
     try:
-        state = read_json(path)
+        state = read_json(path, LISTING_BYTES)
     except ValueError:
         state = None
     if not isinstance(state, dict) or not isinstance(state.get("arguments"), dict):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.files import read_object
 from data.redact import redact
-from data.shards import MANIFEST
+from data.shards import LISTING_BYTES, MANIFEST
 from launch.checkpoint.folder import run_of
 from launch.reporting.read import parse
 
@@ -151,7 +151,7 @@ def data_lines(run: dict[str, Any]) -> list[str]:
 def shard_manifests(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(folder, manifest) of the run's data, where it still lies where it was trained from."""
     folders = [str(folder) for folder in _list(_object(run, "sources"), "sources")]
-    read = [(folder, read_object(Path(folder) / MANIFEST)) for folder in folders]
+    read = [(folder, read_object(Path(folder) / MANIFEST, LISTING_BYTES)) for folder in folders]
     return [(folder, manifest) for folder, manifest in read if manifest]
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from data_helpers import command, contents, environment, no_file_beyond, write_rows
 
+from data import files
 from data.cli import UserError
 from data.lock import take_folder
 from data.pipeline import job, ledger
 from data.pipeline.ledger import Ledger
+from data.shards import load_manifest
 
 
 def test_a_job_s_folder_keeps_its_name(tmp_path: Path, synced: list[Path]) -> None:
@@ -59,6 +61,18 @@ def test_other_arguments_are_refused_with_the_difference(
     after = contents(folder)
     # The lock names who looked in last.
     assert (after.pop(".lock", None) is None) == (before.pop(".lock", None) is None) and after == before
+
+
+def test_what_lists_every_shard_may_be_larger_than_other_settings(
+    expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 780,335 shards on, the manifest of a job that had gone well was over the limit for small files and could not be read."""
+    Ledger.open(tmp_path / "job", {"note": "x" * 200}).lock.release()
+    monkeypatch.setattr(files.read_json, "__defaults__", (100,))
+    with pytest.raises(OSError, match="at most 100 bytes"):
+        files.read_json(expected / "manifest.json")
+    assert load_manifest(expected)["format"]
+    assert ledger.read_state(tmp_path / "job/state.json")["arguments"] == {"note": "x" * 200}
 
 
 def test_the_difference_of_many_inputs_is_found_at_once() -> None:
