@@ -51,7 +51,7 @@ def report(manifest: dict[str, Any], args: PreprocessArguments, seconds: float) 
     if "fill_in_the_middle" in counts:
         say(f"rearranged for fill-in-the-middle: {counts['fill_in_the_middle']:,} documents or parts of long ones", stdout)
     if count := counts.get("not_indexed"):
-        alike = f"each is like {MOST_ALIKE:,} before it, though no near duplicate of one"
+        alike = f"each is like {MOST_ALIKE:,} before it and no near duplicate"
         say(
             f"note: nothing was compared with {count:,} documents: {alike}; a later near duplicate of theirs may have stayed",
             stdout,

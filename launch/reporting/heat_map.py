@@ -58,7 +58,8 @@ def _means(column_NX: Floats, starts: NDArray[np.int64]) -> Floats:
 
 
 def _last_of(starts: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:
-    return steps[np.append(starts[1:], len(steps)) - 1]
+    last: NDArray[np.int64] = steps[np.append(starts[1:], len(steps)) - 1]
+    return last
 
 
 def expert_map(run: Run, cells: int) -> dict[str, Any] | None:
@@ -69,18 +70,18 @@ def expert_map(run: Run, cells: int) -> dict[str, Any] | None:
     tables = [(row["step"], row["expert_load"]) for row in run.snapshots if "expert_load" in row]
     if not tables:
         return None
-    shape = tables[-1][1].shape
-    tables = [(step, load_YE) for step, load_YE in tables if load_YE.shape == shape]
-    merged = _merged(*shape, len(tables), cells)
+    layers, experts = tables[-1][1].shape
+    tables = [(step, load_YE) for step, load_YE in tables if load_YE.shape == (layers, experts)]
+    merged = _merged(layers, experts, len(tables), cells)
     if merged is None:
         return None
     load_NYE = np.array([load_YE for _, load_YE in tables], np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         share_NYE = load_NYE / load_NYE.mean(axis=2, keepdims=True)
-    starts = bucket_starts(len(tables), columns_for(_rows(*shape, merged), cells))
+    starts = bucket_starts(len(tables), columns_for(_rows(layers, experts, merged), cells))
     cells_PYG = _least_and_greatest(_means(share_NYE, starts), merged)
     packed = pack(cells_PYG.reshape(len(starts), -1).T, _last_of(starts, np.array([step for step, _ in tables], np.int64)))
-    return {**packed, "layers": shape[0], "experts": shape[1], "merged": merged}
+    return {**packed, "layers": layers, "experts": experts, "merged": merged}
 
 
 def _rows(layers: int, experts: int, merged: int) -> int:
