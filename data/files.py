@@ -14,7 +14,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO
+from types import SimpleNamespace
+from typing import IO, Any, BinaryIO, cast
 
 #: More than any manifest or configuration has; one that is larger is something else.
 SMALL_BYTES = 1 << 28
@@ -164,10 +165,18 @@ def finite(value: Any) -> Any:
     return value
 
 
-def hash_file(path: Path, digest: str | Callable[[], Any] = "sha256") -> str:
-    """Hexadecimal digest of a file's content; `digest` as of `hashlib.file_digest`."""
+def hash_file(path: Path, digest: str | Callable[[], Any] = "sha256", on_read: Callable[[], object] = lambda: None) -> str:
+    """Hexadecimal digest of a file's content; `digest` as of `hashlib.file_digest`. `on_read` is called after each part of it, for
+    a watchdog."""
+    made = hashlib.new(digest) if isinstance(digest, str) else digest()
+
+    def update(part: memoryview) -> None:
+        made.update(part)
+        on_read()
+
     with naming(path), open(path, "rb", buffering=0) as file:
-        return str(hashlib.file_digest(file, digest).hexdigest())
+        hashlib.file_digest(file, lambda: cast("Any", SimpleNamespace(update=update)))
+    return str(made.hexdigest())
 
 
 def is_open_at(handle: int, path: Path) -> bool:

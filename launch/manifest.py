@@ -10,6 +10,7 @@ passing over a checkpoint that is whole could throw away days.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -29,6 +30,9 @@ MANIFEST_FORMAT = 1
 HASH = xxhash.xxh3_128
 #: Seconds to wait before a file that could not be read is tried again: a network file system's hiccup lasts as long.
 RETRY_AFTER: tuple[float, ...] = (0.1, 0.5, 2.0)
+#: Bytes that are read or written at a time, and written ones then brought to the disk: a disk that moves shows it within seconds,
+#: where a large memory would take in a whole checkpoint and leave it to one fsync of half an hour.
+PART_BYTES = 1 << 28
 
 T = TypeVar("T")
 
@@ -58,22 +62,38 @@ class UnreadableError(UserError):
 
 class HashingFile:
     """A binary file for `torch.save` that hashes what passes through, so that the checksum is of what was meant to be
-    written, not of what a full or faulty disk made of it. `close` returns only when the bytes are on the disk."""
+    written, not of what a full or faulty disk made of it. `close` returns only when the bytes are on the disk.
 
-    def __init__(self, path: Path) -> None:
+    `on_write` is called after each part of what is written, for a watchdog.
+    """
+
+    def __init__(self, path: Path, on_write: Callable[[], object] = lambda: None) -> None:
         self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by `close`
         self._hash = xxhash.xxh3_128()
-        self._bytes = 0
+        self._bytes = self._unsynced = 0
+        self._on_write = on_write
         self.error: OSError | None = None  # the first; torch reports it as something else
 
-    def write(self, data: bytes) -> int:
-        self._hash.update(data)
-        self._bytes += len(data)
+    def write(self, data: bytes | memoryview) -> int:
+        whole = memoryview(data).cast("B")
+        for start in range(0, len(whole), PART_BYTES):
+            self._write_part(whole[start : start + PART_BYTES])
+        return len(whole)
+
+    def _write_part(self, part: memoryview) -> None:
+        self._hash.update(part)
+        self._bytes += len(part)
+        self._unsynced += len(part)
         try:
-            return self._file.write(data)
+            self._file.write(part)
+            if self._unsynced >= PART_BYTES:
+                self._unsynced = 0
+                self._file.flush()
+                os.fsync(self._file.fileno())
         except OSError as error:
             self.error = self.error or error
             raise
+        self._on_write()
 
     def flush(self) -> None:
         self._file.flush()
@@ -91,16 +111,16 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def record_file(path: Path) -> FileRecord:
+def record_file(path: Path, on_read: Callable[[], object] = lambda: None) -> FileRecord:
     """The record of a file that somebody else wrote, which is also brought to the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "xxh3_128": hash_file(path, HASH)}
+    return {"bytes": path.stat().st_size, "xxh3_128": hash_file(path, HASH, on_read)}
 
 
-def record_all(folder: Path) -> dict[str, FileRecord]:
+def record_all(folder: Path, on_read: Callable[[], object] = lambda: None) -> dict[str, FileRecord]:
     """The records of every file in a folder, by its path relative to it."""
-    return {str(p.relative_to(folder)): record_file(p) for p in folder.rglob("*") if p.is_file()}
+    return {str(p.relative_to(folder)): record_file(p, on_read) for p in folder.rglob("*") if p.is_file()}
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileRecord], **about: Any) -> None:
@@ -149,7 +169,9 @@ def check_listed(folder: Path, files: Mapping[str, FileRecord]) -> None:
             raise DamagedError(f"{path} is not listed in {MANIFEST}: it was put there, or {MANIFEST} is another checkpoint's")
 
 
-def check_files(folder: Path, files: Mapping[str, FileRecord], hashed: Iterable[str]) -> None:
+def check_files(
+    folder: Path, files: Mapping[str, FileRecord], hashed: Iterable[str], on_read: Callable[[], object] = lambda: None
+) -> None:
     """Every file is there at its size, and those in `hashed` have their checksum. Raises DamagedError naming the file."""
     for name, record in files.items():
         path = folder / name
@@ -159,12 +181,12 @@ def check_files(folder: Path, files: Mapping[str, FileRecord], hashed: Iterable[
         if found.st_size != record["bytes"]:
             raise DamagedError(f"{path} has {found.st_size:,} bytes, {record['bytes']:,} were written")
     for name in hashed:
-        if _hash_of(folder / name) != files[name]["xxh3_128"]:
+        if _hash_of(folder / name, on_read) != files[name]["xxh3_128"]:
             raise DamagedError(f"{folder / name} is damaged: its checksum is not the one it was written with")
 
 
-def _hash_of(path: Path) -> str:
-    return _reading(path, lambda: hash_file(path, HASH))
+def _hash_of(path: Path, on_read: Callable[[], object]) -> str:
+    return _reading(path, lambda: hash_file(path, HASH, on_read))
 
 
 def _reading(path: Path, action: Callable[[], T], *, missing: str = "is missing") -> T:
@@ -184,14 +206,25 @@ def _reading(path: Path, action: Callable[[], T], *, missing: str = "is missing"
     raise AssertionError("the last try returns or raises")
 
 
-def read_verified(path: Path, record: FileRecord) -> bytes:
+def read_verified(path: Path, record: FileRecord, on_read: Callable[[], object] = lambda: None) -> BinaryIO:
     """A file's content, verified as it is in memory: a disk may give other bytes than when it was verified.
 
     Raises DamagedError where it is other than was written, UnreadableError where it cannot be read.
     """
-    content = _reading(path, path.read_bytes)
-    if xxhash.xxh3_128(content).hexdigest() != record["xxh3_128"]:
+    content = _reading(path, lambda: _read(path, on_read))
+    if xxhash.xxh3_128(content.getbuffer()).hexdigest() != record["xxh3_128"]:
         raise DamagedError(f"{path} reads otherwise than when it was verified a moment ago: its disk or this host's memory fails")
+    return content
+
+
+def _read(path: Path, on_read: Callable[[], object]) -> io.BytesIO:
+    """A whole file, without a second copy of it on the way."""
+    with open(path, "rb", buffering=0) as file:
+        content, start = io.BytesIO(bytes(os.fstat(file.fileno()).st_size)), 0
+        with content.getbuffer() as view:
+            while count := file.readinto(view[start : start + PART_BYTES]):
+                start += count
+                on_read()
     return content
 
 
@@ -205,10 +238,12 @@ def find_manifest(folder: Path) -> tuple[dict[str, Any] | None, str]:
         return None, str(error)
 
 
-def first_damage(folder: Path, files: Mapping[str, FileRecord], hashed: Iterable[str]) -> str:
+def first_damage(
+    folder: Path, files: Mapping[str, FileRecord], hashed: Iterable[str], on_read: Callable[[], object] = lambda: None
+) -> str:
     """What is wrong with the first damaged file, as `check_files` says it; empty where all are whole."""
     try:
-        check_files(folder, files, hashed)
+        check_files(folder, files, hashed, on_read)
     except DamagedError as error:
         return str(error)
     return ""

@@ -7,6 +7,7 @@ refuse with the same sentence.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,12 @@ class _Meant:
 
 
 class CheckpointChooser:
-    """Chooses for one run; every method that is not private is collective."""
+    """Chooses for one run; every method that is not private is collective. `on_read`: called as files are read, for a watchdog."""
 
-    def __init__(self, own: CheckpointFolder, identity: RunIdentity, ranks: ControlGroup) -> None:
-        self.own, self.identity, self.ranks = own, identity, ranks
+    def __init__(
+        self, own: CheckpointFolder, identity: RunIdentity, ranks: ControlGroup, on_read: Callable[[], object] = lambda: None
+    ) -> None:
+        self.own, self.identity, self.ranks, self.on_read = own, identity, ranks, on_read
 
     def choose(self, resume: str) -> ResumeChoice:
         """`resume`: "auto", "never", or a path to a checkpoint or a run.
@@ -188,7 +191,7 @@ class CheckpointChooser:
             return damage
         files = manifest["files"]
         mine = share(files, self.ranks.rank, self.ranks.size)
-        found = self.ranks.run_everywhere(lambda: first_damage(path, files, mine))
+        found = self.ranks.run_everywhere(lambda: first_damage(path, files, mine, self.on_read))
         return next(filter(None, found), "")
 
     def _accept(self, path: Path) -> ResumeFrom:

@@ -22,8 +22,9 @@ from launch.cli import CLONE
 from launch.ranks.spawn import environment_of_no_rank
 
 
-def run_converter(source: Path, target: Path, on_phase: Callable[[str], None]) -> None:
-    """Convert the checkpoint `source` into the new folder `target`. Raises UserError with the converter's last words."""
+def run_converter(source: Path, target: Path, tick: Callable[[], object]) -> None:
+    """Convert the checkpoint `source` into the new folder `target`; `tick` is called as it gets on. Raises UserError with the
+    converter's last words."""
     command = [sys.executable, "-m", "launch.checkpoint.converter", str(source), str(target)]
     said: list[str] = []
     with subprocess.Popen(
@@ -39,7 +40,7 @@ def run_converter(source: Path, target: Path, on_phase: Callable[[str], None]) -
         assert process.stdout is not None
         for line in process.stdout:
             said.append(line)
-            on_phase("converting a checkpoint")
+            tick()
         code = process.wait()
     if code:
         raise UserError(f"{source} could not be converted: {' '.join(' '.join(said).split())[-400:]}")

@@ -35,7 +35,8 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
 
     With `later`, what is saved is copied to host memory, for `flush` to write while training goes on. `records`: what a manifest
     says of the files, which are then verified once more as they are read. `together`: runs each reading on all ranks, which raise
-    alike; DeepSpeed lets every rank read as many files in the same order, and waits for all of them after the last.
+    alike; DeepSpeed lets every rank read as many files in the same order, and waits for all of them after the last. `on_part`: for
+    a watchdog, called after each part of a file that is read, or written at once; of what is written later `parts` counts them.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
         later: bool = False,
         records: Mapping[str, FileRecord] | None = None,
         together: Callable[[Callable[[], None]], object] | None = None,
+        on_part: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__()
         save_stages_by_value()
@@ -55,6 +57,11 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
         self._records, self._together = records or {}, together
         self._shapes: list[dict[str, Any]] | None = None
         self._waiting: list[tuple[Path, Any]] | None = [] if later else None
+        self.parts = 0
+        self._on_part = self._count if later else on_part
+
+    def _count(self) -> None:
+        self.parts += 1
 
     def create(self, info: Any) -> None:
         """DeepSpeed announces a checkpoint; its folder exists."""
@@ -74,7 +81,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
         # Not mapped: an optimizer may keep the tensors as they are, and with them a deleted file's disk space.
         file = Path(path)  # without the "/./" of DeepSpeed's empty tag
         record = self._records.get(os.path.relpath(file, self.folder))
-        content = load_file(file, mmap=False, content=read_verified(file, record) if record is not None else None)
+        content = load_file(file, mmap=False, content=read_verified(file, record, self._on_part) if record else None)
         if isinstance(content, dict) and content.get("param_shapes"):
             self._shapes = content["param_shapes"]  # DeepSpeed reads the model's file before the optimizer's
         check_finite(content, file, shapes=self._shapes)
@@ -115,7 +122,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has 
             return
         file = None
         try:
-            file = HashingFile(path)
+            file = HashingFile(path, self._on_part)
             try:
                 if isinstance(content, bytes):
                     file.write(content)

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,8 @@ from launch.manifest import FileRecord, to_json, write_manifest
 from launch.ranks.control_group import ControlGroup
 
 SPACE_MARGIN = 1.05
+#: How often a waiting rank looks whether the files that are written in the background grow.
+LOOK_SECONDS = 1.0
 
 
 class CheckpointManager:
@@ -67,13 +70,13 @@ class CheckpointManager:
         self.identity = identity
         self.background = background
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # an exit waits for the files
-        self._pending: Future[None] | None = None
+        self._pending: tuple[Future[None], CheckpointFiles] | None = None
         self._loaded: int | None = None  # the step that was loaded, until the first save after it
         self._best: str | None = None  # the best checkpoint up to that step
         self._on_phase = on_phase
         self.before_save: Callable[[], None] = lambda: None
         self._ranks = ControlGroup()
-        self._chooser = CheckpointChooser(self.folder, identity, self._ranks)
+        self._chooser = CheckpointChooser(self.folder, identity, self._ranks, partial(on_phase, "choosing a checkpoint"))
 
     def save(
         self, engine: DeepSpeedEngine, state: TrainingState, *, is_best: bool = False, counted: bool = True, skipped: int = 0
@@ -90,27 +93,36 @@ class CheckpointManager:
         self._on_phase("saving: preparing")
         needed = sum(self._ranks.gather(state_bytes(engine)))
         temporary = self._ranks.run_on_rank0(lambda: self._prepare(final, needed))
-        files = CheckpointFiles(temporary, name=final.name, later=self.background)
-        self._on_phase("saving: writing")
+        writing = partial(self._on_phase, "saving: writing")
+        files = CheckpointFiles(temporary, name=final.name, later=self.background, on_part=writing)
+        writing()
         self._write(engine, files, state, counted)
         self._on_phase("saving: publishing")
         finish = partial(self._finish, files, final, is_best, skipped)
         if self.background:
-            self._pending = self._writer.submit(finish)
+            self._pending = self._writer.submit(finish), files
         else:
             finish()
         return final
 
     def written(self) -> bool:
         """Has this rank's part of a save in the background ended, so that `wait` returns at once (or raises)?"""
-        return self._pending is not None and self._pending.done()
+        return self._pending is not None and self._pending[0].done()
 
     def wait(self) -> None:
         """Return when no save is under way; raises what the last one in the background failed with."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            self._on_phase("saving: waiting for the disk")
-            pending.result()
+        if pending is None:
+            return
+        future, files = pending
+        waiting = partial(self._on_phase, "saving: waiting for the disk")
+        waiting()
+        parts = files.parts
+        while not wait_for((future,), timeout=LOOK_SECONDS).done:
+            if files.parts != parts:  # a disk that is slow, and not one that hangs
+                parts = files.parts
+                waiting()
+        future.result()
 
     def choose(self, resume: str) -> ResumeChoice:
         """What to start from; needs no engine. See `CheckpointChooser.choose`."""
@@ -121,6 +133,7 @@ class CheckpointManager:
     def newest(self, *, before: float = math.inf) -> ResumeFrom | None:
         """The newest whole checkpoint of this run at a step before that one, or None."""
         self.wait()
+        self._on_phase("choosing a checkpoint")
         return self._chooser.newest(before=before)
 
     def load(self, engine: DeepSpeedEngine, choice: ResumeFrom) -> TrainingState:
@@ -134,8 +147,9 @@ class CheckpointManager:
             self._on_phase("converting a checkpoint")
             folder = self.folder.path / f"{choice.path.name}.universal"
             self._ranks.run_on_rank0(partial(universal.convert, choice.path, folder, on_phase=self._on_phase))
-        self._on_phase("loading a checkpoint")
-        self._ranks.run_everywhere(partial(restore, engine, choice, folder, self._ranks))
+        loading = partial(self._on_phase, "loading a checkpoint")
+        loading()
+        self._ranks.run_everywhere(partial(restore, engine, choice, folder, self._ranks, loading))
         self._loaded = choice.state.step
         self._best = self._ranks.run_on_rank0(partial(self._best_of_branch, choice))
         if self._best or choice.state.best_step == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -17,7 +17,7 @@ from launch.checkpoint.buffers import BUFFERS, restore_buffers
 from launch.checkpoint.choose import ResumeFrom
 from launch.checkpoint.engine_files import CheckpointFiles, going_through
 from launch.checkpoint.random_state import set_random_state
-from launch.checkpoint.unpickle import expecting_sense, no_code_from_files
+from launch.checkpoint.unpickle import expecting_sense, hearing_of_loads, no_code_from_files
 from launch.checkpoint.weights import check_master
 from launch.manifest import read_manifest
 from launch.ranks.control_group import ControlGroup
@@ -27,8 +27,11 @@ def random_state_name(rank: int) -> str:
     return f"rng_{rank:05d}.pt"
 
 
-def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, ranks: ControlGroup) -> None:
-    """Engine, buffers and random states. `folder`: the checkpoint itself, or its conversion. Collective.
+def restore(
+    engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, ranks: ControlGroup, on_read: Callable[[], object] = lambda: None
+) -> None:
+    """Engine, buffers and random states. `folder`: the checkpoint itself, or its conversion. `on_read`: called as files are read,
+    for a watchdog. Collective.
 
     Raises UserError with what the files hold that cannot be used; of a file that DeepSpeed reads, on all ranks before any of them
     waits for another inside DeepSpeed.
@@ -37,9 +40,16 @@ def restore(engine: DeepSpeedEngine, choice: ResumeFrom, folder: Path, ranks: Co
     # With that setting one rank after the other reads; not of a conversion, see `_universal_loading`.
     one_by_one = engine._config.zero_config.pipeline_loading_checkpoint and not converted
     together = None if one_by_one else ranks.run_everywhere
-    files = CheckpointFiles(folder, name=folder.name, records=read_manifest(folder)["files"], together=together)
-    own_files = CheckpointFiles(choice.path, name=choice.path.name, records=read_manifest(choice.path)["files"])
-    with _universal_loading(engine, converted), going_through(files, engine), no_code_from_files(), expecting_sense(folder):
+    files = CheckpointFiles(folder, name=folder.name, records=read_manifest(folder)["files"], together=together, on_part=on_read)
+    listed = read_manifest(choice.path)["files"]
+    own_files = CheckpointFiles(choice.path, name=choice.path.name, records=listed, on_part=on_read)
+    with (
+        hearing_of_loads(on_read),  # of a conversion DeepSpeed reads most past `files`
+        _universal_loading(engine, converted),
+        going_through(files, engine),
+        no_code_from_files(),
+        expecting_sense(folder),
+    ):
         if converted:
             universal.load(engine, folder, together=ranks.run_everywhere)
         else:

@@ -29,7 +29,7 @@ from launch.checkpoint.converter import run_converter
 from launch.checkpoint.finite import check_finite
 from launch.checkpoint.publish import publish, working_name
 from launch.checkpoint.state import STATE, SavedState, read_state
-from launch.checkpoint.unpickle import expecting_sense, load_file, save_stages_by_value
+from launch.checkpoint.unpickle import expecting_sense, hearing_of_loads, load_file, save_stages_by_value
 from launch.checkpoint.weights import (
     EXPERT_WEIGHT,
     MODEL_STATES,
@@ -102,7 +102,8 @@ def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lam
     source, folder = source.absolute(), folder.absolute()
     files: dict[str, FileRecord] = read_manifest(source)["files"]
     made_from = files[STATE]["xxh3_128"]
-    if _is_whole(folder, made_from):
+    tick = partial(on_phase, "converting a checkpoint")
+    if _is_whole(folder, made_from, tick):
         return
     saved = read_state(source)
     make_folder(folder.parent)  # a run that begins at another's checkpoint has saved nothing yet
@@ -111,30 +112,32 @@ def convert(source: Path, folder: Path, *, on_phase: Callable[[str], None] = lam
     needed, free = times * sum(f["bytes"] for f in files.values()), shutil.disk_usage(folder.parent).free
     if needed > free:
         raise UserError(f"converting {source} needs {needed / 1e9:,.3f} GB, {folder.parent} has {free / 1e9:,.3f} GB free")
-    check_source(source)
     temporary = working_name(folder, "tmp")
     try:
-        with expecting_sense(source):
-            _convert(source, temporary, saved, on_phase)
-        write_manifest(temporary, record_all(temporary), made_from=made_from)
+        with hearing_of_loads(tick):
+            check_source(source)
+            with expecting_sense(source):
+                _convert(source, temporary, saved, tick)
+        write_manifest(temporary, record_all(temporary, tick), made_from=made_from)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     publish(temporary, folder)
 
 
-def _convert(source: Path, temporary: Path, saved: SavedState, on_phase: Callable[[str], None]) -> None:
+def _convert(source: Path, temporary: Path, saved: SavedState, tick: Callable[[], object]) -> None:
+    """The files of the universal checkpoint."""
     if saved.identity.zero_stage == 0:
-        _gather_unsharded(source, temporary, saved.optimizer["parameters"])
+        _gather_unsharded(source, temporary, saved.optimizer["parameters"], tick)
     else:
-        run_converter(source, temporary, on_phase)
+        run_converter(source, temporary, tick)
     muons = _rates(source) if MOMENTUM in saved.optimizer["state"] else {}
     _complete(temporary, muons.get(False, saved.optimizer["lr"]))
     if saved.identity.zero_stage in (1, 2):
         for name, weight in module_weights(source):
             check_master(load_file(temporary / "zero" / name / "fp32.pt")["param"], weight, source, name)
     if muons:
-        _put_momenta(source, temporary, muons[True])
+        _put_momenta(source, temporary, muons[True], tick)
 
 
 def check_source(source: Path) -> None:
@@ -151,14 +154,14 @@ def check_source(source: Path) -> None:
         check_finite(load_file(path), path, shapes=shapes[min(number, len(shapes) - 1)] if shapes else None)
 
 
-def _is_whole(folder: Path, made_from: str) -> bool:
+def _is_whole(folder: Path, made_from: str, on_read: Callable[[], object] = lambda: None) -> bool:
     manifest, _ = find_manifest(folder)
     if manifest is None or manifest.get("made_from") != made_from:
         return False
-    return not first_damage(folder, manifest["files"], manifest["files"])
+    return not first_damage(folder, manifest["files"], manifest["files"], on_read)
 
 
-def _gather_unsharded(source: Path, temporary: Path, names: list[str]) -> None:
+def _gather_unsharded(source: Path, temporary: Path, names: list[str], tick: Callable[[], object]) -> None:
     """ZeRO 0: each EP rank has saved a whole optimizer, its experts in it."""
     saved = [load_file(p)["optimizer"] for p in numbered(source, "expp_rank_*_optim_states.pt")]
     shards = [optimizer["state"] for optimizer in saved]
@@ -174,6 +177,7 @@ def _gather_unsharded(source: Path, temporary: Path, names: list[str]) -> None:
             held = [state.get(key) for state in states]
             _save_whole(temporary, name, key, torch.zeros_like(weight) if None in held else torch.cat(held))
         _save(temporary / "zero" / name / "step.pt", states[0].get("step", torch.tensor(0.0)))
+        tick()
     if len(names) != sum(len(group["params"]) for group in saved[0]["param_groups"]) or found != number.keys():
         raise UserError(
             f"{source / STATE}: optimizer.parameters does not name the weights that the optimizer has; restore the checkpoint, or "
@@ -231,13 +235,14 @@ def _rates(source: Path) -> dict[bool, float]:
     return {bool(group["use_muon"]): float(group["lr"]) for group in groups}
 
 
-def _put_momenta(source: Path, temporary: Path, rate: float) -> None:
+def _put_momenta(source: Path, temporary: Path, rate: float, tick: Callable[[], object]) -> None:
     """Muon's momentum of each matrix in the place of the zeros that `give_moments` gave, and the rate that goes with it."""
     folder = temporary / "momentum"
     for name, momentum in whole_momenta(source):
         _save(folder / f"{name}.pt", momentum.float().clone())
         for moment in MOMENTS:
             (temporary / "zero" / name / f"{moment}.pt").unlink()
+        tick()
     _save(folder / "lr.pt", rate)
 
 

@@ -8,13 +8,12 @@ ever unpickled: not by us, and not by DeepSpeed, whose own code asks for the unr
 from __future__ import annotations
 
 import copyreg
-import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -43,7 +42,7 @@ def save_stages_by_value() -> None:
     copyreg.pickle(ZeroStageEnum, lambda member: (ZeroStageEnum, (member.value,)))
 
 
-def load_file(path: Path | str, *, mmap: bool = True, content: bytes | None = None) -> Any:
+def load_file(path: Path | str, *, mmap: bool = True, content: BinaryIO | None = None) -> Any:
     """One pickled file on the CPU, tensors mapped from disk; or `content`, which was read from it.
 
     Raises UserError where the file holds anything else or is no such file at all. Its checksum cannot tell: whoever can write the
@@ -52,7 +51,7 @@ def load_file(path: Path | str, *, mmap: bool = True, content: bytes | None = No
     try:
         with torch.serialization.safe_globals(allowed_classes()):
             if content is not None:
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                return torch.load(content, map_location="cpu", weights_only=True)
             # torch maps by the name, which it wants as text; a name of other bytes is read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_text(os.fspath(path)))
     except (OSError, MemoryError):
@@ -90,6 +89,23 @@ def expecting_sense(folder: Path) -> Iterator[None]:
             f"{folder} does not hold what a checkpoint holds, though its checksums are right ({type(error).__name__}: "
             f"{_first_line(error)}); take an older checkpoint"
         ) from error
+
+
+@contextmanager
+def hearing_of_loads(on_load: Callable[[], object]) -> Iterator[None]:
+    """While open, `on_load` is called after every `torch.load` of this process, DeepSpeed's own included."""
+    theirs = torch.load
+
+    def load(*args: Any, **options: Any) -> Any:
+        content = theirs(*args, **options)
+        on_load()
+        return content
+
+    torch.load = load
+    try:
+        yield
+    finally:
+        torch.load = theirs
 
 
 def _first_line(error: BaseException) -> str:

@@ -83,7 +83,8 @@ class Watchdog:
 
     def at(self, step: int, phase: str) -> None:
         """This rank is now at `phase` of `step`."""
-        self._moves = self._moves + 1 if step == self._step else 0
+        if (step, phase) != (self._step, self._phase):  # what takes long says the same again: it has not stopped, nor come further
+            self._moves = self._moves + 1 if step == self._step else 0
         self._step, self._phase, self._since = step, phase, self._clock()
 
     def phase(self, phase: str) -> None:

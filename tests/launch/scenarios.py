@@ -485,10 +485,10 @@ def rank_faults(folder: str) -> dict[str, Any]:
     unseen = "step_4/zero_pp_rank_1_mp_rank_00_optim_states.pt"
     check = manifest.check_files
 
-    def check_with_a_hole(where: Path, files: dict, hashed: list[str]) -> None:
+    def check_with_a_hole(where: Path, files: dict, hashed: list[str], on_read: Any) -> None:
         if where.name == "step_4":
             raise manifest.DamagedError(f"{where.parent / unseen} cannot be read (No such file or directory)")
-        check(where, files, hashed)
+        check(where, files, hashed, on_read)
 
     if dist.get_rank() == last:
         manifest.check_files = check_with_a_hole

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,29 @@ def test_the_checksum_is_of_what_was_meant_to_be_written(tmp_path):
     assert torch.equal(torch.load(tmp_path / "x.pt")["a"], tensors["a"])
 
 
+def test_what_is_long_written_or_read_tells_that_it_moves(tmp_path, monkeypatch):
+    """Part by part, each on the disk before the next: else a large memory takes in all of it, and one fsync the whole time."""
+    monkeypatch.setattr(manifest, "PART_BYTES", 4)
+    told, synced = [], []
+    monkeypatch.setattr(manifest.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    file = manifest.HashingFile(tmp_path / "x", lambda: told.append(synced[:]))
+    assert [file.write(data) for data in (b"0123456789", memoryview(b"ab"), b"")] == [10, 2, 0]
+    assert told == [[4], [4, 8], [4, 8], [4, 8, 12]], "the last part of the first and the second write are four bytes"
+    record = file.close()
+    assert (tmp_path / "x").read_bytes() == b"0123456789ab" and record == manifest.record_file(tmp_path / "x")
+    del told[:]
+    content = manifest.read_verified(tmp_path / "x", record, lambda: told.append(1))
+    assert content.read() == b"0123456789ab" and len(told) == 3
+
+
+def test_hashing_tells_that_it_moves(tmp_path):
+    folder = complete(tmp_path / "step_1", a=bytes(1 << 20), b=b"x")
+    files, told = manifest.read_manifest(folder)["files"], []
+    assert manifest.first_damage(folder, files, files, lambda: told.append(1)) == "" and len(told) >= 3
+    before = len(told)
+    assert manifest.record_all(folder, lambda: told.append(1)).items() >= files.items() and len(told) > 2 * before
+
+
 def test_what_somebody_else_wrote_is_on_the_disk_before_it_is_listed(tmp_path, synced):
     """As the files of a conversion: DeepSpeed's converter syncs none."""
     (tmp_path / "fp32.pt").write_bytes(b"x")
@@ -185,11 +209,11 @@ class Failing:
     def __init__(self, failures: int, number: int) -> None:
         self.failures, self.number, self.hits = failures, number, 0
 
-    def __call__(self, path: Path, algorithm: str) -> str:
+    def __call__(self, path: Path, algorithm: str, on_read: Callable[[], object]) -> str:
         self.hits += 1
         if self.hits <= self.failures:
             raise OSError(self.number, os.strerror(self.number), str(path))
-        return hash_file(path, algorithm)
+        return hash_file(path, algorithm, on_read)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])

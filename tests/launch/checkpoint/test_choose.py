@@ -493,7 +493,7 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_taken_and_stays(run, m
     before = (run / "checkpoints/step_3").stat().st_ino
     hits = []
 
-    def failing(path: Path, algorithm: str) -> str:
+    def failing(path: Path, algorithm: str, on_read: object) -> str:
         hits.append(path)
         if len(hits) <= failures:
             raise OSError(errno.EIO, "Input/output error", str(path))

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import threading
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,48 @@ def test_whoever_asks_gets_the_answer_of_after_the_save_under_way(run, monkeypat
     assert whole(path)
     assert getattr(answered, "path", path) == path
     checkpoints.wait()
+
+
+def test_what_takes_long_is_told_again_as_it_moves(run):
+    """For the watchdog, which ends a run that says nothing for half an hour: each file that is written, hashed or read."""
+    told: list[str] = []
+    checkpoints = CheckpointManager(run, keep_last=0, keep_every=0, identity=manager(run).identity, on_phase=told.append)
+    checkpoints.save(StubEngine(), state(4))
+    files = len(list((run / "checkpoints/step_4").glob("*.pt")))
+    assert told.count("saving: writing") > files and told[-1] == "saving: publishing"
+    del told[:]
+    choice = checkpoints.choose("auto")
+    assert told.count("choosing a checkpoint") > files
+    assert checkpoints.newest() == choice and told.count("choosing a checkpoint") > 2 * files
+    del told[:]
+    checkpoints.load(StubEngine(), choice)
+    assert told.count("loading a checkpoint") > files
+    assert len(set(told)) == 1
+
+
+def test_a_wait_for_a_disk_that_moves_is_no_hang_and_one_for_a_disk_that_does_not_is(run, monkeypatch):
+    looks: list[int] = []
+    told: list[int] = []
+    files = CheckpointFiles(run, name="step_4", later=True)
+    future: Future[None] = Future()
+
+    def look(_, timeout):
+        looks.append(len(looks))
+        if looks[-1] < 3:
+            files.write("x", b"part")
+            files.flush()
+            files._waiting = []
+        if looks[-1] == 9:
+            future.set_result(None)
+        return SimpleNamespace(done=future.done())
+
+    monkeypatch.setattr("launch.checkpoint.manager.wait_for", look)
+    checkpoints = CheckpointManager(
+        run, keep_last=0, keep_every=0, identity=manager(run).identity, on_phase=lambda _: told.append(len(looks))
+    )
+    checkpoints._pending = future, files
+    checkpoints.wait()
+    assert told == [0, 1, 2, 3] and len(looks) == 10
 
 
 def test_what_a_save_in_the_background_failed_with_is_said_once(run, monkeypatch):

@@ -137,7 +137,7 @@ def test_a_conversion_needs_room_for_what_it_writes(run, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(("stage", "compared"), [(1, True), (2, True), (3, False)])
 def test_a_conversion_compares_masters_with_the_weights_that_lie_beside_them(run, tmp_path, monkeypatch, stage, compared):
     """Under ZeRO 3 the masters are all there is."""
-    source = run / "checkpoints" / "step_3"
+    source, told = run / "checkpoints" / "step_3", []
     body = json.loads((source / STATE).read_bytes())
     replace_file(source, STATE, manifest.to_json({**body, "identity": {**body["identity"], "zero_stage": stage}}))
 
@@ -153,7 +153,8 @@ def test_a_conversion_compares_masters_with_the_weights_that_lie_beside_them(run
     }.items():
         monkeypatch.setattr(f"launch.checkpoint.universal.{name}", stand_in)
     with pytest.raises(UserError, match="w in the optimizer's files is not the weight") if compared else nullcontext():
-        convert(source, tmp_path / "step_3.universal")
+        convert(source, tmp_path / "step_3.universal", on_phase=told.append)
+    assert told and set(told) == {"converting a checkpoint"}, "for the watchdog: of each file"
     assert (tmp_path / "step_3.universal").exists() != compared and not publish.leftovers(tmp_path)
 
 

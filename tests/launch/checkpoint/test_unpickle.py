@@ -13,7 +13,15 @@ from stub_engine import MODEL, Payload, StubEngine, manager, replace_file
 from data.cli import UserError
 from launch.checkpoint import universal
 from launch.checkpoint.converter import run_converter
-from launch.checkpoint.unpickle import FORCE, FORCE_NOT, expecting_sense, load_file, no_code_from_files, save_stages_by_value
+from launch.checkpoint.unpickle import (
+    FORCE,
+    FORCE_NOT,
+    expecting_sense,
+    hearing_of_loads,
+    load_file,
+    no_code_from_files,
+    save_stages_by_value,
+)
 
 KINDS = [
     "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
@@ -30,6 +38,15 @@ def hide_a_payload(checkpoint: Path, name: str, marker: Path) -> None:
     torch.load(checkpoint / name, map_location="cpu", weights_only=False)
     assert marker.is_dir(), "the payload was to strike here"
     marker.rmdir()
+
+
+def test_every_load_is_heard_of_and_only_while_it_is_wanted(tmp_path):
+    told, theirs = [], torch.load
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    with pytest.raises(UserError), hearing_of_loads(lambda: told.append(1)):
+        assert torch.load(tmp_path / "x.pt", weights_only=True).keys() == load_file(tmp_path / "x.pt").keys() == {"w"}
+        raise UserError("x")
+    assert len(told) == 2 and torch.load is theirs
 
 
 @pytest.mark.parametrize("name", [MODEL, "buffers.pt", "rng_00000.pt"])
@@ -55,7 +72,7 @@ def test_the_converter_itself_runs_nothing(real, tmp_path):
     """As if the file had been changed after it was checked."""
     hide_a_payload(real, KINDS[0], tmp_path / "struck")
     with pytest.raises(ValueError, match="could not be converted"):
-        run_converter(real, tmp_path / "out", lambda _: None)
+        run_converter(real, tmp_path / "out", lambda: None)
     assert not (tmp_path / "struck").exists()
 
 

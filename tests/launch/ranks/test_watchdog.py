@@ -102,6 +102,17 @@ def test_what_all_ranks_of_a_host_have_heard_one_of_them_says(monkeypatch: pytes
     assert len(ended) == 6 and [text.split(":")[0] for text in said if "error" not in text] == ["\nthreads of rank 4"]
 
 
+def test_saying_the_same_again_is_no_move_and_no_stop() -> None:
+    """A rank that hashes more files than another has not come further for it."""
+    dog = Watchdog(stall=5)
+    dog.at(3, "forward")
+    moves, dog._since = dog._heartbeat().moves, dog._clock() - 100
+    dog.phase("forward")
+    assert dog._heartbeat().moves == moves and dog._heartbeat().seconds < 50
+    dog.phase("backward")
+    assert dog._heartbeat().moves == moves + 1
+
+
 def test_a_rank_that_has_finished_may_be_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """While rank 0 still uploads."""
     dog, ended = Watchdog(stall=5), list[Hang]()
