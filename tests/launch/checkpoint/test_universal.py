@@ -225,7 +225,7 @@ def test_the_order_of_zero_0_names_the_weights_that_are_there(tmp_path, monkeypa
     weights = [("a", torch.zeros(2)), ("tied", torch.zeros(2)), ("b", torch.zeros(2))]
     monkeypatch.setattr("launch.checkpoint.universal.module_weights", lambda _: iter(weights))
     with pytest.raises(UserError, match=rf"state\.json: optimizer\.parameters {said}") if said else nullcontext():
-        _gather_unsharded(tmp_path, tmp_path / "out", names)
+        _gather_unsharded(tmp_path, tmp_path / "out", names, lambda: None)
 
 
 def test_a_conversion_of_what_is_no_checkpoint_is_a_sentence(run, tmp_path, monkeypatch):
