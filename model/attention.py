@@ -115,7 +115,8 @@ ATTENTION = {"sdpa": sdpa_attention, "flash": flash_attention}
 def product_dtype(x: Tensor) -> torch.dtype:
     """That q, k and v of `x`, or by such weights, have: autocast's where it is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 def prepare(implementation: str, x_BSH: Tensor, head_dim: int, mask: AttentionMask) -> None:

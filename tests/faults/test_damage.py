@@ -42,10 +42,10 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def stopped(site: Site) -> Path:
-    """A run that was stopped after step 9; it holds step_6, step_8 and step_9."""
+    """A run that was stopped after step 9, a new best: beside it the newest three that are not saved for that alone."""
     run = site.folder / "stopped"
     site.finish(run, stop_after=9)
-    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_6", "step_8", "step_9"]
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_4", "step_6", "step_8", "step_9"]
     return run
 
 

@@ -387,7 +387,7 @@ def test_what_training_would_refuse_is_refused_before_the_first(small_shards: Pa
     flags = ["--data", small_shards, "--folder", tmp_path, "--deepspeed_config", CPU]
     with pytest.raises(UserError, match="some are the same number of steps of 4,096 tokens"):
         rungs.plan_runs(parse(*flags, "--tokens", 40000, 40001, 80000), VOCABULARY)
-    with pytest.raises(UserError, match="train_batch_size 15 is not"):
+    with pytest.raises(UserError, match="train_batch_size 15 is no multiple of 2"):
         ladder.run(parse(*flags, "--ranks", 2, "--batches", 15))
     with pytest.raises(UserError, match="--rate_exponent -1000 gives width 96 a learning rate of 2"):
         ladder.run(parse(*flags, "--rate_exponent", -1000))
