@@ -97,7 +97,8 @@ def causal_mask(
     then known without waiting for the device.
     attention_mask `[B, L]`: 0 marks padding; or `[B or 1, 1, S, L]`, bool or added to the scores (0 or very negative).
     Columns beyond L are a static cache's free slots, where the caller has one (`cached`, or there is a past). Raises ValueError
-    for a mask of another shape or other values, and for documents that begin after cached positions.
+    for a mask of another shape or other values, and for documents that begin among several positions after cached ones; a single
+    position, of which a generation has one a token, is not looked at.
     """
     queries = shape[1]
     keys = past + queries

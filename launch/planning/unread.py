@@ -1,12 +1,14 @@
 """Keys of the DeepSpeed JSON that nobody reads, without importing DeepSpeed: `engine/keys.py` asks it, which takes seconds.
 
 Known are the keys of `ds_configs/`, each file of which is trained by a test, and those that `strategy.py` reads. The name of any
-other is looked for in the sources of DeepSpeed and torch.optim: what stands nowhere in them is read by nobody. A slip that is a
-word there ("fuse") may be a key: it is doubted, not refused. Sections that are not known are left to training.
+other is looked for in the sources of DeepSpeed and torch.optim: what stands nowhere in them is read by nobody. What is a word
+there may be a key; it is doubted where it is near a known one ("fuse"), a known one of another section, or another system's name
+for one. The rest, and sections that are not known, are left to training, which asks DeepSpeed.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -20,6 +22,18 @@ from launch.engine.strategy import CONFIG_FOLDER, KINDS
 
 #: Of how near a name is, from 0 to 1: two keys of DeepSpeed's are seldom nearer (reduce_ and allgather_bucket_size: 0.77).
 DOUBTFUL = 0.8
+#: As Megatron-LM, transformers' Trainer and torch call them, where DeepSpeed's sources have the word for something else.
+ELSEWHERE = {
+    "clip_grad": "gradient_clipping",
+    "grad_clip": "gradient_clipping",
+    "max_grad_norm": "gradient_clipping",
+    "learning_rate": "optimizer.params.lr",
+    "decay": "optimizer.params.weight_decay",
+    "zero_stage": "zero_optimization.stage",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "global_batch_size": "train_batch_size",
+    "accumulation_steps": "gradient_accumulation_steps",
+}
 
 
 def check_unread(config: dict[str, Any], path: Path) -> list[str]:
@@ -30,10 +44,24 @@ def check_unread(config: dict[str, Any], path: Path) -> list[str]:
     for section, key in others:
         if key in nowhere:
             raise UserError(f"{path}: {unknown(section, key, known[section])}")
-        if meant := hint(key, known[section], cutoff=DOUBTFUL):
-            whole = f"{section}.{key}" if section else key
+        whole = _dotted(section, key)
+        if meant := _meant(section, key, known):
             doubts.append(f'{path}: no file of ds_configs/ has "{whole}"{meant} Training refuses it if DeepSpeed does not read it')
     return doubts
+
+
+def _meant(section: str, key: str, known: dict[str, set[str]]) -> str:
+    """As `hint`: of the same section, then of others."""
+    if near := hint(key, known[section], cutoff=DOUBTFUL):
+        return near
+    places = [_dotted(other, key) for other in sorted(known) if key in known[other]]
+    if places := [ELSEWHERE[key]] if key in ELSEWHERE else places[:1]:
+        return f'; did you mean "{places[0]}"?'
+    return ""
+
+
+def _dotted(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
 
 
 def known_keys() -> dict[str, set[str]]:
@@ -52,17 +80,18 @@ def _keys(config: dict[str, Any], sections: dict[str, set[str]] | None = None, n
     """(section, key) of every key; not inside of what is none of `sections`."""
     for key, value in config.items():
         yield name, key
-        inner = f"{name}.{key}" if name else key
+        inner = _dotted(name, key)
         if isinstance(value, dict) and (sections is None or inner in sections):
             yield from _keys(value, sections, inner)
 
 
 def words_of_sources(names: set[str]) -> set[str]:
-    """Those of `names` that stand in DeepSpeed's or torch.optim's sources; all, where these are not installed."""
+    """Those of `names` that stand in DeepSpeed's or torch.optim's sources; all, where these are not there to be read."""
     left, folders = set(names), [_folder("deepspeed"), _folder("torch", "optim")]
-    if None in folders:
+    sources = [sorted(folder.rglob("*.py")) if folder else [] for folder in folders]
+    if not all(sources):
         return set(names)
-    for path in (path for folder in folders if folder for path in folder.rglob("*.py")):
+    for path in itertools.chain(*sources):
         if not left:
             break
         text = path.read_text(encoding="utf-8", errors="replace")

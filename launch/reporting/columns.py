@@ -63,14 +63,13 @@ def to_table(value: Any) -> NDArray[np.float32] | None:
     """A list of equally long lists, one a layer, in a fiftieth of their memory; None for anything else."""
     if not (isinstance(value, list) and value and all(isinstance(row, list) and len(row) == len(value[0]) for row in value)):
         return None
+    if not value[0]:  # no expert
+        return None
+    table_YE = np.array(value) if {type(cell) for row in value for cell in row} <= {int, float} else None
     with np.errstate(over="ignore"):
-        try:
-            table_YE = np.array(value, np.float32)
-            if table_YE.ndim == 2:
-                return table_YE
-        except (TypeError, ValueError, OverflowError):  # a cell that is no number
-            pass
-        return np.array([[to_number(cell) for cell in row] for row in value], np.float32)
+        if table_YE is None or table_YE.dtype == object:  # a cell that is no number, or one of hundreds of digits
+            table_YE = np.array([[to_number(cell) for cell in row] for row in value])
+        return table_YE.astype(np.float32)
 
 
 def to_columns(rows: list[Row]) -> Columns:

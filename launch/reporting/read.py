@@ -117,12 +117,14 @@ class Collector:
         self.damaged = 0
         self._blocks: list[Columns] = []
         self._tables, self._every = 0, 1  # snapshots with a table so far, of which every so many are kept
+        self._passing: Row = {}  # the newest, where it is none of these: still as a list
         self._last: tuple[int, int] = (-1, -1)  # step and samples of the last training row
 
     def take(self, path: Path) -> None:
         with path.open("rb") as file:
             while lines := list(itertools.islice(file, BLOCK)):
                 self._blocks.append(to_columns(list(self._training_rows(lines))))
+        self._keep_table(self._passing)
 
     def take_superseded(self, path: Path) -> None:
         """Where a run was resumed, the rows that it then wrote again are kept apart: of them only what happened is told."""
@@ -179,17 +181,23 @@ class Collector:
             self.snapshots.append(row)
 
     def _take_table(self, row: Row) -> None:
-        """`expert_load` as an array where it is one of those that are kept: evenly fewer the more there are."""
-        if (value := row.pop("expert_load", None)) is None:
+        """`expert_load` as an array where it is one of those that are kept: evenly fewer the more there are, and the newest."""
+        if "expert_load" not in row:
             return
-        self._tables += 1
-        if (self._tables - 1) % self._every or (table_YE := to_table(value)) is None:
+        self._passing.pop("expert_load", None)
+        at, self._tables = self._tables, self._tables + 1
+        self._passing = row if at % self._every else {}
+        if self._passing:
             return
-        row["expert_load"] = table_YE
-        if (self._tables - 1) // self._every >= MOST_TABLES:
+        self._keep_table(row)
+        if at // self._every >= MOST_TABLES:
             self._every *= 2
             for earlier in [kept for kept in self.snapshots if "expert_load" in kept][1::2]:
                 del earlier["expert_load"]
+
+    def _keep_table(self, row: Row) -> None:
+        if (table_YE := to_table(row.pop("expert_load", None))) is not None:
+            row["expert_load"] = table_YE
 
     def columns(self) -> Columns:
         """Every step once: what a restart or a rollback did again counts as it went the last time."""

@@ -26,7 +26,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 
 from .configuration_moe_gpt import MoEGPTConfig
 
-FLASH_WITH_SINKS = ("kernels-community/vllm-flash-attn3", "flash_attention_4")
+FLASH_WITH_SINKS = ("kernels-community/vllm-flash-attn3", "kernels-community/flash-attn4", "flash_attention_4")
 
 
 def drops_sinks(implementation: str) -> bool:

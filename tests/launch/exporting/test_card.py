@@ -87,6 +87,12 @@ def test_a_long_run_s_metrics_are_never_held(tmp_path: Path) -> None:
     assert found == ({200: {"step": 200, "val_loss": 7.5}}, 7.0)
 
 
+def test_metrics_that_cannot_be_read_are_none(tmp_path: Path) -> None:
+    """The weights are there all the same; the export ended in a traceback."""
+    (tmp_path / "metrics.jsonl").symlink_to("/proc/self/mem")  # an error at the first byte, for root as well
+    assert logged(tmp_path / "checkpoints/step_200", {"step": 200}) == ({}, None)
+
+
 def test_the_context_is_what_it_was_trained_on_and_how_far_it_reaches(checkpoint: Path) -> None:
     state = json.loads((checkpoint / "state.json").read_text())["identity"]
     rope = {**state["model"]["rope_parameters"], "factor": 2.0, "original_max_position_embeddings": 32}

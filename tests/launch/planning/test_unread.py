@@ -73,8 +73,48 @@ def test_a_slip_that_is_a_word_of_the_sources_is_doubted(right: str, wrong: str)
     assert doubt.startswith(f'some.json: no file of ds_configs/ has "{whole}"; did you mean "{right.split(".")[-1]}"? Training')
 
 
-def test_without_sources_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unread, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("right", "wrong", "meant"),
+    [
+        ("zero_optimization.stage", "zero_stage", "zero_optimization.stage"),
+        ("optimizer.params.lr", "learning_rate", "optimizer.params.lr"),
+        ("optimizer.params.weight_decay", "decay", "optimizer.params.weight_decay"),
+    ],
+)
+def test_another_systems_name_for_a_key_is_doubted(right: str, wrong: str, meant: str) -> None:
+    (doubt,) = check_unread(renamed(right, wrong), PATH)
+    assert f'has "{".".join([*right.split(".")[:-1], wrong])}"; did you mean "{meant}"?' in doubt
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "meant"),
+    [
+        ("", "lr", "optimizer.params.lr"),
+        ("", "stage", "zero_optimization.stage"),
+        ("", "max_grad_norm", "gradient_clipping"),
+        ("zero_optimization", "gradient_clipping", "gradient_clipping"),
+        ("optimizer.params", "warmup_num_steps", "scheduler.params.warmup_num_steps"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_doubted(section: str, key: str, meant: str) -> None:
+    config = copy.deepcopy(BASE)
+    inner = config
+    for name in section.split(".") if section else []:
+        inner = inner[name]
+    inner[key] = 1
+    (doubt,) = check_unread(config, PATH)
+    assert f'"; did you mean "{meant}"?' in doubt
+
+
+def test_other_systems_names_lead_to_keys_that_there_are() -> None:
+    known = unread.known_keys()
+    assert all(dotted.rpartition(".")[2] in known[dotted.rpartition(".")[0]] for dotted in unread.ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_without_sources_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool) -> None:
+    """Not installed, or as a stripped image has it: compiled files alone."""
+    monkeypatch.setattr(unread, "_folder", lambda package, *inner: tmp_path if empty else None)
     (doubt,) = check_unread(renamed("gradient_clipping", "gradient_cliping"), PATH)
     assert "gradient_cliping" in doubt
 
