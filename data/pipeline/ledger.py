@@ -42,7 +42,8 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if key == "input_files":
             before, after = (dict.fromkeys(map(tuple, side or [])) for side in (old, new))  # a lookup each: there may be millions
             changed = [f"{f[0]} ({f[1]} bytes)" for f in [*before, *after] if f not in before or f not in after]
-            found.append(f"the input changed: {', '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}")
+            named = ", ".join(changed[:4]) or "the same files in another order"
+            found.append(f"the input changed: {named}{' ...' if len(changed) > 4 else ''}")
         else:
             found.append(f"--{key} was {old}, now {new}")
     return found

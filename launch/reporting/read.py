@@ -77,7 +77,7 @@ def read_run(folder: Path) -> Run:
         train=collector.columns(),
         evaluations=_last_of_each_step(collector.evaluations),
         marks=sorted(collector.marks, key=lambda mark: mark.step),
-        snapshots=_last_of_each_step(collector.snapshots),
+        snapshots=_merged_by_step(collector.snapshots),
         saves=_last_of_each_step(collector.saves),
         damaged=collector.damaged,
     )
@@ -85,6 +85,14 @@ def read_run(folder: Path) -> Run:
 
 def _last_of_each_step(rows: list[Row]) -> list[Row]:
     return [row for _, row in sorted({int(row["step"]): row for row in rows}.items())]
+
+
+def _merged_by_step(rows: list[Row]) -> list[Row]:
+    """The load map and the tasks of one step are rows of their own."""
+    merged: dict[int, Row] = {}
+    for row in rows:
+        merged.setdefault(row["step"], {}).update(row)
+    return [row for _, row in sorted(merged.items())]
 
 
 def drop_from(step: int, rows: list[Row]) -> None:

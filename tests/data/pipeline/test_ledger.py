@@ -84,6 +84,8 @@ def test_the_difference_of_many_inputs_is_found_at_once() -> None:
     names = "part-000007.json (7 bytes), part-039999.json (39999 bytes), part-000007.json (8 bytes), more.json (5 bytes)"
     assert found == [f"the input changed: {names}"]
     assert time.process_time() - began < 5
+    found = ledger.differences({"input_files": files[:2]}, {"input_files": files[1::-1]})
+    assert found == ["the input changed: the same files in another order"]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, flags: list[object], preprocess: Any) -> None:
