@@ -183,14 +183,16 @@ class HeartbeatStore:
                 culprit, others, known = self._judge(first)
                 if known or late:
                     if culprit:
-                        self._store.set(CULPRIT, culprit)
+                        self._store.set(CULPRIT, json.dumps(culprit))  # the store refuses the name of a file that is no UTF-8
                     return culprit, others
             time.sleep(0.1)
 
     def _found(self) -> str:
         """What another rank has found out; "" where none has yet."""
-        hang = self.read_hang()
-        return hang.cause if hang else self._store.get(CULPRIT).decode()
+        if hang := self.read_hang():
+            return hang.cause
+        said = self._store.get(CULPRIT)
+        return str(json.loads(said)) if said else ""
 
     def _judge(self, first: dict[int, Heartbeat]) -> tuple[str, set[int], bool]:
         """Who ended the run by what stands in the store, who is still there, and whether more time could tell more."""

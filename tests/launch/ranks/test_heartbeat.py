@@ -150,7 +150,7 @@ def test_one_of_many_ranks_looks_and_the_others_read_what_it_found(sleeps: list)
 def test_whose_own_fault_it_was_is_said_at_once(sleeps: list) -> None:
     """And over what others took it for."""
     keys, ranks = stores(3)
-    keys.set(CULPRIT, "died without a word")
+    keys.set(CULPRIT, json.dumps("died without a word"))
     sleeps.append(lambda: pytest.fail("waited"))
     named = "rank 2 failed at step 4, saving (host h): OSError: disk"
     assert ranks[2].find_culprit(words(at(4, "saving"), "OSError: disk"), 5.0) == named
@@ -187,6 +187,15 @@ def test_the_store_of_rank_0_answers_what_is_asked_of_it(monkeypatch: pytest.Mon
     assert store.read_hang() == Hang(cause="nothing moves")
     assert store.find_culprit(GLOO, 0.0) == "nothing moves"
     assert not store.claim_host("h") and store.claim_host("another")
+
+
+def test_a_cause_may_name_a_file_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store takes UTF-8 alone; every rank ended in its refusal in the place of the cause."""
+    monkeypatch.setattr("launch.ranks.heartbeat.dist.broadcast_object_list", lambda *_, **__: None)
+    store, cause = HeartbeatStore(0, 1, timeout=60), "UserError: /data/caf\udce9/00001.bin is cut"
+    named = f"rank 0 failed at step 4, saving (host h): {cause}"
+    assert store.find_culprit(words(at(4, "saving"), cause), 5.0) == named
+    assert store._found() == named
 
 
 @pytest.mark.parametrize(
