@@ -7,6 +7,7 @@ checkpointing. DeepSpeed itself knows no `"auto"` and reports a wrong type by a 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,10 +222,11 @@ def _uneven(train: int, micro: int | None, accumulation: int | None, world_size:
         )
     name, size = (BATCH[1], micro) if micro else (BATCH[2], accumulation or 1)
     written = f" x {name} {size}" if micro or accumulation else ""
-    lower = [n for n in range(1, size) if train % (n * world_size) == 0]
+    share = train // world_size if train % world_size == 0 else 0
+    lower = [n for low in range(1, math.isqrt(share) + 1) if share % low == 0 for n in (low, share // low) if n < size]
     return (
         f"train_batch_size {train} is no multiple of {size * world_size:,} ({world_size} ranks{written}); make it one"
-        f"{f', lower {name} to {lower[-1]}' if lower else ''} or change the number of ranks"
+        f"{f', lower {name} to {max(lower)}' if lower else ''} or change the number of ranks"
     )
 
 

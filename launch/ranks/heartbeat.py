@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +116,9 @@ class HeartbeatStore:
     def __init__(self, rank: int, world_size: int, *, timeout: float) -> None:
         self.rank, self.world_size = rank, world_size
         self.hang: Hang | None = None  # once `read_hang` has found one
-        self.is_first_on_host = True  # once `find_culprit` has returned
+        self._failed: dict[int, LastWords] = {}  # as heard last: rank 0 takes the store along
+        self._speaks: bool | None = None  # for its host, once `claim_host` was asked
+        self._claiming = threading.Lock()
         # A store of its own: the process group's blocks while the training thread waits in it.
         address: list[Any] = [None]
         if rank == 0:
@@ -148,6 +151,15 @@ class HeartbeatStore:
         texts = self._store.multi_get([_key(kind, rank) for rank in ranks])
         return {rank: kind(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True) if text}
 
+    def hear_failed(self, host: str) -> dict[int, LastWords]:
+        """The ranks that have failed by themselves. Where there is one, this rank of `host` needs the store no more."""
+        self._failed = self.read(LastWords)
+        own = {rank: words for rank, words in self._failed.items() if not words.second_hand}
+        if own:
+            self.claim_host(host)
+            self._store.set(f"left_{self.rank}", "")
+        return own
+
     def has_alarm(self) -> bool:
         """Has any rank left last words or found a hang? One question, however many ranks there are."""
         return bool(self._store.check(["alarm"]))
@@ -164,10 +176,13 @@ class HeartbeatStore:
         try:
             self.write(words)
             culprit, others = self._hear(words, time.monotonic() + patience)
-            self.is_first_on_host = self.claim_host(words.host)  # before rank 0 takes the store along
+            self.claim_host(words.host)  # before rank 0 takes the store along
         except RuntimeError:
-            own = "" if words.second_hand else f"rank {self.rank} failed at {words.place}: {words.cause}"
-            return own or "rank 0 is gone without a word, and with it what the ranks knew of each other"
+            known = self._failed if words.second_hand else {self.rank: words}
+            culprit = name_culprit({}, known, set())
+            if culprit or 0 in known:
+                return culprit
+            return "rank 0 is gone without a word, and with it what the ranks knew of each other"
         self._leave_together(others, time.monotonic() + patience)
         return culprit
 
@@ -177,29 +192,31 @@ class HeartbeatStore:
         looks, first = self.rank == 0 or not words.second_hand, self.read(Heartbeat)
         while True:
             late = time.monotonic() > until
-            if not looks and (said := self._found()):
+            if not looks and (said := self._found()) is not None:
                 return said, set()
             if looks or late:
-                culprit, others, known = self._judge(first)
+                culprit, others, known = self._judge(first, late=late)
                 if known or late:
-                    if culprit:
+                    if known or culprit:
                         self._store.set(CULPRIT, json.dumps(culprit))  # the store refuses the name of a file that is no UTF-8
                     return culprit, others
             time.sleep(0.1)
 
-    def _found(self) -> str:
-        """What another rank has found out; "" where none has yet."""
+    def _found(self) -> str | None:
+        """What another rank has found out ("": that nobody knows); None where none has yet."""
         if hang := self.read_hang():
             return hang.cause
         said = self._store.get(CULPRIT)
-        return str(json.loads(said)) if said else ""
+        return str(json.loads(said)) if said else None
 
-    def _judge(self, first: dict[int, Heartbeat]) -> tuple[str, set[int], bool]:
-        """Who ended the run by what stands in the store, who is still there, and whether more time could tell more."""
+    def _judge(self, first: dict[int, Heartbeat], *, late: bool) -> tuple[str, set[int], bool]:
+        """Who ended the run by what stands in the store, who is still there, and whether that is all there is to know. `late`: time
+        enough since `first` for a heartbeat of everyone who lives."""
         everyone = set(range(self.world_size))
-        failed, now, hang = self.read(LastWords), self.read(Heartbeat), self.read_hang()
+        self._failed = failed = self.read(LastWords)
+        now, hang = self.read(Heartbeat), self.read_hang()
         done = {rank for rank, heartbeat in now.items() if heartbeat.done}
-        silent = {r for r in everyone if r in first and now[r].beat == first[r].beat} - done
+        silent = {r for r in everyone if late and r in first and now[r].beat == first[r].beat} - done
         waiting = everyone - failed.keys() - done
         known = hang is not None or any(not words.second_hand for words in failed.values()) or not waiting
         return hang.cause if hang else name_culprit(now, failed, silent), failed.keys() | waiting - silent, known
@@ -214,11 +231,15 @@ class HeartbeatStore:
                 time.sleep(0.05)
 
     def claim_host(self, host: str) -> bool:
-        """Is this the first rank of its host to ask, whose word is enough for all of them? True where nobody can say."""
-        try:
-            return bool(self._store.add(f"speaks_on_{host}", 1) == 1)
-        except RuntimeError:
-            return True
+        """Is this the first rank of its host to ask, whose word is enough for all of them? True where nobody can say. The same
+        whenever it is asked."""
+        with self._claiming:
+            if self._speaks is None:
+                try:
+                    self._speaks = bool(self._store.add(f"speaks_on_{host}", 1) == 1)
+                except RuntimeError:
+                    self._speaks = True
+            return self._speaks
 
 
 def _key(kind: type[Heartbeat | LastWords], rank: int) -> str:

@@ -120,7 +120,7 @@ class Watchdog:
         if not is_second_hand(error) or not culprit:
             say("".join(traceback.format_exception(error)).rstrip())
             say(f"error: {culprit or f'rank {self.rank} failed at {self._heartbeat()}: {_cause(error)}'}")
-        elif self._store is None or self._store.is_first_on_host:
+        elif self._store is None or self._store.claim_host(self._host):
             say(f"error: {culprit}. This is rank {self.rank} at {self._heartbeat()}")
         end_at_once(Exit.STALLED if self._store is not None and self._store.hang else Exit.FAULT)
 
@@ -169,7 +169,7 @@ class Watchdog:
             return
         if hang := store.read_hang():
             self._end(hang, heard=True)
-        failed = {rank: words for rank, words in store.read(LastWords).items() if not words.second_hand}
+        failed = store.hear_failed(self._host)
         # A rank that has failed ends the run: whoever is not in a collective with it must not go on alone.
         if failed and not self._done.wait(PATIENCE):
             rank, words = min(failed.items())

@@ -30,7 +30,7 @@ def rehearse(trainer: Trainer, ranks: ControlGroup) -> None:
         batches, targets = trainer.next_batches()
         batches = batches[:2]  # with accumulation, also the memory of gradients that are kept
         engine.micro_steps = trainer.accumulation - len(batches)  # the last of them is then the step's boundary
-        trainer.accumulate(batches, targets, "preflight: one step at full size")
+        trainer.accumulate(batches, targets, "preflight: one step at full size, ")
         trainer.step_hook.step(lambda _: "a rehearsal")
 
 

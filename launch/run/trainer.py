@@ -141,19 +141,19 @@ class Trainer:
             self.monitor.log({"step": self.position.step, **self.health.snapshot(ratio.measure())})
         return metrics
 
-    def accumulate(self, batches: list[Batch], targets: int, phase: str | None = None) -> torch.Tensor:
+    def accumulate(self, batches: list[Batch], targets: int, prefix: str = "") -> torch.Tensor:
         """Forward and backward of micro-batches of a step with `targets` in all; returns this rank's sum of their losses.
 
-        phase: what the watchdog calls it (default: forward or backward).
+        prefix: of forward and backward, as the watchdog calls them.
         """
         # Sum of token losses over this number = the micro-batch's share of the mean over all targets of the global batch,
         # once DeepSpeed has averaged over micro-batches and ranks.
         items = targets / (self.accumulation * self.world_size)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            self.watchdog.at(self.position.step, phase or "forward")
+            self.watchdog.at(self.position.step, f"{prefix}forward")
             loss = self.engine(**batch, num_items_in_batch=items).loss
-            self.watchdog.at(self.position.step, phase or "backward")
+            self.watchdog.at(self.position.step, f"{prefix}backward")
             self.engine.backward(loss)
             total += loss.detach()
             if batch is not batches[-1]:

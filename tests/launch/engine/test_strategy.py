@@ -207,6 +207,12 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict, sentence: str) -> Non
             {},
             "512 (64 ranks x train_micro_batch_size_per_gpu 8); make it one, lower train_micro_batch_size_per_gpu to 4 or",
         ),
+        (
+            8,
+            {"train_micro_batch_size_per_gpu": 10**8},  # tokens in the place of samples: each smaller one was tried
+            "800,000,000 (8 ranks x train_micro_batch_size_per_gpu 100000000); make it one, lower "
+            "train_micro_batch_size_per_gpu to 32 or",
+        ),
         (512, {}, "4,096 (512 ranks x train_micro_batch_size_per_gpu 8); make it one or change the number of ranks"),
         (512, {"train_micro_batch_size_per_gpu": "auto"}, "512 (512 ranks); make it one or change the number of ranks"),
         (

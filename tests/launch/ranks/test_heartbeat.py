@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -90,7 +91,8 @@ def stores(world_size: int) -> tuple[Keys, list[HeartbeatStore]]:
     """Each with a first heartbeat in it."""
     keys, made = Keys(), [object.__new__(HeartbeatStore) for _ in range(world_size)]
     for rank, store in enumerate(made):
-        vars(store).update(rank=rank, world_size=world_size, hang=None, is_first_on_host=True, _store=keys)
+        own = {"_failed": {}, "_speaks": None, "_claiming": threading.Lock()}
+        vars(store).update(rank=rank, world_size=world_size, hang=None, _store=keys, **own)
     made[0]._lay_out()
     for store in made:
         store.write(at(9))
@@ -144,7 +146,7 @@ def test_one_of_many_ranks_looks_and_the_others_read_what_it_found(sleeps: list)
     assert keys.asked - sum(asked.values()) < 1000, "not one question for every message, again and again"
     assert said == dict.fromkeys({*range(1, 512)} - {7}, silent)
     assert max(asked.values()) < 10
-    assert [store.is_first_on_host for store in ranks].count(True) == 2, "the first of the host, and the one that is gone"
+    assert [store._speaks for store in ranks].count(True) == 1 and ranks[7]._speaks is None, "and rank 7 is gone"
 
 
 def test_whose_own_fault_it_was_is_said_at_once(sleeps: list) -> None:
@@ -156,6 +158,53 @@ def test_whose_own_fault_it_was_is_said_at_once(sleeps: list) -> None:
     assert ranks[2].find_culprit(words(at(4, "saving"), "OSError: disk"), 5.0) == named
     assert ranks[1].find_culprit(GLOO, 5.0) == named
     assert ranks[0].find_culprit(GLOO, 5.0) == named
+
+
+def test_where_nobody_was_the_cause_the_ranks_agree_at_once(sleeps: list) -> None:
+    """A network that fails all of them. Each waited for its patience, and the last found rank 0 gone "without a word"."""
+    _, ranks = stores(3)
+    said = dict[int, str]()
+
+    def others() -> None:
+        for store in ranks[1:]:
+            store.write(GLOO)  # here, and not yet asking
+        sleeps[:] = [ask]
+
+    def ask() -> None:
+        sleeps[:] = [lambda: pytest.fail("waited")]
+        for store in ranks[1:]:
+            said[store.rank] = store.find_culprit(GLOO, 5.0)
+
+    sleeps.append(others)
+    assert ranks[0].find_culprit(GLOO, 5.0) == "" and said == {1: "", 2: ""}
+
+
+class Gone:
+    """A store whose rank 0 has left."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        raise RuntimeError("Connection reset by peer")
+
+
+def test_rank_0_leaves_when_all_have_heard_why(sleeps: list) -> None:
+    """It took the store along at once, and the last lines of the log were that it was gone without a word."""
+    _, ranks = stores(3)
+    named = "rank 0 failed at step 4, saving (host h): OSError: disk"
+    heard = list[int]()
+
+    def listen() -> None:
+        rank = len(heard) + 1
+        assert list(ranks[rank].hear_failed("h")) == [0]
+        heard.append(rank)
+
+    sleeps.append(listen)
+    assert ranks[0].find_culprit(words(at(4, "saving"), "OSError: disk"), 5.0) == named and heard == [1, 2]
+    for store in ranks[1:]:
+        store._store = Gone()  # type: ignore[assignment]
+        assert store.find_culprit(GLOO, 5.0) == named and not store.claim_host("h")
+    _, (_, alone) = stores(2)
+    alone._store = Gone()  # type: ignore[assignment]
+    assert alone.find_culprit(GLOO, 5.0).startswith("rank 0 is gone without a word") and alone.claim_host("h")
 
 
 def test_without_a_word_from_rank_0_a_rank_looks_for_itself(sleeps: list) -> None:
@@ -186,7 +235,9 @@ def test_the_store_of_rank_0_answers_what_is_asked_of_it(monkeypatch: pytest.Mon
     store.write(Hang(cause="silent"))
     assert store.read_hang() == Hang(cause="nothing moves")
     assert store.find_culprit(GLOO, 0.0) == "nothing moves"
-    assert not store.claim_host("h") and store.claim_host("another")
+    assert store.claim_host("h") and store.claim_host("h"), "the same answer"
+    store._speaks = None
+    assert not store.claim_host("h")
 
 
 def test_a_cause_may_name_a_file_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
