@@ -170,7 +170,7 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """What each column is stands in launch/README.md."""
+    """What each column is stands in launch/benchmarks/README.md."""
     from launch.benchmarks.measure import print_table
 
     rows = result["variants"]
