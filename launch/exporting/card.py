@@ -118,9 +118,12 @@ def _judged_on(run: dict[str, Any], state: dict[str, Any]) -> str:
 def logged(checkpoint: Path, state: dict[str, Any]) -> tuple[Judged, float | None]:
     """Of the run's metrics up to the checkpoint's step: evaluations, and the last training loss. Half a row is passed over."""
     judged, loss = Judged(), None
+    path = run_of(checkpoint) / "metrics.jsonl"
+    if not path.is_file():  # a pipe would be waited for
+        return judged, loss
     # The card tells what there is to tell, and no export ends for it. Line by line: a long run's are many gigabytes, most of them
     # the experts' load.
-    with suppress(OSError), (run_of(checkpoint) / "metrics.jsonl").open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:
         for row in (parse(line) for line in file if b'loss"' in line):
             if row is None or row["step"] > state.get("step", 0):
                 continue
