@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, metrics
 
-from launch.ranks.spawn import free_port
+from launch.ranks.spawn import environment_of_no_rank, free_port
 
 TEMPLATES = ROOT / "launch" / "templates"
 
@@ -27,7 +27,8 @@ def flags(small_shards: Path, small_model: Path, tmp_path: Path) -> list[str]:
 
 def template(name: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **env}
+    # A test that made an engine before, in this process, left it a rank of one.
+    environment = {**environment_of_no_rank(), "PATH": path, "OMP_NUM_THREADS": "1", **env}
     command = ["bash", str(TEMPLATES / name), *flags]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
