@@ -48,6 +48,15 @@ def group_of(path: str) -> str:
     return "ranks" if any(word in text for word in RANKS) else path
 
 
+@pytest.fixture(autouse=True)
+def no_rank_is_left() -> Iterator[None]:
+    """A test that leaves this process a rank has each later test's processes join it."""
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    yield
+    left = {name: os.environ.pop(name) for name in names if name in os.environ}
+    assert not left
+
+
 @pytest.fixture(scope="session")
 def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of part of the standard library, with a tokenizer of 512 tokens trained on it."""

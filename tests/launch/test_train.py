@@ -86,17 +86,15 @@ LATER_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_sentence(mistake: str, flags: list, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_mistakes_are_one_sentence(mistake: str, flags: list) -> None:
     """In this process, up to where the ranks join."""
     changes, sentence = MISTAKES[mistake]
-    from launch.ranks import join
     from launch.run.arguments import parse_arguments
     from launch.run.resolve import resolve_run
 
-    monkeypatch.delenv("RANK", raising=False)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         arguments = parse_arguments([str(f) for f in changed(flags, **changes)])
-        resolve_run(arguments, join.set_environment()[1])
+        resolve_run(arguments, 1)
     assert sentence.format(model=flags[3]) in str(caught.value)
 
 
