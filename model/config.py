@@ -249,5 +249,8 @@ _FINITE_FIELDS = (
     "embedding_initializer_range",
     "router_initializer_range",
 )
-_BOOLEAN_FIELDS = ("norm_topk_prob", "use_cache", *(field.name for field in fields(ModelSizes) if field.type == "bool"))
+_BOOLEAN_FIELDS = (
+    *("norm_topk_prob", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *(field.name for field in fields(ModelSizes) if field.type == "bool"),
+)
 _POSITIVE_FIELDS = (*(field.name for field in fields(ModelSizes) if field.type == "int"), "n_group", "topk_group")

@@ -37,6 +37,7 @@ def test_it_survives_json(tmp_path: Path) -> None:
         ({"num_attention_heads": 0, "head_dim": 0}, "num_attention_heads must be a whole number of at least 1, got 0"),
         ({"norm_topk_prob": "false"}, "norm_topk_prob must be true or false, got 'false'"),
         ({"use_cache": "false"}, "use_cache must be true or false, got 'false'"),
+        ({"output_attentions": "false"}, "output_attentions must be true or false, got 'false'"),
         ({"attention_sinks": None}, "attention_sinks must be true or false, got None"),
         ({"qk_norm": 0}, "qk_norm must be true or false, got 0"),
         ({"expert_dropout": "0.1"}, "expert_dropout must be at least 0 and below 1, got '0.1'"),
