@@ -41,6 +41,9 @@ def load(name: str) -> TokenizerFiles:
     if path.is_file():
         return _read(path, lambda other: found if (found := path.with_name(other)).is_file() else None)
     if name.startswith((".", "/", "~")) or path.suffix == ".json" or Path(name).exists() or name.count("/") > 1:
+        kept = path.parent / "tokenizer" / TOKENIZER  # of a folder of shards, or of a run
+        if path.name == TOKENIZER and kept.is_file():
+            raise NotFound(f"no tokenizer at {path}; give --tokenizer {kept.parent}")
         raise NotFound(f"no tokenizer at {path}; give a tokenizer.json, its folder, a hub name, or --train_tokenizer 4096")
     return _from_hub(name)
 

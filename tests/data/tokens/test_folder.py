@@ -151,6 +151,14 @@ def test_a_huge_file_is_not_read(with_two_ends: Path, monkeypatch: pytest.Monkey
         load(str(with_two_ends))
 
 
+def test_the_folder_of_shards_has_its_tokenizer_one_folder_below(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    said = f"no tokenizer at {tmp_path}/tokenizer.json; give --tokenizer {tmp_path}/tokenizer"
+    with pytest.raises(FileNotFoundError, match=f"^{said}$"):
+        load(str(tmp_path))
+
+
 @pytest.mark.parametrize("other", folders.OTHERS)
 def test_a_folder_with_another_kind_of_tokenizer_says_how_to_convert_it(other: str, tmp_path: Path) -> None:
     (tmp_path / other).write_text("x")
