@@ -126,8 +126,8 @@ def main(arguments: list[str]) -> int:
         description="Check every byte of shards against their manifest.",
         examples="python data/verify.py shards/\npython data/verify.py code/ text/ --workers 4",
     )
-    p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of data/preprocess.py")
-    p.add_argument("--workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="threads")
+    p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders that data/preprocess.py wrote")
+    p.add_argument("--workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="number of threads")
     args = p.parse_args(arguments)
     at_least_one(args, "workers")
     codes: set[int] = set()

@@ -26,24 +26,24 @@ python launch/benchmark.py all --budget 10m --output all.json
 """
 
 BENCHMARKS = {
-    "attention": "attention with sinks: ours against eager and transformers' GPT-OSS and Glm4Moe",
-    "loss": "fused cross entropy against plain logits",
-    "moe": "the mixture-of-experts layer against transformers' Glm4Moe",
-    "generate": "new tokens a second after a cached prompt against transformers' Glm4Moe with the same weights",
-    "roofline": "bytes, kernels, waits and predicted MFU of a micro-step on a GPU, counted without one",
-    "step": "a training step against Glm4Moe under stock AutoEP, and both models without DeepSpeed",
-    "growth": "time, bytes and memory a token as tokens and experts become more",
-    "data": "packed samples against HF datasets on the same tokens",
-    "balance": "what part of the experts' uneven load is the step's own tokens, by tokens a step",
-    "ladder": "a family of small models, a scaling law through them, and what it says of the large ones",
-    "learning": "variants of a model trained alike: validation bits per byte for equal active FLOPs",
-    "preprocess": "text to shards against one reader and a pool of HF tokenizers",
-    "all": "every one that needs no input, within a budget of time",
+    "attention": "attention with sinks, against eager attention and transformers' GPT-OSS and Glm4Moe",
+    "loss": "fused cross entropy, against plain logits",
+    "moe": "the mixture-of-experts layer, against transformers' Glm4Moe",
+    "generate": "generated tokens per second after a cached prompt, against transformers' Glm4Moe with the same weights",
+    "roofline": "bytes, kernels, waits and predicted MFU of a micro-step on a GPU, counted without having one",
+    "step": "a training step, against Glm4Moe under stock AutoEP and both models without DeepSpeed",
+    "growth": "time, bytes and memory per token, as the number of tokens and experts grows",
+    "data": "packed samples, against HF datasets on the same tokens",
+    "balance": "how much of the experts' uneven load comes from the tokens of a step, by tokens per step",
+    "ladder": "train a family of small models, fit a scaling law, and predict the large ones",
+    "learning": "train variants of a model alike and compare validation bits per byte at equal active FLOPs",
+    "preprocess": "text to shards, against one reader and a pool of HF tokenizers",
+    "all": "every benchmark that needs no input, within a time budget",
 }
 
 
 def main() -> int:
-    about = "Each measures ours beside a peer on the same work in one run, and prints ratios."
+    about = "Measure this project against a peer on the same work in the same run, and print ratios."
     parser = Parser(prog="python launch/benchmark.py", description=about, examples=EXAMPLES)
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")

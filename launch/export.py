@@ -41,11 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--format",
         choices=formats.FORMATS,
         default="moe_gpt",
-        help="moe_gpt: Glm4Moe with sinks, two small code files beside the weights; glm4_moe: transformers' own class, "
-        "for models without sinks (launch/exporting/gguf.py makes llama.cpp's file of it)",
+        help="moe_gpt: Glm4Moe with sinks, with two small code files next to the weights; glm4_moe: transformers' own class, "
+        "for models without sinks (launch/exporting/gguf.py converts it for llama.cpp)",
     )
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
-    p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one safetensors file")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the weights")
+    p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest size of a safetensors file")
     p.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload to this private repository of the Hugging Face hub")
     return p
 

@@ -31,28 +31,34 @@ python launch/generate.py --model hf/ --prompt 'import ' --prompt 'class ' --num
 
 
 def build_parser() -> argparse.ArgumentParser:
-    about = "Continue prompts with an exported model. Without a prompt, at a terminal, it asks for one after another."
+    about = "Continue prompts with an exported model. At a terminal and without a prompt, it asks for prompts one by one."
     p = Parser(prog="python launch/generate.py", description=about, examples=EXAMPLES)
-    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder of launch/export.py, or a stock Glm4Moe")
-    what = p.add_argument_group("what")
-    text = "text to continue, special tokens too; - is standard input; repeated: a batch"
+    p.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="a folder that launch/export.py wrote, or a stock Glm4Moe"
+    )
+    what = p.add_argument_group("what to write")
+    text = "text to continue, which may contain special tokens; - reads standard input; repeat for a batch"
     what.add_argument("--prompt", action="append", metavar="TEXT", help=text)
-    text = "a file's text to continue; here, in - and with --suffix special tokens are text"
+    text = "file whose text to continue; special tokens are plain text here, in - and with --suffix"
     what.add_argument("--prompt_file", action="append", type=Path, metavar="FILE", help=text)
-    what.add_argument("--suffix", metavar="TEXT", help="fill in between each prompt and this; for models trained to")
-    what.add_argument("--num_return_sequences", type=int, metavar="N", help="continuations of each prompt")
-    what.add_argument("--max_new_tokens", type=int, metavar="N", help="tokens to add at most")
-    what.add_argument("--stop", action="append", metavar="TEXT", help=r"end before this text (\n is a line's end); may be repeated")
-    how = p.add_argument_group("how")
-    how.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
-    how.add_argument("--top_p", type=float, metavar="P", help="draw from the likeliest of this much probability")
-    how.add_argument("--top_k", type=int, metavar="K", help="draw from this many likeliest tokens; 0: no limit")
-    how.add_argument("--min_p", type=float, metavar="P", help="leave out tokens below this share of the likeliest's")
-    how.add_argument("--repetition_penalty", type=float, metavar="X", help="above 1: against tokens that were there")
-    how.add_argument("--seed", type=int, metavar="N", help="of the draws")
-    how.add_argument("--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="sdpa", help="attention")
-    how.add_argument("--rope_factor", type=float, metavar="X", help="YaRN: this many times the context it was trained at")
-    how.add_argument("--json", action="store_true", help="one JSON object a continuation, on standard output")
+    what.add_argument(
+        "--suffix", metavar="TEXT", help="fill in between each prompt and this text; only for models trained with --fim_rate"
+    )
+    what.add_argument("--num_return_sequences", type=int, metavar="N", help="continuations per prompt")
+    what.add_argument("--max_new_tokens", type=int, metavar="N", help="most tokens to add")
+    what.add_argument("--stop", action="append", metavar="TEXT", help=r"stop before this text (\n is a line end); may be repeated")
+    how = p.add_argument_group("how to choose tokens")
+    how.add_argument("--temperature", type=float, metavar="T", help="0: always take the likeliest token")
+    how.add_argument("--top_p", type=float, metavar="P", help="draw only from the likeliest tokens with this total probability")
+    how.add_argument("--top_k", type=int, metavar="K", help="draw only from this many likeliest tokens; 0: no limit")
+    how.add_argument("--min_p", type=float, metavar="P", help="drop tokens below this share of the likeliest one's probability")
+    how.add_argument("--repetition_penalty", type=float, metavar="X", help="over 1: make tokens that were there less likely")
+    how.add_argument("--seed", type=int, metavar="N", help="random seed of the draws")
+    how.add_argument("--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="sdpa", help="attention implementation")
+    how.add_argument(
+        "--rope_factor", type=float, metavar="X", help="YaRN: extend the model to this many times its original context"
+    )
+    how.add_argument("--json", action="store_true", help="print one JSON object per continuation")
     p.set_defaults(**{name: getattr(Sampling, name) for name in DRAWN})
     return p
 

@@ -99,7 +99,7 @@ def environment() -> dict[str, str]:
 def main() -> int:
     parser = Parser(
         prog="python launch/quickstart.py",
-        description="The whole line, from text to a model that generates, on this Python's own code.",
+        description="Run everything from text to a model that generates, on this Python's own standard library.",
         examples="make quickstart\npython launch/quickstart.py --steps 50 --folder /tmp/quickstart",
     )
     where = "where everything goes (default: runs/quickstart in the clone)"

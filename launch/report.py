@@ -39,10 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     description = "One HTML page about one or more runs; it opens in any browser and needs no network."
     p = Parser(prog="python launch/report.py", description=description, examples=EXAMPLES)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that launch/train.py wrote (--output)")
-    p.add_argument("--output", type=Path, metavar="F.html", help="default: report.html in the first run's folder")
-    p.add_argument("--evaluation", type=Path, nargs="+", default=[], metavar="E.json", help="results of launch/evaluate.py to show")
-    p.add_argument("--follow", action="store_true", help="write the page anew until no run goes on; the open page loads itself")
-    p.add_argument("--seconds", type=float, default=30.0, metavar="S", help="between two pages of --follow")
+    p.add_argument("--output", type=Path, metavar="F.html", help="file to write; default: report.html in the first run's folder")
+    p.add_argument(
+        "--evaluation", type=Path, nargs="+", default=[], metavar="E.json", help="also show these results of launch/evaluate.py"
+    )
+    p.add_argument("--follow", action="store_true", help="rewrite the page until no run is going on; an open page reloads itself")
+    p.add_argument("--seconds", type=float, default=30.0, metavar="S", help="seconds between pages with --follow")
     return p
 
 

@@ -44,9 +44,9 @@ def budget(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--budget", type=budget, default="10m", metavar="TIME", help="for all of them: 90s, 10m, 2h")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them")
-    parser.add_argument("--full", action="store_true", help="at their own default sizes without a GPU too")
+    parser.add_argument("--budget", type=budget, default="10m", metavar="TIME", help="time for all of them: 90s, 10m, 2h")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these")
+    parser.add_argument("--full", action="store_true", help="use the full default sizes even without a GPU")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from model.mask import causal_mask
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring_flags(parser, repeats=3, dtypes=("bfloat16", "float16", "float32"))
-    parser.add_argument("--batch", type=int, default=1, help="rows")
-    parser.add_argument("--length", type=int, default=2048, help="tokens a row")
+    parser.add_argument("--batch", type=int, default=1, help="number of rows")
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--key_value_heads", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=64)
-    parser.add_argument("--documents", type=int, default=8, help="packed documents a row in the last rows of the table")
+    parser.add_argument("--documents", type=int, default=8, help="documents packed into a row, for the last lines of the table")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

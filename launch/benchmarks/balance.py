@@ -40,13 +40,28 @@ ROWS = 16  # of a forward
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="what launch/export.py wrote")
-    parser.add_argument("--data", nargs="+", required=True, metavar="DIR", help="folders of data/preprocess.py; the training split")
-    parser.add_argument("--sequence_length", type=int, default=256, metavar="N", help="tokens of one row")
-    parser.add_argument("--tokens_a_step", type=int, nargs="+", default=[4096, 16384, 65536], metavar="T", help="whole rows")
-    parser.add_argument("--tokens", type=int, default=1 << 20, metavar="T", help="in all")
-    parser.add_argument("--averages", type=float, nargs="+", default=[0.0, 0.5, 0.9], metavar="A", help="parts of the bias kept")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the rows' order")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder that launch/export.py wrote")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="folders that data/preprocess.py wrote; their training splits are used",
+    )
+    parser.add_argument("--sequence_length", type=int, default=256, metavar="N", help="tokens in a row")
+    parser.add_argument(
+        "--tokens_a_step", type=int, nargs="+", default=[4096, 16384, 65536], metavar="T", help="token counts of a step; whole rows"
+    )
+    parser.add_argument("--tokens", type=int, default=1 << 20, metavar="T", help="how many tokens to route in all")
+    parser.add_argument(
+        "--averages",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.5, 0.9],
+        metavar="A",
+        help="moving averages of the bias: the part that is kept",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the order of the rows")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

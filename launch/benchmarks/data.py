@@ -21,9 +21,9 @@ SHARDS, SHARD_TOKENS, SHARD_DOCUMENTS = 1000, 100_000_000, 83_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shards", type=Path, help="a folder of data/preprocess.py; without it 30 M random tokens are made")
-    parser.add_argument("--batches", type=int, default=600, help=f"batches of {BATCH} samples of {LENGTH} tokens to time")
-    parser.add_argument("--repeats", type=int, default=5, help="the best of so many is taken, of both sides")
+    parser.add_argument("--shards", type=Path, help="a folder that data/preprocess.py wrote; default: 30 M random tokens")
+    parser.add_argument("--batches", type=int, default=600, help=f"how many batches of {BATCH} samples of {LENGTH} tokens to time")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions; the best one counts, for both sides")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from model.glm4_moe import to_glm4_moe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring_flags(parser, repeats=5)
-    parser.add_argument("--model", default="tiny", help="preset")
-    parser.add_argument("--layers", type=int, help="of them (default: all)")
+    parser.add_argument("--model", default="tiny", help="a preset")
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers (default: all)")
     parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32, 512])
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new_tokens", type=int, default=64)

@@ -43,39 +43,53 @@ LARGE = ("60m", "800m")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     small_runs.add_arguments(parser, folder="runs/ladder")
     parser.add_argument(
-        "--hidden", type=int, nargs="+", default=[64, 96, 128, 160], metavar="N", help="multiples of a head's width"
+        "--hidden",
+        type=int,
+        nargs="+",
+        default=[64, 96, 128, 160],
+        metavar="N",
+        help="widths of the models; multiples of --head_dim",
     )
-    parser.add_argument("--head_dim", type=int, default=32, metavar="N", help="a head's width; there is a layer for each; 800m: 64")
+    parser.add_argument(
+        "--head_dim", type=int, default=32, metavar="N", help="width of a head; a model has as many layers as heads; 800m: 64"
+    )
     parser.add_argument(
         "--held_out",
         default="largest",
         metavar="N",
-        help="one of them, or largest: the law must predict it without having seen it; none: all are fitted, nothing is checked",
+        help="the width that the law must predict without having seen it; largest, or none to fit all and check nothing",
     )
     parser.add_argument(
         "--held_out_tokens",
         type=float,
         nargs="+",
         metavar="T",
-        help="of --tokens, those that the held-out width, the dearest, is trained for (default: all)",
+        help="which of --tokens the held-out width is trained for (default: all)",
     )
     parser.add_argument(
-        "--tokens", type=float, nargs="+", default=[4e5, 8e5, 1.6e6], metavar="T", help="of a run, with its schedule"
+        "--tokens",
+        type=float,
+        nargs="+",
+        default=[4e5, 8e5, 1.6e6],
+        metavar="T",
+        help="token counts; each is a run with a schedule of its own",
     )
     parser.add_argument(
         "--rate_exponent",
         type=float,
         default=0.0,
         metavar="X",
-        help="the JSON's learning rate is the smallest width's, another has it times (smallest / width)^X, 60m and 800m too; "
+        help="multiply the JSON's learning rate, which is the smallest width's, by (smallest / width)^X, for 60m and 800m too; "
         "muP's matrices: 1",
     )
     parser.add_argument(
-        "--rate_hidden", type=int, metavar="N", help="of which width the JSON's rate is in this, if not the smallest of --hidden"
+        "--rate_hidden", type=int, metavar="N", help="the width that the JSON's learning rate is for (default: the smallest)"
     )
-    parser.add_argument("--learning_rates", type=float, nargs="*", default=[], metavar="LR", help="tried on the smallest width")
     parser.add_argument(
-        "--batches", type=int, nargs="*", default=[], metavar="N", help="samples a step, tried on the smallest width"
+        "--learning_rates", type=float, nargs="*", default=[], metavar="LR", help="learning rates to try on the smallest width"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[], metavar="N", help="batch sizes in samples to try on the smallest width"
     )
     parser.add_argument(
         "--tune_hidden",
@@ -83,20 +97,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="N",
-        help="of --hidden: the rates are tried on these too, by --rate_exponent, which shows whether it is right",
+        help="also try the rates, scaled by --rate_exponent, on these widths of --hidden, to check the exponent",
     )
-    parser.add_argument("--tune_tokens", type=float, metavar="T", help="of these trials (default: the most of --tokens)")
-    parser.add_argument("--target_tokens", type=float, default=20e9, metavar="T", help="at which 60m and 800m are predicted")
+    parser.add_argument("--tune_tokens", type=float, metavar="T", help="tokens of such a trial (default: the largest of --tokens)")
+    parser.add_argument(
+        "--target_tokens", type=float, default=20e9, metavar="T", help="token count for which 60m and 800m are predicted"
+    )
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         default=[1234],
         metavar="N",
-        help="of weights and data order; the law goes through their means; rates and batches are tried with the first",
+        help="random seeds of weights and data order; the law is fitted to their means; trials use the first",
     )
-    parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw what was measured, and the law dashed, there")
-    parser.add_argument("--draws", type=int, default=100, metavar="N", help="bootstrapped laws behind an interval")
+    parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw a chart of the measurements, with the law dashed")
+    parser.add_argument("--draws", type=int, default=100, metavar="N", help="number of bootstrapped laws for the intervals")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -39,22 +39,32 @@ FAR_OFF = 0.02
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     small_runs.add_arguments(parser, folder="runs/learning")
-    parser.add_argument("--model", default="tiny", help="what the variants vary: a preset or a config.json")
+    parser.add_argument("--model", default="tiny", help="the model that is varied: a preset or a config.json")
     parser.add_argument(
         "--variants",
         nargs="*",
         default=["ours", "none", "dense"],
         metavar="NAME",
-        help=f"of {', '.join(built_in(MoEGPTConfig()))} (default: ours none dense)",
+        help=f"built-in variants: {', '.join(built_in(MoEGPTConfig()))} (default: ours none dense)",
     )
     parser.add_argument(
-        "--variants_file", type=Path, metavar="JSON", help='more, of your own: [{"name", "model", "deepspeed", "flags"}]'
+        "--variants_file", type=Path, metavar="JSON", help='your own variants: [{"name", "model", "deepspeed", "flags"}]'
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 7], metavar="N", help="of weights and data order")
-    parser.add_argument("--max_steps", type=int, default=400, metavar="N", help="of the model as it is; others by their FLOPs")
-    parser.add_argument("--evaluations", type=int, default=4, metavar="N", help="token counts at which variants are compared")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="parts of a run after which another has its turn")
-    parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw bits per byte over tokens and over FLOPs there")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1234, 7], metavar="N", help="random seeds of weights and data order"
+    )
+    parser.add_argument(
+        "--max_steps", type=int, default=400, metavar="N", help="steps of the unchanged model; variants train for equal FLOPs"
+    )
+    parser.add_argument(
+        "--evaluations", type=int, default=4, metavar="N", help="number of token counts at which variants are compared"
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="train each run in this many parts, in turns with the others"
+    )
+    parser.add_argument(
+        "--chart", type=svg_path, metavar="SVG", help="also draw a chart of bits per byte over tokens and over FLOPs"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

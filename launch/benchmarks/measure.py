@@ -23,7 +23,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser, *, repeats: int, dtypes
     parser.add_argument("--device", type=usable_device, default=default_device(), help="cpu, cuda or cuda:N")
     if dtypes:
         parser.add_argument("--dtype", default=dtypes[0], choices=dtypes)
-    parser.add_argument("--repeats", type=int, default=repeats, help="the best of so many is taken")
+    parser.add_argument("--repeats", type=int, default=repeats, help="repetitions; the best one counts")
 
 
 def usable_device(text: str) -> str:

@@ -27,9 +27,9 @@ _tokenizer: Any = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", type=Path, help=".json.gz files; by default the standard library, packed")
-    parser.add_argument("--tokenizer", help="tokenizer.json or its folder; without it one of 4,096 tokens is trained")
-    parser.add_argument("--workers", type=int, default=2, help="processes of both sides")
+    parser.add_argument("--input", nargs="+", type=Path, help=".json.gz files; default: the standard library, packed")
+    parser.add_argument("--tokenizer", help="a tokenizer.json or its folder; default: train one of 4,096 tokens")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes, for both sides")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -45,15 +45,15 @@ LIMITS = ("FLOPs", "bytes", "link", "launches")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="800m", help="a preset or a config.json")
     parser.add_argument("--gpu", default="a100-80gb", help="a name in launch/planning/devices.json")
-    parser.add_argument("--deepspeed_config", type=Path, help="take what is not given here from this JSON")
-    parser.add_argument("--ep", type=int, help="ranks that share the experts; one rank's share is counted (default: 1)")
-    parser.add_argument("--num_gpus", type=int, help="ranks of a node that train (default: as many as share the experts)")
+    parser.add_argument("--deepspeed_config", type=Path, help="a DeepSpeed JSON for what is not given here")
+    parser.add_argument("--ep", type=int, help="expert-parallel size; the share of one rank is counted (default: 1)")
+    parser.add_argument("--num_gpus", type=int, help="GPUs in the node (default: the expert-parallel size)")
     parser.add_argument("--sequence_length", type=int, default=2048)
-    parser.add_argument("--micro_batch", type=int, help="sequences of a rank (default: the JSON's, or 8)")
-    parser.add_argument("--accumulation", type=int, help="micro-steps of an optimizer step (default: the JSON's, or 8)")
+    parser.add_argument("--micro_batch", type=int, help="sequences per rank (default: the JSON's, or 8)")
+    parser.add_argument("--accumulation", type=int, help="micro-steps per optimizer step (default: the JSON's, or 8)")
     modes = strategy.CHECKPOINTING_MODES
-    parser.add_argument("--activation_checkpointing", choices=modes, help="of all; default: the JSON's mode, or none")
-    parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw the times by part there")
+    parser.add_argument("--activation_checkpointing", choices=modes, help="mode for all contestants; default: the JSON's, or none")
+    parser.add_argument("--chart", type=svg_path, metavar="SVG", help="also draw a chart of the times by part")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

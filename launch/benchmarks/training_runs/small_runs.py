@@ -40,19 +40,19 @@ class TrainingFailed(UserError):
 
 def add_arguments(parser: argparse.ArgumentParser, *, folder: str) -> None:
     """The flags of whatever trains many small runs."""
-    parser.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders of data/preprocess.py")
+    parser.add_argument("--data", nargs="+", required=True, metavar="DIR[:WEIGHT]", help="folders that data/preprocess.py wrote")
     parser.add_argument(
         "--deepspeed_config",
         type=Path,
         default=CONFIG_FOLDER / "cpu_ep1_zero2.json",
         metavar="JSON",
-        help="batch, optimizer, precision of every run (default: ds_configs/cpu_ep1_zero2.json)",
+        help="DeepSpeed JSON of every run (default: ds_configs/cpu_ep1_zero2.json)",
     )
-    parser.add_argument("--sequence_length", type=int, default=256, metavar="N", help="tokens of one sample")
-    parser.add_argument("--eval_batches", type=int, default=16, metavar="N", help="global batches of one evaluation")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run, by the deepspeed launcher")
+    parser.add_argument("--sequence_length", type=int, default=256, metavar="N", help="tokens in a sample")
+    parser.add_argument("--eval_batches", type=int, default=16, metavar="N", help="global batches in an evaluation")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks of a run, started by the deepspeed launcher")
     parser.add_argument(
-        "--folder", type=Path, default=Path(folder), metavar="DIR", help="where the runs go; the same command goes on in it"
+        "--folder", type=Path, default=Path(folder), metavar="DIR", help="folder for the runs; the same command resumes them"
     )
 
 
