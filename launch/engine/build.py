@@ -15,7 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from data.cli import UserError, sentence
-from launch.engine import activation_checkpointing, expert_parallel, hardware, passes
+from launch.engine import activation_checkpointing, expert_parallel, hardware, passes, schedules
 from launch.engine.regions import compile_regions
 from launch.engine.strategy import Strategy
 from model import MoEGPTConfig, MoEGPTForCausalLM
@@ -74,7 +74,9 @@ def build_engine(model: MoEGPTForCausalLM, deepspeed_config: dict[str, Any]) -> 
     with expert_parallel.model_parts(model.config), _without_memory_prints():
         theirs = without_our_keys(deepspeed_config, strategy)
         try:
-            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=theirs)
+            engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=groups, config=theirs, lr_scheduler=schedules.made_here(deepspeed_config)
+            )
         except (AssertionError, NotImplementedError, ValueError) as error:  # how it says that settings do not go together
             raise UserError(f"DeepSpeed refuses these settings of --deepspeed_config: {sentence(error)}") from error
     passes.after_engine(engine.optimizer)

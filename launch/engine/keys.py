@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from deepspeed.runtime import config as deepspeed_config
-from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import BaseModel, ValidationError
 
 from data.cli import UserError, sentence
+from launch.engine import schedules
 from launch.engine.kinds import another_kind, hint, shown, unknown
 from launch.engine.refused import check_names_optimizer
 from launch.engine.strategy import BATCH, Strategy
@@ -216,10 +216,10 @@ def _check_scheduler(section: Any, path: Path) -> None:
     if not isinstance(section, dict):
         return
     kind = str(section.get("type"))
-    chosen = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
-    if not inspect.isclass(chosen):
-        names = [*lr_schedules.VALID_LR_SCHEDULES, *(n for n in dir(torch.optim.lr_scheduler) if n[0].isupper())]
-        raise UserError(f'{path}: scheduler.type "{kind}" is not a scheduler of DeepSpeed or torch{hint(kind, names)}')
+    chosen = schedules.find(kind)
+    if chosen is None:
+        names = [*schedules.NAMES, *(n for n in dir(torch.optim.lr_scheduler) if n[0].isupper())]
+        raise UserError(f'{path}: scheduler.type "{kind}" is not a scheduler of this system, DeepSpeed or torch{hint(kind, names)}')
     accepted = _parameters(chosen)
     for key in section.get("params") or {}:
         if key not in accepted:

@@ -38,6 +38,7 @@ KINDS = {
     "scheduler.params": OBJECT,
     "scheduler.params.total_num_steps": WHOLE,
     "scheduler.params.warmup_num_steps": WHOLE,
+    "scheduler.params.decay_num_steps": WHOLE,
     "data_types": OBJECT,
     "data_types.grad_accum_dtype": TEXT,
     "bf16": OBJECT,
@@ -63,11 +64,12 @@ KINDS = {
 #: Which of them may be null as well.
 NULLABLE = ("data_types.grad_accum_dtype", "zero_optimization.offload_optimizer")
 #: Which may be "auto": `launch/train.py` fills it in.
-AUTO = (*BATCH, "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
+AUTO = (*BATCH, *(f"scheduler.params.{name}_num_steps" for name in ("total", "warmup", "decay")))
 #: What DeepSpeed calls the types in `data_types` (`DtypeEnum`, which imports torch), beside torch's own names.
 DTYPES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 WARMUP_SHARE = 0.02  # of the run, at most WARMUP_MOST steps: DeepSeek-V3 (arXiv 2412.19437) warms up for 2,000
 WARMUP_MOST = 2000
+DECAY_SHARE = 0.1  # of the run: MiniCPM (arXiv 2404.06395, section 4.4) found a tenth to be enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,8 @@ def _resolve_schedule(config: dict[str, Any], max_steps: int) -> None:
         params["total_num_steps"] = max_steps
     if params.get("warmup_num_steps") == "auto":
         params["warmup_num_steps"] = max(2, min(WARMUP_MOST, int(max_steps * WARMUP_SHARE)))
+    if params.get("decay_num_steps") == "auto":
+        params["decay_num_steps"] = max(1, int(max_steps * DECAY_SHARE))
 
 
 def schedule_hint(schedule: object, max_steps: int) -> str | None:

@@ -21,6 +21,7 @@ from deepspeed.runtime.config import ADAM_W_MODE, TORCH_ADAM_PARAM, DtypeEnum
 from torch.optim.lr_scheduler import LRScheduler
 
 from data.cli import UserError, sentence
+from launch.engine import schedules
 from launch.engine.kinds import SWITCH, another_kind, is_kind, shown
 from launch.engine.refused import check_refused
 from launch.engine.strategy import Strategy
@@ -94,12 +95,12 @@ def _check_schedule(section: Any, chosen: Strategy, path: Path) -> None:
     if not isinstance(section, dict):
         return
     kind, params = str(section["type"]), section.get("params") or {}
-    if not hasattr(lr_schedules, kind) and (chosen.zero_stage or chosen.dtype != "float32"):
+    if schedules.is_torchs(kind) and (chosen.zero_stage or chosen.dtype != "float32"):
         raise UserError(
             f"{path}: scheduler.type {kind} is PyTorch's, which takes no optimizer that is wrapped for ZeRO or half precision; "
-            f"take one of DeepSpeed's ({', '.join(lr_schedules.VALID_LR_SCHEDULES)}), or zero_optimization.stage 0 in fp32"
+            f"take one of {', '.join(schedules.NAMES)}, or zero_optimization.stage 0 in fp32"
         )
-    takes = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind)
+    takes: Any = schedules.find(kind)  # `keys.py` has found it
     _check_kinds("scheduler.params", takes, params, path)
     if params.get("warmup_type", WARMUP_TYPES[0]) not in WARMUP_TYPES:
         raise UserError(f"{path}: scheduler.params.warmup_type must be one of {WARMUP_TYPES}, not {shown(params['warmup_type'])}")

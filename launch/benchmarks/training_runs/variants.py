@@ -81,6 +81,8 @@ def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
     stock |= dict.fromkeys(("initializer_range", "embedding_initializer_range", "router_initializer_range"), 0.02)
     stock |= dict.fromkeys(("router_aux_loss_coef", "z_loss_weight", "expert_dropout"), 0.0)
     muon = {"muon_lr": 0.02, "momentum": 0.95, "fused": None}  # embeddings, head and vectors keep AdamW at the JSON's rate
+    steps = dict.fromkeys(("total_num_steps", "warmup_num_steps", "decay_num_steps"), "auto")
+    wsd = {"type": "WarmupStableDecayLR", "params": {**steps, "cos_min_ratio": None}}
     variants = (
         Variant(name="ours"),
         Variant(name="sign", model={"router_balance": "sign"}),
@@ -95,6 +97,7 @@ def built_in(config: MoEGPTConfig) -> dict[str, Variant]:
         Variant(name="no_sinks", model={"attention_sinks": False}),
         Variant(name="adamw", deepspeed={"optimizer": {"type": "AdamW"}}),
         Variant(name="muon", deepspeed={"gradient_clipping": 0.0, "optimizer": {"type": "Muon", "params": muon}}),
+        Variant(name="wsd", deepspeed={"scheduler": wsd}),
         Variant(name="sign_decaying", model={"router_balance": "sign", "router_bias_decay": 1.0}),
         Variant(name="quantile_averaged", model={"router_balance": "quantile", "router_bias_average": 0.5}),
     )

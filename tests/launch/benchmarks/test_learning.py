@@ -298,7 +298,7 @@ def test_a_chart_of_every_variant_tells_them_apart_and_keeps_long_names_within(t
         kept = [node for node in nodes if node.tag.endswith(tag) and node.get("width") in (None, "12")]
         return [tuple(node.get(name) for name in ("fill", "stroke", "stroke-dasharray")) for node in kept]
 
-    assert len(set(paints("circle"))) == len(names) == 17 and paints("circle") == paints("rect")
+    assert len(set(paints("circle"))) == len(names) == 18 and paints("circle") == paints("rect")
     shown = [node for node in nodes if node.tag.endswith("text")][-2:]
     assert [node[0].text for node in shown] == names[-2:]
     assert [node[0].tail for node in shown] == [f"{'x' * 19}…{'x' * 17}<{number}>" for number in (1, 2)]

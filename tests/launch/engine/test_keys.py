@@ -17,6 +17,7 @@ from launch.planning.unread import check_unread
 
 BASE = read_config(CONFIG_FOLDER / "ep8_zero2.json")
 PATH = Path("some.json")
+WSD: dict[str, Any] = {"type": "WarmupStableDecayLR"}
 
 
 def check(config: dict[str, Any]) -> None:
@@ -89,6 +90,8 @@ def test_a_misspelt_key_is_refused_with_the_right_one(right: str, wrong: str) ->
         ("zero_optimization.offload_optimizer", {"device": "gpu"}, "Input should be 'none', 'cpu' or 'nvme'"),
         ("optimizer.type", "AdamWW", '"AdamWW" is not an optimizer of DeepSpeed or torch.optim; did you mean "adamw"?'),
         ("scheduler.type", "WarmupCosinLR", 'did you mean "WarmupCosineLR"?'),
+        ("scheduler.type", "WarmupStableDecay", 'did you mean "WarmupStableDecayLR"?'),
+        ("scheduler", {**WSD, "params": {"decay_num_step": 3}}, 'did you mean "decay_num_steps"?'),
         ("optimizer", {"params": {}}, '"optimizer" must name a type'),
         ("elasticity", {"enabled": False}, "Elastic training has been removed"),
     ],
@@ -153,6 +156,9 @@ def test_sections_that_are_wrong_in_themselves(section: str, value: Any, wanted:
         ("scheduler.params.warmup_num_steps", 0, "WarmupCosineLR refuses them: warmup_num_steps must be a positive integer, got 0"),
         ("scheduler.params.total_num_steps", 0, "scheduler.params.total_num_steps must be at least 1, not 0"),
         ("scheduler", {"type": "WarmupDecayLR", "params": {}}, "WarmupDecayLR refuses them"),
+        ("scheduler", {**WSD, "params": {"total_num_steps": 9}}, "decay_num_steps must be 1 to total_num_steps (9), not 1000"),
+        ("scheduler", {**WSD, "params": {"total_num_steps": 9, "decay_type": 3}}, "decay_type must be a string, not 3"),
+        ("scheduler", {**WSD, "params": {"decay_num_steps": "all"}}, 'decay_num_steps must be a whole number or "auto", not "all"'),
         ("data_types", "fp32", "data_types must be an object"),
         ("data_types.grad_accum_dtype", "float33", 'must be one of "fp16", "fp32", "int8", "bf16", not "float33"'),
         ("expert_parallel.preset_model", "mixtral", 'expert_parallel.preset_model must be "deepseek_v3"'),
@@ -259,7 +265,7 @@ def test_a_schedule_of_torch_s_takes_only_an_optimizer_of_torch_s(stage: int, bf
     """With the others every rank ended in a traceback while the engine was built."""
     config = changed("scheduler", {"type": "StepLR", "params": {"step_size": 10}})
     config["zero_optimization"]["stage"], config["bf16"] = stage, {"enabled": bf16}
-    said = "scheduler.type StepLR is PyTorch's, .*; take one of DeepSpeed's .*WarmupCosineLR"
+    said = "scheduler.type StepLR is PyTorch's, .*; take one of WarmupStableDecayLR, .*WarmupCosineLR"
     with pytest.raises(UserError, match=said) if refused else nullcontext():
         check(config)
     config["scheduler"]["params"] = {"step_size": "ten"}
