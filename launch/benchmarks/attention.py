@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring_flags(parser, repeats=3, dtypes=("bfloat16", "float16", "float32"))
     parser.add_argument("--batch", type=int, default=1, help="number of rows")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--key_value_heads", type=int, default=8)
-    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=24, help="query heads")
+    parser.add_argument("--key_value_heads", type=int, default=8, help="key and value heads")
+    parser.add_argument("--head_dim", type=int, default=64, help="width of a head")
     parser.add_argument("--documents", type=int, default=8, help="documents packed into a row, for the last lines of the table")
 
 

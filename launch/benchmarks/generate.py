@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring_flags(parser, repeats=5)
     parser.add_argument("--model", default="tiny", help="a preset")
     parser.add_argument("--layers", type=int, help="cut the model to this many layers (default: all)")
-    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32, 512])
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32, 512], help="lengths of the prompt")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="numbers of prompts at a time")
+    parser.add_argument("--new_tokens", type=int, default=64, help="tokens to generate")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

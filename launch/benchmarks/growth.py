@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     on_cpu = default_device() == "cpu"
     add_measuring_flags(parser, repeats=2, dtypes=())
     parser.add_argument("--model", default="tiny" if on_cpu else "800m", help="a preset or a config.json that gives the widths")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--sequence_length", type=int, default=256 if on_cpu else 2048)
+    parser.add_argument("--layers", type=int, default=2, help="number of layers")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="vocabulary size")
+    parser.add_argument("--sequence_length", type=int, default=256 if on_cpu else 2048, help="tokens in a sequence")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384, 32_768], help="token counts of a rank")
-    parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of experts")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from model.loss import token_loss
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring_flags(parser, repeats=2)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=512 if default_device() == "cpu" else 1536)
-    parser.add_argument("--vocabulary", type=int, default=49_152)
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens in a batch")
+    parser.add_argument("--hidden", type=int, default=512 if default_device() == "cpu" else 1536, help="width of the hidden states")
+    parser.add_argument("--vocabulary", type=int, default=49_152, help="vocabulary size")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

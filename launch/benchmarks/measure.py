@@ -22,7 +22,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser, *, repeats: int, dtypes
     """The flags of whatever times calls; of one that computes in one type alone `dtypes` is empty."""
     parser.add_argument("--device", type=usable_device, default=default_device(), help="cpu, cuda or cuda:N")
     if dtypes:
-        parser.add_argument("--dtype", default=dtypes[0], choices=dtypes)
+        parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="type of the numbers")
     parser.add_argument("--repeats", type=int, default=repeats, help="repetitions; the best one counts")
 
 

@@ -23,7 +23,7 @@ from model.moe import MoE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring_flags(parser, repeats=3)
     parser.add_argument("--model", default="800m", help="preset whose MoE layer is measured")
-    parser.add_argument("--tokens", type=int, default=2048 if default_device() == "cpu" else 16_384)
+    parser.add_argument("--tokens", type=int, default=2048 if default_device() == "cpu" else 16_384, help="tokens in a batch")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

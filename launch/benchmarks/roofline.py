@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed_config", type=Path, help="a DeepSpeed JSON for what is not given here")
     parser.add_argument("--ep", type=int, help="expert-parallel size; the share of one rank is counted (default: 1)")
     parser.add_argument("--num_gpus", type=int, help="GPUs in the node (default: the expert-parallel size)")
-    parser.add_argument("--sequence_length", type=int, default=2048)
+    parser.add_argument("--sequence_length", type=int, default=2048, help="tokens in a sequence")
     parser.add_argument("--micro_batch", type=int, help="sequences per rank (default: the JSON's, or 8)")
     parser.add_argument("--accumulation", type=int, help="micro-steps per optimizer step (default: the JSON's, or 8)")
     modes = strategy.CHECKPOINTING_MODES

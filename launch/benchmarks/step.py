@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="cut the model to this many layers")
     parser.add_argument("--vocabulary", type=int, help="vocabulary size, if not the model's")
     parser.add_argument("--deepspeed_config", type=Path, help="default: what launch/train.py takes for this number of ranks")
-    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--micro_batch", type=int, default=8, help="sequences per rank")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each contestant, after two untimed ones")
