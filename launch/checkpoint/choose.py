@@ -6,6 +6,7 @@ refuse with the same sentence.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -152,7 +153,8 @@ class CheckpointChooser:
         """The first candidate in order that verifies, or a fresh start where there is none and need not be one."""
         choice, passed_over = self._search(self._candidates(folder))
         if choice is not None:
-            return replace(choice, message=choice.message + "".join(f"; passed over {text}" for text in passed_over))
+            remarks = [f"; passed over {text}" for text in passed_over]
+            return replace(choice, message="".join([choice.message, *remarks, self.ranks.run_on_rank0(lambda: gone(folder))]))
         left = self.ranks.run_on_rank0(lambda: ", ".join(sorted(folder.left())))
         if passed_over or must_exist or left:
             others = f"; {left} are of branches that were left, for --resume to name" if left else ""
@@ -196,6 +198,8 @@ class CheckpointChooser:
 
     def _accept(self, path: Path) -> ResumeFrom:
         """Does a whole checkpoint belong to this run, and in this layout? Rank 0. Raises UserError where not."""
+        if glob.escape(str(path.absolute())) != str(path.absolute()):
+            raise UserError(f"{path}: DeepSpeed takes [, * and ? in a path for a pattern and could not load it; rename the folder")
         saved = read_state(path)
         wrong = saved.identity.conflicts(self.identity)
         if wrong:
@@ -208,3 +212,9 @@ class CheckpointChooser:
         if conversions:
             message += f", converted from another layout ({', '.join(conversions)})"
         return ResumeFrom(message=message, path=path, state=saved.training, conversions=conversions, is_own=self.own.holds(path))
+
+
+def gone(folder: CheckpointFolder) -> str:
+    """For a message: that `latest` names what is not there, as behind a link to a disk that is not mounted; empty where it is."""
+    named = folder.pointed(LATEST)
+    return "" if named is None or step_of(named) in folder.steps() else f"; {LATEST} names {named}, which is gone"

@@ -121,7 +121,7 @@ class CheckpointFolder:
     def began_at(self) -> str | None:
         """The path that `begin_at` was told last; None where the last start named none."""
         try:
-            return os.fsdecode(small_file(self.path / RESUMED))
+            return os.path.realpath(self.path / os.fsdecode(small_file(self.path / RESUMED)))
         except OSError:
             return None
 
@@ -140,7 +140,8 @@ class CheckpointFolder:
             others = self.beyond(-1 if checkpoint.name in self.left() else step_of(checkpoint.name) or 0)
             self.leave(others, but=checkpoint.name)
             self.point(LATEST, checkpoint.name)
-        replace_file(self.path / RESUMED, os.fsencode(place))
+        own = Path(place).name if self.holds(Path(place)) else place  # the name is right wherever the run is moved to
+        replace_file(self.path / RESUMED, os.fsencode(own))
 
     def newest_first(self) -> list[Path]:
         """The order to try: what `latest` names, then the steps before it, newest first, then those after it."""

@@ -19,10 +19,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from data.cli import UserError
+from data.cli import UserError, sentence
 from data.files import make_folder
 from data.terminal import say
 from launch.checkpoint import universal
@@ -39,6 +40,7 @@ from launch.cli import AgreedError
 from launch.manifest import FileRecord, to_json, write_manifest
 from launch.ranks.control_group import ControlGroup
 
+T = TypeVar("T")
 SPACE_MARGIN = 1.05
 #: How often a waiting rank looks whether the files that are written in the background grow.
 LOOK_SECONDS = 1.0
@@ -73,6 +75,7 @@ class CheckpointManager:
         self._pending: tuple[Future[None], CheckpointFiles] | None = None
         self._loaded: int | None = None  # the step that was loaded, until the first save after it
         self._best: str | None = None  # the best checkpoint up to that step
+        self._beyond: list[str] = []  # names of what lay beyond that step: of a branch that is left with the first save
         self._on_phase = on_phase
         self.before_save: Callable[[], None] = lambda: None
         self._ranks = ControlGroup()
@@ -92,7 +95,7 @@ class CheckpointManager:
         final = self.folder.path / f"step_{state.step}"
         self._on_phase("saving: preparing")
         needed = sum(self._ranks.gather(state_bytes(engine)))
-        temporary = self._ranks.run_on_rank0(lambda: self._prepare(final, needed))
+        temporary = self._on_rank0(lambda: self._prepare(final, needed))
         writing = partial(self._on_phase, "saving: writing")
         files = CheckpointFiles(temporary, name=final.name, later=self.background, on_part=writing)
         writing()
@@ -128,6 +131,7 @@ class CheckpointManager:
         """What to start from; needs no engine. See `CheckpointChooser.choose`."""
         self.wait()
         self._on_phase("choosing a checkpoint")
+        self._on_rank0(self._tidy)
         return self._chooser.choose(resume)
 
     def newest(self, *, before: float = math.inf) -> ResumeFrom | None:
@@ -151,6 +155,7 @@ class CheckpointManager:
         loading()
         self._ranks.run_everywhere(partial(restore, engine, choice, folder, self._ranks, loading))
         self._loaded = choice.state.step
+        self._beyond = self._ranks.run_on_rank0(lambda: self.folder.beyond(choice.state.step))
         self._best = self._ranks.run_on_rank0(partial(self._best_of_branch, choice))
         if self._best or choice.state.best_step == 0:
             return choice.state
@@ -189,14 +194,30 @@ class CheckpointManager:
             return named if paths and paths[0].name == named else None
         return next((path.name for path in paths if has_best_loss(path, loaded.best_loss)), None)
 
+    def _on_rank0(self, action: Callable[[], T]) -> T:
+        """As `ControlGroup.run_on_rank0`; whatever the disk's error, it is none of the program's."""
+
+        def attempt() -> T:
+            try:
+                return action()
+            except OSError as error:
+                raise UserError(sentence(error)) from error
+
+        return self._ranks.run_on_rank0(attempt)
+
+    def _tidy(self) -> None:
+        """Put the folder right after processes that died: the run's lock is held, so none that lives writes there. Rank 0."""
+        if self.folder.path.is_dir():
+            recover(self.folder.path)
+            for dead in leftovers(self.folder.path):
+                remove(dead)
+
     def _prepare(self, final: Path, needed: int) -> Path:
         """Clean up after dead saves, check the free space, make the temporary folder. Rank 0."""
         self.before_save()
         folder = self.folder.path
         make_folder(folder)
-        recover(folder)
-        for dead in leftovers(folder):
-            remove(dead)
+        self._tidy()
         free, left = shutil.disk_usage(folder).free, sorted(self.folder.left())
         if needed * SPACE_MARGIN > free:
             of_left = f" ({', '.join(left)}: of branches that were left)" if left else ""
@@ -228,25 +249,25 @@ class CheckpointManager:
             self._ranks.run_on_rank0(lambda: discard(files.folder))
             raise
         records = {name: record for share in shares for name, record in share.items()}
-        self._ranks.run_on_rank0(lambda: self._publish(files.folder, final, records, is_best, skipped))
+        self._on_rank0(lambda: self._publish(files.folder, final, records, is_best, skipped))
 
     def _publish(self, temporary: Path, final: Path, files: dict[str, FileRecord], is_best: bool, skipped: int) -> None:
         """Complete, name, point, clean up: in this order, each on the disk before the next begins. Rank 0."""
         strays = {p.name for p in temporary.iterdir()} - files.keys()
         assert not strays, f"written past the CheckpointFiles: {sorted(strays)}"
         write_manifest(temporary, files)
-        beyond = [] if self._loaded is None else self.folder.beyond(self._loaded)
-        if not is_best and final.name in self.folder.left().union(beyond) and final.name == self.folder.pointed(BEST):
+        if not is_best and final.name in self.folder.left().union(self._beyond) and final.name == self.folder.pointed(BEST):
             self.folder.set_best(None)  # it is about to be replaced by one that is not
         publish(temporary, final)
+        self._beyond = [name for name in self._beyond if name != final.name]
         # Not as soon as it is loaded: until there is something newer, what was damaged may still be restored and gone on from.
-        self.folder.leave(beyond, but=final.name)
+        self.folder.leave(self._beyond, but=final.name)
         if is_best:  # before `latest`, which a run goes on from, with its best loss: nothing worse than that is saved as the best
             self.folder.set_best(final.name)
         self.folder.point(LATEST, final.name)
         if self._loaded is not None and not is_best:
             self.folder.set_best(self._best)
-        self._loaded = None
+        self._loaded, self._beyond = None, []
         of_bests = {path.name for path in self.folder.present().values() if not is_counted(path)}
         last, every = self.keep_last, self.keep_every
         for old in self.folder.expendable(keep_last=last, keep_every=every, skipped=skipped, of_bests=of_bests):

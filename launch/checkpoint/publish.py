@@ -45,7 +45,7 @@ def made_for(working: str) -> str:
 
 def publish(temporary: Path, final: Path) -> None:
     """Give a complete folder its name. Where the name is taken, the two are exchanged and the old one is deleted."""
-    if not final.exists():
+    if not os.path.lexists(final):  # a link whose disk is not mounted is in the way as well
         os.rename(temporary, final)
     elif exchange(temporary, final):
         sync_folder(final.parent)
@@ -87,7 +87,8 @@ def discard(folder: Path) -> None:
         say(f"{folder} was a link; what it points to is kept: {os.path.realpath(folder)}")
         folder.unlink()
         return
-    if not folder.name.startswith(".trash-"):
+    told = folder.name.startswith(".trash-")
+    if not told:
         trash = working_name(folder, "trash")
         if rename_if_possible(folder, trash):
             folder = trash
@@ -95,6 +96,8 @@ def discard(folder: Path) -> None:
             (folder / MANIFEST).unlink(missing_ok=True)
             sync_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
+    if not told and folder.exists():
+        say(f"warning: {folder} cannot be deleted: it holds files of another owner or without write permission; delete it by hand")
 
 
 def rename_if_possible(folder: Path, name: Path) -> bool:

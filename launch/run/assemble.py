@@ -70,6 +70,7 @@ def make_trainer(
             monitor=monitor,
             on_saved=evaluator.begin,
             on_best_lost=judging.take_back,
+            on_best_again=judging.give_back,
         ),
         monitor=monitor,
         spikes=SpikeDetector(sigma=arguments.spike_sigma, window=arguments.spike_window, rollback_after=arguments.spike_rollback),

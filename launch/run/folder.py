@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from data.cli import UserError
-from data.files import make_folder, read_json, replace_file, replace_json, small_file, sync_folder
+from data.files import finite, read_json, replace_file, replace_json, small_file, sync_folder
 from data.redact import redact
 from data.terminal import say
 from launch.checkpoint.folder import CheckpointFolder
@@ -85,11 +86,24 @@ class FolderWatch:
         return found.st_dev, found.st_ino
 
     def is_lost(self) -> bool:
-        """Once for each loss: the folder of that name is then the run's, whatever it is. It exists afterwards."""
-        found = self._identity()
-        make_folder(self.folder)
-        lost, self._known = found != self._known, self._identity()
-        return lost
+        return self._identity() != self._known
+
+    def begin_anew(self) -> None:
+        """The folder that is there now is the run's."""
+        self._known = self._identity()
+
+
+def check_not_anothers(folder: Path, config: dict[str, Any]) -> None:
+    """Raises UserError where the folder that stands in the place of a run's holds another run. `config`: of the run."""
+    path = folder / "config.json"
+    try:
+        held = read_json(path) if path.exists() else None
+    except ValueError:
+        held = {}
+    if held != json.loads(json.dumps(finite(redact(config)))) and (
+        held is not None or CheckpointFolder(folder / "checkpoints").steps()
+    ):
+        raise UserError(f"{folder} was replaced by the folder of another run, which is not written over; move it away")
 
 
 def write_config(folder: Path, config: dict[str, Any], tokenizer_folder: Path) -> None:

@@ -37,6 +37,7 @@ class Judging:
     judged_on: dict[str, Any] | None = None  # as loaded, for a run without validation to hand on: see `Validation.judged_on`
     #: Falling losses, each with the step of its evaluation (None: of a checkpoint whose version did not write it).
     _bests: list[tuple[float, int | None]] = field(default_factory=list)
+    _taken_back: list[tuple[float, int | None]] = field(default_factory=list)
 
     @property
     def best_loss(self) -> float | None:
@@ -89,7 +90,12 @@ class Judging:
 
     def take_back(self, step: int) -> None:
         """No checkpoint has the best of `step`: the one before it is the best again."""
+        self._taken_back = [best for best in self._bests if best[1] == step]
         self._bests = [best for best in self._bests if best[1] != step]
+
+    def give_back(self, step: int) -> None:
+        """The best of `step` is saved after all."""
+        self._bests += [best for best in self._taken_back if best[1] == step]
 
     def extra(self) -> dict[str, Any]:
         """For `TrainingState.extra`, beside the state's own best loss and step."""

@@ -37,10 +37,11 @@ def rehearse(trainer: Trainer, ranks: ControlGroup) -> None:
 def check_space(trainer: Trainer, ranks: ControlGroup) -> None:
     """The disk holds the first checkpoint; later saves check again. Collective."""
     needed = sum(ranks.gather(state_bytes(trainer.engine)))
-    output = trainer.arguments.output
-    free = ranks.run_on_rank0(lambda: shutil.disk_usage(output).free)
+    folder = trainer.saving.checkpoints.folder.path  # which may be a link to another disk
+    place = folder if folder.is_dir() else trainer.arguments.output
+    free = ranks.run_on_rank0(lambda: shutil.disk_usage(place).free)
     if free < needed:
-        raise AgreedError(f"a checkpoint takes about {needed / 1e6:,.1f} MB and {output} has {free / 1e6:,.1f} MB free; make room")
+        raise AgreedError(f"a checkpoint takes about {needed / 1e6:,.1f} MB and {place} has {free / 1e6:,.1f} MB free; make room")
 
 
 @contextlib.contextmanager

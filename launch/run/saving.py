@@ -31,6 +31,7 @@ class Saving:
     monitor: Monitor
     on_saved: Callable[[str], None]  # told of every checkpoint that is complete, by its name
     on_best_lost: Callable[[int], None]  # told of the step whose save was to be the best and failed
+    on_best_again: Callable[[int], None] = lambda _: None  # and that it is saved once more
     saved_at: int = -1  # the step of the newest checkpoint that is written or pending
     last_failure: AgreedError | None = None
     failed_at: int = -1  # the step of the save that failed last
@@ -88,8 +89,12 @@ class Saving:
 
     def finish(self, step: int, state: Callable[[], TrainingState], *, skipped: int = 0) -> None:
         """At the end of a run: nothing may end with exit code 0 unsaved. Raises the failure of the last save."""
+        self.finish_pending_save(step)  # where that fails there is the state still, to be saved once more
         self._finishing = True
-        self.save(step, state, skipped=skipped)
+        again = self.failed_at == step and self._is_best
+        if again:
+            self.on_best_again(step)
+        self.save(step, state, is_best=again, skipped=skipped)
         self.finish_pending_save(step)
         if self.last_failure is not None:
             raise self.last_failure

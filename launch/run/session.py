@@ -73,7 +73,10 @@ class Session:
         checkpoints, choice = self.choose_checkpoint(identity)
         changes = self.compare_settings(choice, ranks)
         engine = self.build(choice, ranks)
-        config = self.publish_config(identity, ranks)
+        config = self.describe(identity)
+        goes_on = isinstance(choice, ResumeFrom) and choice.is_own
+        if not goes_on:
+            self.publish_config(config, ranks)
         trainer = self.prepare(engine, checkpoints, choice)
         self.watch_folder(trainer, checkpoints, config)
         if changes:
@@ -82,6 +85,8 @@ class Session:
             trainer.monitor.say("the validation samples are others than this checkpoint's run had: the best is looked for anew")
         self.rehearse(trainer, ranks, config)
         # No sooner: a start that ends for want of memory has left no branch, and taken no row out of the metrics.
+        if goes_on:  # with which the next start compares its settings
+            self.publish_config(config, ranks)
         if isinstance(choice, ResumeFrom):
             checkpoints.begin(choice)
         if left := checkpoints.left_hint():
@@ -167,9 +172,9 @@ class Session:
         random.seed(seed)
         return engine
 
-    def publish_config(self, identity: RunIdentity, ranks: ControlGroup) -> dict[str, Any]:
-        """After the engine stands: a folder whose settings never made an engine is not yet a run."""
-        config = {
+    def describe(self, identity: RunIdentity) -> dict[str, Any]:
+        """For config.json."""
+        return {
             **identity.to_json(),
             "sources": self.run.train_data.describe(),
             "validation": self.run.validation_data.describe() if self.run.validation_data else None,
@@ -177,9 +182,11 @@ class Session:
             "arguments": self.arguments.as_json(),
             **describe_environment(),
         }
+
+    def publish_config(self, config: dict[str, Any], ranks: ControlGroup) -> None:
+        """After the engine stands: a folder whose settings never made an engine is not yet a run."""
         tokenizer = self.run.train_data.tokenizer_folder
         ranks.run_on_rank0(lambda: run_folder.write_config(self.arguments.output, config, tokenizer))
-        return config
 
     def prepare(self, engine: DeepSpeedEngine, checkpoints: CheckpointManager, choice: ResumeChoice) -> Trainer:
         """Load what was chosen, last of all that reads: nothing after it may change the weights or draw random numbers."""
@@ -201,8 +208,11 @@ class Session:
                 return
             if self.lock is not None:
                 self.lock.release()
+                self.lock = None
             self.lock = take_folder(output, "run")
+            run_folder.check_not_anothers(output, config)
             run_folder.write_config(output, config, self.run.train_data.tokenizer_folder)
+            watch.begin_anew()  # not before: what is refused at this save is refused at the next
             trainer.monitor.say(
                 f"warning: {output} was deleted, moved or replaced while the run goes on, and what it held is not there any more; "
                 "config.json and the tokenizer are written anew, and metrics and checkpoints go on there"

@@ -58,6 +58,29 @@ def test_each_file_is_hashed_by_one_of_two_ranks_and_what_either_finds_counts(ru
     assert sorted(name in text for text in found) == [False, True]
 
 
+def test_a_newest_that_is_gone_is_told(run):
+    assert "which is gone" not in manager(run).choose("auto").message
+    (run / "checkpoints/step_3").rename(run / "elsewhere")
+    (run / "checkpoints/step_3").symlink_to("/not/mounted")
+    choice = manager(run).choose("auto")
+    assert choice.path.name == "step_2" and choice.message.endswith("; latest names step_3, which is gone")
+
+
+def test_what_dead_processes_left_is_gone_before_room_is_asked_for(run):
+    """Each killed conversion left more, and the next start was refused for want of room."""
+    folder = run / "checkpoints"
+    for name in (".tmp-step_4-0123abcd", ".tmp-step_3.universal-0123abcd", ".trash-step_1-0123abcd"):
+        (folder / name).mkdir()
+    (folder / "step_2").rename(folder / ".replaced-step_2-0123abcd")
+    manager(run).choose("auto")
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_1", "step_2", "step_3"]
+
+
+def test_a_checkpoint_in_a_folder_that_deepspeed_takes_for_a_pattern_is_refused(run):
+    with pytest.raises(UserError, match=r"DeepSpeed takes \[, \* and \? in a path for a pattern"):
+        manager(run.parent / "new").choose(str(run.rename(run.parent / "run[1]") / "checkpoints/step_2"))
+
+
 def hurt(path: Path, damage: str) -> None:
     data = bytearray(path.read_bytes())
     if damage == "remove":

@@ -53,10 +53,13 @@ def test_where_a_run_began_is_kept_for_the_same_command(tmp_path: Path) -> None:
     assert folder.began_at() == str(tmp_path / "step_2") and folder.pointed(LATEST) == "step_2"
     folder.begin_at(tmp_path / "step_1", str(tmp_path / "step_2"))
     assert folder.pointed(LATEST) == "step_2" and folder.left() == {"step_3"}, "the same command, where step_2 is damaged"
-    folder.begin_at(tmp_path / "other" / "step_1", "a\n\udcff/step_2")
-    assert folder.began_at() == "a\n\udcff/step_2"
-    folder.begin_at(tmp_path / "other" / "step_1", "other")
-    assert folder.began_at() == "other" and folder.pointed(LATEST) == "step_2", "not of this folder"
+    moved = CheckpointFolder(folder.path.rename(tmp_path.with_name("moved")))
+    assert moved.began_at() == str(moved.path / "step_2"), "the same command in a run that was moved"
+    moved.path.rename(tmp_path)
+    folder.begin_at(tmp_path / "other" / "step_1", "/a\n\udcff/step_2")
+    assert folder.began_at() == "/a\n\udcff/step_2"
+    folder.begin_at(tmp_path / "other" / "step_1", "/other")
+    assert folder.began_at() == "/other" and folder.pointed(LATEST) == "step_2", "not of this folder"
     folder.begin_at(tmp_path / "step_2", None)
     assert folder.began_at() is None
 

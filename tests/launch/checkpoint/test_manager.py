@@ -22,10 +22,12 @@ from stub_engine import MODEL, OPTIMIZER, StubEngine, manager, state, steps, who
 
 from data.cli import UserError
 from data.terminal import drain
+from launch.checkpoint import manager as manager_module
 from launch.checkpoint import publish
 from launch.checkpoint.engine_files import CheckpointFiles, state_bytes
 from launch.checkpoint.manager import CheckpointManager
 from launch.checkpoint.restore import random_state_name, restore
+from launch.cli import AgreedError
 
 
 def test_state_and_engine_come_back(run):
@@ -300,6 +302,31 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_old_ones(run, limit):
     checkpoints.save(StubEngine(), state(4))  # once there is room again
     assert steps(run) == [4]
     assert not publish.leftovers(run / "checkpoints")
+
+
+@pytest.mark.parametrize("code", [errno.ETIMEDOUT, errno.ENOTCONN, errno.EBUSY, errno.EIO])
+@pytest.mark.parametrize("when", ["make_folder", "write_manifest", "publish"])
+def test_a_hiccup_of_the_disk_at_any_part_of_a_save_is_no_fault_of_the_program(run, monkeypatch, when, code):
+    def hiccup(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    checkpoints = manager(run)
+    with monkeypatch.context() as now, pytest.raises(AgreedError, match=os.strerror(code)):
+        now.setattr(manager_module, when, hiccup)
+        checkpoints.save(StubEngine(), state(4))
+    checkpoints.save(StubEngine(), state(5))
+    assert 5 in steps(run)
+
+
+def test_what_a_failed_save_has_published_is_of_the_run_s_own_branch(run, monkeypatch):
+    """The pointer could not be written: the next save took step 2 for one of the branch that was left."""
+    checkpoints = manager(run)
+    checkpoints.load(StubEngine(), checkpoints.choose("step_1"))
+    with monkeypatch.context() as now, pytest.raises(AgreedError):
+        now.setattr(type(checkpoints.folder), "point", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        checkpoints.save(StubEngine(), state(2))
+    checkpoints.save(StubEngine(), state(4))
+    assert checkpoints.folder.left() == {"step_3"} and checkpoints.folder.pointed("latest") == "step_4"
 
 
 def test_what_a_failed_save_moved_aside_is_put_back_by_the_next(run):

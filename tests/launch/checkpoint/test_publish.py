@@ -29,6 +29,25 @@ def test_publishing_over_an_existing_folder(tmp_path, monkeypatch, can_exchange)
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
 
 
+def test_a_link_to_a_disk_that_is_not_mounted_is_replaced(tmp_path):
+    final = tmp_path / "step_1"
+    final.symlink_to("/not/mounted/step_1")
+    publish.publish(folder_with(publish.working_name(final, "tmp"), state=b"new"), final)
+    assert (final / "state").read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_what_cannot_be_deleted_is_told_once(tmp_path, monkeypatch, capsys):
+    """It had lost its name, and filled the disk unseen."""
+    monkeypatch.setattr(publish.shutil, "rmtree", lambda *_, **__: None)
+    publish.discard(folder_with(tmp_path / "step_1", state=b"old"))
+    (trash,) = tmp_path.iterdir()
+    drain()
+    assert f"warning: {trash} cannot be deleted" in "".join(capsys.readouterr())
+    publish.discard(trash)
+    drain()
+    assert "".join(capsys.readouterr()) == ""
+
+
 def test_a_death_between_the_two_renames_is_undone(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "exchange", lambda *_: False)
     final = folder_with(tmp_path / "step_1", state=b"old")

@@ -18,7 +18,7 @@ from data.cli import UserError
 from data.lock import take_folder
 from launch.checkpoint.identity import RunIdentity
 from launch.run import folder as run_folder
-from launch.run.folder import FolderWatch, changed_settings, check_same_run, write_config
+from launch.run.folder import FolderWatch, changed_settings, check_not_anothers, check_same_run, write_config
 
 HOLD = """
 import sys, time
@@ -144,14 +144,30 @@ def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
         check_same_run(tmp_path, RunIdentity(model={}))
 
 
-def test_a_folder_that_is_deleted_or_replaced_is_noticed_once(tmp_path: Path, synced: list[Path]) -> None:
+def test_a_folder_that_is_deleted_or_replaced_is_noticed_until_it_is_the_run_s(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     watch = FolderWatch(folder)
     assert not watch.is_lost()
     folder.rename(tmp_path / "moved")
-    assert watch.is_lost() and folder.is_dir() and synced == [tmp_path], "a save in it must survive a power cut"
-    assert not watch.is_lost()
+    assert watch.is_lost() and watch.is_lost() and not folder.exists()
     (tmp_path / "moved").rename(folder)
+    assert not watch.is_lost(), "it is back"
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
     assert watch.is_lost(), "another folder of that name"
+    watch.begin_anew()
     assert not watch.is_lost()
+
+
+def test_the_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
+    """Its checkpoints were pruned as this run's own, and its config.json was replaced."""
+    config = {"model": {"layers": (1, 2)}, "rate": float("nan")}
+    check_not_anothers(tmp_path, config)
+    write_config(tmp_path, config, tmp_path)
+    (tmp_path / "checkpoints" / "step_5").mkdir(parents=True)
+    check_not_anothers(tmp_path, config)  # a copy of the run in its place
+    for content in ('{"model": {"layers": [1, 3]}, "rate": null}', "{", None):
+        (tmp_path / "config.json").unlink() if content is None else (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="was replaced by the folder of another run, which is not written over"):
+            check_not_anothers(tmp_path, config)

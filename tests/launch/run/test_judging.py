@@ -79,6 +79,10 @@ def test_without_its_only_best_a_run_has_none() -> None:
     one.judge(5)
     one.take_back(5)
     assert best_of(one) == (None, None)
+    one.give_back(4)
+    assert best_of(one) == (None, None), "of another step"
+    one.give_back(5)
+    assert best_of(one) == (8.0, 5), "which was saved after all"
 
 
 def saved(one: Judging) -> TrainingState:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+from launch.cli import AgreedError
+from launch.ranks.control_group import ControlGroup
 from launch.run import rehearsal
 
 
@@ -26,3 +30,18 @@ def test_a_rehearsal_leaves_no_count_no_draw_and_no_loss_scale() -> None:
     assert health.data_seconds == 0.25, "the first row's, of the first steps alone"
     assert vars(scaler) == before and all(getattr(engine, name) == 3 for name in counters)
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_room_is_asked_for_where_the_checkpoints_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`checkpoints` may be a link to another disk."""
+    asked: list[Path] = []
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: (asked.append(path), SimpleNamespace(free=10))[1])
+    monkeypatch.setattr(rehearsal, "state_bytes", lambda _: 11)
+    folder = tmp_path / "checkpoints"
+    saving = SimpleNamespace(checkpoints=SimpleNamespace(folder=SimpleNamespace(path=folder)))
+    trainer: Any = SimpleNamespace(engine=None, arguments=SimpleNamespace(output=tmp_path), saving=saving)
+    for place in (tmp_path, folder):
+        with pytest.raises(AgreedError, match=f"a checkpoint takes about 0.0 MB and {place} has"):
+            rehearsal.check_space(trainer, ControlGroup())
+        folder.mkdir(exist_ok=True)
+    assert asked == [tmp_path, folder]

@@ -49,6 +49,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.told: list[str] = []
         self.lost: list[int] = []
+        self.again: list[int] = []
         self.applied: list[str] = []
         monitor: Any = SimpleNamespace(say=self.said.append, log=self.rows.append)
         settings: Any = SimpleNamespace(apply=lambda: self.applied.append("settings"))
@@ -60,6 +61,7 @@ class Run:
             monitor=monitor,
             on_saved=self.told.append,
             on_best_lost=self.lost.append,
+            on_best_again=self.again.append,
         )
 
 
@@ -106,6 +108,27 @@ def test_what_failed_at_the_last_step_is_written_anew(run: Run) -> None:
     assert run.saving.last_failure is not None and "the next save that fails ends the run" in run.said[-1]
     run.saving.finish(*now(4))
     assert run.checkpoints.asked == [(4, False)] * 2 and run.told == ["step_4"] and run.saving.last_failure is None
+
+
+def test_a_save_of_the_last_step_that_fails_in_the_background_is_tried_again() -> None:
+    """It ended the run with everything since the save before it lost, and the state still in memory."""
+    run = Run(background=True)
+    run.checkpoints.failing = 1
+    run.saving.save(*now(4))
+    run.saving.finish(*now(4))
+    assert run.checkpoints.asked == [(4, False)] * 2 and run.told == ["step_4"] and not run.again
+    run.checkpoints.failing = 2
+    run.saving.save(*now(6))
+    with pytest.raises(AgreedError, match="writing step_6 failed"):
+        run.saving.finish(*now(6))
+
+
+def test_the_best_of_the_last_step_is_written_again_as_the_best(run: Run) -> None:
+    """`best` stayed at a worse one, with exit code 0."""
+    run.checkpoints.failing = 1
+    run.saving.save(*now(4), is_best=True)
+    run.saving.finish(*now(4))
+    assert run.checkpoints.asked == [(4, True)] * 2 and run.lost == run.again == [4] and run.told == ["step_4"]
 
 
 def test_one_failure_is_survived_and_two_in_a_row_are_not(run: Run) -> None:

@@ -228,12 +228,13 @@ def test_a_branch_is_left_once_the_rehearsal_went_well(monkeypatch: pytest.Monke
         compare_settings=lambda *_: [],
         prepare=lambda *_: trainer,
         rehearse=lambda *_: done.append("rehearse"),
-        **dict.fromkeys(("join", "check", "build", "publish_config", "watch_folder", "finish"), lambda *_: None),
+        publish_config=lambda *_: done.append("config"),
+        **dict.fromkeys(("join", "check", "build", "describe", "watch_folder", "finish"), lambda *_: None),
     )
     monkeypatch.setattr(session, "identify", lambda *_: None)
     monkeypatch.setattr(session, "begin_records", lambda *_: done.append("records"))
     Session.run_to_end(now)
-    assert done == ["rehearse", "begin", "records", "train"] and "2 checkpoints of branches" in said
+    assert done == ["rehearse", "config", "begin", "records", "train"] and "2 checkpoints of branches" in said
     assert any("validation samples are others" in line for line in said) == judged_on_others
 
 
