@@ -16,6 +16,8 @@ import pytest
 from nursery import Nursery
 from support import ROOT, deepspeed_command
 
+from launch.ranks.spawn import RANK_VARIABLES
+
 VOCABULARY = 512
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -51,7 +53,7 @@ def group_of(path: str) -> str:
 @pytest.fixture(autouse=True)
 def no_rank_is_left() -> Iterator[None]:
     """A test that leaves this process a rank has each later test's processes join it."""
-    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    names = set(RANK_VARIABLES) - set(os.environ)
     yield
     left = {name: os.environ.pop(name) for name in names if name in os.environ}
     assert not left

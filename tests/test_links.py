@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from readme_commands import FENCE
 from support import ROOT
 
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
@@ -17,14 +18,14 @@ def pages() -> list[Path]:
     return [ROOT / name for name in listed.split()] or sorted(ROOT.glob("**/README.md"))
 
 
-def without_code(text: str) -> str:
-    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+def without_code(page: Path) -> str:
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings: in small letters, without punctuation, spaces as hyphens."""
     found: set[str] = set()
-    for heading in re.findall(r"^#+ (.*)$", without_code(page.read_text(encoding="utf-8")), re.MULTILINE):
+    for heading in re.findall(r"^#+ (.*)$", without_code(page), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
         found.add(next(name for name in [slug, *(f"{slug}-{n}" for n in range(1, 99))] if name not in found))
     return found
@@ -33,7 +34,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     broken = []
-    for target in LINK.findall(without_code(page.read_text(encoding="utf-8"))):
+    for target in LINK.findall(without_code(page)):
         path, _, anchor = target.partition("#")
         if "://" in target:
             continue

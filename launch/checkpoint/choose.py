@@ -17,7 +17,6 @@ from data.cli import NotFound, UserError
 from launch.checkpoint import universal
 from launch.checkpoint.folder import LATEST, RESUMED, CheckpointFolder, step_of
 from launch.checkpoint.identity import RunIdentity, listed
-from launch.checkpoint.publish import recover
 from launch.checkpoint.state import TrainingState, read_state
 from launch.cli import AgreedError
 from launch.manifest import find_manifest, first_damage, share
@@ -103,8 +102,8 @@ class CheckpointChooser:
         """The newest whole checkpoint of this run at a step before that one, or None."""
         last = self.ranks.run_on_rank0(lambda: step_of(self.own.pointed(LATEST) or ""))
         before = before if last is None else min(before, last + 1)  # what lies beyond is of a branch that was left
-        candidates = [path for path in self._candidates(self.own) if (step_of(path.name) or 0) < before]
-        return self._search(candidates)[0]
+        candidates = self.ranks.run_on_rank0(self.own.newest_first)
+        return self._search([path for path in candidates if (step_of(path.name) or 0) < before])[0]
 
     def _start_over(self) -> StartFresh:
         there = self.own.newest_first() or list(self.own.steps().values())  # what was left is not to be written over either
@@ -139,22 +138,13 @@ class CheckpointChooser:
                 return _Meant(folder=several, place=None if is_own else os.path.realpath(path))
         raise NotFound(f"--resume {resume}: no checkpoint there; name a run's folder or one of its checkpoints/step_N")
 
-    def _candidates(self, folder: CheckpointFolder) -> list[Path]:
-        """All of a folder's checkpoints in the order to try them, after this run's own folder was put right."""
-
-        def on_rank0() -> list[Path]:
-            if folder == self.own and folder.path.is_dir():
-                recover(folder.path)
-            return folder.newest_first()
-
-        return self.ranks.run_on_rank0(on_rank0)
-
     def _first_whole(self, folder: CheckpointFolder, *, must_exist: bool) -> ResumeChoice:
         """The first candidate in order that verifies, or a fresh start where there is none and need not be one."""
-        choice, passed_over = self._search(self._candidates(folder))
+        choice, passed_over = self._search(self.ranks.run_on_rank0(folder.newest_first))
+        gone = self.ranks.run_on_rank0(folder.gone)
         if choice is not None:
-            remarks = [f"; passed over {text}" for text in passed_over]
-            return replace(choice, message="".join([choice.message, *remarks, self.ranks.run_on_rank0(lambda: gone(folder))]))
+            remarks = [f"passed over {text}" for text in passed_over] + [f"{LATEST} names {gone}, which is gone"] * bool(gone)
+            return replace(choice, message="; ".join([choice.message, *remarks]))
         left = self.ranks.run_on_rank0(lambda: ", ".join(sorted(folder.left())))
         if passed_over or must_exist or left:
             others = f"; {left} are of branches that were left, for --resume to name" if left else ""
@@ -162,11 +152,8 @@ class CheckpointChooser:
                 f"no whole checkpoint in {folder.path}{': ' * bool(passed_over)}{'; '.join(passed_over)}{others}; "
                 "restore one, or name another --output to start over"
             )
-        named = self.ranks.run_on_rank0(lambda: folder.pointed(LATEST))
-        if named is not None:
-            raise AgreedError(
-                f"{folder.path / LATEST} names {named!r}, which is gone; restore it, or delete the file to start over"
-            )
+        if gone is not None:
+            raise AgreedError(f"{folder.path / LATEST} names {gone!r}, which is gone; restore it, or delete the file to start over")
         return StartFresh()
 
     def _search(self, candidates: list[Path]) -> tuple[ResumeFrom | None, list[str]]:
@@ -212,9 +199,3 @@ class CheckpointChooser:
         if conversions:
             message += f", converted from another layout ({', '.join(conversions)})"
         return ResumeFrom(message=message, path=path, state=saved.training, conversions=conversions, is_own=self.own.holds(path))
-
-
-def gone(folder: CheckpointFolder) -> str:
-    """For a message: that `latest` names what is not there, as behind a link to a disk that is not mounted; empty where it is."""
-    named = folder.pointed(LATEST)
-    return "" if named is None or step_of(named) in folder.steps() else f"; {LATEST} names {named}, which is gone"

@@ -109,6 +109,11 @@ class CheckpointFolder:
             return None
         return text if step_of(text) is not None else None
 
+    def gone(self) -> str | None:
+        """What `latest` names and is not there, as behind a link to a disk that is not mounted."""
+        named = self.pointed(LATEST)
+        return None if named is None or step_of(named) in self.steps() else named
+
     def point(self, pointer: str, name: str) -> None:
         replace_file(self.path / pointer, name.encode())
 

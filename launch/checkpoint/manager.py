@@ -73,8 +73,8 @@ class CheckpointManager:
         self.background = background
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # an exit waits for the files
         self._pending: tuple[Future[None], CheckpointFiles] | None = None
-        self._loaded: int | None = None  # the step that was loaded, until the first save after it
-        self._best: str | None = None  # the best checkpoint up to that step
+        self._loaded = False  # and nothing saved since
+        self._best: str | None = None  # the best checkpoint up to the step that was loaded
         self._beyond: list[str] = []  # names of what lay beyond that step: of a branch that is left with the first save
         self._on_phase = on_phase
         self.before_save: Callable[[], None] = lambda: None
@@ -138,6 +138,7 @@ class CheckpointManager:
         """The newest whole checkpoint of this run at a step before that one, or None."""
         self.wait()
         self._on_phase("choosing a checkpoint")
+        self._on_rank0(self._tidy)
         return self._chooser.newest(before=before)
 
     def load(self, engine: DeepSpeedEngine, choice: ResumeFrom) -> TrainingState:
@@ -154,9 +155,10 @@ class CheckpointManager:
         loading = partial(self._on_phase, "loading a checkpoint")
         loading()
         self._ranks.run_everywhere(partial(restore, engine, choice, folder, self._ranks, loading))
-        self._loaded = choice.state.step
-        self._beyond = self._ranks.run_on_rank0(lambda: self.folder.beyond(choice.state.step))
-        self._best = self._ranks.run_on_rank0(partial(self._best_of_branch, choice))
+        self._loaded = True
+        self._beyond, self._best = self._ranks.run_on_rank0(
+            lambda: (self.folder.beyond(choice.state.step), self._best_of_branch(choice))
+        )
         if self._best or choice.state.best_step == 0:
             return choice.state
         # Nothing in this folder has the loss that the next evaluations would have to be better than.
@@ -265,9 +267,9 @@ class CheckpointManager:
         if is_best:  # before `latest`, which a run goes on from, with its best loss: nothing worse than that is saved as the best
             self.folder.set_best(final.name)
         self.folder.point(LATEST, final.name)
-        if self._loaded is not None and not is_best:
+        if self._loaded and not is_best:
             self.folder.set_best(self._best)
-        self._loaded, self._beyond = None, []
+        self._loaded, self._beyond = False, []
         of_bests = {path.name for path in self.folder.present().values() if not is_counted(path)}
         last, every = self.keep_last, self.keep_every
         for old in self.folder.expendable(keep_last=last, keep_every=every, skipped=skipped, of_bests=of_bests):

@@ -31,7 +31,7 @@ class Saving:
     monitor: Monitor
     on_saved: Callable[[str], None]  # told of every checkpoint that is complete, by its name
     on_best_lost: Callable[[int], None]  # told of the step whose save was to be the best and failed
-    on_best_again: Callable[[int], None] = lambda _: None  # and that it is saved once more
+    on_best_again: Callable[[int], None]  # and that it is saved once more
     saved_at: int = -1  # the step of the newest checkpoint that is written or pending
     last_failure: AgreedError | None = None
     failed_at: int = -1  # the step of the save that failed last

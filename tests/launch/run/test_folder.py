@@ -144,7 +144,7 @@ def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
         check_same_run(tmp_path, RunIdentity(model={}))
 
 
-def test_a_folder_that_is_deleted_or_replaced_is_noticed_until_it_is_the_run_s(tmp_path: Path) -> None:
+def test_a_folder_that_is_deleted_or_replaced_is_noticed_until_it_is_the_run_s(tmp_path: Path, synced: list[Path]) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     watch = FolderWatch(folder)
@@ -154,7 +154,8 @@ def test_a_folder_that_is_deleted_or_replaced_is_noticed_until_it_is_the_run_s(t
     (tmp_path / "moved").rename(folder)
     assert not watch.is_lost(), "it is back"
     folder.rename(tmp_path / "moved")
-    folder.mkdir()
+    take_folder(folder, "run").release()
+    assert folder.is_dir() and tmp_path in synced, "a save in it must survive a power cut"
     assert watch.is_lost(), "another folder of that name"
     watch.begin_anew()
     assert not watch.is_lost()

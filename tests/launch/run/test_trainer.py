@@ -175,8 +175,14 @@ def test_a_checkpoint_carries_no_best_whose_save_has_failed() -> None:
     )
     one, told = judging(2.5, 2.4), HeardMonitor()
     saving: Any = Saving(
-        engine=None, settings=None, checkpoints=checkpoints, monitor=told, on_saved=print, on_best_lost=one.take_back  # type: ignore[arg-type]
-    )  # fmt: skip
+        engine=None,  # type: ignore[arg-type]
+        settings=None,  # type: ignore[arg-type]
+        checkpoints=checkpoints,  # type: ignore[arg-type]
+        monitor=told,
+        on_saved=print,
+        on_best_lost=one.take_back,
+        on_best_again=one.give_back,
+    )
     trainer: Any = SimpleNamespace(
         position=Position(),
         arguments=SimpleNamespace(save_interval=25),
